@@ -1,0 +1,98 @@
+"""Bytes -> upright RGB image, or a refusal with a named reason. Nothing is guessed and nothing is repaired."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Reason = Literal["unreadable", "empty", "not_an_image", "truncated", "damaged", "too_small", "too_large", "unsupported"]
+
+MAX_PIXELS = 89_478_485  # Pillow's own bomb threshold: 256 MiB as 24-bit RGB
+MIN_SIDE = 2  # a side of one pixel holds no picture: tracking pixels, separators
+
+
+class Refused(Exception):  # noqa: N818 - a refusal is an answer, one line in the ledger, not a failure
+    """Why one image cannot be embedded.
+
+    Attributes:
+        reason: one word out of `Reason`, for machines.
+        detail: one sentence, for people.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason: Reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[Refused], tuple[Reason, str]]:
+        return Refused, (self.reason, self.detail)  # so that it crosses from a worker process whole
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one encoded image to RGB, upright by its EXIF orientation, transparency on white.
+
+    Args:
+        data: the whole file.
+        max_pixels: width x height above which the image is refused before it is decoded.
+
+    Returns:
+        An image of mode "RGB". Of a GIF or TIFF with several frames, the first.
+
+    Raises:
+        Refused: with the reason and a sentence.
+    """
+    if not data:
+        raise Refused("empty", "the file has no bytes")
+    try:
+        image = Image.open(io.BytesIO(data))
+        _check_size(image.size, max_pixels)
+        image.load()
+    except Refused:
+        raise
+    except UnidentifiedImageError:
+        raise Refused("not_an_image", f"no known image format in {len(data):,} bytes") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused("too_large", str(error)) from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError, OverflowError) as error:
+        text = str(error) or type(error).__name__
+        raise Refused("truncated" if "truncated" in text.lower() else "damaged", text) from None
+    return to_rgb(image)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise Refused("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} in all")
+    if min(width, height) < MIN_SIDE:
+        raise Refused("too_small", f"{width} x {height} pixels, each side must be at least {MIN_SIDE}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block says nothing of the pixels, which decoded
+        return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as RGB: upright by its EXIF orientation, transparency on white, 16 bits cut to 8.
+
+    Raises:
+        Refused: pixels without a defined white.
+    """
+    image = _upright(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise Refused("unsupported", "32-bit float pixels have no defined white: convert the file to 8 or 16 bit")
+    if image.mode.startswith("I"):  # 16-bit greyscale, whatever Pillow keeps it in
+        levels = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

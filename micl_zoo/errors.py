@@ -1,0 +1,38 @@
+"""The one family of exceptions: what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MiclZooError(Exception):
+    """Base of every error this package raises on purpose; its text is written for the person who sees it."""
+
+
+class UsageError(MiclZooError, ValueError):
+    """An argument, a name or a setting that cannot be used."""
+
+
+class SourceError(MiclZooError, ValueError):
+    """A source of images that does not exist, cannot be read, or holds no image."""
+
+
+class WeightsError(MiclZooError):
+    """Weights that are not published, cannot be fetched, or are not the bytes they should be."""
+
+
+class StoreError(MiclZooError, ValueError):
+    """A folder of embeddings that is not one, is damaged, or was made by something else."""
+
+
+class TrainingError(MiclZooError):
+    """A training run that cannot start, go on, or be trusted."""
+
+
+def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
+    """The text for a name that does not exist: what was asked, the nearest names, and the valid ones."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(names)}."

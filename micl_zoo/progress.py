@@ -1,0 +1,52 @@
+"""Progress bars for long work: on a terminal, on standard error, and nowhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Tick(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, amount: int = 1, note: str = "") -> None:
+        """By `amount`; `note` replaces the text after the bar."""
+
+
+@contextmanager
+def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> Iterator[Tick]:
+    """A bar over `total` units of which `done` are there already, with the rate and the time left.
+
+    When standard error is not a terminal nothing is shown and the same calls cost nothing.
+    """
+    if not sys.stderr.isatty():
+        yield _silent
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+    clocks = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    with Progress(*columns, *clocks, console=Console(stderr=True), refresh_per_second=4) as bar:
+        task = bar.add_task(what, total=total, completed=done, note="")
+        note_now = ""
+
+        def tick(amount: int = 1, note: str = "") -> None:
+            nonlocal note_now
+            note_now = note or note_now
+            bar.update(task, advance=amount, note=note_now)
+
+        yield tick
+
+
+def _silent(amount: int = 1, note: str = "") -> None:
+    pass

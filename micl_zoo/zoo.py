@@ -1,0 +1,146 @@
+"""THE table: one frozen record per `arch.tag`, and the shapes behind each arch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import UsageError, unknown
+from .transforms import Transform
+
+DEFAULT = "vit_ti16.tin200"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A ViT's shape, and timm's name for it."""
+
+    timm_name: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+    image_size: int = 224
+    mlp_ratio: float = 4.0
+
+
+ARCHS = {
+    "vit_ti16": Arch("vit_tiny_patch16_224", 192, 12, 3),
+    "vit_s16": Arch("vit_small_patch16_224", 384, 12, 6),
+    "vit_b16": Arch("vit_base_patch16_224", 768, 12, 12),
+    "vit_l16": Arch("vit_large_patch16_224", 1024, 24, 16),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One encoder.
+
+    Attributes:
+        name: `arch.tag`.
+        summary: one line.
+        recipe: that trains it.
+        corpus: it was, or is to be, trained on.
+        license: of the weights, with the terms of the data.
+        transform: of the images.
+        embedded: file in the package, or None.
+        hub_repo, hub_commit: where else it is, by full commit, or None.
+        sha256, bytes: of the weights file; None while nothing is published.
+        training_record: file in training/records/, or None.
+        metrics: k-NN accuracy in percent by data set, from the record.
+    """
+
+    name: str
+    summary: str
+    recipe: str
+    corpus: str
+    license: str
+    transform: Transform = Transform()
+    embedded: str | None = None
+    hub_repo: str | None = None
+    hub_commit: str | None = None
+    sha256: str | None = None
+    bytes: int | None = None
+    training_record: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def arch(self) -> str:
+        """The part of the name before the dot."""
+        return self.name.partition(".")[0]
+
+    @property
+    def published(self) -> bool:
+        """There are weights to load."""
+        return self.sha256 is not None
+
+    @property
+    def shape(self) -> Arch:
+        """The ViT's shape."""
+        return ARCHS[self.arch]
+
+
+_RECORDS = [
+    Record(
+        name="vit_ti16.tin200",
+        summary="ViT-Ti/16, 5.5 M parameters, trained on 100,000 small images: the default, comes with the package",
+        recipe="vit_ti16.tin200",
+        corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
+        license="Apache-2.0 for the file; the training images are under ImageNet's terms (non-commercial research and education)",
+    ),
+    Record(
+        name="vit_b16.in1k",
+        summary="ViT-B/16, 86 M parameters, the paper's recipe; no weights published yet",
+        recipe="vit_b16.in1k",
+        corpus="ImageNet-1k train, 1,281,167 images",
+        license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
+        transform=Transform(224, 256),
+    ),
+    Record(
+        name="vit_l16.in1k",
+        summary="ViT-L/16, 303 M parameters, the paper's recipe; no weights published yet",
+        recipe="vit_l16.in1k",
+        corpus="ImageNet-1k train, 1,281,167 images",
+        license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
+        transform=Transform(224, 256),
+    ),
+]
+RECORDS = {record.name: record for record in _RECORDS}
+
+
+def list_models(*, published_only: bool = False) -> list[str]:
+    """Names that `load` takes, sorted.
+
+    Args:
+        published_only: leave out those whose weights are not there to load.
+    """
+    return sorted(name for name, record in RECORDS.items() if record.published or not published_only)
+
+
+def find_record(name: str) -> Record:
+    """The record of `arch.tag`, or of a bare arch: then its best published tag, else its first.
+
+    Raises:
+        UsageError: no such name; the nearest are listed.
+    """
+    if name in RECORDS:
+        return RECORDS[name]
+    tags = [record for record in RECORDS.values() if record.arch == name]
+    if not tags:
+        raise UsageError(unknown("model", name, [*RECORDS, *{record.arch for record in RECORDS.values()}]))
+    return next((record for record in tags if record.published), tags[0])
+
+
+def timm_architecture(
+    *, image_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float
+) -> tuple[str, dict[str, Any]]:
+    """Timm's name for a shape, and the arguments by which the shape departs from it.
+
+    A shape with no name of its own is the base model with every argument given.
+    """
+    asked = Arch("", embed_dim, depth, num_heads, patch_size, image_size, mlp_ratio)
+    for arch in ARCHS.values():
+        if Arch("", *list(vars(arch).values())[1:]) == asked:
+            return arch.timm_name, {}
+    args = {key: value for key, value in vars(asked).items() if key not in ("timm_name", "image_size")}
+    return "vit_base_patch16_224", {"img_size": image_size, **args}

@@ -1,0 +1,211 @@
+"""Pre-train one encoder by a recipe, in one process, straight down the page."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from micl_zoo.encoder import bf16_is_fast, resolve_device
+from micl_zoo.errors import TrainingError
+from micl_zoo.progress import Tick, progress
+from micl_zoo.sources import SourceLike, index_source
+
+from .data import Corpus, MemoryCorpus, StreamedCorpus, seeded, visible_patches
+from .micl import MiCL, init_weights, kept_patches
+from .optim import learning_rate, make_optimizer, set_learning_rate
+from .recipes import Recipe, get_recipe
+from .rundir import RunDir, run_record
+
+log = logging.getLogger(__name__)
+
+FLUSH_STEPS = 10  # losses are fetched from the device, checked and written this often
+COLLAPSE = 0.99  # of ln(batch), the loss of a network that tells no two images apart
+
+
+def pretrain(
+    recipe: Recipe | str,
+    data: SourceLike,
+    out: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "auto",
+    workers: int | None = None,
+    max_steps: int | None = None,
+) -> Path:
+    """Pre-train an encoder; the same call again goes on from the last checkpoint.
+
+    Args:
+        recipe: a recipe or its name.
+        data: a source of images, see `micl_zoo.sources.index_source`.
+        out: the run's folder.
+        overrides: "key=value" changes to a recipe given by name.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        workers: processes that decode, for a recipe with cache "none"; by default one a core, 16 at most.
+        max_steps: stop after that many steps with a checkpoint, for trying things out.
+
+    Returns:
+        The file of the finished encoder, or the run's folder when `max_steps` came first.
+
+    Raises:
+        UsageError, SourceError: recipe or data that cannot be used.
+        TrainingError: a folder with another run in it, or a loss that is not finite.
+    """
+    recipe = get_recipe(recipe, overrides) if isinstance(recipe, str) else recipe
+    target = resolve_device(device)
+    kept_patches(recipe.num_patches, recipe.mask_ratio)  # fails now and not after the corpus has been read
+    autocast = _autocast(recipe, target)
+    index = index_source(data)
+    command = f"micl-zoo train {recipe.name} --data {data}" + "".join(f" --set {change}" for change in overrides)
+    facts = {"source": str(data), "images": len(index), "fingerprint": index.fingerprint()}
+    run = RunDir.open(Path(out), run_record(recipe, facts, command, target))
+
+    corpus: Corpus
+    if recipe.cache == "memory":
+        with progress("decoding the corpus", len(index)) as tick:
+            corpus = MemoryCorpus.load(index, recipe.source_size, tick=tick)
+        corpus.images = corpus.images.to(target)
+    else:
+        corpus = StreamedCorpus(index, min(os.cpu_count() or 1, 16) if workers is None else workers, [])
+
+    vit = make_vit(recipe).to(target)
+    init_weights(vit, generator=seeded(recipe.seed, 2))
+    model = MiCL(vit, mask_ratio=recipe.mask_ratio, kappa=recipe.kappa, temperature=recipe.temperature).train()
+    for block in vit.blocks:
+        block.attn.fused_attn &= (
+            target.type != "cpu"
+        )  # on 13 to 20 tokens the CPU's fused backward costs 5x the plain one
+    if recipe.compile:
+        vit.blocks.compile()
+    optimizer = make_optimizer(vit, recipe)
+    first_step, seconds_before = run.load_checkpoint(vit, optimizer)
+    run.forget_after(first_step)
+
+    total_steps = recipe.total_steps(len(corpus))
+    last_step = min(total_steps, max_steps or total_steps)
+    grid = (recipe.crop_size // recipe.patch_size,) * 2
+    clock = _Clock(recipe, seconds_before)
+    pending: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
+    with progress(recipe.name, last_step, done=first_step, unit="steps") as tick:
+        for step, batch, draws in corpus.batches(recipe, first_step, last_step):
+            lr = learning_rate(recipe, step, total_steps)
+            set_learning_rate(optimizer, lr)
+            batch = type(batch)(*(tensor.to(target, non_blocking=True) for tensor in batch))
+            patches, views = visible_patches(batch, draws, recipe)  # (B, 2, K/2, P), (B, 2, K/2)
+            with torch.autocast(target.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                output = model.contrast(patches, views, grid)
+            output.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            pending.append((step, lr, output.loss.detach(), output.accuracy))
+
+            finished = step + 1 == last_step
+            if len(pending) == FLUSH_STEPS or finished:
+                lines = _lines(pending, len(corpus), recipe, clock)
+                _check(lines, recipe, total_steps)
+                run.log(lines)
+                _show(tick, lines, last_step)
+                pending.clear()
+                if finished or clock.checkpoint_due():
+                    run.save_checkpoint(step + 1, clock.seconds(), vit, optimizer)
+    if last_step < total_steps:
+        return run.path
+
+    run.record["data"]["refused"] = [list(refused) for refused in corpus.refused]
+    run.record["result"] = {
+        "steps": total_steps,
+        "images_seen": total_steps * recipe.batch_size,
+        "hours": round(clock.seconds() / 3600, 3),
+        "precision": "fp32" if autocast is None else "bf16",
+    }
+    run.save_record()
+    return run.save_encoder(vit, recipe)
+
+
+def make_vit(recipe: Recipe) -> VisionTransformer:
+    """The timm ViT that a recipe trains, not initialised yet."""
+    return VisionTransformer(
+        img_size=recipe.image_size,
+        patch_size=recipe.patch_size,
+        embed_dim=recipe.embed_dim,
+        depth=recipe.depth,
+        num_heads=recipe.num_heads,
+        mlp_ratio=recipe.mlp_ratio,
+        num_classes=0,
+        weight_init="skip",
+    )
+
+
+class _Clock:
+    """Seconds of training, earlier pieces of the run included, and when the next checkpoint is due."""
+
+    def __init__(self, recipe: Recipe, seconds_before: float) -> None:
+        self.start = self.last_lines = self.last_checkpoint = time.monotonic()
+        self.before, self.every = seconds_before, 60 * recipe.checkpoint_minutes
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        lap, self.last_lines = now - self.last_lines, now
+        return lap
+
+    def checkpoint_due(self) -> bool:
+        if due := time.monotonic() - self.last_checkpoint >= self.every:
+            self.last_checkpoint = time.monotonic()
+        return due
+
+
+def _autocast(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    fast = recipe.precision == "auto" and bf16_is_fast(device)
+    return torch.bfloat16 if fast or recipe.precision == "bf16" else None
+
+
+def _lines(
+    pending: list[tuple[int, float, torch.Tensor, torch.Tensor]], images: int, recipe: Recipe, clock: _Clock
+) -> list[dict[str, Any]]:
+    rate = len(pending) * recipe.batch_size / clock.lap()
+    return [
+        {
+            "step": step,
+            "epoch": round(step / (images // recipe.batch_size), 4),
+            "loss": loss.item(),
+            "accuracy": accuracy.item(),
+            "lr": lr,
+            "images_per_second": round(rate, 1),
+            "seconds": round(clock.seconds(), 1),
+        }
+        for step, lr, loss, accuracy in pending
+    ]
+
+
+def _check(lines: list[dict[str, Any]], recipe: Recipe, total_steps: int) -> None:
+    """Stop on a loss that is not finite, warn at one that stays at ln(batch)."""
+    for line in lines:
+        if not math.isfinite(line["loss"]):
+            raise TrainingError(
+                f"the loss is {line['loss']} at step {line['step']}: stopped. The last checkpoint is sound; go on from it "
+                f"with a lower rate (--set base_lr={recipe.base_lr / 2:g}) or --set precision=fp32, in a new --out"
+            )
+    mean = sum(line["loss"] for line in lines) / len(lines)
+    warmed_up = lines[0]["step"] > total_steps * recipe.warmup_epochs / recipe.epochs
+    if warmed_up and mean > COLLAPSE * math.log(recipe.batch_size):
+        log.warning(
+            "the loss is %.3f, that of a network which gives every image the same embedding (ln %d = %.3f): "
+            "lower base_lr or lengthen warmup_epochs",
+            mean, recipe.batch_size, math.log(recipe.batch_size),
+        )  # fmt: skip
+
+
+def _show(tick: Tick, lines: list[dict[str, Any]], last_step: int) -> None:
+    line = lines[-1]
+    rate = line["images_per_second"]
+    tick(len(lines), f"loss {line['loss']:.3f}  accuracy {line['accuracy']:.2f}  {rate:,.0f} images/s")
