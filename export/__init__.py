@@ -1,1 +1,1 @@
-"""Leave PyTorch: the room for exporters (installed as micl_zoo.export). No exporter has been written yet."""
+"""Leave PyTorch: the room for exporters. None has been written yet."""

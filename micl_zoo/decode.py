@@ -14,8 +14,8 @@ MAX_PIXELS = 89_478_485  # Pillow's own bomb threshold: 256 MiB as 24-bit RGB
 MIN_SIDE = 2  # a side of one pixel holds no picture: tracking pixels, separators
 
 
-class Refused(Exception):  # noqa: N818 - a refusal is an answer, one line in the ledger, not a failure
-    """Why one image cannot be embedded.
+class Refused(Exception):
+    """Why one image cannot be embedded: an answer, one line in the ledger, not a failure.
 
     Attributes:
         reason: one word out of `Reason`, for machines.

@@ -146,7 +146,7 @@ def load(
 
     Args:
         name: `arch.tag`, or a bare arch for its best published tag. See `list_models`.
-        weights: a .safetensors file or a folder with `model.safetensors` and `config.json`, instead of the published ones.
+        weights: a .safetensors file, or a folder with `model.safetensors` and `config.json`, of your own.
         pretrained: False gives random weights, and only False does.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:N" or "mps".
         dtype: of the weights in memory: "float32", "bfloat16" or "float16"; "auto" is float32.

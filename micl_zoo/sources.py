@@ -1,4 +1,4 @@
-"""Where images are: a folder, files, a glob, a list file or parquet becomes one ImageIndex, the only way images are read."""
+"""Where images are: any source becomes one ImageIndex, and images are read through it in no other way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .decode import Refused
 from .errors import SourceError
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif".split()  # heic is listed, so it is refused by name
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+    | {".heic", ".heif"}  # listed even where Pillow cannot read them, so that they are refused by name
 )
 LIST_SUFFIXES = frozenset({".txt", ".lst"})
 PARQUET_CELL = -1  # as a length: the bytes are a parquet cell and `offset` is its row
@@ -65,7 +66,7 @@ class ImageIndex:
             yield from (Entry(*row) for row in zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
     def fingerprint(self) -> str:
-        """Sha256 over ids, offsets and lengths in order: the same images, wherever the folder has been moved to."""
+        """Sha256 over ids, offsets and lengths in order: the same wherever the folder has been moved to."""
         digest = hashlib.sha256()
         for entry in self.entries():
             digest.update(f"{entry.id}\0{entry.offset}\0{entry.length}\n".encode())
@@ -73,7 +74,7 @@ class ImageIndex:
 
 
 class Reader:
-    """Reads the bytes behind entries; keeps one parquet row group at hand, so reading in index order reads each once."""
+    """Reads the bytes behind entries; keeps one parquet row group at hand, so that index order reads each once."""
 
     def __init__(self) -> None:
         self._file: pq.ParquetFile | None = None
@@ -125,9 +126,9 @@ def index_source(source: SourceLike) -> ImageIndex:
     """List the images of a source.
 
     Args:
-        source: a folder (recursive; hidden names left out), one image, a glob ("photos/*.jpg"), a list file (.txt, one path a
-            line, relative to the list's folder), a parquet file or a folder or glob of them (a column of encoded
-            images, as `datasets` writes it), or a sequence of any of these.
+        source: a folder (recursive; hidden names left out), one image, a glob ("photos/*.jpg"), a list file
+            (.txt, one path a line, relative to the list's folder), a parquet file or a folder or glob of them
+            (a column of encoded images, as `datasets` writes it), or a sequence of any of these.
 
     Returns:
         The index, in sorted order within each folder. Ids are paths relative to the folder, or `file.parquet#row`.
@@ -208,7 +209,7 @@ def _list_file(path: Path) -> pa.Table:
 
 
 def _list_glob(pattern: str) -> pa.Table:
-    paths = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+    paths = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())  # noqa: PTH207 - absolute patterns
     if not paths:
         raise SourceError(f"the glob {pattern!r} matches no file")
     parts = Path(pattern).parts
@@ -250,7 +251,7 @@ def _image_column(schema: pa.Schema, uri: str) -> str:
 
 
 def _table(entries: Sequence[Entry]) -> pa.Table:
-    columns = list(zip(*entries, strict=True)) if entries else [[], [], [], []]
+    columns: list[Sequence[object]] = list(zip(*entries, strict=True)) if entries else [[], [], [], []]
     try:
         arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
     except UnicodeEncodeError as error:

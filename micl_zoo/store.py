@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +51,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def package_versions() -> dict[str, str]:
+    """Of what can change a number."""
+    found = {"python": platform.python_version()}
+    for name in ("micl-zoo", "torch", "timm", "numpy", "pillow", "pyarrow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What every row of a store has in common. All of it but `rows`, `command` and `versions` must agree to add to a store.
+    """What every row of a store has in common; to go on with a store, all but rows, command and versions must agree.
 
     Attributes:
         model: `arch.tag`, or the file the weights came from.

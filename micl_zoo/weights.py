@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-HEADER_KEY = "micl_zoo"  # config and provenance in the safetensors header: one entry, as the library shuffles several
+# Config and provenance in the safetensors header: one entry, as the library shuffles several.
+HEADER_KEY = "micl_zoo"
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What it takes to build an encoder before its weights are read: timm's hub `config.json`, which timm loads as it is.
+    """What it takes to build an encoder before its weights are read: timm's hub `config.json`.
 
     Attributes:
         name: `arch.tag`.
@@ -199,7 +200,7 @@ def record_weights(record: Record) -> Weights:
             raise WeightsError(f"the package is incomplete: {record.embedded} is missing. Reinstall micl-zoo.")
         found = file_sha256(file)
     elif record.hub_repo and record.hub_commit:
-        file, found = _from_hub(record)
+        file, found = _from_hub(record, record.hub_repo)
     else:
         raise WeightsError(not_published(record))
     if found != record.sha256:
@@ -221,19 +222,19 @@ def not_published(record: Record) -> str:
     )
 
 
-def _from_hub(record: Record) -> tuple[Path, str]:
+def _from_hub(record: Record, repo: str) -> tuple[Path, str]:
     """Download or find in the cache; a cached file with wrong bytes is fetched once more."""
     from huggingface_hub import hf_hub_download
 
     found, file = "", Path()
     for force in (False, True):
         try:
-            name = hf_hub_download(record.hub_repo, WEIGHTS_FILE, revision=record.hub_commit, force_download=force)
+            name = hf_hub_download(repo, WEIGHTS_FILE, revision=record.hub_commit, force_download=force)
         except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
             if found:
                 break
             raise WeightsError(
-                f"cannot fetch {record.name} from {record.hub_repo} at {record.hub_commit}: {error}. "
+                f"cannot fetch {record.name} from {repo} at {record.hub_commit}: {error}. "
                 "Without a network, put model.safetensors in a folder and give "
                 f'micl_zoo.load("{record.name}", weights="FOLDER").'
             ) from error

@@ -55,7 +55,7 @@ class Record:
     recipe: str
     corpus: str
     license: str
-    transform: Transform = Transform()
+    transform: Transform = field(default_factory=Transform)
     embedded: str | None = None
     hub_repo: str | None = None
     hub_commit: str | None = None
@@ -86,7 +86,7 @@ _RECORDS = [
         summary="ViT-Ti/16, 5.5 M parameters, trained on 100,000 small images: the default, comes with the package",
         recipe="vit_ti16.tin200",
         corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
-        license="Apache-2.0 for the file; the training images are under ImageNet's terms (non-commercial research and education)",
+        license="Apache-2.0 for the file; ImageNet's terms for its images (non-commercial research and education)",
     ),
     Record(
         name="vit_b16.in1k",

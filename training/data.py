@@ -73,7 +73,9 @@ def seeded(*parts: int) -> torch.Generator:
 
 
 def batch_rows(recipe: Recipe, images: int, step: int) -> Tensor:
-    """Rows of the corpus in batch number `step`: (B,). An epoch is one permutation; its incomplete last batch is left out.
+    """Rows of the corpus in batch number `step`: (B,).
+
+    An epoch is one permutation; its incomplete last batch is left out.
 
     Raises:
         SourceError: a corpus smaller than one batch.
@@ -134,7 +136,7 @@ def resample(batch: Batch, flips: Tensor, size: int, filter_name: Literal["bicub
     """Cut, resize with antialiasing and flip a whole batch on its device: (B, 3, size, size) float32 in 0..255.
 
     The filter is separable, so a crop is two batched matrix products; the weights are those of Pillow's
-    `Image.resize(…, box=…)`, without its rounding to uint8 between the passes.
+    `Image.resize(…, box=…)`, without its rounding and clipping to uint8 between the passes.
     """
     left, top, right, bottom = batch.boxes.unbind(1)
     down, across = batch.images.shape[2:]
@@ -204,7 +206,7 @@ class MemoryCorpus:
         return len(self.images)
 
     def batches(self, recipe: Recipe, first_step: int, last_step: int) -> Iterator[tuple[int, Batch, Draws]]:
-        """Batches number first_step to last_step - 1, with their numbers."""
+        """Batches number first_step to last_step - 1."""
         for step in range(first_step, last_step):
             draws, rows = draw(recipe, step), batch_rows(recipe, len(self), step)
             boxes = crop_boxes(draws.crops, self.aspect[rows], recipe) * recipe.source_size
@@ -237,7 +239,7 @@ class StreamedCorpus:
     Attributes:
         index: the images.
         workers: processes; 0 decodes in this one.
-        refused: images met so far that could not be decoded; each was replaced in its batch by a copy of another image of it.
+        refused: images met so far that could not be decoded; each gave its place to a copy of another of its batch.
     """
 
     index: ImageIndex
@@ -248,7 +250,7 @@ class StreamedCorpus:
         return len(self.index)
 
     def batches(self, recipe: Recipe, first_step: int, last_step: int) -> Iterator[tuple[int, Batch, Draws]]:
-        """Batches number first_step to last_step - 1, with their numbers."""
+        """Batches number first_step to last_step - 1."""
         plan = _StepList(recipe, len(self), first_step, last_step)
         loader = DataLoader(
             _Crops(self.index, recipe), batch_sampler=plan, num_workers=self.workers, collate_fn=list, pin_memory=False
@@ -300,7 +302,7 @@ class _Crops(Dataset[object]):
         box = tuple(share * side for share, side in zip(shares, sides, strict=True))
         resampling = Image.Resampling[self.recipe.interpolation.upper()]
         size = (self.recipe.crop_size, self.recipe.crop_size)
-        return np.array(image.resize(size, resampling, box=box)).transpose(2, 0, 1)  # type: ignore[arg-type]
+        return np.array(image.resize(size, resampling, box=box)).transpose(2, 0, 1)
 
 
 def _read(reader: Reader, entry: Entry) -> bytes | Refused:

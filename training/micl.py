@@ -2,7 +2,8 @@
 
 Keep a fifth of an image's patches, split them into two disjoint views, contrast the class tokens over the batch.
 
-Shapes: B images, N patches of the whole image, K patches kept (K/2 a view), P = 3 * patch_size ** 2 numbers a patch, D width.
+Shapes: B images, N patches of the whole image, K patches kept (K/2 a view), D width,
+P = 3 * patch_size ** 2 numbers a patch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class MiCLOutput(NamedTuple):
     Attributes:
         loss: () float32.
         class_tokens: (B, 2, D), after the final norm, not L2-normalised.
-        accuracy: () float32 without gradient: how often the other view of the same image is the most similar of the batch.
+        accuracy: () float32 without gradient: how often an image's other view is the most similar of the batch.
     """
 
     loss: Tensor
@@ -68,7 +69,8 @@ class MiCL(nn.Module):
         """Loss of a batch of whole images; only the visible patches are embedded.
 
         Args:
-            pixel_values: (B, 3, H, W), normalised. H and W may differ from the ViT's own size: the positions are then stretched over its grid.
+            pixel_values: (B, 3, H, W), normalised. Where H and W differ from the ViT's own size, the positions are
+                stretched over its grid.
             noise: (B, N), whose ascending argsort orders the patches. Drawn uniformly when not given.
 
         Raises:
@@ -179,7 +181,8 @@ def contrastive_loss(class_tokens: Tensor, *, kappa: float, temperature: float) 
 def position_table(embed_dim: int, grid: tuple[int, int], full_grid: tuple[int, int]) -> Tensor:
     """The fixed 2-D sin-cos positions (reference code), a zero row for the class token first: (1 + N, D) float32.
 
-    The first half of a row encodes the column, the second the row of the patch, each as sines then cosines at embed_dim / 4 frequencies.
+    The first half of a row encodes the patch's column, the second its row, each as sines then cosines at
+    embed_dim / 4 frequencies.
     A grid smaller than `full_grid` is stretched over it: patch centres keep their place in the image.
 
     Raises:
@@ -198,7 +201,7 @@ def position_table(embed_dim: int, grid: tuple[int, int], full_grid: tuple[int, 
 
 
 def init_weights(vit: VisionTransformer, *, generator: torch.Generator | None = None) -> None:
-    """Initialise as the paper's code does: xavier-uniform Linears (the patch embedding as one), class token std 0.02, norms 1 and 0."""
+    """Initialise as the paper's code does: xavier-uniform Linears (the patch embedding too), class token std 0.02."""
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)

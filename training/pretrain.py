@@ -192,8 +192,8 @@ def _check(lines: list[dict[str, Any]], recipe: Recipe, total_steps: int) -> Non
     for line in lines:
         if not math.isfinite(line["loss"]):
             raise TrainingError(
-                f"the loss is {line['loss']} at step {line['step']}: stopped. The last checkpoint is sound; go on from it "
-                f"with a lower rate (--set base_lr={recipe.base_lr / 2:g}) or --set precision=fp32, in a new --out"
+                f"the loss is {line['loss']} at step {line['step']}: stopped. Checkpoints are only written of "
+                f"finite losses. Try --set base_lr={recipe.base_lr / 2:g} or --set precision=fp32 in a new --out."
             )
     mean = sum(line["loss"] for line in lines) / len(lines)
     warmed_up = lines[0]["step"] > total_steps * recipe.warmup_epochs / recipe.epochs

@@ -26,7 +26,7 @@ class Recipe:
         mask_ratio: share of a crop's patches that neither view sees.
         kappa, temperature: of the tSP similarity.
         negatives: "local", those of the same process (the reference code), or "global", those of all.
-        crop_size: side in pixels of the training crops; when smaller than image_size, positions are stretched.
+        crop_size: side in pixels of the training crops; when below image_size, positions are stretched.
         crop_scale_min, crop_scale_max: area of a crop as a share of the image.
         crop_ratio_min, crop_ratio_max: its width / height before it is resized to a square.
         interpolation: filter of that resize, antialiased.
@@ -35,14 +35,14 @@ class Recipe:
         view_color: draw a gain, a bias and greyscale per view (not in the paper).
         color_gain, color_bias: half-widths of the uniform draws, per channel, on normalised pixels.
         grey_probability: of a view without colour.
-        cache: "memory" decodes the corpus once to source_size, "none" decodes every crop in workers from the full image.
+        cache: "memory" decodes the corpus once to source_size; "none" cuts every crop from the full image, in workers.
         source_size: side in pixels of the cached images.
         epochs, warmup_epochs: length of the run and of the linear warm-up.
         batch_size: images a step, over all processes.
         base_lr: learning rate at batch 256; the one used is base_lr * batch_size / 256.
         min_lr: where the half-cycle cosine ends.
         beta1, beta2, weight_decay: of AdamW; no decay on biases and norms.
-        compile: compile the transformer blocks (needs a C++ compiler on a CPU); a minute at the start, about 1.4 times the speed.
+        compile: compile the transformer blocks; on a CPU this needs a C++ compiler and a minute at the start.
         save_dtype: of the finished encoder's file.
         precision: "auto" is bf16 autocast where the device computes it fast, else fp32.
         seed: of the initialisation, the order and every draw.
@@ -194,20 +194,7 @@ def get_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
-def recipe_from_dict(fields: dict[str, Any]) -> Recipe:
-    """The recipe that `dataclasses.asdict` took apart, after a journey through JSON.
-
-    Raises:
-        UsageError: a field this version does not know.
-    """
-    known = get_type_hints(Recipe)
-    for key in fields:
-        if key not in known:
-            raise UsageError(unknown("recipe field", key, known))
-    return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-
-
-def _parse_override(text: str) -> tuple[str, object]:
+def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     types = get_type_hints(Recipe)
     if not equals:
@@ -220,7 +207,7 @@ def _parse_override(text: str) -> tuple[str, object]:
         raise UsageError(f"{key}={value}: expected {_describe(types[key])}") from None
 
 
-def _convert(value: str, kind: Any) -> object:
+def _convert(value: str, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(value)

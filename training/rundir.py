@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from micl_zoo.errors import TrainingError
-from micl_zoo.store import atomic_path, write_text
+from micl_zoo.store import atomic_path, package_versions, write_text
 from micl_zoo.transforms import Transform
 from micl_zoo.weights import EncoderConfig, save_weights
 from micl_zoo.zoo import timm_architecture
@@ -52,9 +51,7 @@ class RunDir:
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
             if differences := _differences(there, record):
-                raise TrainingError(
-                    f"{str(path)!r} holds another run; {'; '.join(differences)}. Give another --out, or the same settings."
-                )
+                raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
             return cls(path, there)
         if path.exists() and any(path.iterdir()):
             raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
@@ -111,7 +108,8 @@ class RunDir:
             return 0, 0.0
         try:
             with safe_open(files[-1], framework="pt") as opened:
-                header, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                header = opened.metadata()
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
             raise TrainingError(
                 f"{str(files[-1])!r} is damaged ({error}): delete it to go on from the checkpoint before"
@@ -124,7 +122,7 @@ class RunDir:
         return step, float(header["seconds"])
 
     def save_encoder(self, vit: VisionTransformer, recipe: Recipe) -> Path:
-        """Write `encoder/`, a folder that `micl_zoo.load(weights=…)` and timm's hub loader take; returns the weights file."""
+        """Write `encoder/`, which `micl_zoo.load(weights=…)` and timm's hub loader take; returns the weights file."""
         # Without its times: two runs that compute the same numbers write the same bytes.
         provenance = {key: self.record[key] for key in ("recipe", "data", "command", "commit", "versions", "machine")}
         return save_weights(
@@ -174,17 +172,6 @@ def code_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip() if tracked.returncode == 0 else None
-
-
-def package_versions() -> dict[str, str]:
-    """Of what can change a number."""
-    found = {"python": platform.python_version()}
-    for name in ("micl-zoo", "torch", "timm", "numpy", "pillow", "pyarrow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def machine(device: torch.device) -> dict[str, Any]:

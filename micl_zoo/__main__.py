@@ -1,0 +1,5 @@
+"""`python -m micl_zoo` is `micl-zoo`."""
+
+from .cli import main
+
+main(prog_name="micl-zoo")

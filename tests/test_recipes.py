@@ -1,0 +1,82 @@
+"""Recipes state every number of the method, and refuse what they do not know."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from micl_zoo.errors import UsageError
+from micl_zoo.training.optim import learning_rate, make_optimizer
+from micl_zoo.training.pretrain import make_vit
+from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe
+from micl_zoo.zoo import RECORDS
+
+
+def test_the_paper_recipes_have_the_reference_code_s_numbers() -> None:
+    for name, shape in {"vit_b16.in1k": (768, 12, 12), "vit_l16.in1k": (1024, 24, 16)}.items():
+        recipe = get_recipe(name)
+        assert (recipe.embed_dim, recipe.depth, recipe.num_heads) == shape
+        assert (recipe.mask_ratio, recipe.kappa, recipe.temperature, recipe.negatives) == (0.8, 1 / 64, 0.07, "local")
+        assert (recipe.batch_size, recipe.epochs, recipe.warmup_epochs, recipe.base_lr) == (1800, 200, 10, 5e-5)
+        assert (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.min_lr) == (0.9, 0.95, 0.05, 0)
+        assert (recipe.crop_size, recipe.crop_scale_min, recipe.crop_scale_max) == (224, 0.2, 1)
+        assert (recipe.interpolation, recipe.flip_probability, recipe.view_color) == ("bicubic", 0.5, False)
+        assert recipe.lr == pytest.approx(5e-5 * 1800 / 256)
+
+
+def test_every_recipe_is_in_the_table_and_claims_its_command() -> None:
+    assert {record.recipe for record in RECORDS.values()} == set(RECIPES)
+    for name, make in RECIPES.items():
+        assert make().name == name
+        assert f"micl-zoo train {name} --data" in (make.__doc__ or "")
+
+
+def test_overrides_are_typed() -> None:
+    changes = ["epochs=3", "batch_size=64", "view_color=false", "negatives=global", "pixel_mean=0.5,0.5,0.5"]
+    recipe = get_recipe("vit_ti16.tin200", changes)
+    assert (recipe.epochs, recipe.batch_size, recipe.view_color) == (3.0, 64, False)
+    assert (recipe.negatives, recipe.pixel_mean) == ("global", (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("epoch=3", "unknown recipe field 'epoch'. Did you mean epochs"),
+        ("epochs", "--set takes key=value, got 'epochs'"),
+        ("epochs=many", "epochs=many: expected a number"),
+        ("batch_size=1.5", "batch_size=1.5: expected a whole number"),
+        ("view_color=yes", "view_color=yes: expected true or false"),
+        ("negatives=all", "negatives=all: expected local or global"),
+        ("pixel_mean=0.5,0.5", "expected 3 numbers with commas between"),
+        ("crop_size=100", "crop_size must be a multiple of patch_size 16, got 100"),
+        ("batch_size=1", "batch_size must be at least 2"),
+    ],
+)
+def test_wrong_overrides_say_what_is_expected(change: str, text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        get_recipe("vit_ti16.tin200", [change])
+    assert text in str(caught.value)
+
+
+def test_an_unknown_recipe_lists_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"Did you mean vit_l16\.in1k"):
+        get_recipe("vit_l16.in1")
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero(twin: Recipe) -> None:
+    recipe = dataclasses.replace(twin, epochs=10, warmup_epochs=2)
+    rates = [learning_rate(recipe, step, 100) for step in range(101)]
+    assert rates[0] == 0
+    assert rates[10] == pytest.approx(recipe.lr / 2)
+    assert rates[20] == max(rates) == pytest.approx(recipe.lr)
+    assert rates[60] == pytest.approx(recipe.lr / 2)
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_no_decay_on_biases_and_norms(twin: Recipe) -> None:
+    vit = make_vit(twin)
+    groups = {group["weight_decay"]: group["params"] for group in make_optimizer(vit, twin).param_groups}
+    assert set(groups) == {0.0, 0.05}
+    assert all(parameter.ndim == 1 for parameter in groups[0.0])
+    assert all(parameter.ndim > 1 for parameter in groups[0.05])
