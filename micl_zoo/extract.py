@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +186,7 @@ def embed_batches(
         batch_sampler=_Plan(shards, batch_size),
         num_workers=count,
         collate_fn=_collate,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_settle_worker,
     )
     for ids, pixels, refused in loader:
         rows = np.empty((0, encoder.embed_dim), np.float32)
@@ -232,9 +233,10 @@ def _collate(samples: Sequence[tuple[Entry, np.ndarray | Refused]]) -> tuple[lis
     return ids, torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0), refused
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C is for the parent, which then ends its workers."""
+def _settle_worker(worker: int) -> None:
+    """Ctrl-C is for the parent, which then ends its workers; Pillow's complaints about odd files are for the ledger."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _words(source: SourceLike) -> str:

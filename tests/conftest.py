@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
-
 from micl_zoo.training.micl import init_weights, position_table
 from micl_zoo.training.recipes import Recipe, get_recipe
 from micl_zoo.training.rundir import encoder_config
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
 from micl_zoo.weights import save_weights
 
 # A twin of the shipped recipe that trains in seconds; every code path is the real one.
@@ -45,7 +45,7 @@ def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
     return image
 
 
-@pytest.fixture()
+@pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
     """Makes a folder of `count` JPEG files, half of them in a folder below."""
 

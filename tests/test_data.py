@@ -10,10 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from PIL import Image
-
-from micl_zoo.errors import SourceError
-from micl_zoo.sources import index_source
 from micl_zoo.training.data import (
     CROP_DRAWS,
     Batch,
@@ -27,6 +23,10 @@ from micl_zoo.training.data import (
     visible_patches,
 )
 from micl_zoo.training.recipes import Recipe
+from PIL import Image
+
+from micl_zoo.errors import SourceError
+from micl_zoo.sources import index_source
 
 
 def test_an_epoch_is_a_permutation_and_depends_on_seed_and_epoch_only(twin: Recipe) -> None:

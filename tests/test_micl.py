@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_vit
+from micl_zoo.training.micl import MiCL, contrastive_loss, draw_views, gather_patches, kept_patches, position_table
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from micl_zoo.errors import UsageError
-from micl_zoo.training.micl import MiCL, contrastive_loss, draw_views, gather_patches, kept_patches, position_table
 
 REFERENCE = Path(__file__).parent / "reference"
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

@@ -17,14 +17,14 @@ import pytest
 import timm
 import torch
 from conftest import TWIN
-from safetensors.torch import load_file
-
-import micl_zoo
-from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.training import pretrain as module
 from micl_zoo.training.micl import MiCLOutput
 from micl_zoo.training.pretrain import pretrain
 from micl_zoo.training.recipes import RECIPES, get_recipe
+from safetensors.torch import load_file
+
+import micl_zoo
+from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.weights import header
 
 RECIPE = "vit_ti16.tin200"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
-from micl_zoo.errors import UsageError
 from micl_zoo.training.optim import learning_rate, make_optimizer
 from micl_zoo.training.pretrain import make_vit
 from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe
+
+from micl_zoo.errors import UsageError
 from micl_zoo.zoo import RECORDS
 
 

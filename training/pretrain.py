@@ -79,9 +79,7 @@ def pretrain(
     init_weights(vit, generator=seeded(recipe.seed, 2))
     model = MiCL(vit, mask_ratio=recipe.mask_ratio, kappa=recipe.kappa, temperature=recipe.temperature).train()
     for block in vit.blocks:
-        block.attn.fused_attn &= (
-            target.type != "cpu"
-        )  # on 13 to 20 tokens the CPU's fused backward costs 5x the plain one
+        block.attn.fused_attn &= target.type != "cpu"  # for 13 to 20 tokens the CPU's fused backward is the slower one
     if recipe.compile:
         vit.blocks.compile()
     optimizer = make_optimizer(vit, recipe)

@@ -1,0 +1,123 @@
+"""The command line as people meet it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import TWIN
+
+from micl_zoo import __version__
+from micl_zoo.cli import main
+from micl_zoo.zoo import RECORDS
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("name", ["", *main.commands])
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    result = run(*([name] if name else []), "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert f"micl-zoo {name}".strip() in result.output
+    for parameter in (main.commands[name] if name else main).params:
+        if parameter.param_type_name == "option":
+            assert getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
+
+
+@pytest.mark.skipif(not README.exists(), reason="the installed package has no README beside its tests")
+def test_every_command_is_in_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert all(f"micl-zoo {name}" in text for name in main.commands)
+
+
+def test_version() -> None:
+    assert run("--version").output == f"micl-zoo, version {__version__}\n"
+
+
+def test_extract_says_what_it_did(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
+    folder, out = image_folder(5), tmp_path / "s"
+    (folder / "bad.jpg").write_bytes(b"")
+    words = ("extract", folder, "-o", out, "--weights", encoder_folder, "--workers", 0, "--precision", "fp32")
+    result = run(*words)
+    assert result.exit_code == 0
+    assert "5 of 6 images embedded by vit_ti16.tin200 in fp32, 32 numbers each" in result.output
+    assert f"1 could not be embedded: see {out / 'errors.jsonl'}" in result.output
+    assert "1 shards were done already" in run(*words).output
+    assert run(*words, "--strict").exit_code == 3
+
+
+def test_several_sources(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
+    folder = image_folder(4)
+    words = ("-o", tmp_path / "s", "--weights", encoder_folder, "--workers", 0)
+    assert "2 of 2 images" in run("extract", folder / "000.jpg", folder / "002.jpg", *words).output
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("extract", "nowhere", "-o", "x"), "no such source: 'nowhere'"),
+        (("info", "vit_l61"), "Did you mean vit_l16"),
+        (("train", "vit_l61", "--data", "x", "--out", "y"), "unknown recipe 'vit_l61'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(words: tuple[str, ...], text: str) -> None:
+    result = run(*words)
+    assert result.exit_code == 1
+    assert text in result.output
+    assert result.output.startswith("Error: ")
+    assert result.output.count("\n") == 1
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert run("extract", "x").exit_code == 2
+    assert run("extract", "x", "-o", "y", "--pool", "max").exit_code == 2
+
+
+def test_unpublished_weights_on_the_command_line(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    result = run("extract", image_folder(1), "-o", tmp_path / "s", "--model", "vit_l16")
+    assert result.exit_code == 1
+    assert "micl-zoo train vit_l16.in1k --data IMAGES --out RUN" in result.output
+    assert not (tmp_path / "s").exists()
+
+
+def test_models_and_info() -> None:
+    listing = run("models").output
+    assert all(name in listing for name in RECORDS)
+    assert [json.loads(line)["name"] for line in run("models", "--json").output.splitlines()] == sorted(RECORDS)
+    text = run("info", "vit_b16").output
+    assert "86 M parameters" in text
+    assert "not measured" in text
+    assert "Three ways on" in text
+    assert json.loads(run("info", "vit_l16.in1k", "--json").output)["transform"]["resize"] == 256
+
+
+def test_train_writes_an_encoder(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    sets = [word for change in [*TWIN, "epochs=1", "warmup_epochs=0"] for word in ("--set", change)]
+    result = run("train", "vit_ti16.tin200", "--data", image_folder(8), "--out", tmp_path / "r", *sets)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "r" / "encoder" / "model.safetensors").exists()
+    assert "--set epochs=1" in json.loads((tmp_path / "r" / "run.json").read_text())["command"]
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    heavy = ["torch", "timm", "onnx", "numpy", "pyarrow", "PIL", "rich", "huggingface_hub", "safetensors"]
+    code = (
+        "import sys; import micl_zoo; micl_zoo.__all__, dir(micl_zoo)\n"
+        "from micl_zoo.cli import main\n"
+        "helps = [['--help'], ['extract', '--help'], ['train', '--help']]\n"
+        "for words in [*helps, ['models'], ['info', 'vit_ti16', '--json']]:\n"
+        "    main(words, standalone_mode=False)\n"
+        f"print(sorted(name for name in {heavy} if name in sys.modules))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"

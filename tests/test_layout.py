@@ -1,0 +1,114 @@
+"""Who may import whom, what is public, and that the documents tell the truth about the tree."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import micl_zoo
+from micl_zoo.zoo import RECORDS
+
+ROOT = Path(__file__).parent.parent
+in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="only in a checkout")
+ROOMS = {"micl_zoo": "micl_zoo", "training": "micl_zoo.training", "export": "micl_zoo.export"}
+
+
+def imports(file: Path, package: str) -> Iterator[tuple[str, bool]]:
+    """(absolute module name, whether it stands inside a function) of every import of a file."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
+            yield base, id(node) in inside
+
+
+@in_checkout
+def test_who_imports_whom() -> None:
+    for room, package in ROOMS.items():
+        for file in (ROOT / room).rglob("*.py"):
+            for name, inside in imports(file, package):
+                where = f"{file.relative_to(ROOT)} imports {name}"
+                assert name.split(".")[0] not in ("training", "export", "tests"), where
+                target = next((p for p in ("micl_zoo.training", "micl_zoo.export") if name.startswith(p)), None)
+                if room == "micl_zoo" and target:
+                    assert file.name == "cli.py", where
+                    assert inside, where
+                elif target:
+                    assert target == package, where
+
+
+@in_checkout
+def test_the_command_line_imports_lightly() -> None:
+    light = {"__future__", "dataclasses", "json", "sys", "pathlib", "typing", "click"}
+    outside = {name for name, inside in imports(ROOT / "micl_zoo" / "cli.py", "micl_zoo") if not inside}
+    assert outside <= light | {"micl_zoo._version", "micl_zoo.errors", "micl_zoo.zoo"}
+
+
+def test_public_names_are_sorted_and_all_there() -> None:
+    assert list(micl_zoo.__all__) == sorted(micl_zoo.__all__)
+    assert all(getattr(micl_zoo, name) is not None for name in micl_zoo.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'lod'; it has Encoder"):
+        _ = micl_zoo.lod
+
+
+@in_checkout
+def test_the_readme_s_tree_is_the_repository() -> None:
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout
+    files = {name for name in listed.splitlines() if name.endswith(".py") and not name.endswith("__init__.py")}
+    tree = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert tree is not None
+    folder, named = "", set()
+    for line in tree.group(1).splitlines():
+        if match := re.match(r"^(\w+)/", line):
+            folder = match.group(1)
+        elif match := re.match(r"^  ([\w./-]+)", line):
+            named.add(f"{folder}/{match.group(1)}")
+    missing, gone = files - named, {name for name in named if not (ROOT / name).exists()}
+    assert not missing, f"not in the README's tree: {sorted(missing)}"
+    assert not gone, f"in the README's tree but not there: {sorted(gone)}"
+
+
+@in_checkout
+def test_every_number_of_the_table_is_in_its_record() -> None:
+    for record in RECORDS.values():
+        if record.training_record is None:
+            assert not record.metrics
+            continue
+        kept = json.loads((ROOT / "training" / "records" / record.training_record).read_text(encoding="utf-8"))
+        assert kept["weights"] == {"sha256": record.sha256, "bytes": record.bytes}
+        measured = {data: row["encoder"] for data, row in kept["knn"].items()}
+        assert record.metrics == measured
+        for data, row in kept["knn"].items():
+            assert row["encoder"] > row["random"], data
+            assert row["encoder"] > row["pixels"], data
+            for document in ("MODEL_CARD.md", "training/README.md"):
+                text = (ROOT / document).read_text(encoding="utf-8")
+                expected = f"| {data} | {row['encoder']:.1f} | {row['random']:.1f} | {row['pixels']:.1f} |"
+                assert expected in text, (document, expected)
+
+
+@in_checkout
+def test_tracked_files_are_small_and_hold_no_pickles() -> None:
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout
+    weights = [ROOT / name for name in listed.splitlines() if name.endswith(".safetensors")]
+    sizes = [file.stat().st_size for file in weights]
+    assert max(sizes) <= 48_000_000
+    assert sum(sizes) <= 64_000_000
+    assert not [name for name in listed.splitlines() if name.endswith((".pt", ".pth", ".bin", ".pkl", ".ckpt"))]
