@@ -141,7 +141,7 @@ def train(recipe: str, data: tuple[str, ...], out: Path, **options: Any) -> None
         made = pretrain(recipe, data[0] if len(data) == 1 else data, out, **options)
     except KeyboardInterrupt:
         click.echo(
-            f"\nStopped. The last checkpoint is in {out / 'checkpoints'}: run the same command to go on.", err=True
+            f"\nStopped. Run the same command to go on from the last checkpoint in {out}.", err=True
         )
         sys.exit(130)
     click.echo(f"{made}")

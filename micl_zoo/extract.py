@@ -131,7 +131,7 @@ def extract(
     store = Store.create(Path(out), manifest, index)
     done = store.done()
     pending = [shard for shard in range(manifest.shards) if shard not in done]
-    before = manifest.rows - sum(len(store.shard(shard)) for shard in pending)
+    before = manifest.rows - sum(map(store.shard_size, pending))
     start = time.monotonic()
     with progress(f"embedding with {encoder.name}", manifest.rows, done=before) as tick:
         batches = embed_batches(
@@ -140,7 +140,7 @@ def extract(
         refused_now = 0
         for shard in pending:
             parts: list[Embedded] = []
-            for _ in range(math.ceil(len(store.shard(shard)) / batch_size)):
+            for _ in range(math.ceil(store.shard_size(shard) / batch_size)):
                 parts.append(next(batches))
                 refused_now += len(parts[-1].refused)
                 tick(len(parts[-1].ids) + len(parts[-1].refused), f"{refused_now} refused" if refused_now else "")

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import StoreError
-from .sources import INDEX_SCHEMA, ImageIndex
+from .sources import ImageIndex
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,7 +160,8 @@ class Store:
         rows = manifest.shard_rows * SHARDS_PER_INDEX_PART
         for number, start in enumerate(range(0, len(index), rows)):
             with atomic_path(path / "index" / f"part-{number:05d}.parquet") as temporary:
-                pq.write_table(index.slice(start, rows).table, temporary, compression="zstd")
+                part = index.slice(start, rows).table
+                pq.write_table(part, temporary, compression="zstd", row_group_size=manifest.shard_rows)
         write_text(path / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
         return cls(path, manifest)
 
@@ -175,8 +176,12 @@ class Store:
     def shard(self, number: int) -> ImageIndex:
         """The images of one shard, from its number alone."""
         part, within = divmod(number, SHARDS_PER_INDEX_PART)
-        table = pq.read_table(self.path / "index" / f"part-{part:05d}.parquet", schema=INDEX_SCHEMA)
-        return ImageIndex(table).slice(within * self.manifest.shard_rows, self.manifest.shard_rows)
+        file = pq.ParquetFile(self.path / "index" / f"part-{part:05d}.parquet")
+        return ImageIndex(file.read_row_group(within))  # a row group a shard, see create
+
+    def shard_size(self, number: int) -> int:
+        """Images in one shard."""
+        return min(self.manifest.shard_rows, self.manifest.rows - number * self.manifest.shard_rows)
 
     def write_part(self, shard: int, ids: list[str], rows: np.ndarray, refused: list[RefusedRow]) -> None:
         """Write one finished shard: its rows and its ledger lines in one atomic file.

@@ -40,7 +40,7 @@ class EncoderConfig:
     model_args: dict[str, Any]
     embed_dim: int
     transform: Transform
-    license: str = "apache-2.0"
+    license: str = "unknown"
 
     def to_json(self) -> str:
         """The text of `config.json`."""

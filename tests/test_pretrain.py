@@ -53,6 +53,9 @@ def test_a_run_learns_and_leaves_what_is_promised(image_folder: Callable[..., Pa
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert header(made)["provenance"]["recipe"] == record["recipe"]
 
+    before = made.stat().st_mtime_ns
+    assert pretrain(RECIPE, folder, run, overrides=[*TWIN, "epochs=20", "base_lr=0.05"], device="cpu") == made
+    assert made.stat().st_mtime_ns == before  # a finished run is left alone
     encoder = micl_zoo.load(weights=run / "encoder", device="cpu")
     assert encoder.embed(sorted(folder.glob("*.jpg"))).shape == (16, 32)
 

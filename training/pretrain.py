@@ -66,6 +66,8 @@ def pretrain(
     command = f"micl-zoo train {recipe.name} --data {data}" + "".join(f" --set {change}" for change in overrides)
     facts = {"source": str(data), "images": len(index), "fingerprint": index.fingerprint()}
     run = RunDir.open(Path(out), run_record(recipe, facts, command, target))
+    if run.finished_encoder is not None:
+        return run.finished_encoder
 
     corpus: Corpus
     if recipe.cache == "memory":

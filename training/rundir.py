@@ -20,7 +20,7 @@ from torch import Tensor
 from micl_zoo.errors import TrainingError
 from micl_zoo.store import atomic_path, package_versions, write_text
 from micl_zoo.transforms import Transform
-from micl_zoo.weights import EncoderConfig, save_weights
+from micl_zoo.weights import WEIGHTS_FILE, EncoderConfig, save_weights
 from micl_zoo.zoo import timm_architecture
 
 from .recipes import Recipe
@@ -58,6 +58,12 @@ class RunDir:
         run = cls(path, record)
         run.save_record()
         return run
+
+    @property
+    def finished_encoder(self) -> Path | None:
+        """The weights file of a run that has come to its end."""
+        file = self.path / "encoder" / WEIGHTS_FILE
+        return file if "result" in self.record and file.exists() else None
 
     def save_record(self) -> None:
         """Write run.json."""
