@@ -33,7 +33,7 @@ from micl_zoo.transforms import Transform
 from micl_zoo.weights import file_sha256
 
 K, TEMPERATURE = 20, 0.07
-BANK = 20_000  # training images the neighbours are looked for among; the first so many of the (shuffled) files
+BANK = 10_000  # training images the neighbours are looked for among; the first so many of the (shuffled) files
 SETS = {
     "tin200": ("tin200/train-*.parquet", "tin200/val.parquet"),
     "caltech101": ("caltech101/train.parquet", "caltech101/test.parquet"),
