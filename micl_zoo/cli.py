@@ -25,6 +25,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except MiclZooError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # a folder that cannot be written, a full disk
+            raise click.ClickException(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")) from error
 
 
 @click.group(
@@ -109,7 +111,7 @@ def extract(source: tuple[str, ...], out: Path, strict: bool, **options: Any) ->
     epilog="""\b
 Examples:
   micl-zoo train vit_ti16.tin200 --data "tin200/train-*.parquet" --out runs/vit_ti16.tin200
-  micl-zoo train vit_ti16.tin200 --data photos/ --out runs/mine --set epochs=50 --set batch_size=256
+  micl-zoo train vit_ti16.tin200 --data photos/ --out runs/mine --set name=vit_ti16.mine --set batch_size=64
   micl-zoo train vit_b16.in1k --data imagenet/train --out runs/vit_b16 --device cuda"""
 )
 @click.argument("recipe")
@@ -140,9 +142,7 @@ def train(recipe: str, data: tuple[str, ...], out: Path, **options: Any) -> None
     try:
         made = pretrain(recipe, data[0] if len(data) == 1 else data, out, **options)
     except KeyboardInterrupt:
-        click.echo(
-            f"\nStopped. Run the same command to go on from the last checkpoint in {out}.", err=True
-        )
+        click.echo(f"\nStopped. Run the same command to go on from the last checkpoint in {out}.", err=True)
         sys.exit(130)
     click.echo(f"{made}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import timm
@@ -69,6 +69,8 @@ class Encoder(nn.Module):
 
     def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
         """Normalised images (B, 3, H, W) -> embeddings (B, D): the class token, or the mean of the patch tokens."""
+        if pool not in get_args(Pool):
+            raise UsageError(f"unknown pool {pool!r}. Valid: {', '.join(get_args(Pool))}.")
         tokens = self._tokens(pixel_values)  # (B, 1 + N, D)
         return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
 
@@ -117,7 +119,6 @@ class Encoder(nn.Module):
     ) -> np.ndarray:
         """Transformed pixels (B, size, size, 3) uint8 -> (B, D) float32 on the host."""
         pixel_values = self.transform.normalise(torch.from_numpy(pixels).to(self.device))
-        pixel_values = pixel_values.to(self.vit.cls_token.dtype)
         with torch.autocast(self.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
             rows = self(pixel_values, pool).float()
         rows = F.normalize(rows, dim=-1) if normalize else rows
@@ -130,7 +131,7 @@ class Encoder(nn.Module):
                 f"pixel_values must be (B, 3, {side}, {side}), normalised as encoder.transform does it; "
                 f"got {tuple(pixel_values.shape)}"
             )
-        return cast(Tensor, self.vit.forward_features(pixel_values))
+        return cast(Tensor, self.vit.forward_features(pixel_values.to(self.vit.cls_token)))
 
 
 def load(
@@ -179,7 +180,10 @@ def load(
 
 
 def _build(config: EncoderConfig, weights: Weights | None, record: Record | None) -> Encoder:
-    vit = timm.create_model(config.architecture, pretrained=False, num_classes=0, **config.model_args)
+    try:
+        vit = timm.create_model(config.architecture, pretrained=False, num_classes=0, **config.model_args)
+    except (RuntimeError, TypeError) as error:
+        raise WeightsError(f"timm cannot build {config.architecture!r} with {config.model_args}: {error}") from None
     if weights is not None:
         state = {key: value.float() for key, value in load_file(weights.path).items()}
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import math
 import os
+import shlex
 import signal
 import time
 import warnings
@@ -26,8 +27,6 @@ from .sources import Entry, ImageIndex, Reader, SourceLike, index_source
 from .store import Manifest, RefusedRow, Store, package_versions
 from .transforms import Transform
 from .zoo import DEFAULT
-
-log = logging.getLogger(__name__)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 MAX_WORKERS = 16
@@ -111,23 +110,7 @@ def extract(
     autocast, precision_used = resolve_precision(precision, encoder.device)
     options = [] if isinstance(model, Encoder) else [f"--model {model}"]
     options += [f"--weights {os.fspath(weights)}"] if weights else []
-    options += [f"--pool {pool} --shard-rows {shard_rows} --precision {precision_used}"]
-    options += [] if normalize else ["--no-normalize"]
-    manifest = Manifest(
-        model=encoder.name,
-        weights_sha256=encoder.weights_sha256 or "random",
-        transform=encoder.transform.id,
-        pool=pool,
-        normalized=normalize,
-        precision=precision_used,
-        dtype="float32",
-        dim=encoder.embed_dim,
-        index_sha256=index.fingerprint(),
-        shard_rows=shard_rows,
-        rows=len(index),
-        command=f"micl-zoo extract {_words(source)} {' '.join(options)}",
-        versions=package_versions(),
-    )
+    manifest = _manifest(encoder, index, source, options, pool, shard_rows, precision_used, normalize)
     store = Store.create(Path(out), manifest, index)
     done = store.done()
     pending = [shard for shard in range(manifest.shards) if shard not in done]
@@ -156,6 +139,51 @@ def extract(
     return summary
 
 
+def _manifest(
+    encoder: Encoder,
+    index: ImageIndex,
+    source: SourceLike,
+    options: list[str],
+    pool: Pool,
+    shard_rows: int,
+    precision: str,
+    normalize: bool,
+) -> Manifest:
+    paths = [source] if isinstance(source, str | os.PathLike) else source
+    words = [shlex.quote(os.fspath(path)) for path in paths]
+    words += [*options, f"--pool {pool} --shard-rows {shard_rows} --precision {precision}"]
+    words += [] if normalize else ["--no-normalize"]
+    return Manifest(
+        model=encoder.name,
+        weights_sha256=encoder.weights_sha256 or _tensors_sha256(encoder),
+        transform=encoder.transform.id,
+        pool=pool,
+        normalized=normalize,
+        precision=precision,
+        dtype="float32",
+        dim=encoder.embed_dim,
+        index_sha256=index.fingerprint(),
+        shard_rows=shard_rows,
+        rows=len(index),
+        command=" ".join(["micl-zoo extract", *words]),
+        versions=package_versions(),
+    )
+
+
+def _tensors_sha256(encoder: Encoder) -> str:
+    """Tells random weights apart, which come from no file."""
+    digest = hashlib.sha256()
+    for name, tensor in encoder.vit.state_dict().items():
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def default_workers() -> int:
+    """Processes that decode, where nothing else is asked for: one a core this process may use, MAX_WORKERS at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:
     """The autocast dtype, None for float32, and its name.
 
@@ -180,11 +208,10 @@ def embed_batches(
     normalize: bool = True,
 ) -> Iterator[Embedded]:
     """Embed indexes one after the other, in order, in batches that never span two of them."""
-    count = min(os.cpu_count() or 1, MAX_WORKERS) if workers is None else workers
     loader = DataLoader(
         _Pixels(encoder.transform),
         batch_sampler=_Plan(shards, batch_size),
-        num_workers=count,
+        num_workers=default_workers() if workers is None else workers,
         collate_fn=_collate,
         worker_init_fn=_settle_worker,
     )
@@ -237,7 +264,3 @@ def _settle_worker(worker: int) -> None:
     """Ctrl-C is for the parent, which then ends its workers; Pillow's complaints about odd files are for the ledger."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
-
-
-def _words(source: SourceLike) -> str:
-    return " ".join(map(os.fspath, [source] if isinstance(source, str | os.PathLike) else source))  # type: ignore[arg-type]

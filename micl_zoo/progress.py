@@ -36,7 +36,9 @@ def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> I
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
     clocks = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
-    with Progress(*columns, *clocks, console=Console(stderr=True), refresh_per_second=4) as bar:
+    with Progress(
+        *columns, *clocks, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600
+    ) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
         note_now = ""
 

@@ -134,14 +134,22 @@ def index_source(source: SourceLike) -> ImageIndex:
         The index, in sorted order within each folder. Ids are paths relative to the folder, or `file.parquet#row`.
 
     Raises:
-        SourceError: nothing there, or nothing in it that can be an image.
+        SourceError: nothing there, nothing in it that can be an image, a folder that cannot be read, or an id twice.
     """
     many = [source] if isinstance(source, str | os.PathLike) else list(source)
     tables = [table for one in many for table in _list_one(os.fspath(one))]
     table = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
     if not table.num_rows:
         raise SourceError(f"no images given: the source is empty ({many!r})")
-    return ImageIndex(table.combine_chunks())
+    table = table.combine_chunks()
+    if len(table["id"].unique()) < len(table):
+        counts = table["id"].value_counts().to_pylist()
+        twice = next(count["values"] for count in counts if count["counts"] > 1)
+        raise SourceError(
+            f"the id {twice!r} occurs more than once, and ids name the rows: list no image twice, and give one folder "
+            "above several that have the same names in them"
+        )
+    return ImageIndex(table)
 
 
 def _list_one(source: str) -> Iterator[pa.Table]:
@@ -181,28 +189,34 @@ def _list_folder(folder: Path) -> pa.Table:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Every visible file below the folder, sorted, without following links to folders (they may loop)."""
-    for root, folders, files in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(f"cannot read the folder {error.filename!r} ({error.strerror}): allow it, or list the others")
+
+    for root, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _list_files(paths: Iterable[Path], base: Path) -> pa.Table:
-    rows = []
-    for path in paths:
-        try:
-            size = path.stat().st_size
-        except OSError:
-            size = 0  # a dangling link: reading it gives the ledger its reason
-        rows.append(Entry(path.relative_to(base).as_posix(), str(path.absolute()), 0, size))
-    return _table(rows)
+    return _table([Entry(path.relative_to(base).as_posix(), str(path.absolute()), 0, _size(path)) for path in paths])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # a dangling link: reading it gives the ledger its reason
 
 
 def _list_file(path: Path) -> pa.Table:
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if name := line.strip():
-            target = (path.parent / name).absolute()
-            rows.append(Entry(name, str(target), 0, target.stat().st_size if target.exists() else 0))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"the list {str(path)!r} is not UTF-8 text: {error}") from None
+    names = [line.strip() for line in lines if line.strip()]
+    targets = [(path.parent / name).absolute() for name in names]
+    rows = [Entry(name, str(target), 0, _size(target)) for name, target in zip(names, targets, strict=True)]
     if not rows:
         raise SourceError(f"the list {str(path)!r} is empty: one path a line is expected")
     return _table(rows)

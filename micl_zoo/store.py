@@ -67,8 +67,8 @@ class Manifest:
     """What every row of a store has in common; to go on with a store, all but rows, command and versions must agree.
 
     Attributes:
-        model: `arch.tag`, or the file the weights came from.
-        weights_sha256: of the safetensors file.
+        model: `arch.tag`.
+        weights_sha256: of the safetensors file; for random weights, of the tensors.
         transform: the transform's id.
         pool: "cls" or "mean".
         normalized: rows have unit length.
@@ -154,16 +154,23 @@ class Store:
                 raise StoreError(
                     f"{str(path)!r} holds other embeddings; " + "; ".join(differences) + ". Give another output folder."
                 )
+            if len(index) and store.shard(0)[0].uri != index[0].uri:
+                store.write_index(index)  # the pictures were moved since
             return store
         if path.exists() and any(not _leftover(child.name) for child in path.iterdir()):
             raise StoreError(f"{str(path)!r} exists and is no store of embeddings: give a new or empty folder")
-        rows = manifest.shard_rows * SHARDS_PER_INDEX_PART
-        for number, start in enumerate(range(0, len(index), rows)):
-            with atomic_path(path / "index" / f"part-{number:05d}.parquet") as temporary:
-                part = index.slice(start, rows).table
-                pq.write_table(part, temporary, compression="zstd", row_group_size=manifest.shard_rows)
+        store = cls(path, manifest)
+        store.write_index(index)
         write_text(path / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-        return cls(path, manifest)
+        return store
+
+    def write_index(self, index: ImageIndex) -> None:
+        """Write index/, in parts of SHARDS_PER_INDEX_PART shards, a row group a shard."""
+        rows = self.manifest.shard_rows * SHARDS_PER_INDEX_PART
+        for number, start in enumerate(range(0, len(index), rows)):
+            with atomic_path(self.path / "index" / f"part-{number:05d}.parquet") as temporary:
+                part = index.slice(start, rows).table
+                pq.write_table(part, temporary, compression="zstd", row_group_size=self.manifest.shard_rows)
 
     def part_path(self, shard: int) -> Path:
         """Where shard number `shard` is, or will be."""
@@ -171,13 +178,14 @@ class Store:
 
     def done(self) -> set[int]:
         """Numbers of the shards that exist, by one listing."""
-        return {int(child.stem.removeprefix("part-")) for child in self.path.glob("part-*.parquet")}
+        numbers = (child.stem.removeprefix("part-") for child in self.path.glob("part-*.parquet"))
+        return {int(number) for number in numbers if number.isdecimal()}
 
     def shard(self, number: int) -> ImageIndex:
         """The images of one shard, from its number alone."""
         part, within = divmod(number, SHARDS_PER_INDEX_PART)
         file = pq.ParquetFile(self.path / "index" / f"part-{part:05d}.parquet")
-        return ImageIndex(file.read_row_group(within))  # a row group a shard, see create
+        return ImageIndex(file.read_row_group(within))  # a row group a shard, see write_index
 
     def shard_size(self, number: int) -> int:
         """Images in one shard."""
@@ -205,7 +213,7 @@ class Store:
     def refused(self) -> Iterator[RefusedRow]:
         """The ledger, in index order, as the parts hold it."""
         for shard in sorted(self.done()):
-            metadata = pq.read_schema(self.part_path(shard)).metadata or {}
+            metadata = self._metadata(shard).metadata or {}
             yield from (RefusedRow(**row) for row in json.loads(metadata.get(LEDGER_KEY, b"[]")))
 
     def write_ledger(self) -> int:
@@ -220,7 +228,7 @@ class Store:
         return len(self.done()) == self.manifest.shards
 
     def __len__(self) -> int:
-        return sum(pq.read_metadata(self.part_path(shard)).num_rows for shard in self.done())
+        return sum(self._metadata(shard).num_rows for shard in self.done())
 
     @property
     def ids(self) -> list[str]:
@@ -268,10 +276,19 @@ class Store:
         return pd.DataFrame(self.embeddings, index=pd.Index(self.ids, name="id"))
 
     def _read(self, shard: int, columns: list[str]) -> pa.Table:
-        path = self.part_path(shard)
+        with self._damage(shard):
+            return pq.read_table(self.part_path(shard), columns=columns)
+
+    def _metadata(self, shard: int) -> pq.FileMetaData:
+        with self._damage(shard):
+            return pq.read_metadata(self.part_path(shard))
+
+    @contextlib.contextmanager
+    def _damage(self, shard: int) -> Iterator[None]:
         try:
-            return pq.read_table(path, columns=columns)
+            yield
         except (OSError, pa.ArrowException) as error:
+            path = self.part_path(shard)
             raise StoreError(
                 f"{str(path)!r} is damaged ({error}): delete it and run the same extract command again"
             ) from None

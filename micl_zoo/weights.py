@@ -208,7 +208,9 @@ def record_weights(record: Record) -> Weights:
             f"the weights of {record.name} are not the published ones: sha256 {found}, expected {record.sha256}. "
             f"Delete {file.name} where it lies ({file.parent}) and load again."
         )
-    return Weights(file, found, EncoderConfig.from_json(header(file)["config"], where=record.name))
+    config = EncoderConfig.from_json(header(file).get("config", {}), where=record.name)
+    assert config.transform == record.transform, (config.transform, record.transform)
+    return Weights(file, found, config)
 
 
 def not_published(record: Record) -> str:

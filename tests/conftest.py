@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: networks this small are slowed down by a second thread
+
 from collections.abc import Callable
 from pathlib import Path
 

@@ -20,6 +20,7 @@ from micl_zoo.training.data import (
     crop_boxes,
     draw,
     resample,
+    steps_per_epoch,
     visible_patches,
 )
 from micl_zoo.training.recipes import Recipe
@@ -47,7 +48,7 @@ def test_draws_depend_on_the_step_only(twin: Recipe) -> None:
 
 def test_a_corpus_smaller_than_a_batch_is_an_error(twin: Recipe) -> None:
     with pytest.raises(SourceError, match=r"has 5 usable images .* takes 8.*--set batch_size=5"):
-        batch_rows(twin, 5, 0)
+        steps_per_epoch(twin, 5)
 
 
 @pytest.mark.parametrize("aspect", [0.3, 1.0, 3.0])

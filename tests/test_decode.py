@@ -64,6 +64,16 @@ def test_transparency_is_on_white() -> None:
     assert decode(encoded(palette, "GIF", transparency=palette.getpixel((3, 3)))).getpixel((3, 3)) == (255, 255, 255)
 
 
+def test_a_transparent_colour_of_an_rgb_png_is_white() -> None:
+    image = Image.new("RGB", (4, 4), (9, 8, 7))
+    assert decode(encoded(image, "PNG", transparency=(9, 8, 7))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_lab_pixels_decode_or_are_refused() -> None:
+    with contextlib.suppress(Refused):
+        assert decode(encoded(Image.new("LAB", (4, 4)), "TIFF")).mode == "RGB"
+
+
 def test_sixteen_bits_are_cut_to_eight() -> None:
     levels = np.array([[0, 257 * 10], [257 * 128, 65535]], dtype=np.uint16)
     got = np.asarray(decode(encoded(Image.fromarray(levels), "PNG")))

@@ -201,6 +201,23 @@ def test_other_weights_and_other_images_are_refused(
         extract(folder, folder, weights=encoder_folder, workers=0)
 
 
+def test_moved_pictures_are_found_again(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder, out = image_folder(6), tmp_path / "s"
+    extract(folder, out, weights=encoder_folder, shard_rows=3, workers=0)
+    (out / "part-00001.parquet").unlink()
+    summary = extract(folder.rename(tmp_path / "moved"), out, weights=encoder_folder, shard_rows=3, workers=0)
+    assert (summary.embedded, summary.refused) == (6, 0)
+
+
+def test_random_encoders_are_not_mixed(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = image_folder(1)
+    extract(folder, tmp_path / "s", model=micl_zoo.load(pretrained=False, device="cpu"), workers=0)
+    with pytest.raises(StoreError, match="weights_sha256"):
+        extract(folder, tmp_path / "s", model=micl_zoo.load(pretrained=False, device="cpu"), workers=0)
+
+
 def test_stores_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"has no manifest\.json"):
         micl_zoo.open_store(tmp_path)

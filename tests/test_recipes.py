@@ -51,6 +51,9 @@ def test_overrides_are_typed() -> None:
         ("pixel_mean=0.5,0.5", "expected 3 numbers with commas between"),
         ("crop_size=100", "crop_size must be a multiple of patch_size 16, got 100"),
         ("batch_size=1", "batch_size must be at least 2"),
+        ("num_heads=0", "num_heads must be at least 1, got 0"),
+        ("warmup_epochs=500", "warmup_epochs must be from 0 to epochs 12, got 500"),
+        ("norm_eps=1e-5", "norm_eps must be 1e-06"),
     ],
 )
 def test_wrong_overrides_say_what_is_expected(change: str, text: str) -> None:

@@ -89,6 +89,12 @@ def test_the_fingerprint_follows_the_images_not_the_place(image_folder: Callable
     assert index_source(moved).fingerprint() != before
 
 
+def test_an_id_twice_is_an_error(image_folder: Callable[..., Path]) -> None:
+    folder, other = image_folder(2), image_folder(2, "others")
+    with pytest.raises(SourceError, match=r"the id '000\.jpg' occurs more than once"):
+        index_source([folder, other])
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

@@ -72,21 +72,26 @@ def seeded(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def batch_rows(recipe: Recipe, images: int, step: int) -> Tensor:
-    """Rows of the corpus in batch number `step`: (B,).
-
-    An epoch is one permutation; its incomplete last batch is left out.
+def steps_per_epoch(recipe: Recipe, images: int) -> int:
+    """Whole batches in a corpus.
 
     Raises:
         SourceError: a corpus smaller than one batch.
     """
-    per_epoch = images // recipe.batch_size
-    if not per_epoch:
+    if images < recipe.batch_size:
         raise SourceError(
             f"the corpus has {images} usable images and a batch of {recipe.name} takes {recipe.batch_size}: "
             f"give more images, or a smaller batch with --set batch_size={images}"
         )
-    epoch, at = divmod(step, per_epoch)
+    return images // recipe.batch_size
+
+
+def batch_rows(recipe: Recipe, images: int, step: int) -> Tensor:
+    """Rows of the corpus in batch number `step`: (B,).
+
+    An epoch is one permutation; its incomplete last batch is left out.
+    """
+    epoch, at = divmod(step, steps_per_epoch(recipe, images))
     order = torch.randperm(images, generator=seeded(recipe.seed, 0, epoch))
     return order[at * recipe.batch_size : (at + 1) * recipe.batch_size]
 

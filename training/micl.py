@@ -133,9 +133,9 @@ def kept_patches(num_patches: int, mask_ratio: float) -> int:
     """
     kept = math.floor(num_patches * (1 - mask_ratio)) // 2 * 2
     if kept < 2:
-        limit = 1 - 2 / num_patches
+        limit = math.floor(1e4 * (1 - 2 / num_patches)) / 1e4
         raise UsageError(
-            f"mask_ratio {mask_ratio} of {num_patches} patches leaves no patch for two views: use {limit:.4g} at most"
+            f"mask_ratio {mask_ratio} of {num_patches} patches leaves no patch for two views: use {limit} at most"
         )
     return kept
 

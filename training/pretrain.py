@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +16,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from micl_zoo.encoder import bf16_is_fast, resolve_device
-from micl_zoo.errors import TrainingError
+from micl_zoo.errors import TrainingError, UsageError
+from micl_zoo.extract import default_workers
 from micl_zoo.progress import Tick, progress
 from micl_zoo.sources import SourceLike, index_source
 
-from .data import Corpus, MemoryCorpus, StreamedCorpus, seeded, visible_patches
+from .data import Corpus, MemoryCorpus, StreamedCorpus, seeded, steps_per_epoch, visible_patches
 from .micl import MiCL, init_weights, kept_patches
 from .optim import learning_rate, make_optimizer, set_learning_rate
 from .recipes import Recipe, get_recipe
@@ -55,16 +58,21 @@ def pretrain(
         The file of the finished encoder, or the run's folder when `max_steps` came first.
 
     Raises:
-        UsageError, SourceError: recipe or data that cannot be used.
+        UsageError, SourceError: recipe or data that cannot be used, a corpus smaller than one batch among them.
         TrainingError: a folder with another run in it, or a loss that is not finite.
     """
+    if overrides and not isinstance(recipe, str):
+        raise UsageError("overrides change a recipe given by name; change a Recipe with dataclasses.replace")
     recipe = get_recipe(recipe, overrides) if isinstance(recipe, str) else recipe
     target = resolve_device(device)
+    _check_compiler(recipe, target)
     kept_patches(recipe.num_patches, recipe.mask_ratio)  # fails now and not after the corpus has been read
     autocast = _autocast(recipe, target)
     index = index_source(data)
-    command = f"micl-zoo train {recipe.name} --data {data}" + "".join(f" --set {change}" for change in overrides)
-    facts = {"source": str(data), "images": len(index), "fingerprint": index.fingerprint()}
+    paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
+    options = [("--data", path) for path in paths] + [("--set", change) for change in overrides]
+    command = " ".join(["micl-zoo train", recipe.name, *(f"{name} {shlex.quote(word)}" for name, word in options)])
+    facts = {"source": " ".join(paths), "images": len(index), "fingerprint": index.fingerprint()}
     run = RunDir.open(Path(out), run_record(recipe, facts, command, target))
     if run.finished_encoder is not None:
         return run.finished_encoder
@@ -75,10 +83,12 @@ def pretrain(
             corpus = MemoryCorpus.load(index, recipe.source_size, tick=tick)
         corpus.images = corpus.images.to(target)
     else:
-        corpus = StreamedCorpus(index, min(os.cpu_count() or 1, 16) if workers is None else workers, [])
+        corpus = StreamedCorpus(index, default_workers() if workers is None else workers, [])
+    total_steps = max(1, round(recipe.epochs * steps_per_epoch(recipe, len(corpus))))
 
-    vit = make_vit(recipe).to(target)
-    init_weights(vit, generator=seeded(recipe.seed, 2))
+    vit = make_vit(recipe)
+    init_weights(vit, generator=seeded(recipe.seed, 2))  # on the CPU: the same weights for every device
+    vit.to(target)
     model = MiCL(vit, mask_ratio=recipe.mask_ratio, kappa=recipe.kappa, temperature=recipe.temperature).train()
     for block in vit.blocks:
         block.attn.fused_attn &= target.type != "cpu"  # for 13 to 20 tokens the CPU's fused backward is the slower one
@@ -88,7 +98,6 @@ def pretrain(
     first_step, seconds_before = run.load_checkpoint(vit, optimizer)
     run.forget_after(first_step)
 
-    total_steps = recipe.total_steps(len(corpus))
     last_step = min(total_steps, max_steps or total_steps)
     grid = (recipe.crop_size // recipe.patch_size,) * 2
     clock = _Clock(recipe, seconds_before)
@@ -109,7 +118,7 @@ def pretrain(
             finished = step + 1 == last_step
             if len(pending) == FLUSH_STEPS or finished:
                 lines = _lines(pending, len(corpus), recipe, clock)
-                _check(lines, recipe, total_steps)
+                _check(lines, recipe, total_steps, clock)
                 run.log(lines)
                 _show(tick, lines, last_step)
                 pending.clear()
@@ -143,11 +152,19 @@ def make_vit(recipe: Recipe) -> VisionTransformer:
     )
 
 
+def _check_compiler(recipe: Recipe, device: torch.device) -> None:
+    """Before anything is written: compiling for the CPU needs a C++ compiler."""
+    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
+    if recipe.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise TrainingError("compile=true needs a C++ compiler, none was found: install one, or --set compile=false")
+
+
 class _Clock:
-    """Seconds of training, earlier pieces of the run included, and when the next checkpoint is due."""
+    """Seconds of training, earlier pieces of the run included; when a checkpoint is due; whether collapse was told."""
 
     def __init__(self, recipe: Recipe, seconds_before: float) -> None:
         self.start = self.last_lines = self.last_checkpoint = time.monotonic()
+        self.warned = False
         self.before, self.every = seconds_before, 60 * recipe.checkpoint_minutes
 
     def seconds(self) -> float:
@@ -156,7 +173,7 @@ class _Clock:
     def lap(self) -> float:
         now = time.monotonic()
         lap, self.last_lines = now - self.last_lines, now
-        return lap
+        return max(lap, 1e-9)
 
     def checkpoint_due(self) -> bool:
         if due := time.monotonic() - self.last_checkpoint >= self.every:
@@ -176,7 +193,7 @@ def _lines(
     return [
         {
             "step": step,
-            "epoch": round(step / (images // recipe.batch_size), 4),
+            "epoch": round(step / steps_per_epoch(recipe, images), 4),
             "loss": loss.item(),
             "accuracy": accuracy.item(),
             "lr": lr,
@@ -187,7 +204,7 @@ def _lines(
     ]
 
 
-def _check(lines: list[dict[str, Any]], recipe: Recipe, total_steps: int) -> None:
+def _check(lines: list[dict[str, Any]], recipe: Recipe, total_steps: int, clock: _Clock) -> None:
     """Stop on a loss that is not finite, warn at one that stays at ln(batch)."""
     for line in lines:
         if not math.isfinite(line["loss"]):
@@ -197,7 +214,8 @@ def _check(lines: list[dict[str, Any]], recipe: Recipe, total_steps: int) -> Non
             )
     mean = sum(line["loss"] for line in lines) / len(lines)
     warmed_up = lines[0]["step"] > total_steps * recipe.warmup_epochs / recipe.epochs
-    if warmed_up and mean > COLLAPSE * math.log(recipe.batch_size):
+    if warmed_up and not clock.warned and mean > COLLAPSE * math.log(recipe.batch_size):
+        clock.warned = True
         log.warning(
             "the loss is %.3f, that of a network which gives every image the same embedding (ln %d = %.3f): "
             "lower base_lr or lengthen warmup_epochs",

@@ -101,12 +101,14 @@ class Recipe:
         """N, patches of one training crop."""
         return (self.crop_size // self.patch_size) ** 2
 
-    def total_steps(self, images: int) -> int:
-        """Steps of the whole run over a corpus of that many images: epochs x whole batches an epoch."""
-        return round(self.epochs * (images // self.batch_size))
-
     def __post_init__(self) -> None:
+        whole = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "crop_size", "source_size")
+        if wrong := [name for name in whole if getattr(self, name) < 1]:
+            raise UsageError(f"recipe {self.name}: {wrong[0]} must be at least 1, got {getattr(self, wrong[0])}")
         must = {
+            "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
+            "seed must be at least 0": self.seed >= 0,
+            f"warmup_epochs must be from 0 to epochs {self.epochs:g}": 0 <= self.warmup_epochs <= self.epochs,
             f"crop_size must be a multiple of patch_size {self.patch_size}": self.crop_size % self.patch_size == 0,
             f"image_size must be a multiple of patch_size {self.patch_size}": self.image_size % self.patch_size == 0,
             f"embed_dim must be a multiple of num_heads {self.num_heads}": self.embed_dim % self.num_heads == 0,

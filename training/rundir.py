@@ -21,7 +21,7 @@ from micl_zoo.errors import TrainingError
 from micl_zoo.store import atomic_path, package_versions, write_text
 from micl_zoo.transforms import Transform
 from micl_zoo.weights import WEIGHTS_FILE, EncoderConfig, save_weights
-from micl_zoo.zoo import timm_architecture
+from micl_zoo.zoo import RECORDS, timm_architecture
 
 from .recipes import Recipe
 
@@ -52,8 +52,11 @@ class RunDir:
             there = json.loads(file.read_text(encoding="utf-8"))
             if differences := _differences(there, record):
                 raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
+            where = {key: record[key] for key in ("commit", "versions", "machine")}
+            if where != {key: there[key] for key in where}:
+                there.setdefault("resumed", []).append({**where, "started": record["started"]})
             return cls(path, there)
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
             raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
         run = cls(path, record)
         run.save_record()
@@ -85,8 +88,17 @@ class RunDir:
     def save_checkpoint(
         self, step: int, seconds: float, vit: VisionTransformer, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Write weights and optimiser state after `step` steps; keep the last two checkpoints."""
+        """Write weights and optimiser state after `step` steps; keep the last two checkpoints.
+
+        Raises:
+            TrainingError: weights that are not finite; nothing is written.
+        """
         tensors = {f"model.{name}": value for name, value in vit.state_dict().items()}
+        if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+            raise TrainingError(
+                f"after step {step} {broken[0]} is not finite: stopped, the checkpoints before are sound. "
+                "Try a lower base_lr or precision=fp32 in a new --out."
+            )
         for name, parameter in _trained(vit):
             state = optimizer.state[parameter]
             tensors |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
@@ -123,14 +135,15 @@ class RunDir:
         step = int(header["step"])
         vit.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name, parameter in _trained(vit):
-            moments = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=_step_device(parameter)), **moments}
+            moments = {m: tensors[f"{m}.{name}"].clone().to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
         return step, float(header["seconds"])
 
     def save_encoder(self, vit: VisionTransformer, recipe: Recipe) -> Path:
         """Write `encoder/`, which `micl_zoo.load(weights=…)` and timm's hub loader take; returns the weights file."""
-        # Without its times: two runs that compute the same numbers write the same bytes.
-        provenance = {key: self.record[key] for key in ("recipe", "data", "command", "commit", "versions", "machine")}
+        # Without times and interruptions: two runs that compute the same numbers write the same bytes.
+        provenance = {key: self.record[key] for key in ("recipe", "command", "commit", "versions", "machine")}
+        provenance["data"] = {key: self.record["data"][key] for key in ("source", "images", "fingerprint")}
         return save_weights(
             self.path / "encoder", vit.state_dict(), encoder_config(recipe), provenance, recipe.save_dtype
         )
@@ -147,6 +160,9 @@ def encoder_config(recipe: Recipe) -> EncoderConfig:
         mlp_ratio=recipe.mlp_ratio,
     )
     transform = Transform(recipe.image_size, recipe.image_size, "bicubic", recipe.pixel_mean, recipe.pixel_std)
+    record = RECORDS.get(recipe.name)
+    if record and record.shape.image_size == recipe.image_size:
+        transform = record.transform
     return EncoderConfig(recipe.name, architecture, model_args, recipe.embed_dim, transform)
 
 
@@ -209,7 +225,3 @@ def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 def _trained(vit: VisionTransformer) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in vit.named_parameters() if parameter.requires_grad]
-
-
-def _step_device(parameter: Tensor) -> torch.device:
-    return parameter.device  # fused AdamW keeps its step beside the parameter
