@@ -154,7 +154,8 @@ def vit_ti16_tin200() -> Recipe:
     """ViT-Ti/16 on 100,000 images of 64 x 64 (Tiny ImageNet-200): the encoder that comes with the package.
 
     Command: `micl-zoo train vit_ti16.tin200 --data "tin200/train-*.parquet" --out runs/vit_ti16.tin200`
-    Hardware, hours and scores: training/README.md, from the run's own record.
+    Hardware: 2 CPU cores with bf16. Hours: 1.5. Score: k-NN 26.8 % on caltech101, 43.8 % on cifar10, 48.5 % on flowers5
+    and 5.6 % on tin200 (training/records/vit_ti16.tin200.json, with the baselines).
     Differs from the paper: crops of 112 with 24 of 49 patches, stretched positions, colour changes per view.
     """
     return Recipe(
