@@ -225,6 +225,7 @@ sha256, commit = sys.argv[1:]
 RECORDS["vit_ti16.hub"] = dataclasses.replace(
     RECORDS["vit_ti16.tin200"],
     name="vit_ti16.hub", embedded=None, hub_repo="micl/tiny", hub_commit=commit, sha256=sha256,
+    transform=micl_zoo.Transform(32, 32),
 )
 try:
     encoder = micl_zoo.load("vit_ti16.hub", device="cpu")
