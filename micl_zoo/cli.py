@@ -144,7 +144,10 @@ def train(recipe: str, data: tuple[str, ...], out: Path, **options: Any) -> None
     except KeyboardInterrupt:
         click.echo(f"\nStopped. Run the same command to go on from the last checkpoint in {out}.", err=True)
         sys.exit(130)
-    click.echo(f"{made}")
+    if made == out:
+        click.echo(f"Stopped at --max-steps. Run the same command without it to go on from {out}.")
+    else:
+        click.echo(f"The encoder is in {made.parent}: micl_zoo.load(weights={str(made.parent)!r}).")
 
 
 @main.command(epilog="\b\nExamples:\n  micl-zoo models\n  micl-zoo models --json")

@@ -17,7 +17,7 @@ class Tick(Protocol):
 
 @contextmanager
 def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> Iterator[Tick]:
-    """A bar over `total` units of which `done` are there already, with the rate and the time left.
+    """A bar over `total` units of which `done` are there already, with the time left and, for images, the rate.
 
     When standard error is not a terminal nothing is shown and the same calls cost nothing.
     """
@@ -29,13 +29,21 @@ def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> I
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
-    clocks = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}")]
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else "")
+
+    rate = [Rate()] if unit == "images" else []  # a step is said in images by the note of who takes it
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), *rate]
+    clocks = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}")]
     with Progress(
         *columns, *clocks, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600
     ) as bar:

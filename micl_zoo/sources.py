@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +32,8 @@ SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 class Entry(NamedTuple):
     """One image: a stable id, and where its bytes are.
 
-    A file is (path, 0, its size); a parquet cell is (file, row, PARQUET_CELL).
+    A file is (path, 0, its size); a parquet cell is (file, row, PARQUET_CELL). A path that is not UTF-8 is a file://
+    URI, and its id has the bytes in question as \\xNN.
     """
 
     id: str
@@ -91,7 +93,7 @@ class Reader:
         try:
             if entry.length == PARQUET_CELL:
                 return self._cell(entry.uri, entry.offset)
-            with Path(entry.uri).open("rb") as file:
+            with _path(entry.uri).open("rb") as file:
                 file.seek(entry.offset)
                 return file.read(entry.length if entry.offset else -1)
         except (OSError, pa.ArrowException) as error:
@@ -161,7 +163,7 @@ def _list_one(source: str) -> Iterator[pa.Table]:
     elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
         yield _list_file(path)
     elif path.is_file():
-        yield _table([Entry(path.name, str(path.absolute()), 0, path.stat().st_size)])
+        yield _list_files([path], path.parent)
     elif glob.has_magic(source):
         yield _list_glob(source)
     else:
@@ -188,18 +190,44 @@ def _list_folder(folder: Path) -> pa.Table:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every visible file below the folder, sorted, without following links to folders (they may loop)."""
+    """Every visible file below the folder, sorted, without following links to folders (they may loop).
+
+    Stores of embeddings below it are left out: the output may lie in the source, and is no part of it.
+    """
 
     def refuse(error: OSError) -> None:
         raise SourceError(f"cannot read the folder {error.filename!r} ({error.strerror}): allow it, or list the others")
 
     for root, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_store(Path(root, name)))
         yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
 
 
+def _is_store(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and (folder / "index" / "part-00000.parquet").is_file()
+
+
 def _list_files(paths: Iterable[Path], base: Path) -> pa.Table:
-    return _table([Entry(path.relative_to(base).as_posix(), str(path.absolute()), 0, _size(path)) for path in paths])
+    return _table([Entry(_name(path, base), _uri(path), 0, _size(path)) for path in paths])
+
+
+def _name(path: Path, base: Path) -> str:
+    """Relative to the base, as UTF-8 text: other bytes are written \\xNN."""
+    return os.fsencode(path.relative_to(base).as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _uri(path: Path) -> str:
+    """The absolute path, as a file:// URI where it is not UTF-8 text, which is all that an index can hold."""
+    text = str(path.absolute())
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return path.absolute().as_uri()
+    return text
+
+
+def _path(uri: str) -> Path:
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)) if uri.startswith("file://") else uri)
 
 
 def _size(path: Path) -> int:
@@ -239,7 +267,7 @@ def _list_parquet(paths: Sequence[Path], base: Path) -> pa.Table:
     for path in paths:
         try:
             file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, UnicodeError, pa.ArrowException) as error:
             raise SourceError(f"cannot read {str(path)!r} as parquet: {error}") from None
         _image_column(file.schema_arrow, str(path))
         rows = file.metadata.num_rows
@@ -266,8 +294,5 @@ def _image_column(schema: pa.Schema, uri: str) -> str:
 
 def _table(entries: Sequence[Entry]) -> pa.Table:
     columns: list[Sequence[object]] = list(zip(*entries, strict=True)) if entries else [[], [], [], []]
-    try:
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
-    except UnicodeEncodeError as error:
-        raise SourceError(f"a file name is not valid UTF-8 ({error.object!r}): rename it and try again") from None
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
     return pa.table(arrays, schema=INDEX_SCHEMA)

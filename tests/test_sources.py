@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import picture
 
 from micl_zoo.decode import Refused, decode
 from micl_zoo.errors import SourceError
+from micl_zoo.extract import extract
 from micl_zoo.sources import Entry, Reader, index_source
 
 
@@ -93,6 +95,25 @@ def test_an_id_twice_is_an_error(image_folder: Callable[..., Path]) -> None:
     folder, other = image_folder(2), image_folder(2, "others")
     with pytest.raises(SourceError, match=r"the id '000\.jpg' occurs more than once"):
         index_source([folder, other])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
+def test_a_name_that_is_not_utf8_is_read_like_any_other(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(1)
+    odd = folder / os.fsdecode(b"caf\xe9 %41.jpg")
+    odd.write_bytes(jpeg(5))
+    for source in (folder, f"{folder}/*.jpg"):
+        entry = index_source(source)[1]
+        assert entry.id == r"caf\xe9 %41.jpg"
+        assert Reader().read(entry) == jpeg(5)
+    assert index_source(odd)[0] == entry
+
+
+def test_a_store_inside_the_source_is_no_part_of_it(tmp_path: Path, encoder_folder: Path) -> None:
+    parquet(tmp_path / "data/a.parquet", 3)
+    for _ in range(2):
+        extract(tmp_path / "data", tmp_path / "data/embeddings", weights=encoder_folder, workers=0)
+    assert ids(tmp_path / "data") == ["a.parquet#0", "a.parquet#1", "a.parquet#2"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -92,8 +93,12 @@ def batch_rows(recipe: Recipe, images: int, step: int) -> Tensor:
     An epoch is one permutation; its incomplete last batch is left out.
     """
     epoch, at = divmod(step, steps_per_epoch(recipe, images))
-    order = torch.randperm(images, generator=seeded(recipe.seed, 0, epoch))
-    return order[at * recipe.batch_size : (at + 1) * recipe.batch_size]
+    return _epoch_order(recipe.seed, epoch, images)[at * recipe.batch_size : (at + 1) * recipe.batch_size]
+
+
+@lru_cache(maxsize=1)
+def _epoch_order(seed: int, epoch: int, images: int) -> Tensor:
+    return torch.randperm(images, generator=seeded(seed, 0, epoch))
 
 
 def draw(recipe: Recipe, step: int) -> Draws:

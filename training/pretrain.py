@@ -69,6 +69,7 @@ def pretrain(
     kept_patches(recipe.num_patches, recipe.mask_ratio)  # fails now and not after the corpus has been read
     autocast = _autocast(recipe, target)
     index = index_source(data)
+    steps_per_epoch(recipe, len(index))  # a corpus smaller than one batch starts no run
     paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
     options = [("--data", path) for path in paths] + [("--set", change) for change in overrides]
     command = " ".join(["micl-zoo train", recipe.name, *(f"{name} {shlex.quote(word)}" for name, word in options)])
