@@ -64,7 +64,7 @@ def test_embeddings(tmp_path: Path, precision: str, cosine: float) -> None:
     assert np.isfinite(gpu).all()
 
 
-@pytest.mark.filterwarnings("default")  # torch's compiler warns of its own doings
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own doings
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_a_run_learns_goes_on_and_leaves_an_encoder(
     image_folder: Callable[..., Path], tmp_path: Path, compiled: str
