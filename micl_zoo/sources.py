@@ -101,7 +101,7 @@ class Reader:
 
     def _cell(self, uri: str, row: int) -> bytes:
         if uri != self._uri or self._file is None:
-            self._file, self._uri, self._first, self._stop = pq.ParquetFile(uri), uri, 0, 0
+            self._file, self._uri, self._first, self._stop = _open_parquet(_path(uri)), uri, 0, 0
         if not self._first <= row < self._stop:
             self._load_row_group(self._file, row)
         assert self._cells is not None
@@ -204,6 +204,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _is_store(folder: Path) -> bool:
+    """By the files that `store.py` writes before the first part."""
     return (folder / "manifest.json").is_file() and (folder / "index" / "part-00000.parquet").is_file()
 
 
@@ -243,8 +244,8 @@ def _list_file(path: Path) -> pa.Table:
     except UnicodeDecodeError as error:
         raise SourceError(f"the list {str(path)!r} is not UTF-8 text: {error}") from None
     names = [line.strip() for line in lines if line.strip()]
-    targets = [(path.parent / name).absolute() for name in names]
-    rows = [Entry(name, str(target), 0, _size(target)) for name, target in zip(names, targets, strict=True)]
+    targets = [path.parent / name for name in names]
+    rows = [Entry(name, _uri(target), 0, _size(target)) for name, target in zip(names, targets, strict=True)]
     if not rows:
         raise SourceError(f"the list {str(path)!r} is empty: one path a line is expected")
     return _table(rows)
@@ -266,17 +267,21 @@ def _list_parquet(paths: Sequence[Path], base: Path) -> pa.Table:
     tables = []
     for path in paths:
         try:
-            file = pq.ParquetFile(path)
-        except (OSError, UnicodeError, pa.ArrowException) as error:
+            file = _open_parquet(path)
+        except (OSError, pa.ArrowException) as error:
             raise SourceError(f"cannot read {str(path)!r} as parquet: {error}") from None
         _image_column(file.schema_arrow, str(path))
         rows = file.metadata.num_rows
-        name = path.relative_to(base).as_posix()
+        name = _name(path, base)
         own = "id" in file.schema_arrow.names
         ids = file.read(["id"]).column(0).cast(pa.string()).to_pylist() if own else [f"{name}#{i}" for i in range(rows)]
-        columns = [ids, [str(path.absolute())] * rows, range(rows), [PARQUET_CELL] * rows]
+        columns = [ids, [_uri(path)] * rows, range(rows), [PARQUET_CELL] * rows]
         tables.append(pa.table([pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)], INDEX_SCHEMA))
     return pa.concat_tables(tables)
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(pa.OSFile(os.fsencode(path)))  # as bytes: pyarrow refuses text that is not UTF-8
 
 
 def _image_column(schema: pa.Schema, uri: str) -> str:

@@ -109,6 +109,22 @@ def test_a_name_that_is_not_utf8_is_read_like_any_other(image_folder: Callable[.
     assert index_source(odd)[0] == entry
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
+def test_lists_and_parquet_in_a_folder_that_is_not_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    table = parquet(tmp_path / "a.parquet", 3).rename(folder / "a.parquet")
+    (folder / "b.jpg").write_bytes(jpeg(7))
+    (folder / "list.txt").write_text("b.jpg\n")
+    listed = index_source(folder / "list.txt")
+    assert listed[0].id == "b.jpg"
+    assert Reader().read(listed[0]) == jpeg(7)
+    for source, first in ((table, "a.parquet#0"), (f"{tmp_path}/*/*.parquet", r"caf\xe9/a.parquet#0")):
+        index = index_source(source)
+        assert index[0].id == first
+        assert Reader().read(index[2]) == jpeg(2)
+
+
 def test_a_store_inside_the_source_is_no_part_of_it(tmp_path: Path, encoder_folder: Path) -> None:
     parquet(tmp_path / "data/a.parquet", 3)
     for _ in range(2):
