@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except MiclZooError as error:
-            raise click.ClickException(str(error)) from error
+            shown = click.ClickException(str(error))
+            shown.exit_code = error.exit_code
+            raise shown from error
         except OSError as error:  # a folder that cannot be written, a full disk
             raise click.ClickException(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")) from error
 
@@ -112,42 +115,187 @@ def extract(source: tuple[str, ...], out: Path, strict: bool, **options: Any) ->
 Examples:
   micl-zoo train vit_ti16.tin200 --data "tin200/train-*.parquet" --out runs/vit_ti16.tin200
   micl-zoo train vit_ti16.tin200 --data photos/ --out runs/mine --set name=vit_ti16.mine --set batch_size=64
-  micl-zoo train vit_b16.in1k --data imagenet/train --out runs/vit_b16 --device cuda"""
+  micl-zoo train vit_l16.in1k --data imagenet/train --out runs/vit_l16 --gpus 4
+  micl-zoo train vit_l16.in1k --plan --gpus 4
+  micl-zoo train vit_l16.in1k --data photos/ --out runs/smoke --smoke --device cpu --gpus 2"""
 )
 @click.argument("recipe")
-@click.option(
-    "--data", required=True, multiple=True, help="Images to train on: any source that extract takes. May be repeated."
-)
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; the same command again goes on."
-)
+@click.option("--data", multiple=True, help="Images to train on: any source that extract takes. May be repeated.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; the same command again goes on.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one number of the recipe. May be repeated."
 )
+@click.option("--smoke", is_flag=True, help="Train the recipe's small twin, to see in seconds that all of it works.")
+@click.option(
+    "--plan", is_flag=True, help="Print what the run takes (steps, FLOPs, memory, hours, disk); train nothing."
+)
+@click.option("--gpus", type=click.IntRange(1), help="Processes on this machine, one a GPU (or CPU processes).")
+@click.option(
+    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines; start all of them alike."
+)
+@click.option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: one of them.")
+@click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, help="After a process has failed.")
+@click.option("--micro-batch", type=click.IntRange(1), help="Images a forward pass: less memory, the same gradients.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    help="Processes that decode, for recipes with cache=none.  [default: one a core, 16 at most]",
+    help="Processes that decode for each GPU, with cache=none.  [default: the cores, shared; 16 at most]",
 )
 @click.option("--max-steps", type=click.IntRange(1), help="Stop with a checkpoint after that many steps.")
-def train(recipe: str, data: tuple[str, ...], out: Path, **options: Any) -> None:
+@click.option(
+    "--knn",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder with train*.parquet and test.parquet or val.parquet (image, label): k-NN while training.",
+)
+@click.option("--knn-minutes", type=click.FloatRange(0), default=30, show_default=True, help="Between measurements.")
+@click.option(
+    "--knn-images", type=click.IntRange(20), default=10_000, show_default=True, help="To search, of each set."
+)
+@click.option("--wandb", metavar="PROJECT", help="Send the run to this project of Weights & Biases.")
+@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="For --plan.")
+@click.option("--images", type=click.IntRange(1), help="For --plan without --data: size of the corpus.")
+def train(recipe: str, **options: Any) -> None:
     """Pre-train an encoder by RECIPE (names: `micl-zoo models`).
 
-    Writes run.json, metrics.jsonl, checkpoints/ and encoder/, which `micl_zoo.load(weights=...)` takes. A killed run
-    goes on from its last checkpoint with the same numbers.
+    Writes run.json, metrics.jsonl, views.png, checkpoints/ and encoder/, which `micl_zoo.load(weights=...)` takes;
+    `micl-zoo report` shows a run. A killed run goes on from its last checkpoint with the same numbers, on any number of
+    GPUs. SIGTERM and Ctrl-C write a checkpoint first.
     """
+    plan, mfu, images = options.pop("plan"), options.pop("mfu"), options.pop("images")
+    gpus, nodes, rdzv, restarts = (options.pop(name) for name in ("gpus", "nodes", "rdzv", "restarts"))
+    data, out = options.pop("data"), options.pop("out")
+    if plan:
+        chosen = {name: options[name] for name in ("overrides", "smoke", "micro_batch")}
+        click.echo(_plan(recipe, data, images, gpus or 1, nodes, mfu, **chosen))
+        return
+    if not data or out is None:
+        raise click.UsageError("train needs --data and --out (only --plan does without)")
+    if gpus or nodes > 1:
+        from micl_zoo.training.ranks import launch
+
+        dropped = {"--gpus", "--nodes", "--rdzv", "--restarts"}
+        launch(_without(sys.argv[2:], dropped), gpus=gpus or 1, nodes=nodes, rdzv=rdzv, restarts=restarts)
+        return
     from micl_zoo.training.pretrain import pretrain
 
-    try:
-        made = pretrain(recipe, data[0] if len(data) == 1 else data, out, **options)
-    except KeyboardInterrupt:
-        click.echo(f"\nStopped. Run the same command to go on from the last checkpoint in {out}.", err=True)
-        sys.exit(130)
+    made = pretrain(recipe, data[0] if len(data) == 1 else data, out, **options)
+    if int(os.environ.get("RANK", "0")):
+        return
     if made == out:
         click.echo(f"Stopped at --max-steps. Run the same command without it to go on from {out}.")
     else:
         click.echo(f"The encoder is in {made.parent}: micl_zoo.load(weights={str(made.parent)!r}).")
+
+
+def _plan(
+    name: str,
+    data: tuple[str, ...],
+    images: int | None,
+    gpus: int,
+    nodes: int,
+    mfu: float,
+    *,
+    overrides: tuple[str, ...],
+    smoke: bool,
+    micro_batch: int | None,
+) -> str:
+    from micl_zoo.training.plan import format_plan, make_plan
+    from micl_zoo.training.recipes import corpus_images, get_recipe
+
+    recipe = get_recipe(name, overrides, smoke=smoke)
+    if data:
+        from .sources import index_source
+
+        images = len(index_source(data))
+    return format_plan(
+        make_plan(
+            recipe,
+            images=images or corpus_images(recipe),
+            gpus=gpus,
+            nodes=nodes,
+            micro_batch=micro_batch,
+            mfu=mfu,
+        )
+    )
+
+
+def _without(words: list[str], options: set[str]) -> list[str]:
+    """Arguments without some options and their values."""
+    kept, skip = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not skip and name not in options:
+            kept.append(word)
+        skip = not skip and name in options and not equals
+    return kept
+
+
+@main.group(
+    epilog="""\b
+Examples:
+  micl-zoo bench step vit_l16.in1k
+  micl-zoo bench data vit_l16.in1k --data imagenet/train"""
+)
+def bench() -> None:
+    """Measure this machine on a recipe: what a step takes, and what the data deliver."""
+
+
+@bench.command(
+    "step",
+    epilog="""\b
+Examples:
+  micl-zoo bench step vit_l16.in1k
+  micl-zoo bench step vit_b16.in1k --batch-size 64 --device cpu --json""",
+)
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one number of the recipe.")
+@click.option("--batch-size", type=click.IntRange(2), help="Images a step.  [default: the largest that fits, on a GPU]")
+@click.option("--seconds", type=click.FloatRange(1), default=20, show_default=True, help="To measure.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def bench_step(recipe: str, as_json: bool, **options: Any) -> None:
+    """Take training steps of RECIPE on pixels made up on the spot.
+
+    Prints images/s, model TFLOP/s, their share of the machine's measured matrix rate, peak memory and data wait.
+    """
+    from micl_zoo.training.bench import bench_step as run
+
+    found = run(recipe, **options)
+    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else found.text())
+
+
+@bench.command(
+    "data",
+    epilog="""\b
+Examples:
+  micl-zoo bench data vit_l16.in1k --data imagenet/train
+  micl-zoo bench data vit_l16.in1k --data "shards/train-*.tar" --workers 16 --images-per-second 8500""",
+)
+@click.argument("recipe")
+@click.option("--data", required=True, multiple=True, help="Images: any source that extract takes. May be repeated.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one number of the recipe.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core, 16 at most]")
+@click.option("--seconds", type=click.FloatRange(1), default=20, show_default=True, help="To measure.")
+@click.option(
+    "--images-per-second",
+    "wanted",
+    type=click.FloatRange(1),
+    default=8500,
+    show_default=True,
+    help="That the GPUs take, all together: see `bench step` and --plan.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def bench_data(recipe: str, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Read, decode and cut the images of a source as training RECIPE does.
+
+    Prints images/s, images/s a core, and how many cores keep the GPUs of the recipe busy.
+    """
+    from micl_zoo.training.bench import bench_data as run
+
+    found = run(recipe, data, **options)
+    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else found.text())
 
 
 @main.command(epilog="\b\nExamples:\n  micl-zoo models\n  micl-zoo models --json")
@@ -198,3 +346,67 @@ def _where(record: Record) -> str:
     if not record.published:
         return "not published"
     return "embedded" if record.embedded else f"hub {record.hub_repo}"
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  micl-zoo report runs/vit_ti16.tin200
+  micl-zoo report runs/first -o reports/first.html"""
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The page, a name that ends in .html.  [default: RUN/report.html]",
+)
+def report(run: Path, out: Path | None) -> None:
+    """Show the training run in the folder RUN on one page: charts, what the network saw, all that is recorded.
+
+    Works while the run goes on, too. The page needs no other file; its pictures are also written as PNG files into a
+    folder beside it.
+    """
+    from micl_zoo.training.report import pictures_folder, write_report
+
+    page = write_report(run, out)
+    click.echo(f"The report is in {page}, its pictures are in {pictures_folder(page)}.")
+
+
+@main.command(
+    "import",
+    epilog="""\b
+Examples:
+  micl-zoo import checkpoint-199.pth -o encoders/theirs --name vit_b16.theirs --license "CC BY-NC 4.0"
+  micl-zoo import small.pth -o encoders/small --num-heads 4""",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write: an encoder.")
+@click.option("--name", help="arch.tag of the encoder.  [default: the arch of that shape, and `imported`]")
+@click.option(
+    "--license",
+    default="unknown",
+    show_default=True,
+    help="Terms of the weights. The authors' code is CC BY-NC 4.0; the file does not say whose it is.",
+)
+@click.option("--num-heads", type=click.IntRange(1), help="Attention heads, for a shape that is not a known one.")
+def import_(checkpoint: Path, out: Path, **options: Any) -> None:
+    """Turn CHECKPOINT, a .pth of the authors' code (AnonymGiant/OCL), into an encoder that loads anywhere here.
+
+    Takes a bare state dict and .safetensors, too. Nothing in the file is run, and a file that would need it is refused.
+    """
+    from micl_zoo.training.convert import import_checkpoint
+
+    from .weights import header
+
+    made = header(import_checkpoint(checkpoint, out, **options))
+    found, name = made["provenance"], made["config"]["micl_zoo"]["name"]
+    shape = found["shape"]
+    left_out = dict.fromkeys(key.partition(".")[0] for key in found["left_out"])  # in the file's order
+    click.echo(
+        f"{name}: {shape['embed_dim']} wide, {shape['depth']} blocks, {shape['num_heads']} heads "
+        f"({shape['num_heads_from']}), patches of {shape['patch_size']}, images of {shape['image_size']}"
+    )
+    click.echo(f"epoch: {'not said' if found['epoch'] is None else found['epoch']}; licence: {found['license']}")
+    click.echo(f"left out: {', '.join(left_out) or 'nothing'} ({len(found['left_out'])} tensors)")
+    click.echo(f"The encoder is in {out}: micl_zoo.load(weights={str(out)!r}).")

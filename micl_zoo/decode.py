@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Reason = Literal["unreadable", "empty", "not_an_image", "truncated", "damaged", "too_small", "too_large", "unsupported"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bomb threshold: 256 MiB as 24-bit RGB
+_ORIENTATION, _TURNED = 0x0112, 5  # EXIF tag; from 5 on, width and height change places
 MIN_SIDE = 2  # a side of one pixel holds no picture: tracking pixels, separators
 
 
@@ -45,11 +48,57 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         Refused: with the reason and a sentence.
     """
+    return _decoded(data, max_pixels, lambda image: None)
+
+
+def decode_crop(
+    data: bytes,
+    box: Callable[[int, int], Sequence[float]],
+    side: int,
+    interpolation: Literal["bicubic", "bilinear"],
+    *,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decode, cut and resize in one go, for training: a JPEG is decoded at the scale that the crop needs.
+
+    Args:
+        data: the whole file.
+        box: from the upright width and height to left, top, right and bottom as shares of them.
+        side: of the square crop, in pixels.
+        interpolation: filter of the resize, antialiased.
+        max_pixels: as for `decode`.
+
+    Returns:
+        (side, side, 3) uint8.
+
+    Raises:
+        Refused: with the reason and a sentence.
+    """
+    shares: Sequence[float] = ()
+
+    def scale(image: Image.Image) -> None:
+        nonlocal shares
+        if image.format != "JPEG":
+            return
+        turned = image.getexif().get(_ORIENTATION, 1) >= _TURNED
+        shares = box(*(image.size[::-1] if turned else image.size))
+        least = [math.ceil(side / (shares[axis + 2] - shares[axis])) for axis in (0, 1)]  # so that the crop has `side`
+        image.draft("RGB", (least[1], least[0]) if turned else (least[0], least[1]))  # by 2, 4 or 8, never below that
+
+    image = _decoded(data, max_pixels, scale)
+    shares = shares or box(*image.size)
+    left, top, right, bottom = (share * length for share, length in zip(shares, image.size * 2, strict=True))
+    cut = (left, top, min(right, image.width), min(bottom, image.height))  # not above the size by a rounding
+    return np.asarray(image.resize((side, side), Image.Resampling[interpolation.upper()], box=cut))
+
+
+def _decoded(data: bytes, max_pixels: int, before: Callable[[Image.Image], None]) -> Image.Image:
     if not data:
         raise Refused("empty", "the file has no bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
         _check_size(image.size, max_pixels)
+        before(image)
         image.load()
         return to_rgb(image)
     except Refused:

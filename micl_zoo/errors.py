@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class MiclZooError(Exception):
-    """Base of every error this package raises on purpose; its text is written for the person who sees it."""
+    """Base of every error this package raises on purpose; its text is written for the person who sees it.
+
+    Attributes:
+        exit_code: of the command line.
+    """
+
+    exit_code = 1
 
 
 class UsageError(MiclZooError, ValueError):
@@ -28,6 +34,14 @@ class StoreError(MiclZooError, ValueError):
 
 class TrainingError(MiclZooError):
     """A training run that cannot start, go on, or be trusted."""
+
+
+class Interrupted(MiclZooError):
+    """A run that was told to stop and did, with all that it had computed on disk."""
+
+    def __init__(self, text: str, *, signal: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + signal  # as a shell says it
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:

@@ -16,12 +16,12 @@ class Tick(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: int, *, done: int = 0, unit: str = "images") -> Iterator[Tick]:
+def progress(what: str, total: int, *, done: int = 0, unit: str = "images", show: bool = True) -> Iterator[Tick]:
     """A bar over `total` units of which `done` are there already, with the time left and, for images, the rate.
 
-    When standard error is not a terminal nothing is shown and the same calls cost nothing.
+    When standard error is not a terminal, or not `show`, nothing is shown and the same calls cost nothing.
     """
-    if not sys.stderr.isatty():
+    if not show or not sys.stderr.isatty():
         yield _silent
         return
     from rich.console import Console

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import hashlib
 import os
+import re
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
@@ -23,17 +24,22 @@ IMAGE_SUFFIXES = frozenset(
     | {".heic", ".heif"}  # listed even where Pillow cannot read them, so that they are refused by name
 )
 LIST_SUFFIXES = frozenset({".txt", ".lst"})
+PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+PACKED_STARTS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},/]*(?:,[^{},/]*)+))\}")  # {000..009} or {train,val}
+OPEN_ARCHIVES = 100  # kept open by a reader: well below 256, the smallest usual limit of a process
 PARQUET_CELL = -1  # as a length: the bytes are a parquet cell and `offset` is its row
 INDEX_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
 
+Kind = Literal["image", "parquet", "tar", "packed tar", "list", "other"]
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class Entry(NamedTuple):
     """One image: a stable id, and where its bytes are.
 
-    A file is (path, 0, its size); a parquet cell is (file, row, PARQUET_CELL). A path that is not UTF-8 is a file://
-    URI, and its id has the bytes in question as \\xNN.
+    A file is (path, 0, its size); a member of a tar is (tar, where its bytes start, how many); a parquet cell is
+    (file, row, PARQUET_CELL). A path that is not UTF-8 is a file:// URI, and its id has the bytes in question as \\xNN.
     """
 
     id: str
@@ -76,9 +82,14 @@ class ImageIndex:
 
 
 class Reader:
-    """Reads the bytes behind entries; keeps one parquet row group at hand, so that index order reads each once."""
+    """Reads the bytes behind entries.
+
+    It keeps one parquet row group at hand, so that index order reads each once, and the last tars open: they are read
+    by position, so a process forked from this one may share them.
+    """
 
     def __init__(self) -> None:
+        self._archives: dict[str, pa.OSFile] = {}  # the one used last comes last
         self._file: pq.ParquetFile | None = None
         self._uri = ""
         self._first = self._stop = 0
@@ -93,11 +104,19 @@ class Reader:
         try:
             if entry.length == PARQUET_CELL:
                 return self._cell(entry.uri, entry.offset)
-            with _path(entry.uri).open("rb") as file:
-                file.seek(entry.offset)
-                return file.read(entry.length if entry.offset else -1)
+            return self._member(entry) if entry.offset else _path(entry.uri).read_bytes()
         except (OSError, pa.ArrowException) as error:
             raise Refused("unreadable", str(error)) from None
+
+    def _member(self, entry: Entry) -> bytes:
+        archive = self._archives.pop(entry.uri, None) or pa.OSFile(os.fsencode(_path(entry.uri)))
+        self._archives[entry.uri] = archive
+        if len(self._archives) > OPEN_ARCHIVES:
+            del self._archives[next(iter(self._archives))]
+        data: bytes = archive.read_at(entry.length, entry.offset)
+        if len(data) < entry.length:
+            raise Refused("unreadable", f"{entry.uri} is shorter than it was when its members were listed")
+        return data
 
     def _cell(self, uri: str, row: int) -> bytes:
         if uri != self._uri or self._file is None:
@@ -130,13 +149,16 @@ def index_source(source: SourceLike) -> ImageIndex:
     Args:
         source: a folder (recursive; hidden names left out), one image, a glob ("photos/*.jpg"), a list file
             (.txt, one path a line, relative to the list's folder), a parquet file or a folder or glob of them
-            (a column of encoded images, as `datasets` writes it), or a sequence of any of these.
+            (a column of encoded images, as `datasets` writes it), a tar or a folder or glob of them (as WebDataset
+            packs images), or a sequence of any of these. A glob may have braces: "train-{0000..0099}.tar".
 
     Returns:
-        The index, in sorted order within each folder. Ids are paths relative to the folder, or `file.parquet#row`.
+        The index, in sorted order within each folder and as packed within each tar. Ids are paths relative to the
+        folder, `file.parquet#row`, or `archive.tar#member`.
 
     Raises:
-        SourceError: nothing there, nothing in it that can be an image, a folder that cannot be read, or an id twice.
+        SourceError: nothing there, nothing in it that can be an image, a folder that cannot be read, a tar that is
+            compressed or damaged, or an id twice.
     """
     many = [source] if isinstance(source, str | os.PathLike) else list(source)
     tables = [table for one in many for table in _list_one(os.fspath(one))]
@@ -148,8 +170,8 @@ def index_source(source: SourceLike) -> ImageIndex:
         counts = table["id"].value_counts().to_pylist()
         twice = next(count["values"] for count in counts if count["counts"] > 1)
         raise SourceError(
-            f"the id {twice!r} occurs more than once, and ids name the rows: list no image twice, and give one folder "
-            "above several that have the same names in them"
+            f"the id {twice!r} occurs more than once, and ids name the rows: list no image twice, pack none twice "
+            "under one name, and give one folder above several that have the same names in them"
         )
     return ImageIndex(table)
 
@@ -158,35 +180,56 @@ def _list_one(source: str) -> Iterator[pa.Table]:
     path = Path(source)
     if path.is_dir():
         yield _list_folder(path)
-    elif path.suffix.lower() == ".parquet" and path.is_file():
-        yield _list_parquet([path], path.parent)
-    elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
-        yield _list_file(path)
     elif path.is_file():
-        yield _list_files([path], path.parent)
-    elif glob.has_magic(source):
+        yield _list_kind(_kind(path), [path], path.parent)
+    elif glob.has_magic(source) or BRACES.search(source):
         yield _list_glob(source)
     else:
         raise SourceError(f"no such source: {source!r} is not a file, a folder or a glob that matches anything")
 
 
+def _kind(path: Path) -> Kind:
+    """By its name alone."""
+    suffix, name = path.suffix.lower(), path.name.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix in LIST_SUFFIXES:
+        return "list"
+    if name.endswith(PACKED_SUFFIXES):
+        return "packed tar"
+    return "parquet" if suffix == ".parquet" else "tar" if suffix == ".tar" else "other"
+
+
+def _list_kind(kind: Kind, paths: Sequence[Path], base: Path) -> pa.Table:
+    """Files that are all of one kind. One that is named and of no known kind is read as an image."""
+    if kind == "list":
+        return pa.concat_tables(_list_file(path) for path in paths)
+    if kind == "parquet":
+        return _list_parquet(paths, base)
+    if kind in ("tar", "packed tar"):
+        return _list_tars(paths, base)
+    return _list_files(paths, base)
+
+
 def _list_folder(folder: Path) -> pa.Table:
-    found: dict[str, list[Path]] = {"image": [], "parquet": []}
+    found: dict[Kind, list[Path]] = {"image": [], "parquet": [], "tar": [], "packed tar": []}
     others = 0
     for path in _walk(folder):
-        suffix = path.suffix.lower()
-        kind = "image" if suffix in IMAGE_SUFFIXES else "parquet" if suffix == ".parquet" else None
-        if kind:
+        kind = _kind(path)
+        if kind in found:
             found[kind].append(path)
-        others += kind is None
-    if found["image"]:
-        return _list_files(found["image"], folder)
-    if found["parquet"]:
-        return _list_parquet(found["parquet"], folder)
-    wanted = ", ".join(sorted(IMAGE_SUFFIXES))
+        others += kind not in found
+    for kind, paths in found.items():  # the first kind that is there
+        if paths:
+            return _list_kind(kind, paths, folder)
     raise SourceError(
-        f"no images in {str(folder)!r}: looked in it and below for {wanted} and .parquet, found {others} other files"
+        f"no images in {str(folder)!r}: looked in it and below for {_wanted()}, .parquet and .tar, "
+        f"found {others} other files"
     )
+
+
+def _wanted() -> str:
+    return ", ".join(sorted(IMAGE_SUFFIXES))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -214,7 +257,11 @@ def _list_files(paths: Iterable[Path], base: Path) -> pa.Table:
 
 def _name(path: Path, base: Path) -> str:
     """Relative to the base, as UTF-8 text: other bytes are written \\xNN."""
-    return os.fsencode(path.relative_to(base).as_posix()).decode("utf-8", "backslashreplace")
+    return _text(os.fsencode(path.relative_to(base).as_posix()))
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _uri(path: Path) -> str:
@@ -252,15 +299,30 @@ def _list_file(path: Path) -> pa.Table:
 
 
 def _list_glob(pattern: str) -> pa.Table:
-    paths = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())  # noqa: PTH207 - absolute patterns
-    if not paths:
-        raise SourceError(f"the glob {pattern!r} matches no file")
+    found = set()
+    for one in _expand_braces(pattern):
+        paths = [Path(match) for match in glob.glob(one, recursive=True) if Path(match).is_file()]  # noqa: PTH207 - absolute patterns
+        if not paths:
+            part = f", which {pattern!r} asks for," if one != pattern else ""
+            raise SourceError(f"the glob {one!r}{part} matches no file")
+        found.update(paths)
+    paths = sorted(found)
     parts = Path(pattern).parts
-    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    base = Path(*parts[:fixed])
-    if fnmatch.fnmatch(paths[0].name, "*.parquet"):
-        return _list_parquet(paths, base)
-    return _list_files(paths, base)
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part) or BRACES.search(part)), len(parts) - 1)
+    kind = _kind(paths[0])
+    return _list_kind("other" if kind == "list" else kind, paths, Path(*parts[:fixed]))
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """WebDataset's way to name many archives: "{08..10}" stands for 08, 09 and 10, "{train,val}" for either."""
+    match = BRACES.search(pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, words = match.groups()
+    numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)) if first else ()
+    for choice in words.split(",") if words else numbers:
+        yield from _expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def _list_parquet(paths: Sequence[Path], base: Path) -> pa.Table:
@@ -278,6 +340,88 @@ def _list_parquet(paths: Sequence[Path], base: Path) -> pa.Table:
         columns = [ids, [_uri(path)] * rows, range(rows), [PARQUET_CELL] * rows]
         tables.append(pa.table([pa.array(c, f.type) for c, f in zip(columns, INDEX_SCHEMA, strict=True)], INDEX_SCHEMA))
     return pa.concat_tables(tables)
+
+
+def _list_tars(paths: Sequence[Path], base: Path) -> pa.Table:
+    tables, others = [], 0
+    for path in paths:
+        table, rest = _list_tar(path, _name(path, base))
+        tables.append(table)
+        others += rest
+    if not any(map(len, tables)):
+        where = repr(str(paths[0])) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        raise SourceError(f"no images in {where}: looked for members ending in {_wanted()}, found {others} others")
+    return pa.concat_tables(tables)
+
+
+def _list_tar(path: Path, name: str) -> tuple[pa.Table, int]:
+    """The images in an archive, and the number of other members. Only headers are read."""
+    ids, offsets, lengths, others = [], [], [], 0
+    for member in _members(path):
+        inside = member.name.removeprefix("./")
+        if not member.isfile() or not _is_image(inside):
+            others += 1
+            continue
+        if member.issparse():
+            raise SourceError(f"{str(path)!r} holds {inside!r} as a sparse file: pack it again without --sparse")
+        ids.append(f"{name}#{_text(inside.encode('utf-8', 'surrogateescape'))}")
+        offsets.append(member.offset_data)
+        lengths.append(member.size)
+    columns = [ids, [_uri(path)] * len(ids), offsets, lengths]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
+    return pa.table(arrays, INDEX_SCHEMA), others
+
+
+def _is_image(member: str) -> bool:
+    hidden = any(part[:1] == "." and part not in (".", "..") for part in member.split("/"))
+    return not hidden and "." + member.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Every member to the end. An archive that cannot be listed whole is an error, also where its start can."""
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else a kilobyte a member stays in memory
+                if member.size < 0:
+                    raise tarfile.ReadError(f"the size of {member.name!r} is negative")
+                yield member
+            _check_end(path, tar.offset)
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        if packer := _packer(path):
+            raise SourceError(
+                f"{str(path)!r} is compressed with {packer}, so its members cannot be read one by one: unpack it into "
+                "a folder, or decompress it to a .tar (images are compressed already)"
+            ) from None
+        raise SourceError(f"cannot read {str(path)!r} as a tar: {error}. Copy or pack it again.") from None
+
+
+def _packer(path: Path) -> str | None:
+    if not os.access(path, os.R_OK):
+        return None
+    with path.open("rb") as file:
+        start = file.read(6)
+    return next((packer for first, packer in PACKED_STARTS.items() if start.startswith(first)), None)
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """`tarfile` ends quietly where a header is damaged, where the file is cut off, and at a first end of several."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"it stops at byte {offset + len(block)} without an end-of-archive mark")
+        if any(block):
+            raise tarfile.ReadError(f"the header at byte {offset} is damaged")
+        while block := file.read(1 << 20):
+            if any(block):
+                raise tarfile.ReadError(f"more follows its end at byte {offset}, as where archives are joined with cat")
+
+
+def parquet_row_groups(uri: str) -> list[int]:
+    """Rows of each row group of a parquet file of an index."""
+    metadata = _open_parquet(_path(uri)).metadata
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:

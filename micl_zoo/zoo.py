@@ -94,6 +94,14 @@ _RECORDS = [
         metrics={"tin200": 5.6, "caltech101": 26.8, "flowers5": 48.5, "cifar10": 43.8},
     ),
     Record(
+        name="vit_s16.tin200",
+        summary="ViT-S/16, 22 M parameters, for 25 minutes of one GPU; no weights published yet",
+        recipe="vit_s16.tin200",
+        corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
+        license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
+        transform=Transform(224, 224),
+    ),
+    Record(
         name="vit_b16.in1k",
         summary="ViT-B/16, 86 M parameters, the paper's recipe; no weights published yet",
         recipe="vit_b16.in1k",
@@ -108,6 +116,14 @@ _RECORDS = [
         corpus="ImageNet-1k train, 1,281,167 images",
         license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
         transform=Transform(224, 256),
+    ),
+    Record(
+        name="vit_b16.tin200",
+        summary="ViT-B/16, 86 M parameters, for 25 minutes of one GPU; no weights published yet",
+        recipe="vit_b16.tin200",
+        corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
+        license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
+        transform=Transform(224, 224),
     ),
 ]
 RECORDS = {record.name: record for record in _RECORDS}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +17,7 @@ from conftest import picture
 
 from micl_zoo.decode import Refused, decode
 from micl_zoo.errors import SourceError
-from micl_zoo.extract import extract
+from micl_zoo.extract import Summary, extract
 from micl_zoo.sources import Entry, Reader, index_source
 
 
@@ -32,6 +34,16 @@ def parquet(path: Path, count: int, *, own_ids: bool = False, first: int = 0) ->
     if own_ids:
         columns["id"] = [f"own-{n}" for n in range(count)]
     pq.write_table(pa.table(columns), path, row_group_size=2)
+    return path
+
+
+def tar(path: Path, members: dict[str, bytes], *, mode: str = "w", form: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(str(path), mode, format=form, encoding="utf-8", errors="surrogateescape") as archive:  # type: ignore[call-overload]
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     return path
 
 
@@ -173,3 +185,160 @@ def test_a_file_that_grew_since_it_was_listed_is_read_whole(image_folder: Callab
     os.truncate(folder / "000.jpg", 0)
     (folder / "000.jpg").write_bytes(jpeg(77))
     assert decode(Reader().read(index[0])).size == picture(77).size
+
+
+def test_members_of_a_tar_are_read_where_they_lie(tmp_path: Path) -> None:
+    members = {f"./below/{n:03d}.jpg": jpeg(n) for n in range(3)} | {"a.b.PNG": b"x", "empty.jpg": b""}
+    others = {"000.cls": b"0", "000.json": b"{}", ".hidden.jpg": b"x", "__/._000.jpg": b"x", ".git/000.jpg": b"x"}
+    index = index_source(tar(tmp_path / "a.tar", members | others))
+    inside = ["below/000.jpg", "below/001.jpg", "below/002.jpg", "a.b.PNG", "empty.jpg"]
+    assert [entry.id for entry in index.entries()] == [f"a.tar#{name}" for name in inside]
+    assert (index[1].uri, index[1].length) == (str(tmp_path / "a.tar"), len(jpeg(1)))
+    reader = Reader()
+    for row in (2, 0, 4, 1, 3):
+        assert reader.read(index[row]) == list(members.values())[row]
+
+
+def test_a_tar_may_hold_links_and_folders(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = image_folder(4)
+    (folder / "link.jpg").symlink_to("000.jpg")
+    (folder / "same.jpg").hardlink_to(folder / "000.jpg")
+    (folder / "folder.jpg").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(folder, arcname=".")
+    assert len(ids(tmp_path / "a.tar")) == 4
+    listed = index_source(tmp_path / "a.tar")
+    packed = {Reader().read(entry) for entry in listed.entries()}
+    assert packed == {(folder / name).read_bytes() for name in ids(folder) if name not in ("link.jpg", "same.jpg")}
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_odd_names_in_a_tar(tmp_path: Path, form: int) -> None:
+    long, odd = "f" * 150 + "/" + "n" * 180 + ".jpg", os.fsdecode(b"caf\xe9 #1.jpg")
+    path = tar(tmp_path / "a.tar", {long: jpeg(0), "d\u00e9j\u00e0.jpg": jpeg(1), odd: jpeg(2)}, form=form)
+    assert ids(path) == [f"a.tar#{long}", "a.tar#d\u00e9j\u00e0.jpg", r"a.tar#caf\xe9 #1.jpg"]
+    assert [Reader().read(entry) for entry in index_source(path).entries()] == [jpeg(0), jpeg(1), jpeg(2)]
+
+
+def test_folders_globs_and_braces_of_tars(tmp_path: Path) -> None:
+    for n in (8, 9, 10):
+        tar(tmp_path / f"shards/train-{n:03d}.tar", {f"{n}.jpg": jpeg(n), f"{n}.cls": b"1"})
+    tar(tmp_path / "shards/val/labels.tar", {"1.cls": b"1"})
+    expected = ["train-008.tar#8.jpg", "train-009.tar#9.jpg", "train-010.tar#10.jpg"]
+    for source in ("shards", "shards/*.tar", "shards/train-{008..010}.tar", "shards/{train,train}-0{08..10}.tar"):
+        assert ids(tmp_path / source) == expected
+    assert ids(f"{tmp_path}/{{shards,shards}}/train-009.tar") == ["shards/train-009.tar#9.jpg"]
+    with pytest.raises(SourceError, match=r"train-011\.tar', which '.*\{008\.\.012\}\.tar' asks for, matches no file"):
+        index_source(tmp_path / "shards/train-{008..012}.tar")
+    (tmp_path / "shards/a.jpg").write_bytes(jpeg(0))
+    assert ids(tmp_path / "shards") == ["a.jpg"]
+
+
+def test_a_name_with_braces_is_a_name(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(1)
+    (folder / "000.jpg").rename(folder / "{1..2}.jpg")
+    assert ids(folder / "{1..2}.jpg") == ["{1..2}.jpg"]
+
+
+def test_a_reader_keeps_few_archives_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("micl_zoo.sources.OPEN_ARCHIVES", 2)
+    for n in range(4):
+        tar(tmp_path / f"{n}.tar", {"a.jpg": jpeg(n)})
+    index, reader = index_source(tmp_path), Reader()
+    for row in (0, 1, 0, 2, 3, 0, 3):
+        assert reader.read(index[row]) == jpeg(row)
+    assert list(reader._archives) == [str(tmp_path / "0.tar"), str(tmp_path / "3.tar")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tar_gives_the_embeddings_of_its_folder(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    folder = image_folder(6)
+    names = ids(folder)
+    tar(tmp_path / "tars/a.tar", {name: (folder / name).read_bytes() for name in names[:4]})
+    tar(tmp_path / "tars/b.tar", {name: (folder / name).read_bytes() for name in names[4:]} | {"x.jpg": b"no"})
+
+    def embed(source: Path) -> Summary:
+        return extract(source, source.with_suffix(".out"), weights=encoder_folder, workers=workers, precision="fp32")
+
+    summary, expected = embed(tmp_path / "tars"), embed(folder)
+    assert (summary.embedded, summary.refused) == (6, 1)
+    assert summary.store.ids == [f"a.tar#{n}" for n in names[:4]] + [f"b.tar#{n}" for n in names[4:]]
+    np.testing.assert_allclose(summary.store.embeddings, expected.store.embeddings, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ending", "mode"), [("tar.gz", "w:gz"), ("tgz", "w:gz"), ("tar.xz", "w:xz"), ("tar", "w:bz2")]
+)
+def test_a_compressed_tar_is_refused_where_it_is_meant(tmp_path: Path, ending: str, mode: str) -> None:
+    path = tar(tmp_path / f"in/a.{ending}", {"a.jpg": jpeg(0)}, mode=mode)
+    for source in (path, path.parent, tmp_path / f"in/*.{ending}"):
+        with pytest.raises(SourceError, match=r"is compressed with (gzip|xz|bzip2), .* unpack it into a folder, or"):
+            index_source(source)
+    if ending != "tar":
+        tar(tmp_path / "in/b.tar", {"b.jpg": jpeg(1)})
+        assert ids(path.parent) == ["b.tar#b.jpg"]
+
+
+def damaged() -> Iterator[tuple[str, Callable[[bytes], bytes], str]]:
+    yield "within", lambda data: data[:3000], "unexpected end of data"
+    yield "boundary", lambda data: data[:3072], "it stops at byte 3072 without an end-of-archive mark"
+    yield "header", lambda data: data[:1700] + b"XX" + data[1702:], "the header at byte 1536 is damaged"
+    yield "first", lambda data: b"XX" + data[2:], "bad checksum"
+    yield "empty", lambda data: b"", "empty file"
+    yield "text", lambda data: b"no tar at all" * 100, "invalid header|bad checksum"
+    yield "joined", lambda data: data + data, "more follows its end at byte 4608"
+
+
+@pytest.mark.parametrize(("change", "text"), [case[1:] for case in damaged()], ids=[case[0] for case in damaged()])
+def test_a_damaged_tar_is_not_half_listed(tmp_path: Path, change: Callable[[bytes], bytes], text: str) -> None:
+    path = tar(tmp_path / "a.tar", {f"{n}.jpg": b"j" * 1000 for n in range(3)})
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(SourceError, match=rf"cannot read '.*a\.tar' as a tar: .*({text})"):
+        index_source(path)
+
+
+def test_a_sparse_member_and_no_image_at_all(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", {"a.jpg": b"j" * 600}, form=tarfile.GNU_FORMAT)
+    header = bytearray(path.read_bytes()[:512])
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+    path.write_bytes(bytes(header) + path.read_bytes()[512:])
+    with pytest.raises(SourceError, match=r"holds 'a\.jpg' as a sparse file"):
+        index_source(path)
+    with pytest.raises(SourceError, match=r"no images in .*b\.tar': looked for members ending in .*found 1 others"):
+        index_source(tar(tmp_path / "b.tar", {"a.cls": b"1"}))
+
+
+def test_a_tar_that_shrank_or_holds_a_name_twice(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", {"a.jpg": jpeg(0)})
+    index = index_source(path)
+    os.truncate(path, 600)
+    with pytest.raises(Refused, match=r"a\.tar is shorter than it was when its members were listed"):
+        Reader().read(index[0])
+    with tarfile.open(tar(tmp_path / "b.tar", {"a.jpg": jpeg(0)}), "a") as archive:
+        archive.addfile(tarfile.TarInfo("./a.jpg"))
+    with pytest.raises(SourceError, match=r"the id 'b\.tar#a\.jpg' occurs more than once"):
+        index_source(tmp_path / "b.tar")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_forked_processes_may_share_a_reader(tmp_path: Path) -> None:
+    members = {f"{n:03d}.jpg": bytes([n]) * 5000 for n in range(200)}
+    index, reader = index_source(tar(tmp_path / "a.tar", members)), Reader()
+
+    def all_right() -> bool:
+        return all(reader.read(entry) == data for entry, data in zip(index.entries(), members.values(), strict=True))
+
+    assert all_right()
+    children = []
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            try:
+                os._exit(0 if all_right() else 1)
+            finally:
+                os._exit(2)
+        children.append(child)
+    assert all_right()
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]

@@ -5,9 +5,10 @@ Shapes: B images, S source size, C crop size, V = 2 views, K/2 patches a view, P
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -18,22 +19,53 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from micl_zoo.decode import Refused, decode
+from micl_zoo.decode import Refused, decode, decode_crop
 from micl_zoo.errors import SourceError
-from micl_zoo.sources import Entry, ImageIndex, Reader
+from micl_zoo.sources import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
 
-from .micl import draw_views, gather_patches
+from .micl import draw_views, gather_patches, kept_patches
 from .recipes import Recipe
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop: after ten crops that do not fit, the whole image
 CROP_DRAWS = 2 * CROP_TRIES + 2  # an area and an aspect ratio a try, and one place
+SUBSTITUTES = 20  # images that are tried in the place of one that cannot be decoded
+WINDOW = 16_384  # rows of a parquet corpus that are shuffled among each other, of row groups drawn from everywhere
+
+
+class Share(NamedTuple):
+    """Which part of each batch this process takes: the rank-th of `world` equal parts, in order."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, rows: Tensor) -> Tensor:
+        """(B, ...) -> (B / world, ...)."""
+        size = len(rows) // self.world
+        return rows[self.rank * size : (self.rank + 1) * size]
+
+
+WHOLE = Share()
+
+
+class Seen(NamedTuple):
+    """What the network sees of this process's share of a batch.
+
+    Attributes:
+        step: number of the batch.
+        patches: (B, 2, K/2, P) float32, normalised.
+        views: (B, 2, K/2), where in the crop's grid they are.
+    """
+
+    step: int
+    patches: Tensor
+    views: Tensor
 
 
 class Batch(NamedTuple):
     """Source pixels and what to cut out of them.
 
     Attributes:
-        images: (B, 3, S, S) uint8; whole images, or crops already cut by a worker.
+        images: (B, 3, S, S) uint8, whole images.
         boxes: (B, 4) float32, left, top, right, bottom in pixels of `images`.
     """
 
@@ -58,6 +90,10 @@ class Draws(NamedTuple):
     bias: Tensor
     grey: Tensor
 
+    def share(self, share: Share) -> Draws:
+        """Those of one process."""
+        return Draws(*(share.of(numbers) for numbers in self))
+
 
 class RefusedImage(NamedTuple):
     """An image of the corpus that cannot be trained on, and why."""
@@ -71,6 +107,9 @@ def seeded(*parts: int) -> torch.Generator:
     """A CPU generator whose stream depends on all the parts and nothing else."""
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+Blocks = tuple[int, ...] | None
 
 
 def steps_per_epoch(recipe: Recipe, images: int) -> int:
@@ -87,18 +126,52 @@ def steps_per_epoch(recipe: Recipe, images: int) -> int:
     return images // recipe.batch_size
 
 
-def batch_rows(recipe: Recipe, images: int, step: int) -> Tensor:
+def batch_rows(recipe: Recipe, images: int, step: int, blocks: Blocks = None) -> Tensor:
     """Rows of the corpus in batch number `step`: (B,).
 
     An epoch is one permutation; its incomplete last batch is left out.
+
+    Args:
+        recipe: for the seed and the batch.
+        images: rows of the corpus.
+        step: number of the batch.
+        blocks: where the blocks of rows begin that are best read together; None for rows that stand alone.
     """
     epoch, at = divmod(step, steps_per_epoch(recipe, images))
-    return _epoch_order(recipe.seed, epoch, images)[at * recipe.batch_size : (at + 1) * recipe.batch_size]
+    return _epoch_order(recipe.seed, epoch, images, blocks)[at * recipe.batch_size : (at + 1) * recipe.batch_size]
 
 
 @lru_cache(maxsize=1)
-def _epoch_order(seed: int, epoch: int, images: int) -> Tensor:
-    return torch.randperm(images, generator=seeded(seed, 0, epoch))
+def _epoch_order(seed: int, epoch: int, images: int, blocks: Blocks) -> Tensor:
+    generator = seeded(seed, 0, epoch)
+    if blocks is None:
+        return torch.randperm(images, generator=generator)
+    rows = torch.arange(images).tensor_split(torch.tensor(blocks[1:]))
+    order = torch.cat([rows[block] for block in torch.randperm(len(rows), generator=generator).tolist()])
+    windows = [window[torch.randperm(len(window), generator=generator)] for window in order.split(WINDOW)]
+    return torch.cat(windows)
+
+
+def index_blocks(index: ImageIndex) -> Blocks:
+    """Where the row groups of a parquet corpus begin; None for a corpus of files or byte ranges.
+
+    A parquet row group can only be read whole, so a full permutation would read each of them once for every row in it.
+    """
+    lengths, uris = index.table["length"].to_numpy(), index.table["uri"].to_pylist()
+    if not (lengths == PARQUET_CELL).all():
+        return None
+    offsets = index.table["offset"].to_numpy()
+    starts: list[int] = []
+    group_of: dict[str, np.ndarray] = {}
+    before: tuple[str, int] | None = None
+    for row, (uri, offset) in enumerate(zip(uris, offsets, strict=True)):
+        if uri not in group_of:
+            group_of[uri] = np.cumsum(parquet_row_groups(uri))
+        here = (uri, int(np.searchsorted(group_of[uri], offset, side="right")))
+        if here != before:
+            starts.append(row)
+            before = here
+    return tuple(starts)
 
 
 def draw(recipe: Recipe, step: int) -> Draws:
@@ -183,10 +256,17 @@ def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor,
     device = batch.images.device
     draws = Draws(*(numbers.to(device, non_blocking=True) for numbers in draws))
     pixels = resample(batch, draws.flips, recipe.crop_size, recipe.interpolation)
-    mean, std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in (recipe.pixel_mean, recipe.pixel_std))
     views = draw_views(draws.noise, recipe.mask_ratio)
-    patches = gather_patches((pixels - mean) / std, views, recipe.patch_size)
-    return (change_color(patches, draws) if recipe.view_color else patches), views
+    return normalise(gather_patches(pixels, views, recipe.patch_size), draws, recipe), views
+
+
+def normalise(patches: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
+    """Patches (B, 2, K/2, P) of pixels in 0..255 -> normalised, each view with its own colour change."""
+    device = patches.device
+    colors = patches.unflatten(3, (3, -1))
+    mean, std = (torch.tensor(v, device=device)[:, None] * 255 for v in (recipe.pixel_mean, recipe.pixel_std))
+    patches = ((colors - mean) / std).flatten(3)
+    return change_color(patches, draws) if recipe.view_color else patches
 
 
 def change_color(patches: Tensor, draws: Draws) -> Tensor:
@@ -205,30 +285,37 @@ class MemoryCorpus:
     Attributes:
         images: (M, 3, S, S) uint8; an image that is not square is squeezed to S x S and remembers its aspect ratio.
         aspect: (M,) width / height before squeezing.
+        rows: (M,) where in the index they were.
         refused: the images left out.
     """
 
     images: Tensor
     aspect: Tensor
+    rows: Tensor
     refused: list[RefusedImage]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, recipe: Recipe, first_step: int, last_step: int) -> Iterator[tuple[int, Batch, Draws]]:
-        """Batches number first_step to last_step - 1."""
+    def index_rows(self, recipe: Recipe, step: int) -> Tensor:
+        """Which images of the index a batch takes: (B,)."""
+        return self.rows[batch_rows(recipe, len(self), step)]
+
+    def batches(self, recipe: Recipe, first_step: int, last_step: int, share: Share = WHOLE) -> Iterator[Seen]:
+        """Batches number first_step to last_step - 1, on the device of the images."""
+        device = self.images.device
         for step in range(first_step, last_step):
-            draws, rows = draw(recipe, step), batch_rows(recipe, len(self), step)
+            draws, rows = draw(recipe, step).share(share), share.of(batch_rows(recipe, len(self), step))
             boxes = crop_boxes(draws.crops, self.aspect[rows], recipe) * recipe.source_size
-            device = self.images.device
-            yield step, Batch(self.images[rows.to(device)], boxes.to(device)), draws
+            yield Seen(step, *visible_patches(Batch(self.images[rows.to(device)], boxes.to(device)), draws, recipe))
 
     @classmethod
     def load(cls, index: ImageIndex, source_size: int, *, tick: Callable[[], None] = lambda: None) -> MemoryCorpus:
         """Decode a whole index. `tick` is called once an image."""
         images = torch.empty(len(index), 3, source_size, source_size, dtype=torch.uint8)
-        aspect, refused, kept, reader = torch.ones(len(index)), [], 0, Reader()
-        entries = index.entries()
+        aspect, refused, reader = torch.ones(len(index)), [], Reader()
+        rows: list[int] = []
+        entries, row = index.entries(), 0
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
             while chunk := list(islice(entries, 4096)):
                 data = [_read(reader, entry) for entry in chunk]
@@ -236,83 +323,117 @@ class MemoryCorpus:
                     tick()
                     if isinstance(found, Refused):
                         refused.append(RefusedImage(entry.id, found.reason, found.detail))
-                        continue
-                    images[kept], aspect[kept] = torch.from_numpy(found[0]), found[1]
-                    kept += 1
-        return cls(images[:kept], aspect[:kept], refused)
+                    else:
+                        images[len(rows)], aspect[len(rows)] = torch.from_numpy(found[0]), found[1]
+                        rows.append(row)
+                    row += 1
+        return cls(images[: len(rows)], aspect[: len(rows)], torch.tensor(rows, dtype=torch.int64), refused)
 
 
 @dataclass
 class StreamedCorpus:
-    """A large corpus: worker processes read, decode and cut each crop; a crop arrives as uint8.
+    """A large corpus: worker processes read, decode and cut each image; only its visible patches arrive, as uint8.
 
     Attributes:
         index: the images.
         workers: processes; 0 decodes in this one.
-        refused: images met so far that could not be decoded; each gave its place to a copy of another of its batch.
+        device: where the batches go.
+        refused: images met so far that could not be decoded; another image of the corpus took each one's place.
     """
 
     index: ImageIndex
     workers: int
-    refused: list[RefusedImage]
+    device: torch.device
+    refused: list[RefusedImage] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def batches(self, recipe: Recipe, first_step: int, last_step: int) -> Iterator[tuple[int, Batch, Draws]]:
-        """Batches number first_step to last_step - 1."""
-        plan = _StepList(recipe, len(self), first_step, last_step)
+    def index_rows(self, recipe: Recipe, step: int) -> Tensor:
+        """Which images of the index a batch takes: (B,)."""
+        return batch_rows(recipe, len(self), step, index_blocks(self.index))
+
+    def batches(self, recipe: Recipe, first_step: int, last_step: int, share: Share = WHOLE) -> Iterator[Seen]:
+        """Batches number first_step to last_step - 1, on the device.
+
+        Raises:
+            SourceError: an image that cannot be decoded, and none of those tried in its place can be.
+        """
         loader = DataLoader(
-            _Crops(self.index, recipe), batch_sampler=plan, num_workers=self.workers, collate_fn=list, pin_memory=False
+            _Crops(self.index, recipe, share),
+            batch_sampler=[[step] for step in range(first_step, last_step)],
+            num_workers=self.workers,
+            collate_fn=_only,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_settle_worker,
         )
-        for step, samples in zip(range(first_step, last_step), loader, strict=True):
-            self.refused += [s for s in samples if isinstance(s, RefusedImage) and s not in self.refused]
-            crops = [s for s in samples if not isinstance(s, RefusedImage)]
-            if len(crops) < 2:
-                raise SourceError(
-                    f"batch {step} has {len(crops)} readable images of {len(samples)}: {self.refused[-1]}"
-                )
-            filled = crops + [crops[i % len(crops)] for i in range(len(samples) - len(crops))]
-            images = torch.from_numpy(np.stack(filled))
-            box = torch.tensor([0.0, 0.0, images.shape[3], images.shape[2]])
-            yield step, Batch(images, box.expand(len(images), 4)), draw(recipe, step)
+        for step, (pixels, refused) in zip(range(first_step, last_step), loader, strict=True):
+            self.refused += [image for image in refused if image not in self.refused]
+            draws = draw(recipe, step).share(share)
+            views = draw_views(draws.noise, recipe.mask_ratio).to(self.device, non_blocking=True)
+            moved = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
+            yield Seen(step, normalise(pixels.to(self.device, non_blocking=True), moved, recipe), views)
 
 
 Corpus = MemoryCorpus | StreamedCorpus
 
 
-class _StepList:
-    """Batch sampler: for each step, its rows, each with the draws that place its crop."""
-
-    def __init__(self, recipe: Recipe, images: int, first: int, last: int) -> None:
-        self.recipe, self.images, self.first, self.last = recipe, images, first, last
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[list[tuple[int, Tensor]]]:
-        for step in range(self.first, self.last):
-            rows = batch_rows(self.recipe, self.images, step).tolist()
-            yield list(zip(rows, draw(self.recipe, step).crops, strict=True))
-
-
 class _Crops(Dataset[object]):
-    def __init__(self, index: ImageIndex, recipe: Recipe) -> None:
-        self.index, self.recipe, self.reader = index, recipe, Reader()
+    """Number of a step -> the visible patches of this process's share (B, 2, K/2, P) uint8, and the refused images."""
 
-    def __getitem__(self, sample: tuple[int, Tensor]) -> np.ndarray | RefusedImage:
-        row, draws = sample
-        entry = self.index[row]
+    def __init__(self, index: ImageIndex, recipe: Recipe, share: Share) -> None:
+        self.index, self.recipe, self.share, self.reader = index, recipe, share, Reader()
+        self.blocks = index_blocks(index)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, list[RefusedImage]]:
+        recipe, images = self.recipe, len(self.index)
+        rows = self.share.of(batch_rows(recipe, images, step, self.blocks))
+        draws = draw(recipe, step).share(self.share)
+        views = draw_views(draws.noise, recipe.mask_ratio).numpy()  # (B, 2, K/2)
+        kept = kept_patches(recipe.num_patches, recipe.mask_ratio)
+        pixels = torch.empty(len(rows), 2, kept // 2, 3 * recipe.patch_size**2, dtype=torch.uint8)
+        refused: list[RefusedImage] = []
+        for place in rows.argsort().tolist():  # in the order they lie in, so that a row group is read once
+            crop = self._crop(int(rows[place]), draws.crops[place], refused)
+            tries = seeded(recipe.seed, 3, step, self.share.rank * len(rows) + place)
+            for row in torch.randint(images, (SUBSTITUTES,), generator=tries).tolist() if crop is None else ():
+                if (crop := self._crop(row, draws.crops[place], refused)) is not None:
+                    break
+            if crop is None:
+                raise SourceError(f"{refused[-1].id!r} and {SUBSTITUTES} images tried in its place cannot be decoded")
+            crop = crop[:, ::-1] if draws.flips[place] else crop
+            pixels[place] = torch.from_numpy(_cut_patches(crop, views[place], recipe.patch_size))
+        return pixels, refused
+
+    def _crop(self, row: int, draws: Tensor, refused: list[RefusedImage]) -> np.ndarray | None:
+        """(crop_size, crop_size, 3) uint8, or None with a line in `refused`."""
+        entry, side = self.index[row], self.recipe.crop_size
+
+        def box(width: int, height: int) -> Sequence[float]:
+            return crop_boxes(draws[None], torch.tensor([width / height]), self.recipe)[0].tolist()
+
         try:
-            image = decode(self.reader.read(entry))
-        except Refused as refused:
-            return RefusedImage(entry.id, refused.reason, refused.detail)
-        shares = crop_boxes(draws[None], torch.tensor([image.width / image.height]), self.recipe)[0].tolist()
-        sides = (image.width, image.height) * 2
-        box = tuple(share * side for share, side in zip(shares, sides, strict=True))
-        resampling = Image.Resampling[self.recipe.interpolation.upper()]
-        size = (self.recipe.crop_size, self.recipe.crop_size)
-        return np.array(image.resize(size, resampling, box=box)).transpose(2, 0, 1)
+            return decode_crop(self.reader.read(entry), box, side, self.recipe.interpolation)
+        except Refused as found:
+            refused.append(RefusedImage(entry.id, found.reason, found.detail))
+            return None
+
+
+def _cut_patches(crop: np.ndarray, views: np.ndarray, patch_size: int) -> np.ndarray:
+    """The visible patches of one crop (C, C, 3): (2, K/2, P), each flattened channel first."""
+    across = crop.shape[1] // patch_size
+    grid = crop.reshape(-1, patch_size, across, patch_size, 3).transpose(0, 2, 4, 1, 3)  # (down, across, 3, p, p)
+    return grid[views // across, views % across].reshape(*views.shape, -1)
+
+
+def _only(samples: list[tuple[Tensor, list[RefusedImage]]]) -> tuple[Tensor, list[RefusedImage]]:
+    return samples[0]
+
+
+def _settle_worker(_: int) -> None:
+    """One thread each; Ctrl-C and the request to stop are the training process's affair."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read(reader: Reader, entry: Entry) -> bytes | Refused:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow.parquet as pq
 import torch
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from micl_zoo.encoder import Encoder
 from micl_zoo.errors import SourceError
 from micl_zoo.extract import embed_batches, resolve_precision
-from micl_zoo.sources import PARQUET_CELL, ImageIndex
+from micl_zoo.sources import PARQUET_CELL, ImageIndex, index_source
 
 
 def knn_accuracy(
@@ -40,6 +43,45 @@ def knn_accuracy(
         votes = torch.zeros(len(queries), classes).scatter_add_(1, labels[nearest], (cosine / temperature).exp())
         hits += int((votes.argmax(1) == wanted).sum())
     return hits / len(test)
+
+
+class Probe(NamedTuple):
+    """A labelled set that a run is measured on while it trains.
+
+    Attributes:
+        name: of its folder.
+        train: images the neighbours are looked for among.
+        test: images asked about.
+    """
+
+    name: str
+    train: ImageIndex
+    test: ImageIndex
+
+    @classmethod
+    def open(cls, folder: Path, images: int) -> Probe:
+        """A folder with train*.parquet and test.parquet or val.parquet, which have the columns image and label.
+
+        Args:
+            folder: of the set.
+            images: of the training part, at most; of the test part a quarter of that.
+
+        Raises:
+            SourceError: files or labels that are missing.
+        """
+        test = next((file for name in ("test", "val") if (file := folder / f"{name}.parquet").is_file()), None)
+        if test is None or not any(folder.glob("train*.parquet")):
+            raise SourceError(
+                f"--knn {str(folder)!r} needs a folder with train*.parquet and test.parquet or val.parquet in it"
+            )
+        train = index_source(sorted(folder.glob("train*.parquet"))).slice(0, images)
+        probe = cls(folder.resolve().name, train, index_source(test).slice(0, max(1, images // 4)))
+        read_labels(probe.train), read_labels(probe.test)  # now and not in the middle of the run
+        return probe
+
+    def measure(self, encoder: Encoder) -> float:
+        """K-NN accuracy, 0 to 1."""
+        return knn_accuracy(*embed_labelled(encoder, self.train), *embed_labelled(encoder, self.test))
 
 
 def embed_labelled(encoder: Encoder, index: ImageIndex, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -9,12 +9,14 @@ P = 3 * patch_size ** 2 numbers a patch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from micl_zoo.errors import UsageError
 
@@ -90,12 +92,19 @@ class MiCL(nn.Module):
             views: (B, 2, K/2), where in the grid each patch is, row by row.
             grid: patches down and across the image they came from.
         """
-        class_tokens = self.encode_views(patches, views, grid)[:, :, 0]  # (B, 2, D)
+        class_tokens = self.class_tokens(patches, views, grid)
         loss, accuracy = contrastive_loss(class_tokens, kappa=self.kappa, temperature=self.temperature)
         return MiCLOutput(loss, class_tokens, accuracy)
 
+    def class_tokens(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The class token of each view after the final norm: (B, 2, D). The arguments are those of `contrast`."""
+        return self.vit.norm(self._blocks(patches, views, grid)[:, :, 0])
+
     def encode_views(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens of both views after the final norm, the class token first: (B, 2, K/2 + 1, D)."""
+        return self.vit.norm(self._blocks(patches, views, grid))
+
+    def _blocks(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
         batch = patches.shape[0]
         positions = self._positions(grid, patches.device)  # (1 + N, D)
         conv = self.vit.patch_embed.proj
@@ -104,7 +113,9 @@ class MiCL(nn.Module):
         tokens = tokens.flatten(0, 1)  # (2B, K/2, D)
         class_token = (self.vit.cls_token + positions[:1]).expand(2 * batch, -1, -1).to(tokens.dtype)
         tokens = torch.cat([class_token, tokens], dim=1)  # (2B, K/2 + 1, D)
-        tokens = self.vit.norm(self.vit.blocks(self.vit.norm_pre(tokens)))
+        tokens = self.vit.norm_pre(tokens)
+        for block in self.vit.blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=False) if self.vit.grad_checkpointing else block(tokens)
         return tokens.unflatten(0, (batch, 2))
 
     def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -156,26 +167,41 @@ def gather_patches(pixel_values: Tensor, views: Tensor, patch_size: int) -> Tens
     return patches.flatten(3)
 
 
-def contrastive_loss(class_tokens: Tensor, *, kappa: float, temperature: float) -> tuple[Tensor, Tensor]:
+def contrastive_loss(
+    class_tokens: Tensor,
+    *,
+    kappa: float,
+    temperature: float,
+    all_rows: Callable[[Tensor], Tensor] | None = None,
+    first_row: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Symmetric cross-entropy over tSP similarities, in float32 at least, whatever the autocast dtype.
 
     Args:
         class_tokens: (B, 2, D).
         kappa: concentration of the similarity.
         temperature: divides the similarity.
+        all_rows: for negatives from other processes: from the rows of this one, (B, 2, D), to those of all. Only this
+            process's rows of the matrix are computed; the mean over the processes is the loss of the whole batch.
+        first_row: where this process's rows begin among all.
 
     Returns:
         The loss () and, without gradient, the contrastive accuracy ().
     """
     with torch.autocast(class_tokens.device.type, enabled=False):
         wide = class_tokens if class_tokens.dtype == torch.float64 else class_tokens.float()
-        first, second = F.normalize(wide, dim=-1).unbind(1)  # (B, D) each
-        cosine = first @ second.T  # (B, B)
-        logits = 0.5 * (1 + cosine) / (1 + (1 - cosine) * kappa) / temperature
-        target = torch.arange(len(logits), device=logits.device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        hits = (logits.argmax(1) == target).float().mean() + (logits.argmax(0) == target).float().mean()
-    return loss, hits.detach() / 2
+        unit = F.normalize(wide, dim=-1)  # (B, 2, D)
+        first, second = unit.unbind(1)
+        if all_rows is None:
+            cosines = [cosine := first @ second.T, cosine.T]  # (B, B), who asks by who is asked
+        else:
+            every_first, every_second = all_rows(unit).unbind(1)
+            cosines = [first @ every_second.T, second @ every_first.T]  # (B, world * B)
+        target = torch.arange(len(unit), device=unit.device) + first_row
+        logits = [0.5 * (1 + cosine) / (1 + (1 - cosine) * kappa) / temperature for cosine in cosines]
+        loss = (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2
+        hits = [(asked.argmax(1) == target).float().mean() for asked in logits]
+    return loss, ((hits[0] + hits[1]) / 2).detach()
 
 
 def position_table(embed_dim: int, grid: tuple[int, int], full_grid: tuple[int, int]) -> Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import logging
 import os
 import platform
+import shutil
 import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,16 +20,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from micl_zoo.errors import TrainingError
 from micl_zoo.store import atomic_path, package_versions, write_text
 from micl_zoo.transforms import Transform
-from micl_zoo.weights import WEIGHTS_FILE, EncoderConfig, save_weights
+from micl_zoo.weights import WEIGHTS_FILE, EncoderConfig, file_sha256, save_weights
 from micl_zoo.zoo import RECORDS, timm_architecture
 
 from .recipes import Recipe
 
-KEEP_CHECKPOINTS = 2
+KEEP_CHECKPOINTS = 2  # besides those that stay for good
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+log = logging.getLogger(__name__)
 
 
 class RunDir:
@@ -34,11 +42,15 @@ class RunDir:
     Attributes:
         path: the folder.
         record: what run.json holds.
+        keep_steps: a checkpoint after a multiple of so many steps stays for good; 0 is none.
     """
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         self.path = path
         self.record = record
+        self.keep_steps = 0
+        self._writing: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
 
     @classmethod
     def open(cls, path: Path, record: dict[str, Any]) -> RunDir:
@@ -52,10 +64,12 @@ class RunDir:
             there = json.loads(file.read_text(encoding="utf-8"))
             if differences := _differences(there, record):
                 raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
-            where = {key: record[key] for key in ("commit", "versions", "machine")}
-            if where != {key: there[key] for key in where}:
+            run = cls(path, there)
+            where = {key: record[key] for key in ("commit", "versions", "machine", "processes")}
+            if where != {key: there.get(key) for key in where}:
                 there.setdefault("resumed", []).append({**where, "started": record["started"]})
-            return cls(path, there)
+                run.save_record()
+            return run
         if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
             raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
         run = cls(path, record)
@@ -83,70 +97,166 @@ class RunDir:
         if not file.exists():
             return
         kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        write_text(file, "".join(line for line in kept if json.loads(line)["step"] < step))
+        write_text(file, "".join(line for line in kept if _before(json.loads(line), step)))
 
-    def save_checkpoint(
-        self, step: int, seconds: float, vit: VisionTransformer, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Write weights and optimiser state after `step` steps; keep the last two checkpoints.
+    def save_checkpoint(self, step: int, seconds: float, tensors: dict[str, Tensor]) -> None:
+        """Write a snapshot after `step` steps, in a thread of its own, while the training goes on.
+
+        Beside each checkpoint stands its sha256, as `sha256sum -c` reads it. The last two stay, and those after a
+        multiple of `keep_steps`.
 
         Raises:
-            TrainingError: weights that are not finite; nothing is written.
+            TrainingError: this checkpoint, or the one before it, could not be written; those before are whole.
         """
-        tensors = {f"model.{name}": value for name, value in vit.state_dict().items()}
-        if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
-            raise TrainingError(
-                f"after step {step} {broken[0]} is not finite: stopped, the checkpoints before are sound. "
-                "Try a lower base_lr or precision=fp32 in a new --out."
-            )
-        for name, parameter in _trained(vit):
-            state = optimizer.state[parameter]
-            tensors |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        self.finish_writing()
+        _check_space(self.path, sum(value.nbytes for value in tensors.values()))
         header = {"format": "pt", "step": str(step), "seconds": repr(seconds)}
-        with atomic_path(self.path / "checkpoints" / f"step-{step:08d}.safetensors") as temporary:
-            save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, header)
-        for old in self.checkpoints()[:-KEEP_CHECKPOINTS]:
+        self._writing = self._writer.submit(self._write_checkpoint, step, tensors, header)
+
+    def finish_writing(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except (OSError, SafetensorError) as error:
+            if not _is_full(error):
+                raise TrainingError(f"a checkpoint in {str(self.path)!r} could not be written: {error}") from None
+            raise TrainingError(_disk_full(self.path)) from None
+
+    def _write_checkpoint(self, step: int, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        file = self.path / "checkpoints" / f"step-{step:08d}.safetensors"
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary, header)
+            write_text(_sum_file(file), f"{file_sha256(temporary)}  {file.name}\n")  # first, so that none is without
+        lasting = [old for old in self.checkpoints() if not self._stays(old)]
+        for old in lasting[:-KEEP_CHECKPOINTS]:
             old.unlink()
+            _sum_file(old).unlink(missing_ok=True)
+
+    def _stays(self, file: Path) -> bool:
+        step = _step_of(file)
+        return self.keep_steps > 0 and step > 0 and step % self.keep_steps == 0
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
 
-    def load_checkpoint(self, vit: VisionTransformer, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        """Restore the newest checkpoint in place.
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose bytes are those that were written; None when there is no checkpoint.
 
-        Returns:
-            Steps taken and seconds spent so far; (0, 0.0) when there is no checkpoint.
+        A damaged one is renamed to `.damaged`, with a warning.
 
         Raises:
-            TrainingError: the checkpoint cannot be read.
+            TrainingError: there are checkpoints and all of them are damaged.
         """
+        self.finish_writing()
         files = self.checkpoints()
-        if not files:
-            return 0, 0.0
-        try:
-            with safe_open(files[-1], framework="pt") as opened:
-                header = opened.metadata()
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
+        for file in reversed(files):
+            if (damage := _damage(file)) is None:
+                return file
+            file.replace(file.with_name(f"{file.name}.damaged"))
+            log.warning("%s is damaged (%s): going on from the checkpoint before", file.name, damage)
+        if files:
             raise TrainingError(
-                f"{str(files[-1])!r} is damaged ({error}): delete it to go on from the checkpoint before"
-            ) from None
-        step = int(header["step"])
-        vit.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        for name, parameter in _trained(vit):
-            moments = {m: tensors[f"{m}.{name}"].clone().to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
-        return step, float(header["seconds"])
+                f"every checkpoint in {str(self.path / 'checkpoints')!r} is damaged: nothing to go on from. "
+                "Train again in a new --out."
+            )
+        return None
 
-    def save_encoder(self, vit: VisionTransformer, recipe: Recipe) -> Path:
+    def save_encoder(self, state: dict[str, Tensor], recipe: Recipe) -> Path:
         """Write `encoder/`, which `micl_zoo.load(weights=…)` and timm's hub loader take; returns the weights file."""
         # Without times and interruptions: two runs that compute the same numbers write the same bytes.
         provenance = {key: self.record[key] for key in ("recipe", "command", "commit", "versions", "machine")}
         provenance["data"] = {key: self.record["data"][key] for key in ("source", "images", "fingerprint")}
-        return save_weights(
-            self.path / "encoder", vit.state_dict(), encoder_config(recipe), provenance, recipe.save_dtype
+        return save_weights(self.path / "encoder", state, encoder_config(recipe), provenance, recipe.save_dtype)
+
+
+def snapshot(vit: VisionTransformer, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """Weights `model.*` and moments `exp_avg.*`, `exp_avg_sq.*` as whole tensors on the host, the same on any ranks.
+
+    Where each process has a part of them, all must call this together; `keep` says who gets the tensors.
+    """
+    tensors = {f"model.{name}": value for name, value in vit.state_dict().items()}
+    for name, parameter in _trained(vit):
+        if state := optimizer.state.get(parameter):
+            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            found[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+def restore(file: Path, vit: VisionTransformer, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Put a checkpoint back in place, whatever number of processes it came from.
+
+    Returns:
+        Steps taken and seconds spent so far.
+    """
+    with safe_open(file, framework="pt") as opened:  # on the host: no card has room for two
+        header = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    step = int(header["step"])
+    with torch.no_grad():
+        for name, value in vit.state_dict().items():
+            value.copy_(_like(value, tensors[f"model.{name}"]))
+    optimizer.state.clear()
+    for name, parameter in _trained(vit):
+        if f"exp_avg.{name}" in tensors:
+            moments = {moment: _like(parameter, tensors[f"{moment}.{name}"]).clone() for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
+    return step, float(header["seconds"])
+
+
+def _like(there: Tensor, value: Tensor) -> Tensor:
+    """On the device of `there`, and cut among the processes as it is."""
+    value = value.to(there.device)
+    return distribute_tensor(value, there.device_mesh, there.placements) if isinstance(there, DTensor) else value
+
+
+def _sum_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _step_of(file: Path) -> int:
+    return int(file.stem.removeprefix("step-"))
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        wanted = _sum_file(file).read_text(encoding="utf-8").split()[0]
+        if file_sha256(file) != wanted:
+            return "its bytes do not have the sha256 that was written beside it"
+        with safe_open(file, framework="pt") as opened:
+            return None if "step" in (opened.metadata() or {}) else "it has no header of this program"
+    except (OSError, IndexError, SafetensorError) as error:
+        return str(error)
+
+
+def _check_space(path: Path, size: int) -> None:
+    free = shutil.disk_usage(path).free
+    if free < size:
+        raise TrainingError(
+            _disk_full(path, f"a checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free")
         )
+
+
+def _disk_full(path: Path, detail: str = "no space left while a checkpoint was written") -> str:
+    return (
+        f"the disk of {str(path)!r} is full ({detail}): stopped. The checkpoints that are there are whole: "
+        "make room and run the same command to go on"
+    )
+
+
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
 
 
 def encoder_config(recipe: Recipe) -> EncoderConfig:
@@ -166,7 +276,9 @@ def encoder_config(recipe: Recipe) -> EncoderConfig:
     return EncoderConfig(recipe.name, architecture, model_args, recipe.embed_dim, transform)
 
 
-def run_record(recipe: Recipe, data: dict[str, Any], command: str, device: torch.device) -> dict[str, Any]:
+def run_record(
+    recipe: Recipe, data: dict[str, Any], command: str, device: torch.device, processes: int = 1
+) -> dict[str, Any]:
     """What run.json says before the first step."""
     return {
         "recipe": dataclasses.asdict(recipe),
@@ -175,6 +287,7 @@ def run_record(recipe: Recipe, data: dict[str, Any], command: str, device: torch
         "commit": code_commit(),
         "versions": package_versions(),
         "machine": machine(device),
+        "processes": processes,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -216,11 +329,16 @@ def _processor() -> str:
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """Fields of recipe and data that keep the two from being one run."""
-    free = {"checkpoint_minutes", "source"}
+    free = {"checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source"}
     there, asked = ({**record["recipe"], **record["data"]} for record in (there, asked))
     asked = json.loads(json.dumps(asked))  # tuples as JSON gives them back
     keys = [key for key in asked if key not in free]
     return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]
+
+
+def _before(line: dict[str, Any], step: int) -> bool:
+    """A step's line has the number of steps before it; k-NN and events have the number of steps taken."""
+    return bool(line["step"] < step if "loss" in line else line["step"] <= step)
 
 
 def _trained(vit: VisionTransformer) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,151 @@
+"""Several processes, groups and pieces give the gradients of one process with the whole batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import small_vit
+from micl_zoo.training.data import WHOLE, Share
+from micl_zoo.training.micl import MiCL, contrastive_loss
+from micl_zoo.training.ranks import Ranks, joined, launch
+from micl_zoo.training.recipes import Recipe
+from micl_zoo.training.step import TrainStep
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from micl_zoo.errors import UsageError
+
+BATCH = 16
+Gradients = dict[str, Tensor]
+
+
+@pytest.fixture
+def recipe(twin: Recipe) -> Recipe:
+    return dataclasses.replace(twin, batch_size=BATCH)
+
+
+def seen() -> tuple[Tensor, Tensor]:
+    """Patches (B, 2, K/2, P) float64 and views (B, 2, K/2) of a whole batch."""
+    generator = torch.Generator().manual_seed(1)
+    patches = torch.randn(BATCH, 2, 4, 3 * 8 * 8, generator=generator, dtype=torch.float64)
+    return patches, torch.rand(BATCH, 16, generator=generator).argsort(1)[:, :8].unflatten(1, (2, 4))
+
+
+def make_step(recipe: Recipe, ranks: Ranks | None = None, micro_batch: int | None = None) -> TrainStep:
+    vit = small_vit().double()
+    vit.set_grad_checkpointing(recipe.activation_checkpointing)
+    model = MiCL(vit, mask_ratio=recipe.mask_ratio, kappa=recipe.kappa, temperature=recipe.temperature)
+    return TrainStep(model, recipe, ranks, micro_batch=micro_batch)
+
+
+def result(step: TrainStep, share: Share = WHOLE) -> tuple[float, float, Gradients]:
+    patches, views = seen()
+    loss, accuracy = step.accumulate(share.of(patches), share.of(views))
+    gradients = {}
+    for name, parameter in step.model.vit.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None:
+            gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return loss.item(), accuracy.item(), gradients
+
+
+def one_rank(rank: int, world: int, port: int, recipe: Recipe, micro_batch: int | None, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with joined("cpu") as (ranks, _):
+        found = result(make_step(recipe, ranks, micro_batch), Share(ranks.rank, ranks.world))
+        parts = ranks.gather(found[:2])
+        if ranks.main:
+            torch.save((parts, {name: gradient.clone() for name, gradient in found[2].items()}), out)
+
+
+def on_ranks(world: int, recipe: Recipe, micro_batch: int | None, out: Path) -> tuple[float, float, Gradients]:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    mp.spawn(one_rank, (world, port, recipe, micro_batch, str(out)), nprocs=world)
+    parts, gradients = torch.load(out, weights_only=True)
+    return sum(p[0] for p in parts) / world, sum(p[1] for p in parts) / world, gradients
+
+
+def assert_same(found: tuple[float, float, Gradients], wanted: tuple[float, float, Gradients]) -> None:
+    assert found[:2] == pytest.approx(wanted[:2], abs=1e-6)
+    assert set(found[2]) == set(wanted[2])
+    assert len(wanted[2]) > 20
+    for name, gradient in wanted[2].items():
+        assert gradient.abs().max() > 1e-5, name  # so that equal is not both nothing
+        torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+def by_groups(recipe: Recipe) -> tuple[float, float, Gradients]:
+    """The oracle: the mean of the groups' losses, one graph, one process, no step."""
+    patches, views = seen()
+    model = make_step(recipe).model
+    losses, accuracies = zip(
+        *(
+            contrastive_loss(model.class_tokens(p, v, (4, 4)), kappa=recipe.kappa, temperature=recipe.temperature)
+            for p, v in zip(patches.split(recipe.contrast_size), views.split(recipe.contrast_size), strict=True)
+        ),
+        strict=True,
+    )
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.vit.named_parameters() if p.grad is not None}
+    return loss.item(), torch.stack(accuracies).mean().item(), gradients
+
+
+@pytest.mark.parametrize("contrast_batch", [16, 8, 4])
+@pytest.mark.parametrize("micro_batch", [None, 4, 3])
+def test_groups_and_pieces_give_the_gradients_of_one_graph(
+    recipe: Recipe, contrast_batch: int, micro_batch: int | None
+) -> None:
+    recipe = dataclasses.replace(recipe, contrast_batch=contrast_batch)
+    assert_same(result(make_step(recipe, micro_batch=micro_batch)), by_groups(recipe))
+
+
+def test_recomputed_blocks_give_the_same_gradients(recipe: Recipe) -> None:
+    again = dataclasses.replace(recipe, activation_checkpointing=True)
+    assert_same(result(make_step(again)), by_groups(recipe))
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "micro_batch"),
+    [
+        (2, {"negatives": "global"}, None),
+        (4, {"negatives": "global"}, None),
+        (2, {"negatives": "global"}, 3),
+        (2, {"contrast_batch": 8}, None),
+        (2, {"contrast_batch": 4}, 3),
+        (2, {"negatives": "global", "parallel": "fsdp"}, None),
+        (2, {"contrast_batch": 4, "parallel": "fsdp"}, 3),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_ranks_give_the_gradients_of_one_process(
+    recipe: Recipe, tmp_path: Path, world: int, changes: dict[str, Any], micro_batch: int | None
+) -> None:
+    recipe = dataclasses.replace(recipe, **changes)
+    assert_same(on_ranks(world, recipe, micro_batch, tmp_path / "found.pt"), by_groups(recipe))
+
+
+def test_other_negatives_are_another_loss(recipe: Recipe) -> None:
+    losses = [by_groups(dataclasses.replace(recipe, contrast_batch=size))[0] for size in (4, 8, 16)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_groups_that_do_not_divide_among_the_processes_are_refused(recipe: Recipe) -> None:
+    with pytest.raises(UsageError, match="contrast"):
+        make_step(dataclasses.replace(recipe, contrast_batch=8), Ranks(0, 4))
+
+
+def test_several_nodes_need_a_meeting_point() -> None:
+    with pytest.raises(UsageError, match="--rdzv HOST:PORT"):
+        launch([], gpus=1, nodes=2)
