@@ -25,9 +25,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except MiclZooError as error:
-            shown = click.ClickException(str(error))
-            shown.exit_code = error.exit_code
-            raise shown from error
+            click.ClickException(str(error)).show()
+            ctx.exit(error.exit_code)
         except OSError as error:  # a folder that cannot be written, a full disk
             raise click.ClickException(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")) from error
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Reason = Literal["unreadable", "empty", "not_an_image", "truncated", "damaged", "too_small", "too_large", "unsupported"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bomb threshold: 256 MiB as 24-bit RGB
-_ORIENTATION, _TURNED = 0x0112, 5  # EXIF tag; from 5 on, width and height change places
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag; where width and height change places
 MIN_SIDE = 2  # a side of one pixel holds no picture: tracking pixels, separators
 
 
@@ -48,7 +49,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         Refused: with the reason and a sentence.
     """
-    return _decoded(data, max_pixels, lambda image: None)
+    with _refusals(data):
+        return _loaded(_opened(data, max_pixels))
 
 
 def decode_crop(
@@ -74,33 +76,40 @@ def decode_crop(
     Raises:
         Refused: with the reason and a sentence.
     """
+    with _refusals(data):
+        image = _opened(data, max_pixels)
     shares: Sequence[float] = ()
-
-    def scale(image: Image.Image) -> None:
-        nonlocal shares
-        if image.format != "JPEG":
-            return
-        turned = image.getexif().get(_ORIENTATION, 1) >= _TURNED
+    if image.format == "JPEG":
+        turned = _is_turned(image)
         shares = box(*(image.size[::-1] if turned else image.size))
         least = [math.ceil(side / (shares[axis + 2] - shares[axis])) for axis in (0, 1)]  # so that the crop has `side`
         image.draft("RGB", (least[1], least[0]) if turned else (least[0], least[1]))  # by 2, 4 or 8, never below that
-
-    image = _decoded(data, max_pixels, scale)
+    with _refusals(data):
+        image = _loaded(image)
     shares = shares or box(*image.size)
     left, top, right, bottom = (share * length for share, length in zip(shares, image.size * 2, strict=True))
     cut = (left, top, min(right, image.width), min(bottom, image.height))  # not above the size by a rounding
     return np.asarray(image.resize((side, side), Image.Resampling[interpolation.upper()], box=cut))
 
 
-def _decoded(data: bytes, max_pixels: int, before: Callable[[Image.Image], None]) -> Image.Image:
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    _check_size(image.size, max_pixels)
+    return image
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
+    return to_rgb(image)
+
+
+@contextlib.contextmanager
+def _refusals(data: bytes) -> Iterator[None]:
+    """Whatever Pillow raises becomes a refusal with a reason."""
     if not data:
         raise Refused("empty", "the file has no bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
-        _check_size(image.size, max_pixels)
-        before(image)
-        image.load()
-        return to_rgb(image)
+        yield
     except Refused:
         raise
     except UnidentifiedImageError:
@@ -126,6 +135,13 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise Refused("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} in all")
     if min(width, height) < MIN_SIDE:
         raise Refused("too_small", f"{width} x {height} pixels, each side must be at least {MIN_SIDE}")
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(_ORIENTATION) in _TURNED
+    except Exception:  # as in _upright
+        return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -5,12 +5,15 @@ Shapes: B images, S source size, C crop size, V = 2 views, K/2 patches a view, P
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,7 +32,7 @@ from .recipes import Recipe
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop: after ten crops that do not fit, the whole image
 CROP_DRAWS = 2 * CROP_TRIES + 2  # an area and an aspect ratio a try, and one place
 SUBSTITUTES = 20  # images that are tried in the place of one that cannot be decoded
-WINDOW = 16_384  # rows of a parquet corpus that are shuffled among each other, of row groups drawn from everywhere
+WINDOW = 16_384  # rows of a parquet corpus, at least, that are shuffled together: of whole row groups from everywhere
 
 
 class Share(NamedTuple):
@@ -144,34 +147,38 @@ def batch_rows(recipe: Recipe, images: int, step: int, blocks: Blocks = None) ->
 @lru_cache(maxsize=1)
 def _epoch_order(seed: int, epoch: int, images: int, blocks: Blocks) -> Tensor:
     generator = seeded(seed, 0, epoch)
+    order = torch.randperm(images, generator=generator)
     if blocks is None:
-        return torch.randperm(images, generator=generator)
-    rows = torch.arange(images).tensor_split(torch.tensor(blocks[1:]))
-    order = torch.cat([rows[block] for block in torch.randperm(len(rows), generator=generator).tolist()])
-    windows = [window[torch.randperm(len(window), generator=generator)] for window in order.split(WINDOW)]
-    return torch.cat(windows)
+        return order
+    sizes = torch.tensor((*blocks, images)).diff()
+    shuffled = torch.randperm(len(sizes), generator=generator)
+    window = torch.empty_like(sizes)  # of each block; whole blocks, so that none is read for two windows
+    window[shuffled] = (sizes[shuffled].cumsum(0) - 1) // WINDOW
+    return order[window.repeat_interleave(sizes)[order].argsort(stable=True)]
 
 
 def index_blocks(index: ImageIndex) -> Blocks:
     """Where the row groups of a parquet corpus begin; None for a corpus of files or byte ranges.
 
     A parquet row group can only be read whole, so a full permutation would read each of them once for every row in it.
+    In a mixed corpus each file and each byte range is a block of its own.
     """
-    lengths, uris = index.table["length"].to_numpy(), index.table["uri"].to_pylist()
-    if not (lengths == PARQUET_CELL).all():
+    cells = index.table["length"].to_numpy() == PARQUET_CELL
+    if not cells.any():
         return None
-    offsets = index.table["offset"].to_numpy()
-    starts: list[int] = []
-    group_of: dict[str, np.ndarray] = {}
-    before: tuple[str, int] | None = None
-    for row, (uri, offset) in enumerate(zip(uris, offsets, strict=True)):
-        if uri not in group_of:
-            group_of[uri] = np.cumsum(parquet_row_groups(uri))
-        here = (uri, int(np.searchsorted(group_of[uri], offset, side="right")))
-        if here != before:
-            starts.append(row)
-            before = here
-    return tuple(starts)
+    uris = index.table["uri"].combine_chunks().dictionary_encode()
+    files, offsets = uris.indices.to_numpy(), index.table["offset"].to_numpy()
+    groups = np.arange(len(index))  # no two alike
+    for first, stop in pairwise([0, *_changes(files), len(index)]):
+        if cells[first]:
+            ends = np.cumsum(parquet_row_groups(uris.dictionary[int(files[first])].as_py()))
+            groups[first:stop] = ends.searchsorted(offsets[first:stop], side="right")
+    return (0, *np.union1d(_changes(files), _changes(groups)).tolist())
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Places whose value is not that of the place before."""
+    return np.flatnonzero(np.diff(values)) + 1
 
 
 def draw(recipe: Recipe, step: int) -> Draws:
@@ -367,8 +374,11 @@ class StreamedCorpus:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_settle_worker,
         )
-        for step, (pixels, refused) in zip(range(first_step, last_step), loader, strict=True):
-            self.refused += [image for image in refused if image not in self.refused]
+        for step, cut in zip(range(first_step, last_step), loader, strict=True):
+            if isinstance(cut, SourceError):
+                raise cut
+            pixels, refused = cut
+            self.refused += [image for image in dict.fromkeys(refused) if image not in self.refused]
             draws = draw(recipe, step).share(share)
             views = draw_views(draws.noise, recipe.mask_ratio).to(self.device, non_blocking=True)
             moved = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
@@ -378,14 +388,23 @@ class StreamedCorpus:
 Corpus = MemoryCorpus | StreamedCorpus
 
 
-class _Crops(Dataset[object]):
+Cut = tuple[Tensor, list[RefusedImage]]
+
+
+class _Crops(Dataset[Cut | SourceError]):
     """Number of a step -> the visible patches of this process's share (B, 2, K/2, P) uint8, and the refused images."""
 
     def __init__(self, index: ImageIndex, recipe: Recipe, share: Share) -> None:
         self.index, self.recipe, self.share, self.reader = index, recipe, share, Reader()
         self.blocks = index_blocks(index)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, list[RefusedImage]]:
+    def __getitem__(self, step: int) -> Cut | SourceError:
+        try:
+            return self._cut(step)
+        except SourceError as error:  # as it is: what is raised in a worker arrives as the text of a traceback
+            return error
+
+    def _cut(self, step: int) -> Cut:
         recipe, images = self.recipe, len(self.index)
         rows = self.share.of(batch_rows(recipe, images, step, self.blocks))
         draws = draw(recipe, step).share(self.share)
@@ -395,15 +414,23 @@ class _Crops(Dataset[object]):
         refused: list[RefusedImage] = []
         for place in rows.argsort().tolist():  # in the order they lie in, so that a row group is read once
             crop = self._crop(int(rows[place]), draws.crops[place], refused)
-            tries = seeded(recipe.seed, 3, step, self.share.rank * len(rows) + place)
-            for row in torch.randint(images, (SUBSTITUTES,), generator=tries).tolist() if crop is None else ():
-                if (crop := self._crop(row, draws.crops[place], refused)) is not None:
-                    break
             if crop is None:
-                raise SourceError(f"{refused[-1].id!r} and {SUBSTITUTES} images tried in its place cannot be decoded")
+                crop = self._substitute(step, self.share.rank * len(rows) + place, draws.crops[place], refused)
             crop = crop[:, ::-1] if draws.flips[place] else crop
             pixels[place] = torch.from_numpy(_cut_patches(crop, views[place], recipe.patch_size))
         return pixels, refused
+
+    def _substitute(self, step: int, place: int, draws: Tensor, refused: list[RefusedImage]) -> np.ndarray:
+        """The crop of another image for this place of the whole batch: the same one in any share."""
+        damaged = refused[-1]
+        generator = seeded(self.recipe.seed, 3, step, place)
+        for row in torch.randint(len(self.index), (SUBSTITUTES,), generator=generator).tolist():
+            if (crop := self._crop(row, draws, refused)) is not None:
+                return crop
+        raise SourceError(
+            f"{damaged.id!r} cannot be trained on ({damaged.reason}: {damaged.detail}), and neither can any of "
+            f"{SUBSTITUTES} images tried in its place: look whether the corpus is still there, and whole"
+        )
 
     def _crop(self, row: int, draws: Tensor, refused: list[RefusedImage]) -> np.ndarray | None:
         """(crop_size, crop_size, 3) uint8, or None with a line in `refused`."""
@@ -426,7 +453,7 @@ def _cut_patches(crop: np.ndarray, views: np.ndarray, patch_size: int) -> np.nda
     return grid[views // across, views % across].reshape(*views.shape, -1)
 
 
-def _only(samples: list[tuple[Tensor, list[RefusedImage]]]) -> tuple[Tensor, list[RefusedImage]]:
+def _only(samples: list[Cut | SourceError]) -> Cut | SourceError:
     return samples[0]
 
 
@@ -434,6 +461,16 @@ def _settle_worker(_: int) -> None:
     """One thread each; Ctrl-C and the request to stop are the training process's affair."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A scheduler's SIGTERM reaches all processes, and a worker that ends takes the run with it: heed the parent's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _read(reader: Reader, entry: Entry) -> bytes | Refused:

@@ -164,7 +164,8 @@ class _Loop:
                 pending.append(_Taken(number, lr, loss, accuracy))
 
                 last = number + 1 == last_step
-                stopping, save, flush = self.ranks.any(self.stop.asked, clock.save_due(), clock.flush_due())
+                stop = self.stop.asked or self.ranks.orphaned
+                stopping, save, flush = self.ranks.any(stop, clock.save_due(), clock.flush_due())
                 save |= last or stopping or (self.folder.keep_steps > 0 and (number + 1) % self.folder.keep_steps == 0)
                 if save or flush or len(pending) == FLUSH_STEPS:
                     lines = self._flush(pending)

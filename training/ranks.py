@@ -35,16 +35,23 @@ class Ranks:
         rank: from 0; rank 0 writes.
         world: how many there are.
         words: the gloo group, or None for a process alone.
+        parent: process that started this one together with others and looks after them, or None.
     """
 
     rank: int = 0
     world: int = 1
     words: Any = None
+    parent: int | None = None
 
     @property
     def main(self) -> bool:
         """This is the one that writes."""
         return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whoever started the ranks is gone: nobody would stop them any more."""
+        return self.parent is not None and os.getppid() != self.parent
 
     def gather(self, thing: T) -> list[T]:
         """One picklable object of every rank, by rank; all ranks get all."""
@@ -59,7 +66,10 @@ class Ranks:
         if self.world == 1:
             return list(flags)
         words = torch.tensor([float(flag) for flag in flags])
-        dist.all_reduce(words, dist.ReduceOp.MAX, group=self.words)
+        try:
+            dist.all_reduce(words, dist.ReduceOp.MAX, group=self.words)
+        except RuntimeError as error:  # gloo says no more than that a connection is closed
+            raise TrainingError(f"another rank is gone, see what it said ({str(error)[:200]})") from None
         return words.bool().tolist()
 
     def first(self, thing: T) -> T:
@@ -90,7 +100,8 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         torch.cuda.set_device(target)
     dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=WAIT)
     try:
-        yield Ranks(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=WAIT)), target
+        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        yield Ranks(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=WAIT), parent), target
     finally:
         dist.destroy_process_group()
 

@@ -35,6 +35,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 log = logging.getLogger(__name__)
 
+fcntl: Any
+try:
+    import fcntl  # not on Windows, where nothing keeps two runs apart
+except ImportError:
+    fcntl = None
+
 
 class RunDir:
     """The folder of one run.
@@ -57,7 +63,7 @@ class RunDir:
         """Start a run folder, or go on with the one that is there.
 
         Raises:
-            TrainingError: the folder holds a run of another recipe or other data, or other files.
+            TrainingError: the folder holds a run of another recipe or other data, or other files; or it is in use.
         """
         file = path / "run.json"
         if file.exists():
@@ -65,6 +71,7 @@ class RunDir:
             if differences := _differences(there, record):
                 raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
             run = cls(path, there)
+            run.lock()
             where = {key: record[key] for key in ("commit", "versions", "machine", "processes")}
             if where != {key: there.get(key) for key in where}:
                 there.setdefault("resumed", []).append({**where, "started": record["started"]})
@@ -73,6 +80,7 @@ class RunDir:
         if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
             raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
         run = cls(path, record)
+        run.lock()
         run.save_record()
         return run
 
@@ -81,6 +89,23 @@ class RunDir:
         """The weights file of a run that has come to its end."""
         file = self.path / "encoder" / WEIGHTS_FILE
         return file if "result" in self.record and file.exists() else None
+
+    def lock(self) -> None:
+        """Keep others out of the folder for as long as this process lives.
+
+        Raises:
+            TrainingError: another process trains in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock.tmp").open("a")  # held open; the system lets go of it with the process
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"another process is training in {str(self.path)!r}: wait for it, stop it, or give another --out"
+            ) from None
 
     def save_record(self) -> None:
         """Write run.json."""

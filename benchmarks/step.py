@@ -1,0 +1,166 @@
+"""A training step beside a straightforward implementation of the same method, in turn on the same batch; a record.
+
+    python benchmarks/step.py vit_b16.in1k --batch-size 64 -o benchmarks/records/step-vit_b16.json
+
+Both start from the same cut images, uint8 on the device, and take an AdamW step. The straightforward one normalises the
+whole crops, embeds all patches, drops those that no view sees, and runs the blocks eagerly under autocast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+from micl_zoo.training.bench import device_name, matrix_rate, timed
+from micl_zoo.training.data import draw, normalise
+from micl_zoo.training.micl import contrastive_loss, draw_views, gather_patches
+from micl_zoo.training.optim import set_learning_rate
+from micl_zoo.training.plan import step_flops
+from micl_zoo.training.pretrain import make_model, resolve_autocast
+from micl_zoo.training.recipes import Recipe, get_recipe
+from micl_zoo.training.rundir import code_commit, machine
+from micl_zoo.training.step import TrainStep
+from torch import Tensor
+
+from micl_zoo.encoder import resolve_device
+from micl_zoo.progress import progress
+from micl_zoo.store import package_versions, write_text
+
+LEARNING_RATE = 1e-6
+WARM_UP_STEPS = 3
+PAPER_IMAGES = 800 * 1_281_167
+A100_TFLOPS = 312
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one number of the recipe.")
+@click.option("--batch-size", type=click.IntRange(2), help="Images a step.  [default: the recipe's, until it fits]")
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Steps of each, in turn.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The record to write.")
+def main(recipe: str, overrides: tuple[str, ...], batch_size: int | None, rounds: int, device: str, out: Path) -> None:
+    """Time a step of RECIPE both ways."""
+    record = compare(get_recipe(recipe, overrides), batch_size, rounds, resolve_device(device))
+    options = "".join(f" --set {change}" for change in overrides)
+    record["command"] = f"python benchmarks/step.py {recipe}{options} --batch-size {record['batch_size']}"
+    write_text(out, json.dumps(record, indent=1) + "\n")
+    click.echo(json.dumps(record, indent=1))
+
+
+def compare(recipe: Recipe, batch_size: int | None, rounds: int, device: torch.device) -> dict[str, object]:
+    """The record of both, at the largest batch that fits into a GPU's memory for both of them."""
+    size = batch_size or (recipe.contrast_size if device.type == "cuda" else 64)
+    while True:
+        try:
+            return _compare(dataclasses.replace(recipe, batch_size=size, contrast_batch=0), rounds, device)
+        except torch.OutOfMemoryError:
+            if batch_size or size < 4:
+                raise
+            size //= 2
+        torch.cuda.empty_cache()
+
+
+def _compare(recipe: Recipe, rounds: int, device: torch.device) -> dict[str, object]:
+    autocast = resolve_autocast(recipe, device)
+    shape = (recipe.batch_size, 3, recipe.crop_size, recipe.crop_size)
+    crops = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    noise = draw(recipe, 0).noise.to(device)
+    ways = {"ours": ours(recipe, device, autocast), "straightforward": straightforward(recipe, device, autocast)}
+    losses = {name: float(step(crops, noise)) for name, step in ways.items()}  # the first step: equal weights
+    peak: dict[str, float] = {}
+    for name, step in ways.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(WARM_UP_STEPS):
+            step(crops, noise)
+        if device.type == "cuda":
+            peak[name] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    matrix = matrix_rate(device, autocast or torch.float32)
+    with progress(recipe.name, rounds, unit="rounds") as tick:
+        for _ in range(rounds):
+            for name, step in ways.items():
+                seconds[name].append(timed(lambda step=step: step(crops, noise), device))
+            tick()
+    matrix = max(matrix, matrix_rate(device, autocast or torch.float32))
+    rates = {name: recipe.batch_size / statistics.median(times) for name, times in seconds.items()}
+    flops = step_flops(recipe).total
+    mfu = rates["ours"] * flops / matrix
+    return {
+        "recipe": recipe.name,
+        "batch_size": recipe.batch_size,
+        "precision": "fp32" if autocast is None else "bf16",
+        "compiled": recipe.compile,
+        "images_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "ratio": round(rates["ours"] / rates["straightforward"], 3),
+        "first_loss": losses,
+        "gflop_per_image": round(flops / 1e9, 3),
+        "model_tflops": round(rates["ours"] * flops / 1e12, 4),
+        "matrix_tflops": round(matrix / 1e12, 4),
+        "share_of_matrix_rate": round(mfu, 4),
+        "peak_memory_gib": peak,
+        "hours_of_800_epochs_on_4_a100_at_that_share": round(
+            PAPER_IMAGES * flops / (4 * A100_TFLOPS * 1e12 * mfu) / 3600, 1
+        ),
+        "device": device_name(device),
+        "machine": machine(device),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": code_commit(),
+        "versions": package_versions(),
+    }
+
+
+def ours(recipe: Recipe, device: torch.device, autocast: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The step of the training loop, from cut images."""
+    step = TrainStep(make_model(recipe, device), recipe, autocast=autocast)
+    set_learning_rate(step.optimizer, LEARNING_RATE)
+    plain = dataclasses.replace(recipe, view_color=False)
+
+    def take(crops: Tensor, noise: Tensor) -> Tensor:
+        views = draw_views(noise, recipe.mask_ratio)
+        patches = normalise(gather_patches(crops, views, recipe.patch_size).float(), draw(plain, 0), plain)
+        return step(patches, views)[0]
+
+    return take
+
+
+def straightforward(
+    recipe: Recipe, device: torch.device, autocast: torch.dtype | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The method as one writes it down first: embed every patch, keep those of the two views, eager blocks."""
+    model = make_model(dataclasses.replace(recipe, compile=False), device)
+    vit = model.vit
+    for block in vit.blocks:
+        block.attn.fused_attn = True  # torch's scaled_dot_product_attention, what timm takes by itself
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=LEARNING_RATE, betas=(recipe.beta1, recipe.beta2))
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (recipe.pixel_mean, recipe.pixel_std))
+    positions = model._positions((recipe.crop_size // recipe.patch_size,) * 2, device)
+
+    def take(crops: Tensor, noise: Tensor) -> Tensor:
+        pixel_values = (crops.float() / 255 - mean) / std
+        views = draw_views(noise, recipe.mask_ratio)  # (B, 2, K/2)
+        with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            tokens = vit.patch_embed.proj(pixel_values).flatten(2).mT + positions[1:]  # (B, N, D)
+            rows = torch.arange(len(crops), device=device)[:, None, None]
+            kept = tokens[rows, views].flatten(0, 1)  # (2B, K/2, D)
+            class_token = (vit.cls_token + positions[:1]).expand(len(kept), -1, -1)
+            tokens = vit.norm(vit.blocks(torch.cat([class_token, kept], dim=1)))
+            class_tokens = tokens.unflatten(0, (-1, 2))[:, :, 0]
+            loss, _ = contrastive_loss(class_tokens, kappa=recipe.kappa, temperature=recipe.temperature)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return take
+
+
+if __name__ == "__main__":
+    main()
