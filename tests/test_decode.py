@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from conftest import picture
 from PIL import Image
 
-from micl_zoo.decode import Refused, decode
+from micl_zoo import decode as module
+from micl_zoo.decode import Refused, decode, decode_crop
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -29,9 +31,8 @@ def test_common_formats(kind: str) -> None:
     assert difference == 0 if kind in ("PNG", "BMP", "TIFF") else difference < 12
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_exif_orientation_comes_out_upright(orientation: int) -> None:
-    upright = picture(3)
+def stored_as(upright: Image.Image, orientation: int) -> tuple[Image.Image, Image.Exif]:
+    """What a camera that was held so stores, and what it notes."""
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -41,9 +42,15 @@ def test_every_exif_orientation_comes_out_upright(orientation: int) -> None:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }
-    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
+    return upright.transpose(undo[orientation]) if orientation in undo else upright, exif
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_comes_out_upright(orientation: int) -> None:
+    upright = picture(3)
+    stored, exif = stored_as(upright, orientation)
     got = decode(encoded(stored, "PNG", exif=exif))
     assert np.array_equal(np.asarray(got), np.asarray(upright))
 
@@ -120,3 +127,201 @@ def test_a_refusal_survives_the_way_between_processes() -> None:
 
     copy = pickle.loads(pickle.dumps(Refused("truncated", "cut off")))
     assert (copy.reason, copy.detail, str(copy)) == ("truncated", "cut off", "truncated: cut off")
+
+
+WHOLE, PART = (0.0, 0.0, 1.0, 1.0), (0.125, 0.25, 0.75, 0.875)
+Filter = Literal["bicubic", "bilinear"]
+
+
+def crop_of(data: bytes, box: Sequence[float], side: int, interpolation: Filter = "bicubic") -> np.ndarray:
+    return decode_crop(data, lambda width, height: box, side, interpolation)
+
+
+def crop_in_full(image: Image.Image, box: Sequence[float], side: int, interpolation: Filter = "bicubic") -> np.ndarray:
+    """The same crop of a picture that is decoded already."""
+    left, top, right, bottom = (share * length for share, length in zip(box, image.size * 2, strict=True))
+    resampling = Image.Resampling[interpolation.upper()]
+    return np.asarray(image.resize((side, side), resampling, box=(left, top, right, bottom)))
+
+
+def apart(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean difference in levels of 255."""
+    return float(np.abs(first.astype(float) - second.astype(float)).mean())
+
+
+@pytest.fixture
+def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Grows by the size of every picture that is decoded, upright and before the crop is cut."""
+    sizes: list[tuple[int, int]] = []
+    to_rgb = module.to_rgb
+
+    def noted(image: Image.Image) -> Image.Image:
+        upright = to_rgb(image)
+        sizes.append(upright.size)
+        return upright
+
+    monkeypatch.setattr(module, "to_rgb", noted)
+    return sizes
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_crop_is_that_of_the_decoded_picture(kind: str, interpolation: Filter) -> None:
+    data = encoded(picture(0, 97, 61), kind)
+    for box, side in [(WHOLE, 31), (WHOLE, 64), (PART, 20), (PART, 48)]:  # 97 / 31 allows 2, 61 / 31 only 1
+        got = crop_of(data, box, side, interpolation)
+        assert got.shape == (side, side, 3)
+        assert got.dtype == np.uint8
+        assert np.array_equal(got, crop_in_full(decode(data), box, side, interpolation))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1600, 1200), (1599, 1201), (3001, 2003)])
+@pytest.mark.parametrize("box", [WHOLE, PART, (0.5, 0.5, 1.0, 1.0), (0.6, 0.1, 0.9, 0.35)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True, "subsampling": 0}])
+def test_a_large_jpeg_is_decoded_at_the_scale_that_the_crop_needs(
+    width: int, height: int, box: Sequence[float], options: dict[str, Any], decoded_sizes: list[tuple[int, int]]
+) -> None:
+    data, side = encoded(picture(1, width, height), "JPEG", quality=90, **options), 224
+    got = crop_of(data, box, side)
+    ((across, down),) = decoded_sizes
+    assert across * (box[2] - box[0]) >= side  # nothing is enlarged that the file has in full
+    assert down * (box[3] - box[1]) >= side
+    least = min(width * (box[2] - box[0]), height * (box[3] - box[1])) / side
+    scale = max(scale for scale in (1, 2, 4, 8) if scale <= least)
+    assert (across, down) == (-(-width // scale), -(-height // scale))
+    full = crop_in_full(decode(data), box, side)
+    # 0.3 levels where the scale divides the sides. Else a decoded pixel at the edge is part picture and part padding,
+    # which shifts the crop by less than that pixel: 0.8 levels.
+    assert apart(got, full) <= (0.4 if width % scale == height % scale == 0 else 1.0)
+    assert full.std() > 20
+
+
+def test_the_scale_is_the_smaller_of_the_two_sides(decoded_sizes: list[tuple[int, int]]) -> None:
+    data = encoded(picture(1, 1600, 500), "JPEG")
+    crop_of(data, WHOLE, 224)
+    crop_of(data, (0.0, 0.0, 0.25, 1.0), 224)
+    assert decoded_sizes == [(800, 250), (1600, 500)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_cropped_upright(orientation: int, kind: str) -> None:
+    upright = picture(3, 96, 64)
+    stored, exif = stored_as(upright, orientation)
+    data = encoded(stored, kind, exif=exif, **{"lossless": True} if kind == "WEBP" else {})
+    asked = []
+
+    def box(width: int, height: int) -> Sequence[float]:
+        asked.append((width, height))
+        return PART
+
+    got = decode_crop(data, box, 32, "bicubic")
+    assert asked == [(96, 64)]
+    assert np.array_equal(got, crop_in_full(decode(data), PART, 32))
+    assert apart(got, crop_in_full(upright, PART, 32)) <= (8 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_is_scaled_by_its_upright_sides(orientation: int, decoded_sizes: list[tuple[int, int]]) -> None:
+    upright, box = picture(3, 1600, 640), (0.05, 0.1, 0.35, 0.9)  # 480 x 512 pixels are halved; lying, 192 are not
+    stored, exif = stored_as(upright, orientation)
+    got = crop_of(encoded(stored, "JPEG", exif=exif, quality=95), box, 224)
+    assert decoded_sizes == [(800, 320)]
+    assert apart(got, crop_in_full(upright, box, 224)) <= 1
+
+
+def exif_block(kind: int, count: int, value: bytes) -> bytes:
+    """With an orientation of that TIFF type and no other entry."""
+    entry = b"\x01\x12" + kind.to_bytes(2, "big") + count.to_bytes(4, "big") + value.ljust(4, b"\0")
+    return b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + entry + bytes(4)
+
+
+SHORT, TEXT = 3, 2
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Metadata Warning")
+@pytest.mark.parametrize(
+    "block",
+    [
+        *(exif_block(SHORT, 1, number.to_bytes(2, "big")) for number in (0, 9, 65535)),
+        exif_block(SHORT, 2, b"\0\x06\0\x06"),
+        exif_block(TEXT, 2, b"6"),
+        exif_block(SHORT, 1, b"\0\x06")[:-9],
+        b"Exif\0\0no such thing",
+    ],
+    ids=["none", "nine", "largest", "two", "text", "cut off", "no EXIF"],
+)
+def test_an_exif_block_without_sense_does_not_cost_the_crop(block: bytes) -> None:
+    data, asked = encoded(picture(0, 60, 40), "JPEG", exif=block), []
+
+    def box(width: int, height: int) -> Sequence[float]:
+        asked.append((width, height))
+        return PART
+
+    assert np.array_equal(decode_crop(data, box, 32, "bicubic"), crop_in_full(decode(data), PART, 32))
+    assert asked == [decode(data).size]
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr"])
+def test_jpegs_of_other_modes_are_cropped_in_rgb(mode: str, decoded_sizes: list[tuple[int, int]]) -> None:
+    small, large = (encoded(picture(2, *size).convert(mode), "JPEG") for size in [(60, 40), (960, 640)])
+    assert np.array_equal(crop_of(small, PART, 32), crop_in_full(decode(small), PART, 32))
+    decoded_sizes.clear()
+    assert apart(crop_of(large, PART, 64), crop_in_full(decode(large), PART, 64)) <= 1
+    assert decoded_sizes == [(240, 160), (960, 640)]
+
+
+def test_the_crop_of_a_transparent_picture_is_on_white() -> None:
+    image = picture(2, 60, 40).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    data = encoded(image, "PNG")
+    assert np.array_equal(crop_of(data, PART, 32), crop_in_full(decode(data), PART, 32))
+    clear = encoded(Image.new("RGBA", (40, 40), (9, 8, 7, 0)), "PNG")
+    assert (crop_of(clear, PART, 16) == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize(("width", "height"), [(33, 57), (113, 1001), (1999, 1333), (2, 2), (3, 500)])
+def test_a_box_reaches_to_the_very_edge(kind: str, width: int, height: int) -> None:
+    data = encoded(Image.linear_gradient("L").resize((width, height)), kind)
+    above = float(np.nextafter(np.float32(1), np.float32(2)))  # what a sum in float32 may come to
+    for box in (WHOLE, (0.5, 0.5, 1.0, 1.0), (1 / 3, 1 / 7, above, above)):
+        got = crop_of(data, box, 32)
+        rounded = [min(share, 1.0) for share in box]
+        assert apart(got, crop_in_full(decode(data), rounded, 32)) <= 1
+
+
+def test_a_crop_is_refused_with_the_same_reasons() -> None:
+    jpeg = encoded(picture(0, 400, 400), "JPEG", quality=95)
+    cases = {
+        b"": "empty",
+        b"Dear Sir or Madam": "not_an_image",
+        jpeg[: len(jpeg) // 2]: "truncated",
+        encoded(Image.new("RGB", (1, 1)), "PNG"): "too_small",
+        encoded(Image.new("F", (4, 4)), "TIFF"): "unsupported",
+    }
+    for data, reason in cases.items():
+        for side in (32, 400):  # with scaling, and without
+            with pytest.raises(Refused) as caught:
+                crop_of(data, WHOLE, side)
+            assert caught.value.reason == reason
+            assert caught.value.detail == refusal(data).detail
+    with pytest.raises(Refused, match="400 x 400"):
+        decode_crop(jpeg, lambda width, height: WHOLE, 32, "bicubic", max_pixels=1000)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_no_cut_of_a_file_does_anything_but_give_a_crop_or_refuse(kind: str) -> None:
+    data = encoded(picture(0, 200, 150), kind)
+    for part in range(40):
+        with contextlib.suppress(Refused):
+            assert crop_of(data[: len(data) * part // 40], WHOLE, 32).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_mistake_in_the_box_is_not_taken_for_a_damaged_file(kind: str) -> None:
+    def box(width: int, height: int) -> Sequence[float]:
+        raise ZeroDivisionError("a mistake")
+
+    with pytest.raises(ZeroDivisionError):
+        decode_crop(encoded(picture(0), kind), box, 32, "bicubic")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -13,16 +15,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import TWIN
+from conftest import TWIN, picture
 from micl_zoo.training import pretrain as module
-from micl_zoo.training.micl import MiCLOutput
+from micl_zoo.training import rundir
 from micl_zoo.training.pretrain import pretrain
-from micl_zoo.training.recipes import RECIPES, get_recipe
+from micl_zoo.training.recipes import RECIPES
+from PIL import Image
 from safetensors.torch import load_file
 
 import micl_zoo
@@ -108,53 +114,144 @@ def test_a_compiled_run_goes_on_to_the_bit_and_is_the_eager_one(
     assert [loss for _, loss, *_ in losses(whole)] == pytest.approx([loss for _, loss, *_ in losses(eager)], abs=1e-4)
 
 
-def test_a_run_killed_with_sigkill_goes_on_to_the_bit(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    folder, options = image_folder(24), [*TWIN, "epochs=100"]
+def until(done: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not done() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert done(), f"ended with {process.poll()}"
+
+
+def train_command(recipe: str, folder: Path, *options: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "micl_zoo", "train", recipe, "--data", str(folder), "--device", "cpu"),
+        *("--workers", "0", *options),
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_smoke_twin_of_every_recipe_is_killed_and_goes_on(
+    image_folder: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    folder, options = image_folder(16), ["epochs=60"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sets = [word for change in options for word in ("--set", change)]
-    command = [sys.executable, "-m", "micl_zoo", "train", RECIPE, "--data", str(folder), "--device", "cpu", *sets]
-    process = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("checkpoints/step-*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    process = subprocess.Popen(train_command(name, folder, "--smoke", *sets, "--out", str(killed)))
+    until(lambda: (killed / "metrics.jsonl").exists() and len(losses(killed)) >= 2, process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # it was still running
     assert not (killed / "encoder").exists()
     for run in (killed, whole):
-        subprocess.run([*command, "--out", str(run)], check=True, stdout=subprocess.DEVNULL)
+        made = pretrain(name, folder, run, overrides=options, smoke=True, device="cpu", workers=0)
     assert losses(killed) == losses(whole)
-    assert len(losses(whole)) == 300
-    assert (killed / "encoder/model.safetensors").read_bytes() == (whole / "encoder/model.safetensors").read_bytes()
+    assert len(losses(whole)) == 60
+    assert (killed / "encoder/model.safetensors").stat().st_size > 0
+    assert micl_zoo.load(weights=made.parent, device="cpu").name == name.partition(".")[0] + ".smoke"
+    weights = [load_file(run / "encoder" / "model.safetensors") for run in (whole, killed)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
-def test_the_twin_of_every_recipe_runs(image_folder: Callable[..., Path], tmp_path: Path, name: str) -> None:
-    keep = [change for change in TWIN if not change.startswith(("epochs", "warmup"))]
-    few = [f"mask_ratio={get_recipe(name).mask_ratio}", "epochs=1", "warmup_epochs=0"]
-    if name.endswith("in1k"):
-        few += ["crop_size=64", "image_size=64"]  # 64 patches, so that a fifth of them is something
-    made = pretrain(name, image_folder(16), tmp_path / "run", overrides=[*keep, *few], device="cpu", workers=0)
-    assert micl_zoo.load(weights=made.parent, device="cpu").name == name
+def test_two_ranks_killed_at_a_random_step_go_on_as_one(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, options = image_folder(32), ["contrast_batch=8", "epochs=40"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    sets = [word for change in options for word in ("--set", change)]
+    command = train_command(RECIPE, folder, "--smoke", *sets, "--gpus", "2", "--out", str(killed))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    steps = int(torch.randint(2, 40, ()).item())
+    until(lambda: (killed / "metrics.jsonl").exists() and len(losses(killed)) >= steps, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("the ranks are found by /proc, which is Linux's")
+    ranks = [
+        int(pid)
+        for pid in children.read_text().split()
+        if b"micl_zoo.training" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(ranks) == 2
+    os.kill(ranks[steps % 2], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"ended with code -9" in said
+    assert not (killed / "encoder").exists()
+    for run in (killed, whole):
+        pretrain(RECIPE, folder, run, overrides=options, smoke=True, device="cpu")
+    assert len(losses(whole)) == 80
+    assert [loss for _, loss, *_ in losses(killed)] == pytest.approx([loss for _, loss, *_ in losses(whole)], abs=1e-6)
+    assert json.loads((killed / "run.json").read_text())["processes"] == 2
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"(the loss is nan at step|after step) \d+.*stopped.*base_lr"):
-        pretrain(RECIPE, image_folder(16), tmp_path / "r", overrides=[*TWIN, "base_lr=1e30"], device="cpu")
-    assert not (tmp_path / "r" / "encoder").exists()
+def test_a_request_to_stop_writes_a_checkpoint(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, run = image_folder(16), tmp_path / "run"
+    options = ["--smoke", "--set", "epochs=100000", "--set", "checkpoint_minutes=60"]
+    process = subprocess.Popen(train_command(RECIPE, folder, *options, "--out", str(run)), stderr=subprocess.PIPE)
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    taken = losses(run)[-1][0] + 1
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"stopped by SIGTERM after step {taken}, with a checkpoint" in said.decode()
+    assert (run / "checkpoints" / f"step-{taken:08d}.safetensors").exists()
 
 
-def test_collapse_is_warned_of(
-    image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_folder_in_use_is_refused(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, run = image_folder(16), tmp_path / "run"
+    process = subprocess.Popen(
+        train_command(RECIPE, folder, "--smoke", "--set", "epochs=100000", "--out", str(run)), stderr=subprocess.DEVNULL
+    )
+    until((run / "run.json").exists, process)
+    with pytest.raises(TrainingError, match="another process is training in"):
+        pretrain(RECIPE, folder, run, overrides=["epochs=100000"], smoke=True, device="cpu")
+    process.kill()
+    process.wait()
+
+
+def test_a_loss_that_stays_not_finite_stops_the_run_at_the_second_try(
+    image_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def collapsed(self: object, patches: torch.Tensor, *rest: Any) -> MiCLOutput:
-        flat = patches.new_zeros((), requires_grad=True)
-        return MiCLOutput(flat * 0 + torch.tensor(8.0).log(), torch.empty(0), torch.tensor(0.1))
+    folder, run = image_folder(16), tmp_path / "r"
+    with pytest.raises(TrainingError, match=r"not finite|the loss is nan") as caught:
+        pretrain(RECIPE, folder, run, overrides=[*TWIN, "base_lr=1e30"], device="cpu")
+    assert "it was not the first time: stopped" in str(caught.value)
+    assert "base_lr" in str(caught.value)
+    assert "back to the last checkpoint, once" in caplog.text
+    assert not (run / "encoder").exists()
+    saved = json.loads(next(run.glob("nonfinite-step-*.json")).read_text())
+    assert set(saved["ids"]) <= {path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")}
+    assert len(saved["ids"]) == 8
 
-    monkeypatch.setattr(module.MiCL, "contrast", collapsed)
-    monkeypatch.setattr(module.RunDir, "save_checkpoint", lambda *_: None)
-    with caplog.at_level(logging.WARNING):
-        pretrain(RECIPE, image_folder(16), tmp_path / "r", overrides=[*TWIN, "epochs=12"], device="cpu")
-    assert "gives every image the same embedding (ln 8 = 2.079)" in caplog.text
+
+def test_a_loss_that_is_not_finite_once_is_rolled_back(
+    image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = image_folder(24)
+    whole, flawed = tmp_path / "whole", tmp_path / "flawed"
+    pretrain(RECIPE, folder, whole, overrides=TWIN, device="cpu")
+    step, calls = module.TrainStep.__call__, 0
+
+    def once(self: module.TrainStep, patches: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        return step(self, patches * (float("nan") if calls == 7 else 1), views)
+
+    monkeypatch.setattr(module.TrainStep, "__call__", once)
+    pretrain(RECIPE, folder, flawed, overrides=TWIN, device="cpu")
+    assert calls > 12
+    assert losses(flawed) == losses(whole)
+    events = [json.loads(line) for line in (flawed / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
+    assert [(event["event"], event["detail"]) for event in events] == [("rolled back", "the loss is nan at step 6")]
+
+
+def test_collapse_stops_the_run_with_advice(
+    image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collapsed(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(8.0).log(), torch.tensor(0.1)
+
+    monkeypatch.setattr(module.TrainStep, "__call__", collapsed)
+    options = [*TWIN, "epochs=200", "checkpoint_minutes=10"]
+    with pytest.raises(TrainingError, match=r"gives every image the same embedding \(ln 8 = 2.079\): stopped.*base_lr"):
+        pretrain(RECIPE, image_folder(16), tmp_path / "r", overrides=options, device="cpu")
+    assert module.COLLAPSE_STEPS <= len(losses(tmp_path / "r")) < 400
 
 
 def test_a_folder_with_another_run_is_refused(image_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -169,13 +266,102 @@ def test_a_folder_with_another_run_is_refused(image_folder: Callable[..., Path],
         pretrain(RECIPE, folder, folder, overrides=TWIN, device="cpu")
 
 
-def test_a_damaged_checkpoint_says_what_to_do(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    image_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, run, whole = image_folder(24), tmp_path / "run", tmp_path / "whole"
+    pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=7)
+    newest = max((run / "checkpoints").glob("*.safetensors"))
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1  # one bit
+    newest.write_bytes(data)
+    pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu")
+    assert "step-00000007.safetensors is damaged" in caplog.text
+    pretrain(RECIPE, folder, whole, overrides=TWIN, device="cpu")
+    assert losses(run) == losses(whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder, run = image_folder(16), tmp_path / "run"
     pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=2)
-    newest = max((run / "checkpoints").iterdir())
-    newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match="delete it to go on from the checkpoint before"):
+    for file in (run / "checkpoints").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match=r"every checkpoint in .* is damaged"):
         pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu")
+
+
+def test_checkpoints_have_checksums_and_stay_by_policy(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, run = image_folder(24), tmp_path / "run"  # 3 steps an epoch, 12 in all
+    pretrain(RECIPE, folder, run, overrides=[*TWIN, "keep_epochs=2"], device="cpu")
+    files = sorted((run / "checkpoints").glob("*.safetensors"))
+    steps = [int(file.stem.removeprefix("step-")) for file in files]
+    assert steps == [6, 10, 11, 12]  # every second epoch, and the last two besides those
+    for file in files:
+        said, name = file.with_name(file.name + ".sha256").read_text().split()
+        assert (said, name) == (hashlib.sha256(file.read_bytes()).hexdigest(), file.name)
+    assert len(list((run / "checkpoints").iterdir())) == 2 * len(files)
+
+
+def test_a_full_disk_stops_the_run_and_leaves_what_is_there(
+    image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run, whole = image_folder(24), tmp_path / "run", tmp_path / "whole"
+    save, saved = rundir.save_file, 0
+
+    def full(tensors: dict[str, torch.Tensor], file: Path, header: dict[str, str]) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 6:
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, file, header)
+
+    monkeypatch.setattr(rundir, "save_file", full)
+    with pytest.raises(TrainingError, match=r"the disk of .* is full .*make room and run the same command"):
+        pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu")
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu")  # there is room again
+    pretrain(RECIPE, folder, whole, overrides=TWIN, device="cpu")
+    assert losses(run) == losses(whole)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(TrainingError, match=r"a checkpoint takes .* MiB, 0 are free"):
+        pretrain(RECIPE, folder, tmp_path / "other", overrides=TWIN, device="cpu")
+
+
+def labelled(folder: Path, name: str, count: int) -> None:
+    encoded = []
+    for number in range(count):
+        buffer = io.BytesIO()
+        picture(number % 4, 40, 40).save(buffer, "PNG")
+        encoded.append({"bytes": buffer.getvalue(), "path": f"{number}.png"})
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"image": encoded, "label": [n % 4 for n in range(count)]}), folder / f"{name}.parquet")
+
+
+def test_knn_and_the_views_are_shown_while_it_trains(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    run, sets = tmp_path / "run", tmp_path / "four"
+    labelled(sets, "train", 16)
+    labelled(sets, "test", 8)
+    pretrain(RECIPE, image_folder(24), run, overrides=TWIN, device="cpu", knn=[sets], knn_minutes=0, knn_images=16)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["knn"] for line in lines if "knn" in line}
+    assert set(found) == set(range(1, 13))
+    assert found[12] == {"four": 1.0}  # each picture asked about is among those searched
+    with Image.open(run / "views.png") as views:
+        assert views.width > 100
+    with pytest.raises(SourceError, match="needs a folder with train"):
+        pretrain(RECIPE, image_folder(24), tmp_path / "other", overrides=TWIN, device="cpu", knn=[tmp_path])
+
+
+def test_a_damaged_image_is_named_and_the_run_goes_on(
+    image_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, run = image_folder(16), tmp_path / "run"
+    (folder / "004.jpg").write_bytes(b"not a picture")
+    pretrain(RECIPE, folder, run, overrides=[*TWIN, "cache=none"], device="cpu", workers=0)
+    refused = json.loads((run / "run.json").read_text())["data"]["refused"]
+    assert [line[:2] for line in refused] == [["004.jpg", "not_an_image"]]
+    assert "004.jpg is left out" in caplog.text
 
 
 def test_a_corpus_smaller_than_a_batch_trains_nothing(image_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -80,8 +81,9 @@ def on_ranks(world: int, cases: list[Case], out: Path) -> list[tuple[float, floa
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    # Forked: they need not import torch again, which takes longer than all they compute.
-    mp.start_processes(one_rank, (world, port, cases, str(out)), nprocs=world, start_method="fork")
+    # Forked from a server: torch is imported once and not by each of them, which takes longer than all they compute.
+    multiprocessing.set_forkserver_preload(["micl_zoo.training.step"])
+    mp.start_processes(one_rank, (world, port, cases, str(out)), nprocs=world, start_method="forkserver")
     return torch.load(out, weights_only=True)
 
 

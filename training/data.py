@@ -122,9 +122,10 @@ def steps_per_epoch(recipe: Recipe, images: int) -> int:
         SourceError: a corpus smaller than one batch.
     """
     if images < recipe.batch_size:
+        smaller = f", or a smaller batch with --set batch_size={images}" if images >= 2 else ""
         raise SourceError(
             f"the corpus has {images} usable images and a batch of {recipe.name} takes {recipe.batch_size}: "
-            f"give more images, or a smaller batch with --set batch_size={images}"
+            f"give more images{smaller}"
         )
     return images // recipe.batch_size
 

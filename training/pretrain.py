@@ -104,32 +104,36 @@ def pretrain(
         if len(set(ranks.gather(facts["fingerprint"]))) > 1:
             raise SourceError("the ranks do not see the same images: give all machines the same data")
         record = run_record(recipe, facts, _command(recipe, paths, overrides, smoke), target, ranks.world)
-        folder = RunDir.open(Path(out), record) if ranks.main else RunDir(Path(out), record)
-        if finished := ranks.first(folder.finished_encoder):
-            return finished
+        with RunDir.open(Path(out), record) if ranks.main else RunDir(Path(out), record) as folder:
+            if finished := ranks.first(folder.finished_encoder):
+                return finished
 
-        corpus = _read_corpus(index, recipe, target, workers, ranks)
-        total_steps = max(1, round(recipe.epochs * steps_per_epoch(recipe, len(corpus))))
-        folder.keep_steps = round(recipe.keep_epochs * steps_per_epoch(recipe, len(corpus)))
-        autocast = resolve_autocast(recipe, target)
-        step = TrainStep(make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch)
-        loop = _Loop(recipe, folder, ranks, stop, step, index, corpus, total_steps, probes, Clock(recipe, knn_minutes))
-        first_step = loop.resume()
-        loop.trackers = open_trackers(folder.path, folder.record, first_step, wandb_project=wandb) if ranks.main else []
-        if first_step:
-            loop.note(first_step, "resumed", f"on {ranks.world} process{'es' * (ranks.world > 1)}")
+            corpus = _read_corpus(index, recipe, target, workers, ranks)
+            total_steps = max(1, round(recipe.epochs * steps_per_epoch(recipe, len(corpus))))
+            folder.keep_steps = round(recipe.keep_epochs * steps_per_epoch(recipe, len(corpus)))
+            autocast = resolve_autocast(recipe, target)
+            step = TrainStep(make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch)
+            loop = _Loop(
+                recipe, folder, ranks, stop, step, index, corpus, total_steps, probes, Clock(recipe, knn_minutes)
+            )
+            first_step = loop.resume()
+            loop.trackers = (
+                open_trackers(folder.path, folder.record, first_step, wandb_project=wandb) if ranks.main else []
+            )
+            if first_step:
+                loop.note(first_step, "resumed", f"on {ranks.world} process{'es' * (ranks.world > 1)}")
 
-        last_step = min(total_steps, max_steps or total_steps)
-        for tried_before in (False, True):
-            try:
-                loop.train(first_step, last_step)
-                break
-            except _NotFinite as found:
-                first_step = loop.roll_back(found, tried_before)
-        made = loop.finish(autocast) if last_step == total_steps else folder.path
-        for tracker in loop.trackers:
-            tracker.close()
-        return made
+            last_step = min(total_steps, max_steps or total_steps)
+            for tried_before in (False, True):
+                try:
+                    loop.train(first_step, last_step)
+                    break
+                except _NotFinite as found:
+                    first_step = loop.roll_back(found, tried_before)
+            made = loop.finish(autocast) if last_step == total_steps else folder.path
+            for tracker in loop.trackers:
+                tracker.close()
+            return made
 
 
 @dataclass

@@ -13,7 +13,7 @@ import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,6 +57,19 @@ class RunDir:
         self.keep_steps = 0
         self._writing: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish_writing()
+        finally:
+            self._writer.shutdown()
+            if self._lock is not None:
+                self._lock.close()
 
     @classmethod
     def open(cls, path: Path, record: dict[str, Any]) -> RunDir:
@@ -103,6 +116,7 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise TrainingError(
                 f"another process is training in {str(self.path)!r}: wait for it, stop it, or give another --out"
             ) from None
