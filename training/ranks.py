@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from micl_zoo.encoder import resolve_device
 from micl_zoo.errors import Interrupted, TrainingError, UsageError
@@ -78,7 +77,24 @@ class Ranks:
 
     def all_rows(self, rows: Tensor) -> Tensor:
         """(b, ...) of each rank -> (world * b, ...) in order of rank; gradients flow back to the rows' owners."""
-        return rows if self.world == 1 else torch.cat(all_gather(rows))
+        return rows if self.world == 1 else _AllRows.apply(rows, self.rank, self.world)
+
+
+class _AllRows(torch.autograd.Function):
+    """Rows of all ranks; backwards, each rank's rows get the sum of the gradients that all ranks have for them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, world: int) -> Tensor:
+        ctx.first, ctx.count = rank * len(rows), len(rows)
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        whole = gradients[0].contiguous()
+        dist.all_reduce(whole)
+        return whole[ctx.first : ctx.first + ctx.count], None, None
 
 
 @contextmanager
