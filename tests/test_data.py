@@ -299,7 +299,7 @@ def damaged(folder: Path, *names: str) -> ImageIndex:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize("broken", [(), ("004.jpg", "below/007.jpg")])
+@pytest.mark.parametrize("broken", [(), ("004.jpg", "010.jpg", "below/003.jpg", "below/007.jpg")])
 def test_streaming_is_the_same_for_any_number_of_workers(
     image_folder: Callable[..., Path], twin: Recipe, broken: tuple[str, ...]
 ) -> None:
@@ -312,7 +312,22 @@ def test_streaming_is_the_same_for_any_number_of_workers(
         assert also_refused == refused
 
 
-@pytest.mark.parametrize("broken", [(), ("004.jpg",)])
+@pytest.mark.parametrize("images", [1, 3, 4])
+def test_streaming_is_the_same_for_pieces_of_any_size(
+    image_folder: Callable[..., Path], twin: Recipe, monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
+    index = damaged(image_folder(16), "004.jpg", "below/003.jpg", "below/007.jpg")
+    seen, refused = stream(index, twin, (1, 5))
+    half = stream(index, twin, (1, 5), share=Share(1, 2))[0]
+    monkeypatch.setattr(data, "PIECE", images)
+    for workers in (0, 2):
+        again, also_refused = stream(index, twin, (1, 5), workers=workers)
+        assert_same(again, seen)
+        assert also_refused == refused
+    assert_same(stream(index, twin, (1, 5), share=Share(1, 2))[0], half)
+
+
+@pytest.mark.parametrize("broken", [(), ("004.jpg", "010.jpg", "below/003.jpg", "below/007.jpg")])
 @pytest.mark.parametrize("cache", ["memory", "none"])
 def test_the_shares_of_all_processes_are_the_whole_batch(
     image_folder: Callable[..., Path], twin: Recipe, cache: str, broken: tuple[str, ...]
@@ -321,7 +336,7 @@ def test_the_shares_of_all_processes_are_the_whole_batch(
 
     def taken(share: Share) -> tuple[list[Seen], list[RefusedImage]]:
         corpus = MemoryCorpus.load(index, 32) if cache == "memory" else StreamedCorpus(index, 0, CPU)
-        return list(corpus.batches(twin, 1, 4, share)), corpus.refused
+        return list(corpus.batches(twin, 0, 4, share)), corpus.refused
 
     whole, refused = taken(WHOLE)
     assert {image.id for image in refused} == set(broken)

@@ -150,6 +150,17 @@ def test_the_smoke_twin_of_every_recipe_is_killed_and_goes_on(
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+def kill_one_rank(process: subprocess.Popen[bytes], which: int) -> None:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("the ranks are found by /proc, which is Linux's")
+    pids = [int(pid) for pid in children.read_text().split()]
+    ranks = [pid for pid in pids if b"micl_zoo.training" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[which], signal.SIGKILL)
+
+
 def test_two_ranks_killed_at_a_random_step_go_on_as_one(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder, options = image_folder(32), ["contrast_batch=8", "epochs=40"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -158,26 +169,31 @@ def test_two_ranks_killed_at_a_random_step_go_on_as_one(image_folder: Callable[.
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     steps = int(torch.randint(2, 40, ()).item())
     until(lambda: (killed / "metrics.jsonl").exists() and len(losses(killed)) >= steps, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        pytest.skip("the ranks are found by /proc, which is Linux's")
-    ranks = [
-        int(pid)
-        for pid in children.read_text().split()
-        if b"micl_zoo.training" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    assert len(ranks) == 2
-    os.kill(ranks[steps % 2], signal.SIGKILL)
+    kill_one_rank(process, steps % 2)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert b"ended with code -9" in said
+    assert b"ended with code -9" in said or b"another rank is gone" in said
     assert not (killed / "encoder").exists()
     for run in (killed, whole):
         pretrain(RECIPE, folder, run, overrides=options, smoke=True, device="cpu")
     assert len(losses(whole)) == 80
     assert [loss for _, loss, *_ in losses(killed)] == pytest.approx([loss for _, loss, *_ in losses(whole)], abs=1e-6)
     assert json.loads((killed / "run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_ranks_start_again_after_one_has_died(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, options = image_folder(32), ["contrast_batch=8", "epochs=100", "parallel=fsdp"]
+    whole, restarted = tmp_path / "whole", tmp_path / "restarted"
+    sets = [word for change in options for word in ("--set", change)]
+    more = ["--smoke", *sets, "--gpus", "2", "--restarts", "1"]
+    process = subprocess.Popen(train_command(RECIPE, folder, *more, "--out", str(restarted)))
+    until(lambda: (restarted / "metrics.jsonl").exists() and len(losses(restarted)) >= 5, process)
+    kill_one_rank(process, 1)
+    assert process.wait(timeout=120) == 0
+    pretrain(RECIPE, folder, whole, overrides=options, smoke=True, device="cpu")
+    assert len(losses(whole)) == 200
+    assert [loss for _, loss, *_ in losses(restarted)] == pytest.approx([n for _, n, *_ in losses(whole)], abs=1e-6)
 
 
 def test_a_request_to_stop_writes_a_checkpoint(image_folder: Callable[..., Path], tmp_path: Path) -> None:

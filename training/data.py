@@ -5,6 +5,7 @@ Shapes: B images, S source size, C crop size, V = 2 views, K/2 patches a view, P
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice, pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +27,13 @@ from micl_zoo.decode import Refused, decode, decode_crop
 from micl_zoo.errors import SourceError
 from micl_zoo.sources import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
 
-from .micl import draw_views, gather_patches, kept_patches
+from .micl import draw_views, gather_patches
 from .recipes import Recipe
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop: after ten crops that do not fit, the whole image
 CROP_DRAWS = 2 * CROP_TRIES + 2  # an area and an aspect ratio a try, and one place
 SUBSTITUTES = 20  # images that are tried in the place of one that cannot be decoded
+PIECE = 256  # images that a worker cuts at a time, at most: 7.5 MB of the 38 patches of 768 numbers of an in1k recipe
 WINDOW = 16_384  # rows of a parquet corpus, at least, that are shuffled together: of whole row groups from everywhere
 
 
@@ -367,59 +369,74 @@ class StreamedCorpus:
         Raises:
             SourceError: an image that cannot be decoded, and none of those tried in its place can be.
         """
+        crops = _Crops(self.index, recipe, share)
         loader = DataLoader(
-            _Crops(self.index, recipe, share),
-            batch_sampler=[[step] for step in range(first_step, last_step)],
+            crops,
+            sampler=range(first_step * crops.pieces, last_step * crops.pieces),
+            batch_size=None,
             num_workers=self.workers,
-            collate_fn=_only,
+            collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_settle_worker,
         )
-        for step, cut in zip(range(first_step, last_step), loader, strict=True):
-            if isinstance(cut, SourceError):
-                raise cut
-            pixels, refused = cut
-            self.refused += [image for image in dict.fromkeys(refused) if image not in self.refused]
+        for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
             draws = draw(recipe, step).share(share)
-            views = draw_views(draws.noise, recipe.mask_ratio).to(self.device, non_blocking=True)
-            moved = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
-            yield Seen(step, normalise(pixels.to(self.device, non_blocking=True), moved, recipe), views)
+            views = draw_views(draws.noise, recipe.mask_ratio)  # (B, 2, K/2)
+            pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8, device=self.device)
+            for cut in cuts:
+                if isinstance(cut, SourceError):
+                    raise cut
+                self.refused += [image for image in dict.fromkeys(cut.refused) if image not in self.refused]
+                pixels[cut.places.to(self.device)] = cut.pixels.to(self.device, non_blocking=True)
+            draws = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
+            yield Seen(step, normalise(pixels, draws, recipe), views.to(self.device, non_blocking=True))
 
 
 Corpus = MemoryCorpus | StreamedCorpus
 
 
-Cut = tuple[Tensor, list[RefusedImage]]
+class _Cut(NamedTuple):
+    """A piece of this process's share of a batch, of b images.
+
+    Attributes:
+        places: (b,), where in the share they belong.
+        pixels: (b, 2, K/2, P) uint8, their visible patches.
+        refused: the images met that could not be decoded.
+    """
+
+    places: Tensor
+    pixels: Tensor
+    refused: list[RefusedImage]
 
 
-class _Crops(Dataset[Cut | SourceError]):
-    """Number of a step -> the visible patches of this process's share (B, 2, K/2, P) uint8, and the refused images."""
+class _Crops(Dataset[_Cut | SourceError]):
+    """Number of a piece, counted from step 0 on, -> its images, cut. Each batch is as many pieces."""
 
     def __init__(self, index: ImageIndex, recipe: Recipe, share: Share) -> None:
         self.index, self.recipe, self.share, self.reader = index, recipe, share, Reader()
         self.blocks = index_blocks(index)
+        self.pieces = math.ceil(recipe.batch_size // share.world / PIECE)
 
-    def __getitem__(self, step: int) -> Cut | SourceError:
+    def __getitem__(self, number: int) -> _Cut | SourceError:
         try:
-            return self._cut(step)
+            return self._cut(*divmod(number, self.pieces))
         except SourceError as error:  # as it is: what is raised in a worker arrives as the text of a traceback
             return error
 
-    def _cut(self, step: int) -> Cut:
-        recipe, images = self.recipe, len(self.index)
-        rows = self.share.of(batch_rows(recipe, images, step, self.blocks))
-        draws = draw(recipe, step).share(self.share)
-        views = draw_views(draws.noise, recipe.mask_ratio).numpy()  # (B, 2, K/2)
-        kept = kept_patches(recipe.num_patches, recipe.mask_ratio)
-        pixels = torch.empty(len(rows), 2, kept // 2, 3 * recipe.patch_size**2, dtype=torch.uint8)
-        refused: list[RefusedImage] = []
-        for place in rows.argsort().tolist():  # in the order they lie in, so that a row group is read once
-            crop = self._crop(int(rows[place]), draws.crops[place], refused)
+    def _cut(self, step: int, piece: int) -> _Cut:
+        recipe, refused = self.recipe, list[RefusedImage]()
+        rows = self.share.of(batch_rows(recipe, len(self.index), step, self.blocks))
+        places = rows.argsort().tensor_split(self.pieces)[piece]  # as they lie, so that few pieces read a row group
+        draws = Draws(*(numbers[places] for numbers in draw(recipe, step).share(self.share)))
+        views = draw_views(draws.noise, recipe.mask_ratio)  # (b, 2, K/2)
+        pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8)
+        for at, place in enumerate(places.tolist()):
+            crop = self._crop(int(rows[place]), draws.crops[at], refused)
             if crop is None:
-                crop = self._substitute(step, self.share.rank * len(rows) + place, draws.crops[place], refused)
-            crop = crop[:, ::-1] if draws.flips[place] else crop
-            pixels[place] = torch.from_numpy(_cut_patches(crop, views[place], recipe.patch_size))
-        return pixels, refused
+                crop = self._substitute(step, self.share.rank * len(rows) + place, draws.crops[at], refused)
+            crop = crop[:, ::-1] if draws.flips[at] else crop
+            pixels[at] = torch.from_numpy(_cut_patches(crop, views[at].numpy(), recipe.patch_size))
+        return _Cut(places, pixels, refused)
 
     def _substitute(self, step: int, place: int, draws: Tensor, refused: list[RefusedImage]) -> np.ndarray:
         """The crop of another image for this place of the whole batch: the same one in any share."""
@@ -454,8 +471,8 @@ def _cut_patches(crop: np.ndarray, views: np.ndarray, patch_size: int) -> np.nda
     return grid[views // across, views % across].reshape(*views.shape, -1)
 
 
-def _only(samples: list[Cut | SourceError]) -> Cut | SourceError:
-    return samples[0]
+def _as_it_is(cut: Any) -> Any:
+    return cut
 
 
 def _settle_worker(_: int) -> None:

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from micl_zoo.encoder import resolve_device
 from micl_zoo.errors import Interrupted, TrainingError, UsageError
@@ -114,7 +116,17 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     target = _own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if target.type == "cuda":
         torch.cuda.set_device(target)
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=WAIT)
+    store, rank, world = next(rendezvous("env://", timeout=WAIT))
+    attempt = os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    )  # the store outlives a restart, with the dead ranks' ports
+    dist.init_process_group(
+        "nccl" if target.type == "cuda" else "gloo",
+        store=PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world,
+        timeout=WAIT,
+    )
     try:
         parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         yield Ranks(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=WAIT), parent), target
