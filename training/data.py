@@ -30,6 +30,7 @@ from micl_zoo.sources import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_ro
 from .micl import draw_views, gather_patches
 from .recipes import Recipe
 
+LINUX = sys.platform == "linux"
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop: after ten crops that do not fit, the whole image
 CROP_DRAWS = 2 * CROP_TRIES + 2  # an area and an aspect ratio a try, and one place
 SUBSTITUTES = 20  # images that are tried in the place of one that cannot be decoded
@@ -378,6 +379,7 @@ class StreamedCorpus:
             collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_settle_worker,
+            multiprocessing_context="fork" if self.workers and LINUX else None,  # shares the index, starts at once
         )
         for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
             draws = draw(recipe, step).share(share)
@@ -479,7 +481,7 @@ def _settle_worker(_: int) -> None:
     """One thread each; Ctrl-C and the request to stop are the training process's affair."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
+    if LINUX:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
