@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -180,7 +179,9 @@ def train(recipe: str, **options: Any) -> None:
     from micl_zoo.training.pretrain import pretrain
 
     made = pretrain(recipe, data[0] if len(data) == 1 else data, out, **options)
-    if int(os.environ.get("RANK", "0")):
+    from micl_zoo.training.ranks import says
+
+    if not says():
         return
     if made == out:
         click.echo(f"Stopped at --max-steps. Run the same command without it to go on from {out}.")

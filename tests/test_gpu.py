@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TWIN, picture, small_vit
-from micl_zoo.training.data import MemoryCorpus, visible_patches
+from micl_zoo.training.data import MemoryCorpus
 from micl_zoo.training.micl import MiCL
 from micl_zoo.training.pretrain import pretrain
 from micl_zoo.training.recipes import Recipe
@@ -43,11 +43,11 @@ def test_loss_and_gradients(twin: Recipe) -> None:
 
 def test_visible_patches(image_folder: Callable[..., Path], twin: Recipe) -> None:
     corpus = MemoryCorpus.load(index_source(image_folder(8)), twin.source_size)
-    _, batch, draws = next(corpus.batches(twin, 0, 1))
+    _, *on_cpu = next(corpus.batches(twin, 0, 1))
     corpus.images = corpus.images.to(DEVICE)
-    _, moved, same = next(corpus.batches(twin, 0, 1))
-    assert moved.images.device.type == DEVICE
-    for there, here in zip(visible_patches(moved, same, twin), visible_patches(batch, draws, twin), strict=True):
+    _, *on_gpu = next(corpus.batches(twin, 0, 1))
+    assert on_gpu[0].device.type == DEVICE
+    for there, here in zip(on_gpu, on_cpu, strict=True):
         torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-3)
 
 
@@ -73,7 +73,7 @@ def test_a_run_learns_goes_on_and_leaves_an_encoder(
     folder, run = image_folder(32), tmp_path / "run"
     assert pretrain("vit_ti16.tin200", folder, run, overrides=settings, device=DEVICE, max_steps=30) == run
     made = pretrain("vit_ti16.tin200", folder, run, overrides=settings, device=DEVICE)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
     assert [line["step"] for line in lines] == list(range(80))
     first, last = (sum(line["loss"] for line in part) / 8 for part in (lines[:8], lines[-8:]))
     assert last < first - 0.3

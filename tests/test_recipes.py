@@ -13,16 +13,17 @@ from micl_zoo.errors import UsageError
 from micl_zoo.zoo import RECORDS
 
 
-def test_the_paper_recipes_have_the_reference_code_s_numbers() -> None:
+def test_the_paper_recipes_have_the_numbers_of_its_sources() -> None:
     for name, shape in {"vit_b16.in1k": (768, 12, 12), "vit_l16.in1k": (1024, 24, 16)}.items():
         recipe = get_recipe(name)
         assert (recipe.embed_dim, recipe.depth, recipe.num_heads) == shape
         assert (recipe.mask_ratio, recipe.kappa, recipe.temperature, recipe.negatives) == (0.8, 1 / 64, 0.07, "local")
-        assert (recipe.batch_size, recipe.epochs, recipe.warmup_epochs, recipe.base_lr) == (1800, 200, 10, 5e-5)
+        assert (recipe.batch_size, recipe.epochs, recipe.warmup_epochs, recipe.base_lr) == (7200, 800, 40, 5e-5)
+        assert recipe.contrast_size == 1800  # of one GPU, of four
         assert (recipe.beta1, recipe.beta2, recipe.weight_decay, recipe.min_lr) == (0.9, 0.95, 0.05, 0)
         assert (recipe.crop_size, recipe.crop_scale_min, recipe.crop_scale_max) == (224, 0.2, 1)
         assert (recipe.interpolation, recipe.flip_probability, recipe.view_color) == ("bicubic", 0.5, False)
-        assert recipe.lr == pytest.approx(5e-5 * 1800 / 256)
+        assert recipe.lr == pytest.approx(5e-5 * 7200 / 256)
 
 
 def test_every_recipe_is_in_the_table_and_claims_its_command() -> None:

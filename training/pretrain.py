@@ -91,6 +91,7 @@ def pretrain(
         TrainingError: a folder with another run in it, a loss that is not finite twice, collapse, or a full disk.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
     """
+    name = recipe if isinstance(recipe, str) else recipe.name
     recipe = _resolve(recipe, overrides, smoke)
     kept_patches(recipe.num_patches, recipe.mask_ratio)  # fails now and not after the corpus has been read
     with joined(device) as (ranks, target), StopRequest() as stop:
@@ -103,7 +104,7 @@ def pretrain(
         facts = {"source": " ".join(paths), "images": len(index), "fingerprint": index.fingerprint()}
         if len(set(ranks.gather(facts["fingerprint"]))) > 1:
             raise SourceError("the ranks do not see the same images: give all machines the same data")
-        record = run_record(recipe, facts, _command(recipe, paths, overrides, smoke), target, ranks.world)
+        record = run_record(recipe, facts, _command(name, paths, overrides, smoke), target, ranks.world)
         with RunDir.open(Path(out), record) if ranks.main else RunDir(Path(out), record) as folder:
             if finished := ranks.first(folder.finished_encoder):
                 return finished
@@ -463,10 +464,10 @@ def _resolve(recipe: Recipe | str, overrides: Sequence[str], smoke: bool) -> Rec
     return smoke_twin(recipe) if smoke else recipe
 
 
-def _command(recipe: Recipe, paths: list[str], overrides: Sequence[str], smoke: bool) -> str:
+def _command(name: str, paths: list[str], overrides: Sequence[str], smoke: bool) -> str:
     options = [("--data", path) for path in paths] + [("--set", change) for change in overrides]
-    words = ["micl-zoo train", recipe.name, *["--smoke"] * smoke]
-    return " ".join(words + [f"{name} {shlex.quote(word)}" for name, word in options])
+    words = ["micl-zoo train", name, *["--smoke"] * smoke]
+    return " ".join(words + [f"{option} {shlex.quote(word)}" for option, word in options])
 
 
 def _read_corpus(index: ImageIndex, recipe: Recipe, device: torch.device, workers: int | None, ranks: Ranks) -> Corpus:

@@ -146,6 +146,11 @@ def _own_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def says() -> bool:
+    """Of several processes one speaks to the person: rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launch(arguments: Sequence[str], *, gpus: int, nodes: int = 1, rdzv: str | None = None, restarts: int = 0) -> None:
     """Run `python -m micl_zoo.training ARGUMENTS` in `gpus` processes on this machine, by torchrun's elastic agent.
 
