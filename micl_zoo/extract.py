@@ -7,6 +7,8 @@ import math
 import os
 import shlex
 import signal
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -213,7 +215,7 @@ def embed_batches(
         batch_sampler=_Plan(shards, batch_size),
         num_workers=default_workers() if workers is None else workers,
         collate_fn=_collate,
-        worker_init_fn=_settle_worker,
+        worker_init_fn=settle_worker,
     )
     for ids, pixels, refused in loader:
         rows = np.empty((0, encoder.embed_dim), np.float32)
@@ -260,7 +262,17 @@ def _collate(samples: Sequence[tuple[Entry, np.ndarray | Refused]]) -> tuple[lis
     return ids, torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0), refused
 
 
-def _settle_worker(worker: int) -> None:
-    """Ctrl-C is for the parent, which then ends its workers; Pillow's complaints about odd files are for the ledger."""
+def settle_worker(_: int) -> None:
+    """Signals are for the parent, which then ends its workers; Pillow's complaints about odd files for the ledger."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A scheduler's SIGTERM reaches all processes, and a worker that ends takes the run with it: heed the parent's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

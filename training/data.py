@@ -6,10 +6,7 @@ Shapes: B images, S source size, C crop size, V = 2 views, K/2 patches a view, P
 from __future__ import annotations
 
 import math
-import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from micl_zoo.decode import Refused, decode, decode_crop
 from micl_zoo.errors import SourceError
+from micl_zoo.extract import settle_worker
 from micl_zoo.sources import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
 
 from .micl import draw_views, gather_patches
@@ -378,7 +376,7 @@ class StreamedCorpus:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_settle_worker,
+            worker_init_fn=settle_worker,
             multiprocessing_context="fork" if self.workers and LINUX else None,  # shares the index, starts at once
         )
         for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
@@ -475,22 +473,6 @@ def _cut_patches(crop: np.ndarray, views: np.ndarray, patch_size: int) -> np.nda
 
 def _as_it_is(cut: Any) -> Any:
     return cut
-
-
-def _settle_worker(_: int) -> None:
-    """One thread each; Ctrl-C and the request to stop are the training process's affair."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if LINUX:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A scheduler's SIGTERM reaches all processes, and a worker that ends takes the run with it: heed the parent's."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 def _read(reader: Reader, entry: Entry) -> bytes | Refused:

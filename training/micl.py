@@ -154,7 +154,7 @@ def kept_patches(num_patches: int, mask_ratio: float) -> int:
 def draw_views(noise: Tensor, mask_ratio: float) -> Tensor:
     """Two disjoint random sets of patches an image: noise (B, N) -> indices (B, 2, K/2)."""
     kept = kept_patches(noise.shape[1], mask_ratio)
-    return noise.argsort(dim=1)[:, :kept].unflatten(1, (2, kept // 2))
+    return noise.argsort(dim=1, stable=True)[:, :kept].unflatten(1, (2, kept // 2))
 
 
 def gather_patches(pixel_values: Tensor, views: Tensor, patch_size: int) -> Tensor:
