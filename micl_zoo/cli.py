@@ -263,7 +263,7 @@ def bench_step(recipe: str, as_json: bool, **options: Any) -> None:
     from micl_zoo.training.bench import bench_step as run
 
     found = run(recipe, **options)
-    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else found.text())
+    click.echo(found.json() if as_json else found.text())
 
 
 @bench.command(
@@ -295,7 +295,7 @@ def bench_data(recipe: str, data: tuple[str, ...], as_json: bool, **options: Any
     from micl_zoo.training.bench import bench_data as run
 
     found = run(recipe, data, **options)
-    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else found.text())
+    click.echo(found.json() if as_json else found.text())
 
 
 @main.command(epilog="\b\nExamples:\n  micl-zoo models\n  micl-zoo models --json")

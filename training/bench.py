@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from micl_zoo.encoder import resolve_device
 from micl_zoo.extract import default_workers
 from micl_zoo.progress import progress
 from micl_zoo.sources import index_source
+from micl_zoo.store import package_versions
 
 from .data import MemoryCorpus, Seen, StreamedCorpus, draw, normalise
 from .micl import draw_views, kept_patches
@@ -24,6 +26,7 @@ from .optim import set_learning_rate
 from .plan import step_flops
 from .pretrain import make_model, resolve_autocast
 from .recipes import Recipe, get_recipe
+from .rundir import code_commit, machine
 from .step import TrainStep
 
 WARM_UP_STEPS = 3  # the compiler and the allocator are done after these
@@ -60,6 +63,10 @@ class StepRates:
     data_wait: float
     peak_memory_gib: float
 
+    def json(self) -> str:
+        """For a record: the figures, and what they were measured with."""
+        return _record(self)
+
     def text(self) -> str:
         """For a person."""
         return "\n".join(
@@ -95,6 +102,10 @@ class DataRates:
     together: float
     wanted: float
     cores_wanted: int
+
+    def json(self) -> str:
+        """For a record: the figures, and what they were measured with."""
+        return _record(self)
 
     def text(self) -> str:
         """For a person."""
@@ -237,6 +248,16 @@ def made_up_patches(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tenso
     pixels = torch.randint(256, shape, dtype=torch.uint8)
     views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio)
     return (pixels.pin_memory() if device.type == "cuda" else pixels), views.to(device)
+
+
+def _record(rates: StepRates | DataRates) -> str:
+    made_with = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": code_commit(),
+        "processor": machine(torch.device("cpu"))["processor"],
+        "versions": package_versions(),
+    }
+    return json.dumps({**dataclasses.asdict(rates), **made_with}, indent=1)
 
 
 def _batches(recipe: Recipe, device: torch.device) -> Iterator[Seen]:
