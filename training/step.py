@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from micl_zoo.errors import UsageError
+
 from .micl import MiCL, contrastive_loss
 from .optim import make_optimizer
 from .plan import images_per_process
@@ -139,14 +141,21 @@ class _ClassTokens(nn.Module):
         return self.model.class_tokens(patches, views, self.grid)
 
 
+def fsdp_works_on(device: torch.device) -> bool:
+    """Torch 2.6 shards on GPUs only."""
+    return device.type != "cpu" or hasattr(torch.cpu.Stream, "record_event")
+
+
 def _distribute(module: _ClassTokens, recipe: Recipe, ranks: Ranks) -> Any:
     if ranks.world == 1:
         return module
+    device = module.model.vit.cls_token.device
     if recipe.parallel == "fsdp":
+        if not fsdp_works_on(device):
+            raise UsageError(f"parallel=fsdp needs a GPU with torch {torch.__version__}: --set parallel=ddp")
         from torch.distributed.fsdp import fully_shard
 
         for block in module.model.vit.blocks:
             fully_shard(block)
         return fully_shard(module)
-    device = module.model.vit.cls_token.device
     return DistributedDataParallel(module, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
