@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 import torch
-from micl_zoo.training.bench import device_name, matrix_rate, timed
+from micl_zoo.training.bench import at_a_size_that_fits, device_name, matrix_rate, timed
 from micl_zoo.training.data import draw, normalise
 from micl_zoo.training.micl import contrastive_loss, draw_views, gather_patches
 from micl_zoo.training.optim import set_learning_rate
@@ -57,14 +57,7 @@ def main(recipe: str, overrides: tuple[str, ...], batch_size: int | None, rounds
 def compare(recipe: Recipe, batch_size: int | None, rounds: int, device: torch.device) -> dict[str, object]:
     """The record of both, at the largest batch that fits into a GPU's memory for both of them."""
     size = batch_size or (recipe.contrast_size if device.type == "cuda" else 64)
-    while True:
-        try:
-            return _compare(dataclasses.replace(recipe, batch_size=size, contrast_batch=0), rounds, device)
-        except torch.OutOfMemoryError:
-            if batch_size or size < 4:
-                raise
-            size //= 2
-        torch.cuda.empty_cache()
+    return at_a_size_that_fits(recipe, size, batch_size is None, lambda sized: _compare(sized, rounds, device))[1]
 
 
 def _compare(recipe: Recipe, rounds: int, device: torch.device) -> dict[str, object]:

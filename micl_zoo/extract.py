@@ -180,10 +180,14 @@ def _tensors_sha256(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers() -> int:
-    """Processes that decode, where nothing else is asked for: one a core this process may use, MAX_WORKERS at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
+    """Processes that decode, where nothing else is asked for: one a usable core, MAX_WORKERS at most."""
+    return min(usable_cores(), MAX_WORKERS)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:

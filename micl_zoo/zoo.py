@@ -80,12 +80,15 @@ class Record:
         return ARCHS[self.arch]
 
 
+RECIPE_TERMS = "Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)"
+IN1K, TIN200 = "ImageNet-1k train, 1,281,167 images", "Tiny ImageNet-200 train, 100,000 images of 64 x 64"
+
 _RECORDS = [
     Record(
         name="vit_ti16.tin200",
         summary="ViT-Ti/16, 5.5 M parameters, trained on 100,000 small images: the default, comes with the package",
         recipe="vit_ti16.tin200",
-        corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
+        corpus=TIN200,
         license="Apache-2.0 for the file; ImageNet's terms for its images (non-commercial research and education)",
         embedded="vit_ti16.tin200.safetensors",
         sha256="e04a8b713e804944b002c1782272640be24c2b38a2949c31848ea36beab028e8",
@@ -97,32 +100,32 @@ _RECORDS = [
         name="vit_s16.tin200",
         summary="ViT-S/16, 22 M parameters, for 25 minutes of one GPU; no weights published yet",
         recipe="vit_s16.tin200",
-        corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
-        license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
+        corpus=TIN200,
+        license=RECIPE_TERMS,
         transform=Transform(224, 224),
     ),
     Record(
         name="vit_b16.in1k",
         summary="ViT-B/16, 86 M parameters, the paper's recipe; no weights published yet",
         recipe="vit_b16.in1k",
-        corpus="ImageNet-1k train, 1,281,167 images",
-        license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
+        corpus=IN1K,
+        license=RECIPE_TERMS,
         transform=Transform(224, 256),
     ),
     Record(
         name="vit_l16.in1k",
         summary="ViT-L/16, 303 M parameters, the paper's recipe; no weights published yet",
         recipe="vit_l16.in1k",
-        corpus="ImageNet-1k train, 1,281,167 images",
-        license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
+        corpus=IN1K,
+        license=RECIPE_TERMS,
         transform=Transform(224, 256),
     ),
     Record(
         name="vit_b16.tin200",
         summary="ViT-B/16, 86 M parameters, for 25 minutes of one GPU; no weights published yet",
         recipe="vit_b16.tin200",
-        corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
-        license="Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)",
+        corpus=TIN200,
+        license=RECIPE_TERMS,
         transform=Transform(224, 224),
     ),
 ]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from micl_zoo.encoder import resolve_device
-from micl_zoo.extract import default_workers
+from micl_zoo.extract import default_workers, usable_cores
 from micl_zoo.progress import progress
 from micl_zoo.sources import index_source
 from micl_zoo.store import package_versions
@@ -28,6 +28,8 @@ from .pretrain import make_model, resolve_autocast
 from .recipes import Recipe, get_recipe
 from .rundir import code_commit, machine
 from .step import TrainStep
+
+T = TypeVar("T")
 
 WARM_UP_STEPS = 3  # the compiler and the allocator are done after these
 CPU_BATCH = 64  # images a step where no GPU's memory asks for more
@@ -139,23 +141,15 @@ def bench_step(
     target, chosen = resolve_device(device), get_recipe(recipe, overrides)
     autocast = resolve_autocast(chosen, target)
     size = batch_size or (min(chosen.contrast_size, CPU_BATCH) if target.type == "cpu" else chosen.contrast_size)
-    dtype = autocast or torch.float32
-    while True:
-        chosen = dataclasses.replace(chosen, batch_size=size, contrast_batch=0)
-        try:
-            rate, alone, peak = _step_rates(chosen, target, autocast, seconds)
-            break
-        except torch.OutOfMemoryError:
-            if batch_size or size < 4:
-                raise
-            size //= 2
-        torch.cuda.empty_cache()
-    matrix, flops = matrix_rate(target, dtype), step_flops(chosen).total
+    chosen, (rate, alone, peak) = at_a_size_that_fits(
+        chosen, size, batch_size is None, lambda sized: _step_rates(sized, target, autocast, seconds)
+    )
+    matrix, flops = matrix_rate(target, autocast or torch.float32), step_flops(chosen).total
     return StepRates(
         recipe=chosen.name,
         device=device_name(target),
         precision="fp32" if autocast is None else "bf16",
-        batch_size=size,
+        batch_size=chosen.batch_size,
         images_per_second=round(rate, 2),
         gflop_per_image=round(flops / 1e9, 3),
         model_tflops=round(rate * flops / 1e12, 4),
@@ -185,7 +179,7 @@ def bench_data(
         seconds: to measure, half of them for one process.
         wanted: images/s that the GPUs take.
     """
-    index, cores = index_source(data), len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    index, cores = index_source(data), usable_cores()
     count_ = default_workers() if workers is None else workers
     size = max(2, min(DATA_BATCH, len(index)))
     chosen = dataclasses.replace(get_recipe(recipe, overrides), batch_size=size, contrast_batch=0, cache="none")
@@ -205,6 +199,23 @@ def bench_data(
         wanted=wanted,
         cores_wanted=-(-int(wanted) // max(1, int(each))),
     )
+
+
+def at_a_size_that_fits(recipe: Recipe, size: int, halve: bool, measure: Callable[[Recipe], T]) -> tuple[Recipe, T]:
+    """Measure a recipe at a batch of `size` images, or at the first half of it that fits into the memory.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit, and is not to be halved or cannot be.
+    """
+    while True:
+        sized = dataclasses.replace(recipe, batch_size=size, contrast_batch=0)
+        try:
+            return sized, measure(sized)
+        except torch.OutOfMemoryError:
+            if not halve or size < 4:
+                raise
+            size //= 2
+        torch.cuda.empty_cache()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 2) -> float:

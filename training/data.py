@@ -381,6 +381,7 @@ class StreamedCorpus:
         )
         for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
             draws = draw(recipe, step).share(share)
+            draws = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
             views = draw_views(draws.noise, recipe.mask_ratio)  # (B, 2, K/2)
             pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8, device=self.device)
             for cut in cuts:
@@ -388,8 +389,7 @@ class StreamedCorpus:
                     raise cut
                 self.refused += [image for image in dict.fromkeys(cut.refused) if image not in self.refused]
                 pixels[cut.places.to(self.device)] = cut.pixels.to(self.device, non_blocking=True)
-            draws = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
-            yield Seen(step, normalise(pixels, draws, recipe), views.to(self.device, non_blocking=True))
+            yield Seen(step, normalise(pixels, draws, recipe), views)
 
 
 Corpus = MemoryCorpus | StreamedCorpus

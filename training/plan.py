@@ -17,7 +17,7 @@ from .recipes import Recipe, vit_l16_in1k
 
 GIB = 2**30
 USABLE = 0.9  # of a card's memory; the rest is for what is not counted: driver, communication, fragmentation
-KEPT_CHECKPOINTS = 2  # as the run folder does, see rundir.py
+KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good; the run folder goes by it
 LABEL = 11  # columns before the text of a printed line
 Lines = Iterator[tuple[str, str]]  # label and text
 

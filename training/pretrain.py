@@ -162,7 +162,8 @@ class _Loop:
         with progress(recipe.name, last_step, done=first_step, unit="steps", show=self.ranks.main) as tick:
             for number in range(first_step, last_step):
                 seen = clock.waiting(lambda: next(batches))
-                self._picture(seen.patches, seen.views)
+                if number == first_step:
+                    self._picture(seen.patches, seen.views)
                 lr = learning_rate(recipe, number, self.total_steps)
                 set_learning_rate(self.step.optimizer, lr)
                 loss, accuracy = self.step(seen.patches, seen.views)
@@ -219,7 +220,7 @@ class _Loop:
 
     def finish(self, autocast: torch.dtype | None) -> Path:
         """Write the record's result and the encoder."""
-        state = snapshot(self.step.model.vit, self.step.optimizer, keep=self.ranks.main)
+        state = snapshot(self.step.model.vit, keep=self.ranks.main)
         file = None
         if self.ranks.main:
             self.folder.record["result"] = {
@@ -320,10 +321,8 @@ class _Loop:
 
     def _picture(self, patches: Tensor, views: Tensor) -> None:
         file = self.folder.path / "views.png"
-        if self.ranks.main and not self.clock.pictured:
-            self.clock.pictured = True
-            if not file.exists():
-                views_picture(patches, views, self.recipe).save(file)
+        if self.ranks.main and not file.exists():
+            views_picture(patches, views, self.recipe).save(file)
 
 
 @dataclass(frozen=True)
@@ -381,7 +380,6 @@ class Clock:
         self.start = self.last_lap = self.last_save = self.last_knn = time.monotonic()
         self.before = self.waited = 0.0
         self.save_every, self.knn_every = 60 * recipe.checkpoint_minutes, 60 * knn_minutes
-        self.pictured = False
 
     def seconds(self) -> float:
         """Of the whole run."""

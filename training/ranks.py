@@ -117,9 +117,8 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     if target.type == "cuda":
         torch.cuda.set_device(target)
     store, rank, world = next(rendezvous("env://", timeout=WAIT))
-    attempt = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # the store outlives a restart, with the dead ranks' ports
+    # The store outlives a restart, with the dead ranks' ports in it.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if target.type == "cuda" else "gloo",
         store=PrefixStore(f"attempt-{attempt}", store),
@@ -129,7 +128,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     )
     try:
         parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        yield Ranks(dist.get_rank(), world, dist.new_group(backend="gloo", timeout=WAIT), parent), target
+        yield Ranks(rank, world, dist.new_group(backend="gloo", timeout=WAIT), parent), target
     finally:
         dist.destroy_process_group()
 

@@ -28,9 +28,9 @@ from micl_zoo.transforms import Transform
 from micl_zoo.weights import WEIGHTS_FILE, EncoderConfig, file_sha256, save_weights
 from micl_zoo.zoo import RECORDS, timm_architecture
 
+from .plan import KEPT_CHECKPOINTS
 from .recipes import Recipe
 
-KEEP_CHECKPOINTS = 2  # besides those that stay for good
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 log = logging.getLogger(__name__)
@@ -172,8 +172,8 @@ class RunDir:
         with atomic_path(file) as temporary:
             save_file(tensors, temporary, header)
             write_text(_sum_file(file), f"{file_sha256(temporary)}  {file.name}\n")  # first, so that none is without
-        lasting = [old for old in self.checkpoints() if not self._stays(old)]
-        for old in lasting[:-KEEP_CHECKPOINTS]:
+        passing = [old for old in self.checkpoints() if not self._stays(old)]
+        for old in passing[:-KEPT_CHECKPOINTS]:
             old.unlink()
             _sum_file(old).unlink(missing_ok=True)
 
@@ -215,14 +215,17 @@ class RunDir:
         return save_weights(self.path / "encoder", state, encoder_config(recipe), provenance, recipe.save_dtype)
 
 
-def snapshot(vit: VisionTransformer, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
-    """Weights `model.*` and moments `exp_avg.*`, `exp_avg_sq.*` as whole tensors on the host, the same on any ranks.
+def snapshot(
+    vit: VisionTransformer, optimizer: torch.optim.Optimizer | None = None, *, keep: bool = True
+) -> dict[str, Tensor]:
+    """Weights `model.*` and, of an optimizer, moments `exp_avg.*` and `exp_avg_sq.*`, as whole tensors on the host.
 
     Where each process has a part of them, all must call this together; `keep` says who gets the tensors.
     """
     tensors = {f"model.{name}": value for name, value in vit.state_dict().items()}
+    states = optimizer.state if optimizer else {}
     for name, parameter in _trained(vit):
-        if state := optimizer.state.get(parameter):
+        if state := states.get(parameter):
             tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
