@@ -172,10 +172,10 @@ def extract(
     """
     start = time.monotonic()
     _check(batch_size=batch_size, shard_rows=shard_rows, limit=limit, processes=processes)
+    places = _places(model, devices, processes, engine, address)
     pieces = list_source(source)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
     decoding = Decoding(exif=exif, fast=fast_decode, max_pixels=max_pixels)
-    places = _places(model, devices, processes, engine, address)
     encoder = (
         model
         if isinstance(model, Encoder)
@@ -267,6 +267,7 @@ class _Run:
 
     def summary(self, devices: list[str], batch_size: int) -> Summary:
         """Count what there is now, and see that nothing is missing."""
+        self.store.remove_leftovers()
         refused, embedded = self.store.write_ledger(), len(self.store)
         images = self.listing.images
         if not self.work.failed:

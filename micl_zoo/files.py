@@ -18,6 +18,8 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
+LOCK_FILE = ".lock.tmp"
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
@@ -55,7 +57,7 @@ def lock_folder(folder: Path) -> IO[str] | None:
         The open file, or None where another process has the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock.tmp").open("a")
+    lock = (folder / LOCK_FILE).open("a")
     if fcntl is not None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

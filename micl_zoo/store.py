@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import StoreError
-from .files import Folder
+from .files import LOCK_FILE, Folder
 from .sources import ImageIndex
 
 if TYPE_CHECKING:
@@ -188,11 +188,15 @@ class Store:
         else:
             store = cls(folder, manifest)
             store.write_manifest()
-        for below in ("", "index"):
-            for name in folder.names(below):
-                if name.startswith(".part-") and name.endswith(".tmp"):  # of a run that was killed
-                    folder.remove(f"{below}/{name}" if below else name)
+        store.remove_leftovers()
         return store
+
+    def remove_leftovers(self) -> None:
+        """Delete what processes that were killed have left half written."""
+        for below in ("", "index"):
+            for name in self.folder.names(below):
+                if name.endswith(".tmp") and name != LOCK_FILE:
+                    self.folder.remove(f"{below}/{name}" if below else name)
 
     def write_manifest(self) -> None:
         """Write manifest.json."""

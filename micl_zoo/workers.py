@@ -28,8 +28,10 @@ from .sources import Entry, Reader
 from .transforms import Transform
 
 MAX_WORKERS = 16
+TRIES = 2  # of an image by itself, after the process that had it among others was lost
 CHUNK = 8  # images a message: few enough that all processes work on the batch that is needed next
 QUEUED_BYTES = 1 << 16  # of messages that a process has not answered: less than any pipe holds, so sending never waits
+STARTS = 3  # of processes that do not come to work, and there is something wrong with all of them
 BATCHES_AHEAD = 3  # decoded or being decoded; each has its place in the shared memory
 
 
@@ -78,7 +80,7 @@ class _Chunk:
     batch: _Pending
     at: int
     entries: Sequence[Entry]
-    alone: bool = False  # after a process died or hung over it: one image, so that the guilty one is found
+    alone: int = 0  # times a process died or hung over it and it alone
 
     def message(self) -> bytes:
         return pickle.dumps((self.batch.slot, self.at, list(self.entries)), pickle.HIGHEST_PROTOCOL)
@@ -118,7 +120,7 @@ class Decoders:
     """Reads and decodes batches ahead of whoever takes them, in processes of its own or, with none, in this one.
 
     A process that dies or hangs is replaced. The images that it had are tried again one by one; the one that takes a
-    second process along is refused.
+    process along TRIES times is refused.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class Decoders:
         count = workers if CAN_START else 0
         self._processes = [_Process(self._job, self._file.fileno()) for _ in range(count)]
         self._backlog: deque[_Chunk] = deque()
+        self._stillborn = 0  # processes in a row that died before they came to work
 
     def __enter__(self) -> Decoders:
         return self
@@ -233,7 +236,7 @@ class Decoders:
             while process.connection.poll():
                 answer = process.connection.recv()
                 if answer is None:
-                    process.ready, process.since = True, time.monotonic()
+                    process.ready, process.since, self._stillborn = True, time.monotonic(), 0
                 else:
                     self._settle(process.answered(), answer)
         except (EOFError, OSError):
@@ -249,20 +252,23 @@ class Decoders:
     def _replace(self, process: _Process, reason: Any, what: str) -> None:
         """Start another in the place of a process, and give its chunks out anew."""
         ended = process.end()
-        if not process.ready:
+        self._stillborn += not process.ready
+        if self._stillborn >= STARTS:
             raise MiclZooError(f"a process that decodes images could not start: it {ended}. Its own message is above.")
         self._processes[self._processes.index(process)] = _Process(self._job, self._file.fileno())
         chunks = [chunk for chunk, _ in process.chunks]
-        if chunks and chunks[0].alone:
-            guilty = chunks.pop(0)
-            detail = f"{what} {ended}, twice" if reason == "crashed" else f"{what}, twice"
-            self._settle(guilty, Outcome({0: Refused(reason, detail)}, 0.0, 0.0))
-        singly = [
-            _Chunk(chunk.batch, chunk.at + place, [entry], alone=True)
-            for chunk in chunks[:1]
-            for place, entry in enumerate(chunk.entries)
-        ]
-        self._backlog.extendleft(reversed(singly + chunks[1:]))
+        if chunks and process.ready:
+            first = chunks.pop(0)
+            first.alone += len(first.entries) == 1
+            if first.alone == TRIES:
+                detail = f"{what} {ended}" if reason == "crashed" else what
+                self._settle(first, Outcome({0: Refused(reason, f"{detail}, {TRIES} times")}, 0.0, 0.0))
+            else:
+                singly = (
+                    _Chunk(first.batch, first.at + at, [one], first.alone) for at, one in enumerate(first.entries)
+                )
+                chunks = [*singly, *chunks]
+        self._backlog.extendleft(reversed(chunks))
 
 
 def _memory_file() -> Any:

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,23 @@ from conftest import picture
 from PIL import Image
 
 import micl_zoo
-from micl_zoo.errors import MiclZooError, StoreError, UsageError
-from micl_zoo.extract import extract, resolve_precision
+from micl_zoo import engines, workers
+from micl_zoo.decode import decode_pixels
+from micl_zoo.encoder import Encoder
+from micl_zoo.engines import Local, Work, resolve_precision
+from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
+from micl_zoo.extract import extract
+from micl_zoo.files import Folder
+from micl_zoo.runner import Event
+from micl_zoo.sources import ImageIndex
+from micl_zoo.store import Store
 
 
 def files(store: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+    """All but the command that made it."""
+    found = {str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
+    found["manifest.json"] = json.dumps(json.loads(found["manifest.json"]) | {"command": ""}).encode()
+    return found
 
 
 def ledger(store: Path) -> list[dict[str, str]]:
@@ -173,6 +185,8 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_files(
         ({"normalize": False}, "normalized: True in the store, False asked for"),
         ({"precision": "bf16"}, "precision: 'fp32' in the store, 'bf16' asked for"),
         ({"shard_rows": 5}, "shard_rows: 10000 in the store, 5 asked for"),
+        ({"dtype": "float16"}, "dtype: 'float32' in the store, 'float16' asked for"),
+        ({"exif": "keep"}, "decoding: 'exact-upright-max89478485' in the store, 'exact-keep-max89478485' asked for"),
     ],
 )
 def test_a_store_of_something_else_is_refused(
@@ -195,7 +209,11 @@ def test_other_weights_and_other_images_are_refused(
     with pytest.raises(StoreError, match="weights_sha256"):
         extract(folder, out, model=encoder, workers=0)
     picture(9).save(folder / "more.jpg")
-    with pytest.raises(StoreError, match="index_sha256"):
+    with pytest.raises(StoreError, match=r"row 1 of shard 0: .*'more.jpg' in the source\. --only-missing adds"):
+        extract(folder, out, weights=encoder_folder, workers=0)
+    (folder / "more.jpg").unlink()
+    picture(9).save(folder / "000.jpg", quality=30)
+    with pytest.raises(StoreError, match=r"row 0 of shard 0: '000.jpg' has another size"):
         extract(folder, out, weights=encoder_folder, workers=0)
     with pytest.raises(StoreError, match="exists and is no store"):
         extract(folder, folder, weights=encoder_folder, workers=0)
@@ -222,7 +240,7 @@ def test_stores_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"has no manifest\.json"):
         micl_zoo.open_store(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format_version": 99}')
-    with pytest.raises(StoreError, match="layout version 99, this micl-zoo reads 1: upgrade"):
+    with pytest.raises(StoreError, match="layout version 99, this micl-zoo reads 2: upgrade"):
         micl_zoo.open_store(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(StoreError, match="is damaged"):
@@ -251,3 +269,251 @@ def test_precisions(image_folder: Callable[..., Path], encoder_folder: Path, tmp
     assert resolve_precision("auto", torch.device("cpu"))[1] in ("fp32", "bf16")
     with pytest.raises(UsageError, match=r"unknown precision 'int8'\. Valid: auto, fp32, bf16, fp16"):
         resolve_precision("int8", torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_stopped_in_the_middle_of_a_shard_keeps_its_beginning(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder, options = image_folder(40), {"weights": encoder_folder, "workers": 0, "batch_size": 4}
+    (folder / "007-bad.jpg").write_bytes(b"no")
+    out, seen = tmp_path / "s", 0
+
+    def decode_and_stop(*args: Any, **kwargs: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen == 18:
+            signal.raise_signal(signal.SIGINT)
+        return decode_pixels(*args, **kwargs)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(Interrupted, match="run the same command to go on") as stop,
+    ):
+        patch.setattr(workers, "decode_pixels", decode_and_stop)
+        extract(folder, out, **options)  # type: ignore[arg-type]
+    assert stop.value.exit_code == 130
+    kept = micl_zoo.open_store(out).beginning(0)
+    assert kept is not None
+    assert 4 <= kept.images <= 20
+    assert not micl_zoo.open_store(out).complete
+    summary = extract(folder, out, **options)  # type: ignore[arg-type]
+    assert summary.computed == 41 - kept.images
+    extract(folder, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_damaged_beginning_is_done_again(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder, out = image_folder(6), tmp_path / "s"
+    extract(folder, out, weights=encoder_folder, workers=0)
+    before, part = files(out), out / "part-00000.parquet"
+    part.rename(out / ".beginning-00000.parquet")
+    (out / ".beginning-00000.parquet").write_bytes(part_bytes := before["part-00000.parquet"][:-100])
+    assert part_bytes
+    assert extract(folder, out, weights=encoder_folder, workers=0).computed == 6
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("options", [{"processes": 2, "devices": "cpu"}, {"batch_size": 1, "workers": 0}])
+def test_the_parts_do_not_depend_on_who_made_them(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    folder = image_folder(30)
+    (folder / "007-bad.jpg").write_bytes(b"no")
+    shared: dict[str, Any] = {"weights": encoder_folder, "shard_rows": 4, "precision": "fp32"}
+    extract(folder, tmp_path / "one", workers=2, **shared)
+    summary = extract(folder, tmp_path / "other", **shared, **options)
+    assert (summary.embedded, summary.refused, summary.failed) == (30, 1, {})
+    assert files(tmp_path / "other") == files(tmp_path / "one")
+
+
+def test_only_missing_adds_what_is_new(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
+    folder, out = image_folder(5), tmp_path / "s"
+    extract(folder, out, weights=encoder_folder, workers=0, shard_rows=2, limit=3)
+    before, rows = micl_zoo.open_store(out).ids, micl_zoo.open_store(out).embeddings
+    assert micl_zoo.open_store(out).complete
+    picture(50).save(folder / "000-first.jpg")
+    (folder / "000.jpg").unlink()  # its row stays
+    summary = extract(folder, out, weights=encoder_folder, workers=0, shard_rows=2, only_missing=True)
+    store = micl_zoo.open_store(out)
+    assert store.ids == [*before, *(n for n in sorted(ids_of(folder), key=in_order) if n not in before)]
+    assert (summary.images, summary.computed, store.complete, store.manifest.shards) == (6, 3, True, 4)
+    np.testing.assert_array_equal(store.embeddings[:3], rows)
+    assert extract(folder, out, weights=encoder_folder, workers=0, shard_rows=2, only_missing=True).computed == 0
+
+
+def ids_of(folder: Path) -> list[str]:
+    return [entry.id for entry in micl_zoo.index_source(folder).entries()]
+
+
+def in_order(name: str) -> tuple[bool, str]:
+    return "/" in name, name
+
+
+def test_overwrite_starts_anew_and_only_in_a_store(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder, out = image_folder(5), tmp_path / "s"
+    extract(folder, out, weights=encoder_folder, workers=0, shard_rows=2)
+    extract(folder, out, weights=encoder_folder, workers=0, shard_rows=4, pool="mean", overwrite=True)
+    extract(folder, tmp_path / "new", weights=encoder_folder, workers=0, shard_rows=4, pool="mean")
+    assert files(out) == files(tmp_path / "new")
+    with pytest.raises(StoreError, match="exists and is no store"):
+        extract(folder, folder, weights=encoder_folder, workers=0, overwrite=True)
+
+
+def test_half_precision_rows(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
+    folder = image_folder(3)
+    for dtype in ("float16", "float32"):
+        extract(folder, tmp_path / dtype, weights=encoder_folder, workers=0, dtype=dtype)  # type: ignore[arg-type]
+    half, whole = (micl_zoo.open_store(tmp_path / dtype) for dtype in ("float16", "float32"))
+    np.testing.assert_array_equal(half.embeddings, whole.embeddings.astype(np.float16))
+    assert half.to_arrow().schema.field("embedding").type == pa.list_(pa.float16(), 32)
+
+
+def test_a_store_in_use_is_refused(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
+    folder = image_folder(1)
+    with Folder(tmp_path / "s").lock(), pytest.raises(StoreError, match="another process is writing"):  # type: ignore[union-attr]
+        extract(folder, tmp_path / "s", weights=encoder_folder, workers=0)
+
+
+def test_a_store_that_is_being_written_can_be_read(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder, out, seen = image_folder(6), tmp_path / "s", []
+
+    def look(number: int) -> None:
+        store = micl_zoo.open_store(out)
+        seen.append((len(store), store.complete, len(store.ids), store.embeddings.shape))
+
+    with pytest.MonkeyPatch.context() as patch:
+        write = Store.write_part
+        patch.setattr(Store, "write_part", lambda self, number, rows: (look(number), write(self, number, rows))[0])
+        extract(folder, out, weights=encoder_folder, workers=0, shard_rows=3)
+    assert seen == [(0, False, 0, (0, 32)), (3, False, 3, (3, 32))]
+
+
+def test_a_part_whose_numbers_were_changed_is_found(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    extract(image_folder(4), tmp_path / "s", weights=encoder_folder, workers=0, shard_rows=2)
+    store = micl_zoo.open_store(tmp_path / "s")
+    store.check_part(1)
+    table = pq.read_table(store.part_path(1))
+    pq.write_table(table.set_column(1, "embedding", table["embedding"].take([1, 0])), store.part_path(1))
+    with pytest.raises(StoreError, match=r"part-00001\.parquet' is damaged \(its sha256 is"):
+        store.check_part(1)
+    store.check_part(0)
+
+
+def test_an_error_in_the_middle_of_the_source_keeps_what_came_before(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    index, out = micl_zoo.index_source(image_folder(10)), tmp_path / "s"
+
+    def pieces(_: object) -> Iterator[ImageIndex]:
+        yield index.slice(0, 4)
+        yield index.slice(4, 2)
+        raise SourceError("the tar is damaged")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SourceError, match="the tar is damaged"):
+        patch.setattr("micl_zoo.extract.list_source", pieces)
+        extract("x", out, weights=encoder_folder, workers=0, shard_rows=2)
+    assert len(micl_zoo.open_store(out)) == 6
+
+
+def test_short_of_memory_the_batch_is_halved(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, sizes = image_folder(11), []
+    extract(folder, tmp_path / "whole", weights=encoder_folder, workers=0, batch_size=8)
+    embed = Encoder.embed_tensor
+
+    def small(self: Encoder, pixels: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes.append(len(pixels))
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(self, pixels, **options)
+
+    monkeypatch.setattr(Encoder, "embed_tensor", small)
+    extract(folder, tmp_path / "s", weights=encoder_folder, workers=0, batch_size=8)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert files(tmp_path / "s") == files(tmp_path / "whole")
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Encoder, "embed_tensor", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):  # another error is not taken for it
+        extract(folder, tmp_path / "t", weights=encoder_folder, workers=0, batch_size=1)
+
+
+def test_not_even_one_image_fits(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(Encoder, "embed_tensor", none)
+    with pytest.raises(MiclZooError, match="does not fit: not even one image at a time"):
+        extract(image_folder(3), tmp_path / "s", weights=encoder_folder, workers=0)
+
+
+def test_a_model_process_that_is_killed_is_replaced(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder, killed = image_folder(120), []
+    options: dict[str, Any] = {"weights": encoder_folder, "shard_rows": 6, "precision": "fp32", "devices": "cpu"}
+
+    def kill_one(self: engines._Model) -> Iterator[Event]:
+        for event in hear(self):
+            if not killed and event.finished:
+                killed.append(self.process.pid)
+                self.process.kill()
+            yield event
+
+    with pytest.MonkeyPatch.context() as patch:
+        hear = engines._Model.hear
+        patch.setattr(engines._Model, "hear", kill_one)
+        summary = extract(folder, tmp_path / "s", processes=2, **options)
+    assert killed
+    assert (summary.embedded, summary.failed) == (120, {})
+    extract(folder, tmp_path / "whole", workers=0, **options)
+    assert files(tmp_path / "s") == files(tmp_path / "whole")
+
+
+def test_shards_that_fail_twice_are_reported_and_the_rest_goes_on() -> None:
+    work = Work(iter([0, None, 1, 2]))
+    assert [work.take(), work.take(), work.take(), work.take()] == [0, None, 1, 2]
+    work.give_back([1, 2], "was killed")
+    assert not work.exhausted
+    assert [work.take(), work.take()] == [1, 2]
+    work.give_back([1, 2], "was killed again")
+    assert work.failed == {1: "was killed again"}
+    assert [work.take(), work.take(), work.exhausted] == [2, None, True]
+
+
+def test_a_model_process_that_cannot_work_says_why(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> Any:
+        (encoder_folder / "model.safetensors").rename(tmp_path / "moved")  # after the first process has read it
+        return store_create(*_)
+
+    with monkeypatch.context() as patch, pytest.raises(MiclZooError, match="model.safetensors"):
+        store_create = Store.create
+        patch.setattr(Store, "create", lambda *args, **kwargs: gone(*args))
+        extract(image_folder(4), tmp_path / "s", weights=encoder_folder, processes=2, devices="cpu")
+    (tmp_path / "moved").rename(encoder_folder / "model.safetensors")
+
+
+def test_devices_and_processes() -> None:
+    assert Local.find("cpu", 3).devices == ["cpu", "cpu", "cpu"]
+    assert str(Local.find("cpu,cpu", None)) == "2 processes on cpu"
+    for devices, processes, text in (("all", None, "every GPU"), ("", None, "no device"), ("cpu,cpu", 1, "name fewer")):
+        if devices != "all" or not torch.cuda.is_available():
+            with pytest.raises(UsageError, match=text):
+                Local.find(devices, processes)
+    with pytest.raises(UsageError, match="give its name or weights="):
+        extract("x.jpg", "y", model=micl_zoo.load(pretrained=False, device="cpu"), processes=2)

@@ -1,0 +1,190 @@
+"""The same source through one process, two processes, a Ray cluster and runs killed at random moments: the same bytes?
+
+    python benchmarks/same_parts.py "tin200/train-*.parquet" --images 20000 --kills 20 --out benchmarks/records/parts.json
+
+Also the memory of a run over a tenth of the images beside that over all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from micl_zoo.training.rundir import code_commit, machine
+
+import micl_zoo
+from micl_zoo.files import write_text
+from micl_zoo.store import package_versions
+
+SAMPLE_SECONDS = 0.25
+
+
+class Watched:
+    """A command and all its processes, and the most memory that they had together.
+
+    Attributes:
+        peak: proportional set size (memory that is shared counts once) of the tree, in bytes.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        self.peak = 0
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while self.process.poll() is None:
+            self.peak = max(self.peak, sum(map(memory, tree(self.process.pid))))
+            time.sleep(SAMPLE_SECONDS)
+
+    def finish(self) -> str:
+        """Wait for the end: its standard output.
+
+        Raises:
+            ClickException: it failed.
+        """
+        out, err = self.process.communicate()
+        if self.process.returncode:
+            raise click.ClickException(f"{self.process.args}: {err}")
+        return out
+
+
+def memory(process: int) -> int:
+    """Bytes of one process, as Linux shares them out; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def tree(process: int) -> list[int]:
+    """A process and all below it."""
+    try:
+        below = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return []
+    return [process, *(one for child in below for one in tree(int(child)))]
+
+
+def hashes(store: Path) -> dict[str, str]:
+    """Sha256 of the parts, the index and the ledger."""
+    names = [*store.glob("part-*.parquet"), *store.glob("index/*.parquet"), store / "errors.jsonl"]
+    return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(names)}
+
+
+def killed(command: list[str], store: Path, kills: int, longest: float, seed: int) -> dict[str, Any]:
+    """Start a command again and again, kill it after random seconds, and let the last one end."""
+    draw = random.Random(seed)
+    moments, survivors, parts = [], 0, []
+    while len(moments) < kills:
+        seconds = draw.uniform(2, longest)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        below = tree(process.pid)
+        if process.poll() is not None:
+            raise click.ClickException(f"it had ended before the kill number {len(moments) + 1}: use more --images")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        moments.append(round(seconds, 2))
+        parts.append(len(list(store.glob("part-*.parquet"))))
+        time.sleep(0.5)
+        survivors += sum(Path(f"/proc/{one}").exists() for one in below if one != process.pid)
+    start = time.monotonic()
+    Watched(command).finish()
+    return {
+        "kill_seconds": moments,
+        "parts_after_each_kill": parts,
+        "processes_left_after_kills": survivors,
+        "last_run_seconds": round(time.monotonic() - start, 1),
+    }
+
+
+@click.command()
+@click.argument("source")
+@click.option("--images", default=20_000, show_default=True)
+@click.option("--shard-rows", default=1000, show_default=True)
+@click.option("--kills", default=20, show_default=True)
+@click.option("--longest", default=40.0, show_default=True, help="Seconds until a kill, at most.")
+@click.option("--weights", type=click.Path(exists=True, path_type=Path), help="Of an encoder.  [default: the embedded]")
+@click.option("--ray/--no-ray", default=True, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="JSON record to write.")
+def main(
+    source: str,
+    images: int,
+    shard_rows: int,
+    kills: int,
+    longest: float,
+    weights: Path | None,
+    ray: bool,
+    seed: int,
+    out: Path | None,
+) -> None:
+    """Compare the stores of SOURCE, byte by byte."""
+    folder = Path(tempfile.mkdtemp())
+    own = ["--weights", str(weights)] if weights else []
+    base = [sys.executable, "-m", "micl_zoo", "extract", source, "--shard-rows", str(shard_rows), "--precision", "fp32"]
+    base += ["--json", "--devices", "cpu", *own]
+    ways = {"one process": [], "two processes": ["--processes", "2"]}
+    ways |= {"ray, two actors": ["--engine", "ray", "--processes", "2"]} if ray else {}
+    figures: dict[str, Any] = {}
+    stores: dict[str, dict[str, str]] = {}
+    for name, options in {**ways, "a tenth of the images": [], "killed": []}.items():
+        store = folder / name.replace(" ", "-")
+        limit = images // 10 if "tenth" in name else images
+        command = [*base, "-o", str(store), "--limit", str(limit), *options]
+        start = time.monotonic()
+        if name == "killed":
+            figures[name] = killed(command, store, kills, longest, seed)
+        else:
+            run = Watched(command)
+            said = json.loads(run.finish())
+            figures[name] = {
+                "images_per_second": round(said["images_per_second"], 1),
+                "seconds": round(time.monotonic() - start, 1),
+                "peak_memory_mb": round(run.peak / 1e6, 1),
+            }
+        found = micl_zoo.open_store(store)
+        refused = sum(1 for _ in found.refused())
+        figures[name] |= {"rows": len(found), "refused": refused, "rows_in": limit, "parts": len(found.done())}
+        assert len(found) + refused == limit, name
+        stores[name] = hashes(store)
+        click.echo(f"{name}: {json.dumps(figures[name])}")
+    same = {name: stores[name] == stores["one process"] for name in stores if "tenth" not in name}
+    grown = figures["one process"]["peak_memory_mb"] - figures["a tenth of the images"]["peak_memory_mb"]
+    click.echo(
+        f"the same bytes as one process: {same}; memory grew by {grown:.1f} MB from a tenth of the images to all"
+    )
+    if out is not None:
+        record = {
+            "date": date.today().isoformat(),
+            "commit": code_commit(),
+            "machine": machine(torch.device("cpu")),
+            "versions": package_versions(),
+            "command": " ".join(["python", "benchmarks/same_parts.py", *sys.argv[1:]]),
+            "encoder": found.manifest.model,
+            "figures": figures,
+            "same_bytes_as_one_process": same,
+            "memory_growth_mb": round(grown, 1),
+        }
+        write_text(out, json.dumps(record, indent=2) + "\n")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
