@@ -94,7 +94,7 @@ def _batches(store: Store, dtype: np.dtype, tick: Tick) -> Iterator[tuple[list[s
     for ids, rows in store.batches():
         try:
             with np.errstate(over="raise"):
-                rows = np.ascontiguousarray(rows.reshape(len(ids), -1), dtype)
+                rows = np.ascontiguousarray(rows, dtype)
         except FloatingPointError:
             largest = np.abs(rows).max()
             raise StoreError(f"{largest:g} does not fit {dtype.name}: give --dtype float32") from None
@@ -123,7 +123,10 @@ def _write_npy(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype
                 file.write(rows.data)
         with listing.open("wb") as file:
             _write_ids(store, file)
-    line = f"import json, numpy; rows = numpy.load({str(path)!r}, mmap_mode='r'); ids = json.load(open({str(names)!r}))"
+    line = (
+        f"import json, numpy, pathlib; rows = numpy.load({str(path)!r}, mmap_mode='r'); "
+        f"ids = json.loads(pathlib.Path({str(names)!r}).read_bytes())"
+    )
     return path.stat().st_size + names.stat().st_size, line
 
 

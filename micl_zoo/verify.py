@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 from collections import Counter
@@ -68,7 +69,7 @@ class Verification:
         worst = (
             ""
             if self.worst_cosine is None
-            else f", {self.sampled} embedded again with cosine {self.worst_cosine:.6f} or more"
+            else f"; {self.sampled} embedded again, worst cosine {self.worst_cosine:.6f}"
         )
         gone = f", {len(self.gone)} not to be read any more" if self.gone else ""
         verdict = f"{len(self.problems)} problems." if self.problems else "No problem found."
@@ -216,16 +217,20 @@ def _check_part(store: Store, shard: int, found: Verification) -> int:
     if shard >= store.manifest.shards:
         found.problems.append(f"{where} belongs to no shard of the index, which has {store.manifest.shards}")
         return 0
+    wrong: list[str] = []
     try:
         if hasattr(store, "check_part"):
             store.check_part(shard)
+    except StoreError as error:
+        wrong.append(str(error))
+    try:
         ids, rows = read_part(store, shard)
         refused = [row.id for row in only(store, [shard]).refused()]
         expected = store.shard(shard).table["id"].to_pylist()
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:  # StoreError is a ValueError
-        found.problems.append(f"{where}: {error}")
+        found.problems += [f"{where}: {problem}" for problem in dict.fromkeys([*wrong, str(error)])]
         return 0
-    wrong = account(expected, ids, refused) + _row_problems(ids, rows, store.manifest)
+    wrong += account(expected, ids, refused) + _row_problems(ids, rows, store.manifest)
     found.problems += [f"{where}: {problem}" for problem in wrong]
     found.rows += len(ids)
     found.refused += len(refused)
@@ -257,7 +262,8 @@ def account(expected: Sequence[str], rows: Sequence[str], refused: Sequence[str]
 
 
 def _row_problems(ids: Sequence[str], rows: np.ndarray, manifest: Manifest) -> list[str]:
-    vectors = rows.reshape(len(rows), -1, row_shape(manifest)[-1]).astype(np.float32)  # (n, 1 or h w, D)
+    *tokens, width = row_shape(manifest)
+    vectors = rows.reshape(len(rows), math.prod(tokens), width).astype(np.float32)  # (n, 1 or h w, D)
     lengths = np.sqrt(np.einsum("ntd,ntd->nt", vectors, vectors))  # (n, 1 or h w)
     broken = ~np.isfinite(lengths).all(1)
     off = ~broken & (np.abs(lengths - 1) > UNIT_SLACK).any(1) if manifest.normalized else np.zeros_like(broken)
