@@ -26,7 +26,8 @@ from micl_zoo.training.bench import device_name, matrix_rate, timed
 from micl_zoo.training.rundir import code_commit, machine
 
 from micl_zoo.encoder import resolve_device
-from micl_zoo.store import package_versions, write_text
+from micl_zoo.files import write_text
+from micl_zoo.store import package_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_RECIPES = ("vit_b16.in1k", "vit_l16.in1k")

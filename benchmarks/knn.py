@@ -26,9 +26,10 @@ from micl_zoo.training.rundir import code_commit, encoder_config, machine
 import micl_zoo
 from micl_zoo.decode import decode
 from micl_zoo.encoder import Encoder
-from micl_zoo.extract import resolve_precision
+from micl_zoo.engines import resolve_precision
+from micl_zoo.files import write_text
 from micl_zoo.sources import ImageIndex, Reader, index_source
-from micl_zoo.store import package_versions, write_text
+from micl_zoo.store import package_versions
 from micl_zoo.transforms import Transform
 from micl_zoo.weights import file_sha256
 

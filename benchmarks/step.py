@@ -29,8 +29,9 @@ from micl_zoo.training.step import TrainStep
 from torch import Tensor
 
 from micl_zoo.encoder import resolve_device
+from micl_zoo.files import write_text
 from micl_zoo.progress import progress
-from micl_zoo.store import package_versions, write_text
+from micl_zoo.store import package_versions
 
 LEARNING_RATE = 1e-6
 WARM_UP_STEPS = 3

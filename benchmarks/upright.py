@@ -15,7 +15,7 @@ import numpy as np
 from micl_zoo.training.rundir import code_commit
 
 import micl_zoo
-from micl_zoo.store import write_text
+from micl_zoo.files import write_text
 
 
 @click.command()

@@ -49,63 +49,120 @@ def main() -> None:
 Examples:
   micl-zoo extract ~/Pictures -o embeddings
   micl-zoo extract "scans/**/*.png" -o embeddings --pool mean --precision fp32
-  micl-zoo extract data/train.parquet -o embeddings --model vit_ti16.tin200 --workers 8
-  micl-zoo extract list.txt -o embeddings --weights runs/first/encoder"""
+  micl-zoo extract "shards/train-{0000..0099}.tar" -o embeddings --devices all --dtype float16
+  micl-zoo extract s3://bucket/photos -o s3://bucket/embeddings --engine ray --address auto
+  find photos -name "*.jpg" -newer last | micl-zoo extract - -o embeddings --only-missing
+  micl-zoo extract list.csv -o embeddings --weights runs/first/encoder --json"""
 )
 @click.argument("source", nargs=-1, required=True)
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to write; the same command again goes on.",
-)
+@click.option("-o", "--out", required=True, help="Folder or URI to write; the same command again goes on.")
 @click.option("--model", default=DEFAULT, show_default=True, help="Name of an encoder, see `micl-zoo models`.")
 @click.option("--weights", type=click.Path(path_type=Path), help="A .safetensors file or encoder folder of your own.")
 @click.option(
     "--pool",
-    type=click.Choice(["cls", "mean"]),
+    type=click.Choice(["cls", "mean", "cls+mean", "patches"]),
     default="cls",
     show_default=True,
-    help="Class token, or mean of the patch tokens.",
+    help="Class token, mean of the patch tokens, both, or every patch token.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images a forward pass.")
-@click.option("--shard-rows", type=click.IntRange(1), default=10_000, show_default=True, help="Images a part file.")
-@click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core, 16 at most]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale embeddings to unit length.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    default="float32",
+    show_default=True,
+    help="Of the rows on disk.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     default="auto",
     show_default=True,
-    help="auto: bf16 where it is fast, else fp32.",
+    help="Of the arithmetic. auto: bf16 where it is fast, else fp32.",
 )
-@click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale rows to unit length.")
+@click.option(
+    "--backend",
+    type=click.Choice(["torch", "openvino"]),
+    default="torch",
+    show_default=True,
+    help="openvino: faster on processors, an extra to install.",
+)
+@click.option("--compile", is_flag=True, help="The model by torch.compile: pays off after thousands of images.")
+@click.option(
+    "--devices",
+    default="auto",
+    show_default=True,
+    help="auto, all GPUs, cpu, cuda, mps, or cuda:0,cuda:1: a process each.",
+)
+@click.option(
+    "--processes", type=click.IntRange(1), help="That run the model and share the devices.  [default: one each]"
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: all machines of a cluster.",
+)
+@click.option("--address", help="Of the Ray cluster.  [default: this machine's, or a new one on it]")
+@click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core, 16 at most]")
+@click.option("--batch-size", type=click.IntRange(1), help="Images a forward pass.  [default: 256 on a GPU, else 32]")
+@click.option("--shard-rows", type=click.IntRange(1), help="Images a part file.  [default: 10,000, fewer for patches]")
+@click.option("--fast-decode", is_flag=True, help="Decode JPEG at the scale needed: nearly the same pixels, recorded.")
+@click.option(
+    "--exif",
+    type=click.Choice(["upright", "keep"]),
+    default="upright",
+    show_default=True,
+    help="Turn pictures as their cameras say, or keep them as stored.",
+)
+@click.option("--max-pixels", type=click.IntRange(1), help="Refuse larger images.  [default: 89,478,485]")
+@click.option(
+    "--image-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=120,
+    show_default=True,
+    help="Seconds to read and decode an image, before the process is replaced.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first images of the source.")
+@click.option("--only-missing", is_flag=True, help="Add the images that the store in --out has not.")
+@click.option("--overwrite", is_flag=True, help="Delete the embeddings in --out first.")
 @click.option("--strict", is_flag=True, help=f"Exit with code {REFUSED_EXIT_CODE} when an image could not be embedded.")
-def extract(source: tuple[str, ...], out: Path, strict: bool, **options: Any) -> None:
-    """Embed the images of SOURCE: folders, images, a glob, a list file (.txt), or parquet with encoded images.
+@click.option("--json", "as_json", is_flag=True, help="Sum up as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+def extract(
+    source: tuple[str, ...], out: str, strict: bool, as_json: bool, quiet: bool, max_pixels: int | None, **options: Any
+) -> None:
+    """Embed the images of SOURCE.
+
+    SOURCE is any number of folders, images, globs, lists (.txt, .csv, .jsonl, or - for standard input), tar and zip
+    archives, and parquet files with encoded images; here, or at URIs such as s3://, gs://, https:// and hf://.
 
     Writes manifest.json, index/, part-*.parquet (columns id, embedding) and errors.jsonl, one line per image that
-    could not be embedded. A killed run loses at most the shard it was working on.
+    could not be embedded. Ctrl-C keeps all that was computed; a run that is killed loses at most its last minute.
     """
     from .extract import extract as run
 
+    if max_pixels is not None:
+        options["max_pixels"] = max_pixels
+    say = (lambda text: None) if quiet else (lambda text: click.echo(text, err=True))
     try:
-        summary = run(source, out, **options)
+        summary = run(source, out, show=not quiet, say=say, **options)
     except KeyboardInterrupt:
         click.echo(f"\nStopped. Finished shards are safe in {out}: run the same command to go on.", err=True)
         sys.exit(130)
-    rate = f", {summary.computed / summary.seconds:,.0f} images/s" if summary.computed else ""
-    skipped = f", {summary.shards_before} shards were done already" if summary.shards_before else ""
-    manifest = summary.store.manifest
-    click.echo(
-        f"{summary.embedded:,} of {summary.images:,} images embedded by {manifest.model} in {manifest.precision}, "
-        f"{manifest.dim} numbers each, in {out} ({summary.seconds:.1f} s{rate}{skipped})"
-    )
-    if summary.refused:
-        click.echo(f"{summary.refused:,} could not be embedded: see {out / 'errors.jsonl'}", err=True)
-        if strict:
-            sys.exit(REFUSED_EXIT_CODE)
+    if as_json:
+        click.echo(json.dumps(summary.as_dict()))
+    elif not quiet:
+        click.echo(summary.text())
+    for shard, why in summary.failed.items():
+        click.echo(f"shard {shard} failed twice: {why}. The same command tries it again.", err=True)
+    if summary.refused and not quiet:
+        click.echo(f"{summary.refused:,} could not be embedded: see {out}/errors.jsonl", err=True)
+    if summary.failed:
+        sys.exit(1)
+    if summary.refused and strict:
+        sys.exit(REFUSED_EXIT_CODE)
 
 
 @main.command(

@@ -7,12 +7,24 @@ import functools
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Reason = Literal["unreadable", "empty", "not_an_image", "truncated", "damaged", "too_small", "too_large", "unsupported"]
+Reason = Literal[
+    "unreadable",
+    "empty",
+    "not_an_image",
+    "truncated",
+    "damaged",
+    "too_small",
+    "too_large",
+    "unsupported",
+    "crashed",
+    "timeout",
+]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bomb threshold: 256 MiB as 24-bit RGB
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag; where width and height change places
@@ -170,3 +182,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    exif: Literal["upright", "keep"] = "upright"
+    fast: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def id(self) -> str:
+        return f"{'fast' if self.fast else 'exact'}-{self.exif}-max{self.max_pixels}"
+
+
+def decode_pixels(data, transform, decoding):
+    return transform.pixels(decode(data, max_pixels=decoding.max_pixels))

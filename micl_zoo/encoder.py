@@ -124,6 +124,16 @@ class Encoder(nn.Module):
         rows = F.normalize(rows, dim=-1) if normalize else rows
         return cast(np.ndarray, rows.cpu().numpy())
 
+    @torch.inference_mode()
+    def embed_tensor(self, pixels, *, normalize=True, pool="cls", autocast=None):
+        pixel_values = self.transform.normalise(pixels)
+        with torch.autocast(self.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            rows = self(pixel_values, pool).float()
+        return F.normalize(rows, dim=-1) if normalize else rows
+
+    def row_shape(self, pool):
+        return (self.embed_dim,)
+
     def _tokens(self, pixel_values: Tensor) -> Tensor:
         side = self.transform.size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):

@@ -1,51 +1,44 @@
-"""ImageIndex -> shards -> embeddings: workers decode while the model runs, and a finished shard is never done again."""
+"""Source -> shards -> embeddings: every image has a row or a line in the ledger, whatever happens to the processes."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
 import shlex
 import signal
-import sys
-import threading
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from .decode import Refused, decode
-from .encoder import Encoder, Pool, bf16_is_fast, load
-from .errors import MiclZooError, UsageError
-from .progress import progress
-from .sources import Entry, ImageIndex, Reader, SourceLike, index_source
-from .store import Manifest, RefusedRow, Store, package_versions
-from .transforms import Transform
+from .decode import MAX_PIXELS, Decoding
+from .encoder import Encoder, Pool, load
+from .engines import Engine, Job, Local, Precision, Work
+from .errors import Interrupted, MiclZooError, UsageError
+from .files import Folder
+from .listing import Listing
+from .progress import Tick, progress
+from .runner import Runner, Times
+from .sources import ImageIndex, SourceLike, list_source
+from .stop import StopRequest
+from .store import Manifest, Rows, Store, package_versions
+from .workers import default_workers
 from .zoo import DEFAULT
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-MAX_WORKERS = 16
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
+SHARD_ROWS = 10_000
+PART_BYTES = 64 << 20  # of a part of long rows, such as patches: it is held in memory
 
-class Embedded(NamedTuple):
-    """One batch, after the model.
-
-    Attributes:
-        ids: of the images that have a row.
-        rows: (len(ids), D) float32.
-        refused: the others.
-    """
-
-    ids: list[str]
-    rows: np.ndarray
-    refused: list[RefusedRow]
+Dtype = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -54,21 +47,62 @@ class Summary:
 
     Attributes:
         store: the finished store.
-        images: in the source.
+        images: in its index.
         embedded: of them with a row.
         refused: of them with a line in errors.jsonl.
+        failed: shards that failed twice, and how; their images have neither.
         shards_before: shards that were there already.
         computed: images this call went through.
         seconds: it took, loading the model left out.
+        start_up_seconds: until the first image was begun with.
+        times: of the stages, added up over processes.
+        devices: of the processes that ran the model.
+        batch_size: images a batch.
     """
 
     store: Store
     images: int
     embedded: int
     refused: int
+    failed: dict[int, str]
     shards_before: int
     computed: int
     seconds: float
+    start_up_seconds: float
+    times: Times
+    devices: list[str]
+    batch_size: int
+
+    @property
+    def images_per_second(self) -> float:
+        """Of those that this call went through."""
+        return self.computed / self.seconds if self.computed else 0.0
+
+    def text(self) -> str:
+        """One line for a person."""
+        manifest = self.store.manifest
+        rate = (
+            f", {self.images_per_second:,.1f} images/s, waiting for: {self.times.bottleneck}" if self.computed else ""
+        )
+        before = f", {self.shards_before:,} shards were done already" if self.shards_before else ""
+        return (
+            f"{self.embedded:,} of {self.images:,} images embedded by {manifest.model} in {manifest.precision}, "
+            f"{' x '.join(map(str, manifest.shape))} numbers each, in {self.store.folder} "
+            f"({self.seconds:.1f} s{rate}{before})"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON holds it."""
+        numbers = {name: value for name, value in vars(self).items() if name not in ("store", "times")}
+        manifest = dataclasses.asdict(self.store.manifest)
+        return {
+            "out": self.store.folder.location,
+            **numbers,
+            "images_per_second": self.images_per_second,
+            "bottleneck": self.times.bottleneck,
+            "times": vars(self.times),
+            "manifest": manifest,
+        }
 
 
 def extract(
@@ -78,98 +112,259 @@ def extract(
     model: str | Encoder = DEFAULT,
     weights: str | os.PathLike[str] | None = None,
     pool: Pool = "cls",
-    batch_size: int = 64,
-    shard_rows: int = 10_000,
-    workers: int | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
     normalize: bool = True,
+    dtype: Dtype = "float32",
+    precision: Precision = "auto",
+    backend: Literal["torch", "openvino"] = "torch",
+    compile: bool = False,
+    devices: str = "auto",
+    processes: int | None = None,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    batch_size: int | None = None,
+    shard_rows: int | None = None,
+    workers: int | None = None,
+    fast_decode: bool = False,
+    exif: Literal["upright", "keep"] = "upright",
+    max_pixels: int = MAX_PIXELS,
+    image_timeout: float = 120.0,
+    limit: int | None = None,
+    only_missing: bool = False,
+    overwrite: bool = False,
+    show: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Summary:
     """Embed every image of a source into a store; the same call again skips the shards that are done.
 
     Args:
         source: see `micl_zoo.sources.index_source`.
-        out: the store's folder, new or made by the same call.
-        model: a name of `list_models`, or a loaded encoder (then `weights` and `device` are its own).
+        out: the store: a folder, or a URI such as s3://bucket/embeddings; new, or made by the same call.
+        model: a name of `list_models`, or a loaded encoder (then `weights`, `devices` and `backend` are its own).
         weights: a file or folder of your own, see `load`.
-        pool: "cls" or "mean" of the patch tokens.
-        batch_size: images a forward pass.
-        shard_rows: images a part file; what a killed run can lose.
-        workers: processes that decode; one a core by default, 16 at most; 0 decodes in this process.
-        device: see `load`.
+        pool: "cls" token, "mean" of the patch tokens, "cls+mean" one after the other, or all "patches".
+        normalize: embeddings of unit length.
+        dtype: of the rows on disk.
         precision: of the model's arithmetic; "auto" is bf16 where the device computes it fast, else fp32.
-        normalize: rows of unit length.
+        backend: "torch", or "openvino" for processors.
+        compile: the model by torch.compile; pays off after thousands of images.
+        devices: "auto", "all" GPUs, or names with commas between them; a process each.
+        processes: that run the model and share the devices; None is one a device, with Ray one a GPU of the cluster.
+        engine: "local", or "ray" for a cluster.
+        address: of the Ray cluster; None is the one this machine belongs to, or a new one on it.
+        batch_size: images a batch; None is 256 on a GPU, 32 on a processor. Halved where memory is short.
+        shard_rows: images a part file; None is 10,000, fewer of long rows such as patches.
+        workers: processes that decode, on each machine; None is one a core, 16 at most; 0 decodes where the model runs.
+        fast_decode: decode JPEG at the scale that is needed: nearly the same pixels, and the store says so.
+        exif: "upright" turns pictures as their cameras say, "keep" leaves them as they are stored.
+        max_pixels: width x height above which an image is refused.
+        image_timeout: seconds a process may take to read and decode an image before it is replaced.
+        limit: of a long source, the first images only.
+        only_missing: add the images that the store has not; those it has may be gone from the source.
+        overwrite: delete the embeddings that are in `out`.
+        show: a progress bar, on a terminal.
+        say: is told in one line what runs where.
 
     Raises:
         SourceError, UsageError, WeightsError: what was asked for does not exist.
-        StoreError: `out` holds something else.
+        StoreError: `out` holds something else, or another process writes to it.
+        Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
         MiclZooError: not one image of the source could be embedded; errors.jsonl says why.
     """
-    if batch_size < 1 or shard_rows < 1:
-        raise UsageError(f"batch_size and shard_rows must be at least 1, got {batch_size} and {shard_rows}")
-    index = index_source(source)
-    encoder = model if isinstance(model, Encoder) else load(model, weights=weights, device=device)
-    autocast, precision_used = resolve_precision(precision, encoder.device)
-    options = [] if isinstance(model, Encoder) else [f"--model {model}"]
-    options += [f"--weights {os.fspath(weights)}"] if weights else []
-    manifest = _manifest(encoder, index, source, options, pool, shard_rows, precision_used, normalize)
-    store = Store.create(Path(out), manifest, index)
-    done = store.done()
-    pending = [shard for shard in range(manifest.shards) if shard not in done]
-    before = manifest.rows - sum(map(store.shard_size, pending))
     start = time.monotonic()
-    with progress(f"embedding with {encoder.name}", manifest.rows, done=before) as tick:
-        batches = embed_batches(
-            encoder, (store.shard(shard) for shard in pending), batch_size, workers, autocast, pool, normalize
-        )
-        refused_now = 0
-        for shard in pending:
-            parts: list[Embedded] = []
-            for _ in range(math.ceil(store.shard_size(shard) / batch_size)):
-                parts.append(next(batches))
-                refused_now += len(parts[-1].refused)
-                tick(len(parts[-1].ids) + len(parts[-1].refused), f"{refused_now} refused" if refused_now else "")
-            ids = [name for part in parts for name in part.ids]
-            store.write_part(shard, ids, np.concatenate([p.rows for p in parts]), [r for p in parts for r in p.refused])
-    refused = store.write_ledger()
-    summary = Summary(
-        store, manifest.rows, len(store), refused, len(done), manifest.rows - before, time.monotonic() - start
+    _check(batch_size=batch_size, shard_rows=shard_rows, limit=limit, processes=processes)
+    pieces = list_source(source)
+    pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
+    decoding = Decoding(exif=exif, fast=fast_decode, max_pixels=max_pixels)
+    places = _places(model, devices, processes, engine, address)
+    encoder = (
+        model
+        if isinstance(model, Encoder)
+        else load(model, weights=weights, device="cpu" if places.several else places.devices[0], backend=backend)
     )
-    assert summary.embedded + summary.refused == summary.images, summary
-    if not summary.embedded:
-        raise MiclZooError(f"none of the {refused} images could be embedded: see {store.path / 'errors.jsonl'}")
-    return summary
+    job = Job(
+        model=encoder.name if isinstance(model, Encoder) else model,
+        weights=None if weights is None else os.path.abspath(weights),  # noqa: PTH100 - a URI stays one
+        backend=backend,
+        compile=compile,
+        precision=places.precision(precision),
+        pool=pool,
+        normalize=normalize,
+        decoding=decoding,
+        batch_size=batch_size or (256 if places.kind == "cuda" else 32),
+        workers=places.workers(workers),
+        image_timeout=image_timeout,
+        threads=places.threads,
+    )
+    say(_sentence(encoder, job, places))
+    folder = Folder(out)
+    with folder.lock() or nullcontext(), StopRequest() as stop:
+        command = _command(source, job, dtype, shard_rows, limit)
+        manifest = _manifest(encoder, job, dtype, shard_rows, command)
+        store = Store.create(folder, manifest, overwrite=overwrite)
+        listing = Listing(store, pieces, limit=limit, only_missing=only_missing)
+        try:
+            run = _Run(store, listing, start)
+            run.go(places.engine(job, encoder), stop, f"embedding with {encoder.name}", show=show)
+        finally:
+            listing.stop()
+        return run.summary(places.devices, job.batch_size)
 
 
-def _manifest(
-    encoder: Encoder,
-    index: ImageIndex,
-    source: SourceLike,
-    options: list[str],
-    pool: Pool,
-    shard_rows: int,
-    precision: str,
-    normalize: bool,
-) -> Manifest:
-    paths = [source] if isinstance(source, str | os.PathLike) else source
-    words = [shlex.quote(os.fspath(path)) for path in paths]
-    words += [*options, f"--pool {pool} --shard-rows {shard_rows} --precision {precision}"]
-    words += [] if normalize else ["--no-normalize"]
+class _Run:
+    """What is counted while shards are embedded."""
+
+    def __init__(self, store: Store, listing: Listing, started: float) -> None:
+        self.store, self.listing, self.started = store, listing, started
+        self.done = set(store.done())
+        self.before = len(self.done)
+        self.computed = self.refused = 0
+        self.times = Times()
+        self.begun = time.monotonic()
+        self.work = Work(iter(()))
+
+    def go(self, engine: Engine, stop: StopRequest, what: str, *, show: bool) -> None:
+        """Embed what is not there yet."""
+        with progress(what, None, show=show) as tick:
+            self.work = Work(self._to_do(tick))
+            for event in engine(self.store, self.work, lambda: stop.asked):
+                if not self.computed:  # a process has loaded its model meanwhile
+                    self.begun = time.monotonic() - event.times.wait - event.times.transfer - event.times.model
+                self.times.add(event.times)
+                self.computed += event.images
+                self.refused += event.refused
+                tick(event.images, self._note())
+        self.seconds = time.monotonic() - self.begun
+        if stop.asked:
+            raise self._interrupted(stop)
+        if self.work.error is not None:
+            raise self.work.error
+
+    def _to_do(self, tick: Tick) -> Iterator[int | None]:
+        """Shards that have no part yet, as they are listed."""
+        for found in self.listing.shards():
+            if self.listing.finished:
+                tick(0, total=self.listing.images)
+            if found is None:
+                yield None
+            elif found[0] in self.done:
+                tick(0, before=found[1])
+            else:
+                yield found[0]
+
+    def _note(self) -> str:
+        refused = f"{self.refused:,} refused, " if self.refused else ""
+        return f"{refused}waiting for: {self.times.bottleneck}"
+
+    def _interrupted(self, stop: StopRequest) -> Interrupted:
+        number = stop.signal or signal.SIGTERM
+        done = len(self.store.done())
+        of = f" of {self.store.manifest.shards:,}" if self.store.manifest.shards else ""
+        return Interrupted(
+            f"stopped by {signal.Signals(number).name}. {done:,}{of} shards and the beginnings of others are safe in "
+            f"{self.store.folder}: run the same command to go on",
+            signal=number,
+        )
+
+    def summary(self, devices: list[str], batch_size: int) -> Summary:
+        """Count what there is now, and see that nothing is missing."""
+        refused, embedded = self.store.write_ledger(), len(self.store)
+        images = self.listing.images
+        if not self.work.failed:
+            assert embedded + refused == images, (embedded, refused, images)
+        if not embedded and refused == images:
+            raise MiclZooError(
+                f"none of the {refused} images could be embedded: see {self.store.folder.location}/errors.jsonl"
+            )
+        return Summary(
+            store=self.store,
+            images=images,
+            embedded=embedded,
+            refused=refused,
+            failed=self.work.failed,
+            shards_before=self.before,
+            computed=self.computed,
+            seconds=self.seconds,
+            start_up_seconds=self.begun - self.started,
+            times=self.times,
+            devices=devices,
+            batch_size=batch_size,
+        )
+
+
+def _check(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+
+
+def _places(
+    model: str | Encoder, devices: str, processes: int | None, engine: str, address: str | None
+) -> Local | Cluster:
+    if engine not in ("local", "ray"):
+        raise UsageError(f"unknown engine {engine!r}. Valid: local, ray.")
+    if isinstance(model, Encoder):
+        if engine == "ray" or (processes or 1) > 1:
+            raise UsageError("several processes load the model themselves: give its name or weights=, not an Encoder")
+        return Local([str(model.device)])
+    if engine == "ray":
+        from .cluster import Cluster
+
+        return Cluster.join(address, processes)
+    return Local.find(devices, processes)
+
+
+def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:
+    return (
+        f"{encoder.name} on {places}: {_runtime(job)} in {job.precision}, batches of {job.batch_size}, "
+        f"{job.workers} process{'es' * (job.workers != 1)} decoding" + (" for each" if places.several else "")
+    )
+
+
+def _runtime(job: Job) -> str:
+    return job.backend + (" compiled" if job.compile else "")
+
+
+def _manifest(encoder: Encoder, job: Job, dtype: Dtype, shard_rows: int | None, command: str) -> Manifest:
+    if dtype not in get_args(Dtype):
+        raise UsageError(f"unknown dtype {dtype!r}. Valid: {', '.join(get_args(Dtype))}.")
+    shape = encoder.row_shape(job.pool)
+    row_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     return Manifest(
         model=encoder.name,
         weights_sha256=encoder.weights_sha256 or _tensors_sha256(encoder),
         transform=encoder.transform.id,
-        pool=pool,
-        normalized=normalize,
-        precision=precision,
-        dtype="float32",
-        dim=encoder.embed_dim,
-        index_sha256=index.fingerprint(),
-        shard_rows=shard_rows,
-        rows=len(index),
-        command=" ".join(["micl-zoo extract", *words]),
+        decoding=job.decoding.id,
+        runtime=_runtime(job),
+        precision=job.precision,
+        pool=job.pool,
+        normalized=job.normalize,
+        dtype=dtype,
+        shape=list(shape),
+        shard_rows=shard_rows or max(1, min(SHARD_ROWS, PART_BYTES // row_bytes)),
+        command=command,
         versions=package_versions(),
     )
+
+
+def _command(source: SourceLike, job: Job, dtype: Dtype, shard_rows: int | None, limit: int | None) -> str:
+    """That makes the same store, given the same source and out."""
+    sources = [source] if isinstance(source, str | os.PathLike) else source
+    options: dict[str, Any] = {
+        "--model": job.model,
+        "--weights": job.weights,
+        "--pool": job.pool,
+        "--dtype": dtype,
+        "--precision": job.precision,
+        "--backend": job.backend,
+        "--exif": job.decoding.exif,
+        "--max-pixels": job.decoding.max_pixels,
+        "--shard-rows": shard_rows,
+        "--limit": limit,
+    }
+    flags = {"--compile": job.compile, "--fast-decode": job.decoding.fast, "--no-normalize": not job.normalize}
+    words = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    words += [name for name, is_set in flags.items() if is_set]
+    return shlex.join(["micl-zoo", "extract", *(os.fspath(one) for one in sources), *words])
 
 
 def _tensors_sha256(encoder: Encoder) -> str:
@@ -180,103 +375,32 @@ def _tensors_sha256(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_workers() -> int:
-    """Processes that decode, where nothing else is asked for: one a usable core, MAX_WORKERS at most."""
-    return min(usable_cores(), MAX_WORKERS)
-
-
-def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The autocast dtype, None for float32, and its name.
-
-    Raises:
-        UsageError: a precision that does not exist.
-    """
-    kinds: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision == "auto":
-        precision = "bf16" if bf16_is_fast(device) else "fp32"
-    if precision not in kinds:
-        raise UsageError(f"unknown precision {precision!r}. Valid: auto, {', '.join(kinds)}.")
-    return kinds[precision], precision
-
-
-def embed_batches(
+def embed_index(
     encoder: Encoder,
-    shards: Iterator[ImageIndex],
+    index: ImageIndex,
+    *,
     batch_size: int = 64,
     workers: int | None = None,
     autocast: torch.dtype | None = None,
     pool: Pool = "cls",
     normalize: bool = True,
-) -> Iterator[Embedded]:
-    """Embed indexes one after the other, in order, in batches that never span two of them."""
-    loader = DataLoader(
-        _Pixels(encoder.transform),
-        batch_sampler=_Plan(shards, batch_size),
-        num_workers=default_workers() if workers is None else workers,
-        collate_fn=_collate,
-        worker_init_fn=settle_worker,
-    )
-    for ids, pixels, refused in loader:
-        rows = np.empty((0, encoder.embed_dim), np.float32)
-        if ids:
-            rows = encoder.embed_pixels(pixels.numpy(), normalize=normalize, pool=pool, autocast=autocast)
-        yield Embedded(ids, rows, refused)
+    decoding: Decoding | None = None,
+) -> Iterator[Rows]:
+    """Embed an index batch by batch, in order, without a store.
 
-
-class _Plan:
-    """The batch sampler: entries instead of numbers, so that workers need no index."""
-
-    def __init__(self, shards: Iterator[ImageIndex], batch_size: int) -> None:
-        self.shards, self.batch_size = shards, batch_size
-
-    def __iter__(self) -> Iterator[list[Entry]]:
-        for shard in self.shards:
-            for start in range(0, len(shard), self.batch_size):
-                yield list(shard.slice(start, self.batch_size).entries())
-
-
-class _Pixels(Dataset[object]):
-    """Entry -> (entry, transformed pixels or the refusal); runs in the workers."""
-
-    def __init__(self, transform: Transform) -> None:
-        self.transform, self.reader = transform, Reader()
-
-    def __getitem__(self, entry: Entry) -> tuple[Entry, np.ndarray | Refused]:
-        try:
-            return entry, self.transform.pixels(decode(self.reader.read(entry)))
-        except Refused as refused:
-            return entry, refused
-        except (MemoryError, OSError, ValueError) as error:  # past decoding: a picture too odd to resize
-            return entry, Refused("damaged", f"{type(error).__name__}: {error}")
-
-
-def _collate(samples: Sequence[tuple[Entry, np.ndarray | Refused]]) -> tuple[list[str], Tensor, list[RefusedRow]]:
-    ids, pixels, refused = [], [], []
-    for entry, found in samples:
-        if isinstance(found, Refused):
-            refused.append(RefusedRow(entry.id, entry.uri, found.reason, found.detail))
-        else:
-            ids.append(entry.id)
-            pixels.append(found)
-    return ids, torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0), refused
-
-
-def settle_worker(_: int) -> None:
-    """Signals are for the parent, which then ends its workers; Pillow's complaints about odd files for the ledger."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module="PIL")
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A scheduler's SIGTERM reaches all processes, and a worker that ends takes the run with it: heed the parent's."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+    Args:
+        encoder, index: the model and the images.
+        batch_size, workers, pool, normalize: see `extract`.
+        autocast: dtype of the model's arithmetic, None for float32.
+        decoding: see `Decoding`; None is the exact one.
+    """
+    with Runner(
+        encoder,
+        pool=pool,
+        normalize=normalize,
+        autocast=autocast,
+        decoding=decoding or Decoding(),
+        batch_size=batch_size,
+        workers=default_workers() if workers is None else workers,
+    ) as runner:
+        yield from runner.embed(index)

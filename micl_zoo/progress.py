@@ -11,13 +11,13 @@ from typing import Protocol
 class Tick(Protocol):
     """Moves a bar on."""
 
-    def __call__(self, amount: int = 1, note: str = "") -> None:
-        """By `amount`; `note` replaces the text after the bar."""
+    def __call__(self, amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:
+        """By `amount`; `note` replaces the text after the bar, `total` its end; `before` were done at another time."""
 
 
 @contextmanager
-def progress(what: str, total: int, *, done: int = 0, unit: str = "images", show: bool = True) -> Iterator[Tick]:
-    """A bar over `total` units of which `done` are there already, with the time left and, for images, the rate.
+def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images", show: bool = True) -> Iterator[Tick]:
+    """A bar over `total` units (None: not known yet), of which `done` are there already, with time left and rate.
 
     When standard error is not a terminal, or not `show`, nothing is shown and the same calls cost nothing.
     """
@@ -50,13 +50,16 @@ def progress(what: str, total: int, *, done: int = 0, unit: str = "images", show
         task = bar.add_task(what, total=total, completed=done, note="")
         note_now = ""
 
-        def tick(amount: int = 1, note: str = "") -> None:
+        def tick(amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:
             nonlocal note_now
             note_now = note or note_now
+            shown = bar.tasks[0]
+            shown.completed += before  # not by `update`, which would count it into the rate
+            shown.total = shown.total if total is None else total  # which would forget the rate
             bar.update(task, advance=amount, note=note_now)
 
         yield tick
 
 
-def _silent(amount: int = 1, note: str = "") -> None:
+def _silent(amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:
     pass

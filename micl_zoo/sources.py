@@ -445,3 +445,21 @@ def _table(entries: Sequence[Entry]) -> pa.Table:
     columns: list[Sequence[object]] = list(zip(*entries, strict=True)) if entries else [[], [], [], []]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
     return pa.table(arrays, schema=INDEX_SCHEMA)
+
+
+def list_source(source, *, chunk_rows=10_000):
+    index = index_source(source)
+    for start in range(0, len(index), chunk_rows):
+        yield index.slice(start, chunk_rows)
+
+
+class Fingerprint:
+    def __init__(self):
+        self.digest = hashlib.sha256()
+
+    def update(self, index):
+        for entry in index.entries():
+            self.digest.update(f"{entry.id}\0{entry.offset}\0{entry.length}\n".encode())
+
+    def hexdigest(self):
+        return self.digest.hexdigest()

@@ -118,7 +118,7 @@ def save_weights(
     import torch
     from safetensors.torch import save_file
 
-    from .store import atomic_path, write_text
+    from .files import atomic_path, write_text
 
     tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
     entry = json.dumps({"config": json.loads(config.to_json()), "provenance": provenance})

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from micl_zoo.encoder import resolve_device
-from micl_zoo.extract import default_workers, usable_cores
 from micl_zoo.progress import progress
 from micl_zoo.sources import index_source
 from micl_zoo.store import package_versions
+from micl_zoo.workers import default_workers, usable_cores
 
 from .data import MemoryCorpus, Seen, StreamedCorpus, draw, normalise
 from .micl import draw_views, kept_patches

@@ -6,7 +6,11 @@ Shapes: B images, S source size, C crop size, V = 2 views, K/2 patches a view, P
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from micl_zoo.decode import Refused, decode, decode_crop
 from micl_zoo.errors import SourceError
-from micl_zoo.extract import settle_worker
 from micl_zoo.sources import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
 
 from .micl import draw_views, gather_patches
@@ -493,3 +496,19 @@ def _squeeze(data: bytes | Refused, size: int) -> tuple[np.ndarray, float] | Ref
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.array(image).transpose(2, 0, 1), aspect
+
+
+def settle_worker(_: int) -> None:
+    """Signals are for the parent, which then ends its workers; Pillow's complaints about odd files for the ledger."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A scheduler's SIGTERM reaches all processes, and a worker that ends takes the run with it: heed the parent's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

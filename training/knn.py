@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from micl_zoo.encoder import Encoder
+from micl_zoo.engines import resolve_precision
 from micl_zoo.errors import SourceError
-from micl_zoo.extract import embed_batches, resolve_precision
+from micl_zoo.extract import embed_index
 from micl_zoo.sources import PARQUET_CELL, ImageIndex, index_source
 
 
@@ -88,9 +89,9 @@ def embed_labelled(encoder: Encoder, index: ImageIndex, *, batch_size: int = 64)
     """Embeddings (N, D) and labels (N,) of a parquet index with a `label` column; refused images are left out."""
     autocast, _ = resolve_precision("auto", encoder.device)
     labels = dict(zip((entry.id for entry in index.entries()), read_labels(index), strict=True))
-    batches = list(embed_batches(encoder, iter([index]), batch_size, autocast=autocast))
+    batches = list(embed_index(encoder, index, batch_size=batch_size, autocast=autocast))
     ids = [name for batch in batches for name in batch.ids]
-    return np.concatenate([batch.rows for batch in batches]), np.array([labels[name] for name in ids])
+    return np.concatenate([batch.embeddings for batch in batches]), np.array([labels[name] for name in ids])
 
 
 def read_labels(index: ImageIndex) -> list[int]:

@@ -9,12 +9,10 @@ import os
 import shlex
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -24,10 +22,11 @@ from torch.distributed.tensor import DTensor
 
 from micl_zoo.encoder import Encoder, bf16_is_fast
 from micl_zoo.errors import Interrupted, SourceError, TrainingError, UsageError
-from micl_zoo.extract import default_workers
+from micl_zoo.files import write_text
 from micl_zoo.progress import progress
 from micl_zoo.sources import ImageIndex, SourceLike, index_source
-from micl_zoo.store import write_text
+from micl_zoo.stop import StopRequest
+from micl_zoo.workers import default_workers
 
 from .data import Corpus, MemoryCorpus, Share, StreamedCorpus, seeded, steps_per_epoch
 from .knn import Probe
@@ -341,36 +340,6 @@ class _NotFinite(Exception):
     def __init__(self, what: str, step: int) -> None:
         super().__init__(what)
         self.what, self.step = what, step
-
-
-class StopRequest:
-    """Remembers SIGTERM (a pre-emption) and the first Ctrl-C, so that the loop can stop between two steps.
-
-    Attributes:
-        signal: which one came, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
-
-    @property
-    def asked(self) -> bool:
-        """It is time to stop."""
-        return self.signal is not None
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait for the step
 
 
 class Clock:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from micl_zoo._version import __version__
 from micl_zoo.errors import TrainingError, UsageError
-from micl_zoo.store import atomic_path, write_text
+from micl_zoo.files import atomic_path, write_text
 
 from .micl import kept_patches
 from .recipes import Recipe

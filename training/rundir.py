@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from micl_zoo.errors import TrainingError
-from micl_zoo.store import atomic_path, package_versions, write_text
+from micl_zoo.files import atomic_path, lock_folder, write_text
+from micl_zoo.store import package_versions
 from micl_zoo.transforms import Transform
 from micl_zoo.weights import WEIGHTS_FILE, EncoderConfig, file_sha256, save_weights
 from micl_zoo.zoo import RECORDS, timm_architecture
@@ -34,12 +35,6 @@ from .recipes import Recipe
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 log = logging.getLogger(__name__)
-
-fcntl: Any
-try:
-    import fcntl  # not on Windows, where nothing keeps two runs apart
-except ImportError:
-    fcntl = None
 
 
 class RunDir:
@@ -109,17 +104,11 @@ class RunDir:
         Raises:
             TrainingError: another process trains in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock.tmp").open("a")  # held open; the system lets go of it with the process
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
+        self._lock = lock_folder(self.path)
+        if self._lock is None:
             raise TrainingError(
                 f"another process is training in {str(self.path)!r}: wait for it, stop it, or give another --out"
-            ) from None
+            )
 
     def save_record(self) -> None:
         """Write run.json."""

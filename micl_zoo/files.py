@@ -1,0 +1,158 @@
+"""Files that appear whole or not at all: in a local folder, or below a prefix of an object store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+
+from .errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
+    """A temporary name beside `path`; when the block ends well it is synced and renamed, else removed.
+
+    Whoever looks sees the old file or the whole new one, whenever the process is killed.
+
+    Args:
+        path: to write.
+        unique: a temporary name that no other writer of the same file has. Without it the name is the same at every
+            try, so that a killed run leaves nothing for good.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = f".{uuid.uuid4().hex[:8]}" if unique else ""
+    temporary = path.with_name(f".{path.name}{own}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def lock_folder(folder: Path) -> IO[str] | None:
+    """Take the folder for as long as the file that is returned stays open; the system lets go of it with the process.
+
+    Returns:
+        The open file, or None where another process has the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock.tmp").open("a")
+    if fcntl is not None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+    return lock
+
+
+class Folder:
+    """A local folder, or the names below a URI that fsspec knows (s3://bucket/prefix), read and written by name.
+
+    Attributes:
+        location: the path or URI, as given.
+        local: the path, or None where it is not on this machine's file system.
+    """
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self.location = os.fspath(location)
+        self.local: Path | None = None
+        if "://" not in self.location:
+            self.local = Path(self.location)
+            return
+        import fsspec  # type: ignore[import-untyped]
+
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.location)
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"cannot write to {self.location!r}: {error}. For object stores: pip install 'micl-zoo[remote]'"
+            ) from None
+        self._fs.invalidate_cache()
+        self._root = self._root.rstrip("/")
+
+    def __str__(self) -> str:
+        return self.location
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
+        return Folder, (self.location,)  # a connection does not cross to another process
+
+    def names(self, below: str = "") -> list[str]:
+        """The visible and hidden files directly below a sub-folder, by one listing; sorted, without the sub-folder."""
+        if self.local is not None:
+            folder = self.local / below
+            return sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(f"{self._root}/{below}".rstrip("/"), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in found if name.rstrip("/") != self._root)
+
+    def exists(self, name: str) -> bool:
+        """The file is there."""
+        return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._remote(name)))
+
+    def read(self, name: str) -> bytes:
+        """The whole file."""
+        return (
+            (self.local / name).read_bytes() if self.local is not None else bytes(self._fs.cat_file(self._remote(name)))
+        )
+
+    def open(self, name: str) -> Any:
+        """The file as pyarrow reads it: by pieces, where only pieces are asked for."""
+        if self.local is not None:
+            return pa.OSFile(os.fsencode(self.local / name))
+        return pa.PythonFile(self._fs.open(self._remote(name), "rb"), mode="r")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all: by a temporary name, or by one upload, which object stores do so."""
+        if self.local is None:
+            self._fs.pipe_file(self._remote(name), data)
+            return
+        with atomic_path(self.local / name, unique=True) as temporary:
+            temporary.write_bytes(data)
+
+    def remove(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        if self.local is not None:
+            (self.local / name).unlink(missing_ok=True)
+        elif self.exists(name):
+            self._fs.rm_file(self._remote(name))
+
+    def lock(self) -> IO[str] | None:
+        """Take a local folder; object stores have no locks.
+
+        Raises:
+            StoreError: another process has it.
+        """
+        if self.local is None:
+            return None
+        lock = lock_folder(self.local)
+        if lock is None:
+            raise StoreError(
+                f"another process is writing to {self.location!r}: wait for it, stop it, or give another --out"
+            )
+        return lock
+
+    def _remote(self, name: str) -> str:
+        return f"{self._root}/{name}"
