@@ -474,10 +474,12 @@ def search(store: Path, images: tuple[Path, ...], as_json: bool, picture: Path |
     from .search import printable
     from .search import search as run
     from .store import open_store
+    from .verify import shards_of
 
     opened = open_store(store)
-    if (there := len(opened.done())) < opened.manifest.shards:
-        click.echo(f"{store} is not complete: searching {there} of {opened.manifest.shards} parts", err=True)
+    if not opened.complete:
+        parts = f"{len(opened.done())} of {shards_of(opened.manifest.shards)} parts"
+        click.echo(f"{store} is not complete: searching {parts}", err=True)
     found = run(opened, images, picture=picture, **options)
     for query, hits in zip([*map(str, images), *options["ids"]], found, strict=True):
         if not as_json:

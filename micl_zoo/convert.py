@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from .errors import StoreError, UsageError
 from .progress import Tick, progress
-from .store import Store, atomic_path
-from .verify import only, row_shape
+from .files import atomic_path
+from .store import Store
+from .verify import only, shards_of
 
 ENDINGS = (".npy", ".safetensors", ".lance", ".lancedb")
 DEFAULT_TABLE = "embeddings"  # where OUT names a LanceDB database and no table
@@ -75,13 +76,13 @@ def convert(
     if path.exists() and not overwrite:
         raise UsageError(f"{str(path)!r} exists: give another name, or --overwrite (from Python overwrite=True)")
     shards = store.done()
-    if len(shards) < store.manifest.shards and not incomplete:
+    if len(shards) != store.manifest.shards and not incomplete:
         raise StoreError(
-            f"{os.fspath(store.path)!r} has {len(shards)} of {store.manifest.shards} parts: run its extract command "
-            "again, or give --incomplete (from Python incomplete=True) for the rows that are there"
+            f"{str(store.folder)!r} has {len(shards)} of {shards_of(store.manifest.shards)} parts: run its extract "
+            "command again, or give --incomplete (from Python incomplete=True) for the rows that are there"
         )
     view = only(store, shards)
-    shape = (len(view), *row_shape(store.manifest))
+    shape = (len(view), *store.manifest.shape)
     writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".lance": _write_lance}
     path.parent.mkdir(parents=True, exist_ok=True)
     with progress(f"writing {path.name}", shape[0], unit="rows") as tick:
@@ -105,7 +106,7 @@ def _batches(store: Store, dtype: np.dtype, tick: Tick) -> Iterator[tuple[list[s
 def _write_ids(store: Store, file: BinaryIO) -> None:
     """A JSON list of all ids, one a line: an id may hold any character, a line break too."""
     between = b"[\n"
-    for shard in sorted(store.done()):
+    for shard in store.done():
         for name in only(store, [shard]).ids:
             file.write(between + json.dumps(name, ensure_ascii=False).encode())
             between = b",\n"

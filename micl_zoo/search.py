@@ -19,8 +19,9 @@ from .decode import Refused, decode
 from .errors import UsageError
 from .progress import progress
 from .sources import Entry, Reader
-from .store import Store, atomic_path
-from .verify import only, read_part, row_shape, store_encoder
+from .files import atomic_path
+from .store import Store
+from .verify import only, store_encoder
 
 ImageFile = str | os.PathLike[str] | bytes
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -102,7 +103,7 @@ def search(
     data = [_read(image, place) for place, image in enumerate(many)]
     rows = _embedded(store, many, data, weights, device)
     own = _located(store, ids)
-    rows += [read_part(store, shard)[1][row].astype(np.float64) for shard, row in own]
+    rows += [store.rows(shard).embeddings[row].astype(np.float64) for shard, row in own]
     found = _nearest(store, np.stack(rows), k + bool(ids), None if exact else _faiss())
     for place, name in enumerate(ids, len(many)):
         found[place] = [hit for hit in found[place] if hit.id != name]
@@ -118,9 +119,9 @@ def search(
 def _check(store: Store, k: int, queries: int, picture: str | os.PathLike[str] | None) -> None:
     if k < 1 or not queries:
         raise UsageError(f"search needs k of at least 1 and an image or an id, got k={k} and {queries} to search for")
-    if len(row_shape(store.manifest)) > 1:
+    if len(store.manifest.shape) > 1:
         raise UsageError(
-            f"{os.fspath(store.path)!r} holds all patch tokens of each image (pool {store.manifest.pool!r}), and "
+            f"{str(store.folder)!r} holds all patch tokens of each image (pool {store.manifest.pool!r}), and "
             "search compares one vector an image: extract once more with --pool cls, mean or cls+mean"
         )
     if picture is not None and Path(picture).suffix.lower() not in PICTURE_FORMATS:
@@ -164,7 +165,7 @@ def _located(store: Store, ids: Sequence[str]) -> list[tuple[int, int]]:
     """(shard, row within its part) of each id; only the id columns are read."""
     places: dict[str, tuple[int, int]] = {}
     wanted = set(ids)
-    for shard in sorted(store.done()):
+    for shard in store.done():
         if len(places) == len(wanted):
             break
         names = only(store, [shard]).ids
@@ -177,7 +178,7 @@ def _located(store: Store, ids: Sequence[str]) -> list[tuple[int, int]]:
                 if line
                 else "ids are as `store.ids` has them"
             )
-            raise UsageError(f"no row of {os.fspath(store.path)!r} has the id {name!r}; {why}")
+            raise UsageError(f"no row of {str(store.folder)!r} has the id {name!r}; {why}")
     return [places[name] for name in ids]
 
 
@@ -195,10 +196,10 @@ def _nearest(store: Store, queries: np.ndarray, k: int, faiss: Any) -> list[list
     queries = queries / _lengths(queries)[:, None]
     coarse = queries.astype(np.float32)
     best: list[list[_Found]] = [[] for _ in queries]
-    shards = sorted(store.done())
+    shards = store.done()
     with progress("searching", len(shards), unit="parts") as tick:
         for shard in shards:
-            ids, rows = read_part(store, shard)
+            ids, rows, _ = store.rows(shard)
             single = rows.astype(np.float32)
             single /= _lengths(single)[:, None]
             np.nan_to_num(single, copy=False)

@@ -5,24 +5,24 @@ from __future__ import annotations
 import bisect
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import pyarrow as pa
 
-from .decode import Refused, decode
+from .decode import Decoding, Refused, decode_pixels
 from .errors import StoreError, UsageError, WeightsError
 from .progress import progress
-from .sources import Entry, Reader
+from .sources import Entry, Fingerprint, Reader
 from .store import Manifest, Store
 from .zoo import RECORDS
 
@@ -43,7 +43,7 @@ class Verification:
 
     Attributes:
         parts: part files that are there.
-        shards: part files of the complete store.
+        shards: part files of the complete store; None while its images are still being listed.
         rows: in the parts that can be read.
         refused: images in the ledgers of these parts.
         sampled: images embedded again and compared.
@@ -53,7 +53,7 @@ class Verification:
     """
 
     parts: int = 0
-    shards: int = 0
+    shards: int | None = None
     rows: int = 0
     refused: int = 0
     sampled: int = 0
@@ -74,7 +74,7 @@ class Verification:
         gone = f", {len(self.gone)} not to be read any more" if self.gone else ""
         verdict = f"{len(self.problems)} problems." if self.problems else "No problem found."
         return (
-            f"{self.parts:,} of {self.shards:,} parts, {self.rows:,} rows, {self.refused:,} refused images"
+            f"{self.parts:,} of {shards_of(self.shards)} parts, {self.rows:,} rows, {self.refused:,} refused images"
             f"{worst}{gone}{missing}. {verdict}"
         )
 
@@ -87,11 +87,13 @@ class StoreEncoder:
         encoder: with the weights of the manifest.
         manifest: the store's.
         autocast: dtype of the arithmetic, or None for float32.
+        decoding: from bytes to pixels.
     """
 
     encoder: Encoder
     manifest: Manifest
     autocast: TorchDtype | None
+    decoding: Decoding
 
     def pixels(self, data: bytes) -> np.ndarray:
         """One encoded image -> (size, size, 3) uint8, decoded as for the store.
@@ -99,7 +101,7 @@ class StoreEncoder:
         Raises:
             Refused: with the reason.
         """
-        return self.encoder.transform.pixels(decode(data))
+        return decode_pixels(data, self.encoder.transform, self.decoding)
 
     def rows(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """B of `pixels` -> (B, dim) float32, as the store would hold them."""
@@ -109,25 +111,16 @@ class StoreEncoder:
         return rows.reshape(len(pixels), -1)
 
 
-def row_shape(manifest: Manifest) -> tuple[int, ...]:
-    """Of one row: (D,), or (h, w, D) where it is all patch tokens."""
-    return tuple(getattr(manifest, "shape", None) or (manifest.dim,))
+def shards_of(shards: int | None) -> str:
+    """How many parts a store is to have, for a person: not known before all images are listed."""
+    return "an unknown number of" if shards is None else f"{shards:,}"
 
 
 def only(store: Store, shards: Iterable[int]) -> Store:
     """The store with these parts alone. Given those that are done, a snapshot: what is written later is not seen."""
-    view, kept = copy.copy(store), set(shards)
+    view, kept = copy.copy(store), sorted(shards)
     view.done = lambda: kept  # type: ignore[method-assign]
     return view
-
-
-def read_part(store: Store, shard: int) -> tuple[list[str], np.ndarray]:
-    """Ids and rows (n, dim) of one part.
-
-    Raises:
-        StoreError: it is damaged.
-    """
-    return next(only(store, [shard]).batches())
 
 
 def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, device: str = "auto") -> StoreEncoder:
@@ -140,9 +133,10 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
 
     Raises:
         WeightsError: the weights are not published and none were given, or they are not those of the store.
+        StoreError: a newer version decoded the images in a way that this one does not know.
     """
     from .encoder import load
-    from .extract import resolve_precision
+    from .engines import AUTOCAST
 
     manifest = store.manifest
     record = RECORDS.get(manifest.model)
@@ -152,7 +146,8 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
             f"{manifest.weights_sha256}): give their file or encoder folder with --weights, from Python with weights=. "
             "`verify --sample 0` and `search --id` need no encoder."
         )
-    encoder = load(manifest.model, device=device) if weights is None else load(weights=weights, device=device)
+    name: Any = {} if weights else {"name": manifest.model}
+    encoder = load(**name, weights=weights, device=device, backend=_backend(manifest, device))
     for what, mine, theirs in (
         ("weights of sha256", manifest.weights_sha256, encoder.weights_sha256),
         ("the transform", manifest.transform, encoder.transform.id),
@@ -162,8 +157,21 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
                 f"the store was made by {manifest.model} with {what} {mine}, but {encoder.name} "
                 f"({weights or 'published'}) has {theirs}: give the weights that made it with --weights"
             )
-    precision: Any = manifest.precision
-    return StoreEncoder(encoder, manifest, resolve_precision(precision, encoder.device)[0])
+    return StoreEncoder(encoder, manifest, AUTOCAST[manifest.precision], _decoding(manifest.decoding))
+
+
+def _backend(manifest: Manifest, device: str) -> Any:
+    """What ran the model then, where that can be had; torch gives the same rows but for the last digits."""
+    here = manifest.runtime == "openvino" and device in ("auto", "cpu") and importlib.util.find_spec("openvino")
+    return "openvino" if here else "torch"
+
+
+def _decoding(name: str) -> Decoding:
+    """From its id, such as exact-upright-max89478485."""
+    if match := re.fullmatch(r"(exact|fast)-(upright|keep)-max(\d+)", name):
+        speed, exif, limit = match.groups()
+        return Decoding(exif=cast(Any, exif), fast=speed == "fast", max_pixels=int(limit))
+    raise StoreError(f"the store's images were decoded as {name!r}, which this version does not know: upgrade micl-zoo")
 
 
 def verify(
@@ -176,9 +184,9 @@ def verify(
 ) -> Verification:
     """Check a store, or what there is of one that is still being written.
 
-    Every part is hashed again, and its ids and ledger lines are held against the index; rows must be finite, and of
-    unit length where the manifest says so; errors.jsonl must be the parts' ledgers. Then a sample is read again from
-    its source, embedded at the store's precision, pool and decoding, and compared.
+    The index and every part are hashed again, and a part's ids and ledger lines are held against the index; rows must be
+    finite, and of unit length where the manifest says so; errors.jsonl must be the parts' ledgers. Then a sample is read
+    again from its source, embedded at the store's precision, pool and decoding, and compared.
 
     Args:
         store: see `open_store`.
@@ -197,8 +205,8 @@ def verify(
     if sample < 0:
         raise UsageError(f"sample must be 0 or more images, got {sample}")
     encoder = store_encoder(store, weights, device) if sample else None
-    shards = sorted(store.done())
-    found = Verification(parts=len(shards), shards=store.manifest.shards)
+    shards = store.done()
+    found = Verification(parts=len(shards), shards=store.manifest.shards, problems=_index_problems(store))
     counts: list[tuple[int, int]] = []  # (shard, rows) of the parts a sample can be taken from
     with progress("checking parts", len(shards), unit="parts") as tick:
         for shard in shards:
@@ -214,27 +222,39 @@ def verify(
 def _check_part(store: Store, shard: int, found: Verification) -> int:
     """Adds what one part holds and what is wrong with it to `found`; returns its rows, 0 where it cannot be used."""
     where = f"part {shard}"
-    if shard >= store.manifest.shards:
-        found.problems.append(f"{where} belongs to no shard of the index, which has {store.manifest.shards}")
+    if found.shards is not None and shard >= found.shards:
+        found.problems.append(f"{where} belongs to no shard of the index, which has {found.shards}")
         return 0
     wrong: list[str] = []
     try:
-        if hasattr(store, "check_part"):
-            store.check_part(shard)
+        store.check_part(shard)
     except StoreError as error:
         wrong.append(str(error))
     try:
-        ids, rows = read_part(store, shard)
-        refused = [row.id for row in only(store, [shard]).refused()]
+        ids, rows, ledger = store.rows(shard)
         expected = store.shard(shard).table["id"].to_pylist()
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:  # StoreError is a ValueError
+    except StoreError as error:
         found.problems += [f"{where}: {problem}" for problem in dict.fromkeys([*wrong, str(error)])]
         return 0
-    wrong += account(expected, ids, refused) + _row_problems(ids, rows, store.manifest)
+    wrong += account(expected, ids, [row.id for row in ledger]) + _row_problems(ids, rows, store.manifest)
     found.problems += [f"{where}: {problem}" for problem in wrong]
     found.rows += len(ids)
-    found.refused += len(refused)
+    found.refused += len(ledger)
     return len(ids)
+
+
+def _index_problems(store: Store) -> list[str]:
+    """The index against the fingerprint in the manifest, which is there once all images are listed."""
+    if store.manifest.index_sha256 is None:
+        return []
+    fingerprint = Fingerprint()
+    try:
+        for shard in range(store.manifest.shards or 0):
+            fingerprint.update(store.shard(shard))
+    except StoreError as error:
+        return [f"the index: {error}"]
+    same = fingerprint.hexdigest() == store.manifest.index_sha256
+    return [] if same else ["the index is not the one that the manifest names: its sha256 differs"]
 
 
 def account(expected: Sequence[str], rows: Sequence[str], refused: Sequence[str]) -> list[str]:
@@ -262,7 +282,7 @@ def account(expected: Sequence[str], rows: Sequence[str], refused: Sequence[str]
 
 
 def _row_problems(ids: Sequence[str], rows: np.ndarray, manifest: Manifest) -> list[str]:
-    *tokens, width = row_shape(manifest)
+    *tokens, width = manifest.shape
     vectors = rows.reshape(len(rows), math.prod(tokens), width).astype(np.float32)  # (n, 1 or h w, D)
     lengths = np.sqrt(np.einsum("ntd,ntd->nt", vectors, vectors))  # (n, 1 or h w)
     broken = ~np.isfinite(lengths).all(1)
@@ -282,17 +302,16 @@ def _named(ids: Sequence[str]) -> str:
 
 def _ledger_problems(store: Store) -> list[str]:
     """Errors.jsonl against the ledgers in the parts, line by line. `extract` writes it last, so of a complete store."""
-    file = Path(store.path) / "errors.jsonl"
     again = "the same extract command writes it anew"
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, (line, row) in enumerate(itertools.zip_longest(lines, store.refused()), 1):
-                if line is None or row is None:
-                    return [f"errors.jsonl has {'fewer' if line is None else 'more'} lines than the parts say; {again}"]
-                if json.loads(line) != dataclasses.asdict(row):
-                    return [f"line {number} of errors.jsonl is not what the part says of {row.id!r}; {again}"]
-    except FileNotFoundError:
+    if not store.folder.exists("errors.jsonl"):
         return [f"errors.jsonl is missing; {again}"]
+    lines = [line for line in store.folder.read("errors.jsonl").split(b"\n") if line]
+    try:
+        for number, (line, row) in enumerate(itertools.zip_longest(lines, store.refused()), 1):
+            if line is None or row is None:
+                return [f"errors.jsonl has {'fewer' if line is None else 'more'} lines than the parts say; {again}"]
+            if json.loads(line) != dataclasses.asdict(row):
+                return [f"line {number} of errors.jsonl is not what the part says of {row.id!r}; {again}"]
     except StoreError:
         return []  # of the damaged part, which has its own line
     except ValueError as error:
@@ -308,7 +327,7 @@ def _sample(
     picks = sorted(random.Random(seed).sample(range(starts[-1]), min(sample, starts[-1])))
     for place, group in itertools.groupby(picks, lambda pick: bisect.bisect_right(starts, pick) - 1):
         shard = counts[place][0]
-        ids, rows = read_part(store, shard)
+        ids, rows, _ = store.rows(shard)
         entries = {entry.id: entry for entry in store.shard(shard).entries()}
         inside = (pick - starts[place] for pick in group)
         yield from ((entries[ids[row]], rows[row].copy()) for row in inside if ids[row] in entries)
@@ -340,7 +359,7 @@ def _embed_again(encoder: StoreEncoder, sample: Sequence[tuple[Entry, np.ndarray
 def _compare(
     encoder: StoreEncoder, entries: Sequence[Entry], stored: np.ndarray, again: np.ndarray, found: Verification
 ) -> None:
-    cosines = _cosines(stored, again, row_shape(encoder.manifest)[-1])
+    cosines = _cosines(stored, again, encoder.manifest.shape[-1])
     found.sampled += len(entries)
     found.worst_cosine = min([float(cosines.min()), *([] if found.worst_cosine is None else [found.worst_cosine])])
     for entry, cosine in zip(entries, cosines, strict=True):

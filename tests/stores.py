@@ -27,7 +27,7 @@ def make_store(folder: Path, encoder_folder: Path, *, count: int = 10, bad: bool
         (folder / "images" / "bad.jpg").write_bytes(b"")
     settings = {
         "weights": encoder_folder,
-        "device": "cpu",
+        "devices": "cpu",
         "precision": "fp32",
         "shard_rows": 4,
         "workers": 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_what_cannot_be_searched_for(made: Store, encoder_folder: Path, tmp_path
 
 
 def test_patch_tokens_are_refused(made: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micl_zoo.search.row_shape", lambda manifest: (2, 2, 8))
+    monkeypatch.setattr(made, "manifest", dataclasses.replace(made.manifest, shape=[2, 2, 8]))
     with pytest.raises(UsageError, match=r"holds all patch tokens of each image .* extract once more with --pool cls"):
         search(made, ids=["002.jpg"])
 
@@ -162,7 +163,7 @@ def test_the_contact_sheet(tmp_path: Path, encoder_folder: Path) -> None:
     counts = {color: count for count, color in sheet.getcolors(1 << 24) or []}
     assert sum(hit.id == "004.jpg" for line in hits for hit in line) == 2
     assert counts[grey] == pytest.approx(2 * 168 * 168, rel=0.05)  # two tiles less the words on them
-    assert [file.name for file in tmp_path.iterdir() if file.name.endswith(".tmp")] == []
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_command(made: Store, encoder_folder: Path, tmp_path: Path) -> None:

@@ -63,7 +63,6 @@ def test_a_part_that_is_cut_short(store: Store) -> None:
     assert "part-00001.parquet" in wrong(store)
 
 
-@pytest.mark.skipif(not hasattr(Store, "check_part"), reason="no hash is recorded in the parts")
 def test_a_number_that_was_changed(store: Store) -> None:
     rows = store.embeddings[:3].copy()
     rows[1] = -rows[1]  # finite and of unit length: only the hash tells
