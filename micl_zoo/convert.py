@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from .errors import StoreError, UsageError
-from .progress import Tick, progress
 from .files import atomic_path
+from .progress import Tick, progress
 from .store import Store
 from .verify import only, shards_of
 

@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .decode import Refused, decode
 from .errors import UsageError
+from .files import atomic_path
 from .progress import progress
 from .sources import Entry, Reader
-from .files import atomic_path
 from .store import Store
 from .verify import only, store_encoder
 

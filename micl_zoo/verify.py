@@ -184,9 +184,9 @@ def verify(
 ) -> Verification:
     """Check a store, or what there is of one that is still being written.
 
-    The index and every part are hashed again, and a part's ids and ledger lines are held against the index; rows must be
-    finite, and of unit length where the manifest says so; errors.jsonl must be the parts' ledgers. Then a sample is read
-    again from its source, embedded at the store's precision, pool and decoding, and compared.
+    The index and every part are hashed again, and a part's ids and ledger lines are held against the index; rows must
+    be finite, and of unit length where the manifest says so; errors.jsonl must be the parts' ledgers. Then a sample is
+    read again from its source, embedded at the store's precision, pool and decoding, and compared.
 
     Args:
         store: see `open_store`.

@@ -16,7 +16,7 @@ from stores import ODD_NAME, make_store, reopened, rewrite_part
 import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
-from micl_zoo.errors import UsageError, WeightsError
+from micl_zoo.errors import StoreError, UsageError, WeightsError
 from micl_zoo.verify import account, verify
 
 
@@ -37,8 +37,16 @@ def wrong(store: Store) -> str:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"pool": "mean"}, {"normalize": False}, {"precision": "bf16"}],
-    ids=["plain", "mean", "long", "bf16"],
+    [
+        {},
+        {"pool": "mean"},
+        {"pool": "cls+mean", "dtype": "float16"},
+        {"pool": "patches", "dtype": "float16"},
+        {"normalize": False},
+        {"precision": "bf16"},
+        {"fast_decode": True, "exif": "keep"},
+    ],
+    ids=str,
 )
 def test_a_sound_store(tmp_path: Path, encoder_folder: Path, options: dict[str, object]) -> None:
     store = make_store(tmp_path, encoder_folder, **options)
@@ -170,6 +178,31 @@ def test_a_store_that_is_still_being_written(store: Store, encoder_folder: Path)
     assert (found.parts, found.shards, found.sampled) == (2, 3, found.rows)
     assert "2 of 3 parts" in found.summary()
     assert "not complete" in found.summary()
+
+
+def test_an_index_that_is_another(store: Store) -> None:
+    (store.path / "index" / "part-00001.parquet").replace(store.path / "index" / "part-00000.parquet")
+    shutil.copy(store.path / "index" / "part-00002.parquet", store.path / "index" / "part-00001.parquet")
+    assert "the index is not the one that the manifest names" in wrong(store)
+    assert "neither a row nor a ledger line" in wrong(store)
+    (store.path / "index" / "part-00000.parquet").unlink()
+    assert "the index: " in wrong(store)
+
+
+def test_a_store_whose_images_are_still_being_listed(store: Store) -> None:
+    file = store.path / "manifest.json"
+    manifest = json.loads(file.read_text()) | {"rows": None, "shards": None, "index_sha256": None}
+    file.write_text(json.dumps(manifest))
+    found = verify(reopened(store), sample=0)
+    assert found.problems == []
+    assert "3 of an unknown number of parts" in found.summary()
+
+
+def test_a_decoding_that_is_not_known(store: Store, encoder_folder: Path) -> None:
+    file = store.path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"decoding": "sharp-upright-max9"}))
+    with pytest.raises(StoreError, match="decoded as 'sharp-upright-max9', which this version does not know"):
+        verify(reopened(store), weights=encoder_folder, device="cpu")
 
 
 def test_a_part_of_no_shard(store: Store) -> None:
