@@ -412,7 +412,7 @@ Examples:
   micl-zoo verify embeddings --sample 200 --weights runs/first/encoder
   micl-zoo verify embeddings --sample 0 --json"""
 )
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.option(
     "--sample",
     type=click.IntRange(0),
@@ -424,7 +424,7 @@ Examples:
 @click.option("--weights", type=click.Path(path_type=Path), help="The store's, where they are not published.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-def verify(store: Path, as_json: bool, **options: Any) -> None:
+def verify(store: str, as_json: bool, **options: Any) -> None:
     """Check the embeddings in STORE: nothing damaged, no image lost, and the numbers come out again.
 
     Hashes every part again, holds ids and ledger against the index, and embeds a sample of the images once more (cosine
@@ -452,7 +452,7 @@ Examples:
   micl-zoo search embeddings cat.jpg dog.jpg -k 20 --picture nearest.png
   micl-zoo search embeddings --id 2024/beach.jpg --json"""
 )
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--id", "ids", multiple=True, help="Search for a row of the store, by its id. May be repeated.")
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Hits for each image.")
@@ -463,7 +463,7 @@ Examples:
     "--picture", type=click.Path(path_type=Path), help="Write a contact sheet, too: a name ending in .png, .jpg, .webp."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a hit and line.")
-def search(store: Path, images: tuple[Path, ...], as_json: bool, picture: Path | None, **options: Any) -> None:
+def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | None, **options: Any) -> None:
     """Find the images in STORE that are nearest to each IMAGE: rank, cosine, id.
 
     A row that is searched for by --id does not find itself. Of a store that is still being written, the finished parts
@@ -500,12 +500,12 @@ Examples:
   micl-zoo convert embeddings rows.safetensors --dtype float16
   micl-zoo convert embeddings database/photos.lance"""
 )
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), help="Of the rows.  [default: the store's]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, where it exists.")
 @click.option("--incomplete", is_flag=True, help="Take the parts that are there, where some are missing.")
-def convert(store: Path, out: Path, **options: Any) -> None:
+def convert(store: str, out: Path, **options: Any) -> None:
     """Write the embeddings in STORE to OUT, in the format of its name: .npy, .safetensors, .lance or .lancedb.
 
     The ids go beside a .npy in OUT.ids.json, into a .safetensors as the tensor `ids`, and into a LanceDB table as the

@@ -16,7 +16,9 @@ from stores import ODD_NAME, make_store, reopened, rewrite_part
 import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
+from micl_zoo.convert import convert
 from micl_zoo.errors import StoreError, UsageError, WeightsError
+from micl_zoo.search import search
 from micl_zoo.verify import account, verify
 
 
@@ -208,6 +210,18 @@ def test_a_decoding_that_is_not_known(store: Store, encoder_folder: Path) -> Non
 def test_a_part_of_no_shard(store: Store) -> None:
     shutil.copy(store.part_path(0), store.part_path(7))
     assert "part 7 belongs to no shard of the index, which has 3" in wrong(store)
+
+
+def test_a_store_on_an_object_store(sound: Store, tmp_path: Path) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").put(str(sound.path), "/bucket/sound", recursive=True)
+    store = micl_zoo.open_store("memory://bucket/sound")
+    assert verify(store, sample=0) == verify(sound, sample=0)
+    assert search(store, ids=[ODD_NAME]) == search(sound, ids=[ODD_NAME])
+    convert(store, tmp_path / "remote.npy")
+    convert(sound, tmp_path / "local.npy")
+    assert (tmp_path / "remote.npy").read_bytes() == (tmp_path / "local.npy").read_bytes()
 
 
 def test_weights_are_asked_for_and_checked(sound: Store, encoder_folder: Path, tmp_path: Path) -> None:
