@@ -408,6 +408,123 @@ def _where(record: Record) -> str:
 @main.command(
     epilog="""\b
 Examples:
+  micl-zoo verify embeddings
+  micl-zoo verify embeddings --sample 200 --weights runs/first/encoder
+  micl-zoo verify embeddings --sample 0 --json"""
+)
+@click.argument("store")
+@click.option(
+    "--sample",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Images to read again from their source, embed and compare; 0 needs no encoder.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+@click.option("--weights", type=click.Path(path_type=Path), help="The store's, where they are not published.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def verify(store: str, as_json: bool, **options: Any) -> None:
+    """Check the embeddings in STORE: nothing damaged, no image lost, and the numbers come out again.
+
+    Hashes every part again, holds ids and ledger against the index, and embeds a sample of the images once more (cosine
+    0.9999 at least). Lists all problems; exit code 1 when there is one.
+    """
+    from .store import open_store
+    from .verify import verify as run
+
+    found = run(open_store(store), **options)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        for line in found.problems:
+            click.echo(f"Problem: {line}", err=True)
+        for line in found.gone:
+            click.echo(f"Not compared: {line}", err=True)
+        click.echo(found.summary())
+    sys.exit(1 if found.problems else 0)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  micl-zoo search embeddings cat.jpg
+  micl-zoo search embeddings cat.jpg dog.jpg -k 20 --picture nearest.png
+  micl-zoo search embeddings --id 2024/beach.jpg --json"""
+)
+@click.argument("store")
+@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--id", "ids", multiple=True, help="Search for a row of the store, by its id. May be repeated.")
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Hits for each image.")
+@click.option("--weights", type=click.Path(path_type=Path), help="The store's, where they are not published.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--exact", is_flag=True, help="Leave faiss out, where it is installed; the hits are the same.")
+@click.option(
+    "--picture", type=click.Path(path_type=Path), help="Write a contact sheet, too: a name ending in .png, .jpg, .webp."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a hit and line.")
+def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | None, **options: Any) -> None:
+    """Find the images in STORE that are nearest to each IMAGE: rank, cosine, id.
+
+    A row that is searched for by --id does not find itself. Of a store that is still being written, the finished parts
+    are searched.
+    """
+    if not images and not options["ids"]:
+        raise click.UsageError("search needs an IMAGE, or --id")
+    from .search import printable
+    from .search import search as run
+    from .store import open_store
+    from .verify import shards_of
+
+    opened = open_store(store)
+    if not opened.complete:
+        parts = f"{len(opened.done())} of {shards_of(opened.manifest.shards)} parts"
+        click.echo(f"{store} is not complete: searching {parts}", err=True)
+    found = run(opened, images, picture=picture, **options)
+    for query, hits in zip([*map(str, images), *options["ids"]], found, strict=True):
+        if not as_json:
+            click.echo(printable(query))
+        for hit in hits:
+            if as_json:
+                click.echo(json.dumps({"query": query, **hit._asdict()}))
+            else:
+                click.echo(f"{hit.rank:>4}  {hit.cosine:7.4f}  {printable(hit.id)}")
+    if picture:
+        click.echo(f"The contact sheet is in {picture}.", err=as_json)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  micl-zoo convert embeddings rows.npy
+  micl-zoo convert embeddings rows.safetensors --dtype float16
+  micl-zoo convert embeddings database/photos.lance"""
+)
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), help="Of the rows.  [default: the store's]")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, where it exists.")
+@click.option("--incomplete", is_flag=True, help="Take the parts that are there, where some are missing.")
+def convert(store: str, out: Path, **options: Any) -> None:
+    """Write the embeddings in STORE to OUT, in the format of its name: .npy, .safetensors, .lance or .lancedb.
+
+    The ids go beside a .npy in OUT.ids.json, into a .safetensors as the tensor `ids`, and into a LanceDB table as the
+    column `id` beside `vector`. DATABASE/X.lance is the table X, DATABASE.lancedb the table `embeddings` in it.
+    """
+    from .convert import convert as run
+    from .store import open_store
+
+    made = run(open_store(store), out, **options)
+    each = " x ".join(map(str, made.shape[1:]))
+    click.echo(
+        f"{made.shape[0]:,} rows of {each} numbers, {made.dtype}, {made.bytes:,} bytes, in {made.path}. Open it by:"
+    )
+    click.echo(f"  {made.opens_with}")
+
+
+@main.command(
+    epilog="""\b
+Examples:
   micl-zoo report runs/vit_ti16.tin200
   micl-zoo report runs/first -o reports/first.html"""
 )
