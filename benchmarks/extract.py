@@ -11,6 +11,7 @@ A loop finds its second batch decoded when its clock starts, so --images should 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import shlex
@@ -32,6 +33,7 @@ from micl_zoo.training.rundir import code_commit, machine
 
 import micl_zoo
 from micl_zoo.encoder import bf16_is_fast, precision_advice, resolve_device
+from micl_zoo.errors import UsageError, unknown
 from micl_zoo.extract import usable_cores
 from micl_zoo.progress import progress
 from micl_zoo.store import package_versions, write_text
@@ -39,6 +41,7 @@ from micl_zoo.weights import EncoderConfig, save_weights
 from micl_zoo.zoo import find_record
 
 LOOPS, LIGHTLY = (Path(__file__).with_name(name) for name in ("loops.py", "lightly_embed.py"))
+EXTRACT = [sys.executable, "-m", "micl_zoo", "extract"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 MEMORY_SAMPLE_SECONDS = 0.25
@@ -143,13 +146,20 @@ def compare(
         seconds,
         lightly_python,
     )
-    asked = [one for one in contenders(settings, device) if not only or one.name in only]
+    every = contenders(settings, device)
+    for name in set(only) - {one.name for one in every}:
+        raise UsageError(unknown("contender", name, [one.name for one in every]))
+    asked = [one for one in every if not only or one.name in only]
     chosen = [one for one in asked if not one.skip]
     prepare({one.name for one in chosen}, settings)
     runs, failed = in_turn(chosen, repeat, scratch)
     skipped = {one.name: one.skip for one in asked if one.skip} | failed
     flops = image_flops(settings.weights)
-    figures = {one.name: summarised(one, runs, images, flops) for one in asked if runs.get(one.name)}
+    figures = {
+        one.name: summarised(one, runs, images, flops, matrix_rate_measured(asked, runs, one.precision))
+        for one in asked
+        if runs.get(one.name)
+    }
     return {
         "figures": figures,
         "skipped": skipped,
@@ -189,9 +199,8 @@ def ours(
     name: str, settings: Settings, precision: str, asked: str, *, backend: str = "torch", skip: str | None = None
 ) -> Contender:
     """Extract, with as much of the command line as this version of it has."""
-    extract = [sys.executable, "-m", "micl_zoo", "extract"]
-    offered = subprocess.run([*extract, "--help"], capture_output=True, text=True, check=True).stdout
-    words = [*extract, str(settings.photos), "-o", "OUT", "--weights", str(settings.weights), "--precision", asked]
+    offered = extract_help()
+    words = [*EXTRACT, str(settings.photos), "-o", "OUT", "--weights", str(settings.weights), "--precision", asked]
     words += ["--device", settings.device]
     words += ["--json"] if "--json" in offered else []
     if backend != "torch":
@@ -199,6 +208,12 @@ def ours(
         skip = skip or (None if "--backend" in offered else "extract has no --backend")
     twin = f"model {backend}" if backend != "torch" else f"model {precision}"
     return Contender(name, words, precision, twin, skip)
+
+
+@functools.cache
+def extract_help() -> str:
+    """What this version's extract can be told."""
+    return subprocess.run([*EXTRACT, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def loop(name: str, way: str, settings: Settings, precision: str, *, skip: str | None = None) -> Contender:
@@ -300,13 +315,14 @@ def tree_bytes(pid: int) -> int:
     return (1024 * int(own[1]) if own else 0) + sum(tree_bytes(int(child)) for child in children)
 
 
-def summarised(one: Contender, runs: dict[str, list[Run]], images: int, flops: float) -> dict[str, Any]:
+def summarised(
+    one: Contender, runs: dict[str, list[Run]], images: int, flops: float, matrix: float | None
+) -> dict[str, Any]:
     """A contender's row: medians of its runs, the rate's extremes, and what share it reaches of what was measured."""
     own = runs[one.name]
     rates = [run.rate or images / run.wall for run in own]  # one that tells no rate is taken by the wall clock
     rate, alone = statistics.median(rates), own[0].matrix_tflops is not None
     plain, twin = (median_rate(runs.get(name, [])) for name in (BASELINE, one.twin or ""))
-    matrix = matrix_rate_measured(runs, one.precision)
     waits = [run.wall - images / run.rate for run in own if run.rate]
     peaks = [run.peak_mb for run in own if run.peak_mb]
     return {
@@ -329,9 +345,10 @@ def median_rate(runs: list[Run]) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def matrix_rate_measured(runs: dict[str, list[Run]], precision: str) -> float | None:
-    """The best TFLOP/s that the runs of the model alone in torch measured for a precision."""
-    found = [run.matrix_tflops for run in runs.get(f"model {precision}", []) if run.matrix_tflops]
+def matrix_rate_measured(asked: list[Contender], runs: dict[str, list[Run]], precision: str) -> float | None:
+    """The best TFLOP/s that the runs of the model alone measured for a precision."""
+    alike = [run for one in asked if one.precision == precision for run in runs.get(one.name, [])]
+    found = [run.matrix_tflops for run in alike if run.matrix_tflops]
     return round(max(found), 4) if found else None
 
 
