@@ -1,11 +1,15 @@
-"""Encoder: a timm ViT with its own transform, from pictures to embeddings."""
+"""Encoder: a timm ViT with its own transform, from pictures to embeddings.
+
+Shapes: B images, S the transform's side in pixels, h x w = N patches, D numbers a token.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import timm
@@ -17,12 +21,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .decode import MIN_SIDE, Refused, decode, to_rgb
-from .errors import UsageError, WeightsError
+from .errors import UsageError, WeightsError, unknown
 from .transforms import Transform
 from .weights import EncoderConfig, Weights, local_weights, record_weights
 from .zoo import ARCHS, DEFAULT, Record, find_record
 
-Pool = Literal["cls", "mean"]
+if TYPE_CHECKING:
+    from .openvino_backend import OpenVinoViT
+
+Pool = Literal["cls", "mean", "cls+mean", "patches"]
+Backend = Literal["torch", "openvino"]
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
@@ -47,7 +55,8 @@ class Encoder(nn.Module):
         record: its row of the table, or None for weights of your own.
         name: `arch.tag`.
         weights_sha256: of the file it came from, or None for random weights.
-        embed_dim: D, numbers an embedding.
+        embed_dim: D, numbers a token.
+        runtime: what computes the tokens in the place of `vit`, or None: torch does.
     """
 
     def __init__(
@@ -60,6 +69,9 @@ class Encoder(nn.Module):
         self.name = config.name
         self.weights_sha256 = weights_sha256
         self.embed_dim: int = vit.embed_dim
+        self.runtime: OpenVinoViT | None = None
+        self._compiled_size: int | None = None  # images a compiled batch
+        self._statistics: tuple[Tensor, Tensor] | None = None
         self.eval()
 
     @property
@@ -67,17 +79,71 @@ class Encoder(nn.Module):
         """Where the weights are."""
         return self.vit.cls_token.device
 
-    def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
-        """Normalised images (B, 3, H, W) -> embeddings (B, D): the class token, or the mean of the patch tokens."""
+    @property
+    def backend(self) -> Backend:
+        """What computes the tokens."""
+        return "torch" if self.runtime is None else "openvino"
+
+    def row_shape(self, pool: Pool) -> tuple[int, ...]:
+        """Of one image's embedding: (D,) for "cls" and "mean", (2D,) for "cls+mean", (h, w, D) for "patches".
+
+        Raises:
+            UsageError: a pool that does not exist.
+        """
+        if pool == "patches":
+            return (*self.vit.patch_embed.grid_size, self.embed_dim)
         if pool not in get_args(Pool):
-            raise UsageError(f"unknown pool {pool!r}. Valid: {', '.join(get_args(Pool))}.")
+            raise UsageError(unknown("pool", pool, get_args(Pool)))
+        return (2 * self.embed_dim if pool == "cls+mean" else self.embed_dim,)
+
+    def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
+        """Normalised images to embeddings, from the tokens after the final norm.
+
+        Args:
+            pixel_values: (B, 3, S, S).
+            pool: "cls", the class token, which MiCL trains; "mean" of the patch tokens; "cls+mean", the one beside the
+                other; "patches", all patch tokens.
+
+        Returns:
+            (B, *row_shape(pool)).
+        """
+        shape = self.row_shape(pool)
         tokens = self._tokens(pixel_values)  # (B, 1 + N, D)
-        return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
+        if pool == "cls":
+            return tokens[:, 0]
+        if pool == "patches":
+            return tokens[:, 1:].unflatten(1, shape[:2])
+        mean = tokens[:, 1:].mean(1)
+        return mean if pool == "mean" else torch.cat([tokens[:, 0], mean], dim=-1)
 
     def features(self, pixel_values: Tensor) -> Features:
-        """Normalised images (B, 3, H, W) -> class tokens (B, D) and patch tokens (B, h, w, D)."""
+        """Normalised images (B, 3, S, S) -> class tokens (B, D) and patch tokens (B, h, w, D)."""
         tokens = self._tokens(pixel_values)
         return Features(tokens[:, 0], tokens[:, 1:].unflatten(1, self.vit.patch_embed.grid_size))
+
+    def compile_blocks(self, batch_size: int) -> None:
+        """Compile the ViT's blocks with `torch.compile`, at their first use, for batches of one size.
+
+        `embed`, `embed_pixels` and `embed_tensor` pad a smaller batch to it, so that a short last one compiles nothing.
+        Call it again to change the size.
+
+        Args:
+            batch_size: images a forward pass.
+
+        Raises:
+            UsageError: the encoder does not run in torch, or there is no compiler for its device.
+        """
+        if self.runtime is not None:
+            raise UsageError(f"the {self.backend} backend compiles by itself: leave compile out, or take backend torch")
+        compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
+        if self.device.type == "cpu" and not any(map(shutil.which, compilers)):
+            raise UsageError(
+                "to compile for a CPU takes a C++ compiler, none was found: install one, or do not compile"
+            )
+        if self._compiled_size is None:
+            for block in self.vit.blocks:  # one by one: they are alike, so the first one's code serves all
+                block.compile(dynamic=False)
+        self._compiled_size = batch_size
 
     def embed(
         self,
@@ -92,11 +158,11 @@ class Encoder(nn.Module):
         Args:
             images: paths, encoded bytes, PIL images, or uint8 RGB arrays (H, W, 3); one or many.
             batch_size: images a forward pass.
-            normalize: scale each row to unit length, so that a dot product is the cosine.
-            pool: "cls" or "mean".
+            normalize: scale to unit length, so that a dot product is the cosine: each row, with "patches" each token.
+            pool: see `forward`.
 
         Returns:
-            (N, D) float32, in the order given.
+            (images, *row_shape(pool)) float32, in the order given.
 
         Raises:
             UsageError: an image that cannot be read; it is named by its place. `extract` goes on past such images.
@@ -111,28 +177,46 @@ class Encoder(nn.Module):
                 batch = []
         if batch:
             rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
-        return np.concatenate(rows) if rows else np.empty((0, self.embed_dim), np.float32)
+        return np.concatenate(rows) if rows else np.empty((0, *self.row_shape(pool)), np.float32)
 
-    @torch.inference_mode()
     def embed_pixels(
         self, pixels: np.ndarray, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
     ) -> np.ndarray:
-        """Transformed pixels (B, size, size, 3) uint8 -> (B, D) float32 on the host."""
-        pixel_values = self.transform.normalise(torch.from_numpy(pixels).to(self.device))
-        with torch.autocast(self.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            rows = self(pixel_values, pool).float()
-        rows = F.normalize(rows, dim=-1) if normalize else rows
-        return cast(np.ndarray, rows.cpu().numpy())
+        """Transformed pixels (B, S, S, 3) uint8 -> (B, *row_shape(pool)) float32 on the host. See `embed_tensor`."""
+        on_device = torch.from_numpy(pixels).to(self.device)
+        rows = self.embed_tensor(on_device, normalize=normalize, pool=pool, autocast=autocast)
+        return rows.cpu().numpy()
 
     @torch.inference_mode()
-    def embed_tensor(self, pixels, *, normalize=True, pool="cls", autocast=None):
-        pixel_values = self.transform.normalise(pixels)
+    def embed_tensor(
+        self, pixels: Tensor, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
+    ) -> Tensor:
+        """Transformed pixels to embeddings, both on the encoder's device; the host does not wait for it.
+
+        Args:
+            pixels: (B, S, S, 3) uint8.
+            normalize, pool: see `embed`.
+            autocast: the dtype of the matrix products; None for that of the weights.
+
+        Returns:
+            (B, *row_shape(pool)) float32.
+        """
+        count = len(pixels)
+        if self._compiled_size and count < self._compiled_size:
+            pixels = F.pad(pixels, (0, 0) * 3 + (0, self._compiled_size - count))
         with torch.autocast(self.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-            rows = self(pixel_values, pool).float()
+            rows = self(self._normalised(pixels), pool)[:count].float()
         return F.normalize(rows, dim=-1) if normalize else rows
 
-    def row_shape(self, pool):
-        return (self.embed_dim,)
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """The same as `transform.normalise`, whose constants it keeps: to send them anew would wait for the device."""
+        if self._statistics is None or self._statistics[0].device != pixels.device:
+            mean, std = (
+                torch.tensor(v, device=pixels.device)[:, None, None] for v in (self.transform.mean, self.transform.std)
+            )
+            self._statistics = mean, std
+        mean, std = self._statistics
+        return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std  # (B, 3, S, S)
 
     def _tokens(self, pixel_values: Tensor) -> Tensor:
         side = self.transform.size
@@ -141,6 +225,8 @@ class Encoder(nn.Module):
                 f"pixel_values must be (B, 3, {side}, {side}), normalised as encoder.transform does it; "
                 f"got {tuple(pixel_values.shape)}"
             )
+        if self.runtime is not None:
+            return self.runtime(pixel_values)
         return cast(Tensor, self.vit.forward_features(pixel_values.to(self.vit.cls_token)))
 
 
@@ -151,7 +237,7 @@ def load(
     pretrained: bool = True,
     device: str = "auto",
     dtype: str = "auto",
-    backend: Literal["torch"] = "torch",
+    backend: Backend = "torch",
 ) -> Encoder:
     """Load an encoder, ready to embed.
 
@@ -161,17 +247,17 @@ def load(
         pretrained: False gives random weights, and only False does.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:N" or "mps".
         dtype: of the weights in memory: "float32", "bfloat16" or "float16"; "auto" is float32.
-        backend: "torch".
+        backend: "torch", or "openvino" for Intel's and AMD's CPUs: the same numbers sooner, and no gradients. It
+            computes in the precision of `torch.autocast` where the CPU has it, and keeps weights in float32.
 
     Raises:
         UsageError: a name or an argument that does not exist.
         WeightsError: weights that are not published, not reachable, or not the right ones.
     """
-    if backend != "torch":
-        raise UsageError(f"unknown backend {backend!r}. Valid: torch.")
     if weights is not None and not pretrained:
         raise UsageError("weights= and pretrained=False contradict each other: give one")
-    target, kind = resolve_device(device), _resolve_dtype(dtype)
+    _check_backend(backend, device, dtype)
+    target, kind = resolve_device("cpu" if backend == "openvino" else device), _resolve_dtype(dtype)
     if weights is not None:
         found = local_weights(Path(weights))
         encoder = _build(found.config, found, None)
@@ -186,6 +272,10 @@ def load(
                 record.name, record.shape.timm_name, {}, record.shape.embed_dim, record.transform, record.license
             )
             encoder = _build(config, None, record)
+    if backend == "openvino":
+        from .openvino_backend import OpenVinoViT
+
+        encoder.runtime = OpenVinoViT(encoder.vit)
     return encoder.to(target, kind)
 
 
@@ -201,6 +291,22 @@ def _build(config: EncoderConfig, weights: Weights | None, record: Record | None
         except RuntimeError as error:
             raise WeightsError(f"{str(weights.path)!r} does not fit {config.architecture}: {error}") from None
     return Encoder(vit, config, record=record, weights_sha256=weights.sha256 if weights else None)
+
+
+def _check_backend(backend: str, device: str, dtype: str) -> None:
+    if backend not in get_args(Backend):
+        raise UsageError(unknown("backend", backend, get_args(Backend)))
+    if backend != "openvino":
+        return
+    if device not in ("auto", "cpu"):
+        raise UsageError(
+            f"backend openvino runs on the CPU, not on {device!r}: leave device out, or take backend torch"
+        )
+    if dtype not in ("auto", "float32"):
+        raise UsageError(
+            f"backend openvino keeps weights in float32, not in {dtype!r}: leave dtype out; the precision of the "
+            "arithmetic is that of torch.autocast, or of `micl-zoo extract --precision`"
+        )
 
 
 def _check_arch(name: str, config: EncoderConfig) -> None:
@@ -235,6 +341,23 @@ def bf16_is_fast(device: torch.device) -> bool:
         return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private to torch, so asked for with care
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def precision_advice(precision: str, device: torch.device) -> str | None:
+    """One line to warn of a precision that works on the device and is slow there, or None.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        device: the encoder's.
+    """
+    better = "auto, which takes bf16 here" if bf16_is_fast(device) else "auto, which takes fp32 here"
+    if precision == "fp16" and device.type == "cpu":
+        return f"fp16 is several times slower than fp32 on a CPU. Take precision {better}."
+    if precision == "bf16" and device.type in ("cpu", "cuda") and not bf16_is_fast(device):
+        what = "CPU" if device.type == "cpu" else "GPU"
+        better = better if device.type == "cpu" else "fp16"
+        return f"this {what} emulates bf16, which takes longer than fp32. Take precision {better}."
+    return None
 
 
 def _resolve_dtype(dtype: str) -> torch.dtype:

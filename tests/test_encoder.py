@@ -1,0 +1,184 @@
+"""The model's side: pools, tensors on the device, compiled blocks, and OpenVINO against torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import picture
+from safetensors.torch import load_file
+
+import micl_zoo
+from micl_zoo import encoder as encoder_module
+from micl_zoo.encoder import Encoder, Pool, bf16_is_fast, precision_advice
+from micl_zoo.errors import UsageError
+
+SHAPES: dict[Pool, tuple[int, ...]] = {"cls": (32,), "mean": (32,), "cls+mean": (64,), "patches": (4, 4, 32)}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def encoder(encoder_folder: Path) -> Encoder:
+    return micl_zoo.load(weights=encoder_folder, device="cpu")
+
+
+def made_up_pixels(count: int) -> torch.Tensor:
+    return torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+
+
+def test_pools_are_cut_from_timm_s_tokens(encoder: Encoder, encoder_folder: Path) -> None:
+    oracle = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2
+    ).eval()
+    oracle.load_state_dict(load_file(encoder_folder / "model.safetensors"))
+    pixel_values = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        tokens = oracle.forward_features(pixel_values)
+        expected = {
+            "cls": tokens[:, 0],
+            "mean": tokens[:, 1:].mean(1),
+            "cls+mean": torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1),
+            "patches": tokens[:, 1:].reshape(3, 4, 4, 32),
+        }
+        for pool, shape in SHAPES.items():
+            assert encoder.row_shape(pool) == shape
+            torch.testing.assert_close(encoder(pixel_values, pool), expected[pool], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", SHAPES)
+def test_unit_length_is_over_the_last_axis(encoder: Encoder, pool: Pool) -> None:
+    rows = encoder.embed([picture(0), picture(1), picture(2)], batch_size=2, pool=pool)
+    raw = encoder.embed([picture(0), picture(1), picture(2)], batch_size=2, pool=pool, normalize=False)
+    assert rows.shape == raw.shape == (3, *SHAPES[pool])
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(rows, raw / np.linalg.norm(raw, axis=-1, keepdims=True), atol=1e-6)
+    assert encoder.embed([], pool=pool).shape == (0, *SHAPES[pool])
+
+
+def test_an_unknown_pool_lists_the_valid_ones(encoder: Encoder) -> None:
+    valid = r"unknown pool 'cls\+men'\. Did you mean cls\+mean.*Valid: cls, cls\+mean, mean, patches"
+    for call in (lambda pool: encoder.row_shape(pool), lambda pool: encoder(torch.zeros(1, 3, 32, 32), pool)):
+        with pytest.raises(UsageError, match=valid):
+            call("cls+men")
+
+
+def test_tensors_are_embedded_as_the_transform_says(encoder: Encoder) -> None:
+    pixels = made_up_pixels(5)
+    with torch.inference_mode():
+        expected = F.normalize(encoder(encoder.transform.normalise(pixels)), dim=-1)
+    rows = encoder.embed_tensor(pixels)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+    np.testing.assert_array_equal(encoder.embed_pixels(pixels.numpy()), expected.numpy())
+    assert torch.equal(encoder._normalised(pixels), encoder.transform.normalise(pixels))
+    in_bf16 = encoder.embed_tensor(pixels, autocast=torch.bfloat16)
+    assert in_bf16.dtype == torch.float32
+    assert F.cosine_similarity(in_bf16, rows).min() > 0.999
+
+
+def test_compiled_blocks_agree_and_a_short_batch_compiles_nothing(encoder: Encoder) -> None:
+    pixels = made_up_pixels(4)
+    expected = {pool: encoder.embed_tensor(pixels, pool=pool) for pool in SHAPES}
+    seen: list[int] = []
+    encoder.compile_blocks(4)
+    for block in encoder.vit.blocks:
+        block.compile(backend=counting(seen), dynamic=False)  # the same calls, without a C++ compiler's minute
+    for pool in SHAPES:
+        for count in (4, 3, 1):
+            rows = encoder.embed_tensor(pixels[:count], pool=pool)
+            torch.testing.assert_close(rows, expected[pool][:count], rtol=1e-5, atol=1e-5)
+    assert set(seen) == {4}
+    assert len(seen) <= len(encoder.vit.blocks)
+    encoder.compile_blocks(2)  # after memory ran out
+    torch.testing.assert_close(encoder.embed_tensor(pixels[:2]), expected["cls"][:2], rtol=1e-5, atol=1e-5)
+    assert set(seen) == {4, 2}
+
+
+def counting(seen: list[int]):  # type: ignore[no-untyped-def]
+    def backend(graph, examples):  # type: ignore[no-untyped-def]
+        seen.extend(x.shape[0] for x in examples if x.ndim == 3 and x.shape[1:] == (17, 32))
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.slow
+def test_really_compiled_blocks_agree(encoder: Encoder) -> None:
+    pixels = made_up_pixels(4)
+    expected = encoder.embed_tensor(pixels)
+    encoder.compile_blocks(4)
+    torch.testing.assert_close(encoder.embed_tensor(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compiling_without_a_compiler_says_what_to_do(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_module.shutil, "which", lambda _: None)
+    with pytest.raises(UsageError, match=r"takes a C\+\+ compiler, none was found: install one, or do not compile"):
+        encoder.compile_blocks(4)
+
+
+def test_advice_on_slow_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "several times slower than fp32" in (precision_advice("fp16", CPU) or "")
+    assert precision_advice("fp32", CPU) is None
+    assert (precision_advice("bf16", CPU) is None) == bf16_is_fast(CPU)
+    monkeypatch.setattr(encoder_module, "bf16_is_fast", lambda _: False)
+    assert "Take precision auto, which takes fp32 here" in (precision_advice("bf16", CPU) or "")
+    assert "Take precision fp16" in (precision_advice("bf16", torch.device("cuda")) or "")
+    assert precision_advice("fp16", torch.device("cuda")) is None
+
+
+def test_backends_that_cannot_be(encoder_folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown backend 'openvin'\. Did you mean openvino"):
+        micl_zoo.load(weights=encoder_folder, backend="openvin")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="openvino runs on the CPU, not on 'cuda'"):
+        micl_zoo.load(weights=encoder_folder, backend="openvino", device="cuda")
+    with pytest.raises(UsageError, match="keeps weights in float32, not in 'bfloat16'"):
+        micl_zoo.load(weights=encoder_folder, backend="openvino", dtype="bfloat16")
+
+
+def test_a_missing_openvino_gives_the_line_that_installs_it(
+    encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(UsageError, match=r"pip install 'micl-zoo\[openvino\]'"):
+        micl_zoo.load(weights=encoder_folder, backend="openvino")
+
+
+def test_openvino_agrees_with_torch(encoder: Encoder, encoder_folder: Path) -> None:
+    pytest.importorskip("openvino")
+    fast = micl_zoo.load(weights=encoder_folder, backend="openvino")
+    assert (fast.backend, encoder.backend, fast.device) == ("openvino", "torch", CPU)
+    for count in (1, 3, 8):
+        pixels = made_up_pixels(count)
+        for pool in SHAPES:
+            rows = fast.embed_tensor(pixels, pool=pool)
+            expected = encoder.embed_tensor(pixels, pool=pool)
+            assert rows.shape == expected.shape
+            assert F.cosine_similarity(rows, expected, dim=-1).min() >= 0.99999
+            torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
+    kept = fast.embed_pixels(made_up_pixels(2).numpy())
+    before = kept.copy()
+    fast.embed_pixels(made_up_pixels(3).numpy())
+    np.testing.assert_array_equal(kept, before)  # rows do not lie in memory that the next batch overwrites
+    with torch.no_grad():
+        features = fast.features(torch.randn(2, 3, 32, 32))
+    assert (features.cls.shape, features.patches.shape) == ((2, 32), (2, 4, 4, 32))
+    np.testing.assert_allclose(fast.embed(picture(3)), encoder.embed(picture(3)), atol=1e-5)
+
+
+def test_openvino_says_what_it_cannot_do(encoder_folder: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    fast = micl_zoo.load(weights=encoder_folder, backend="openvino")
+    with pytest.raises(UsageError, match=r"computes no gradients: call it under torch\.no_grad"):
+        fast(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(UsageError, match="compiles by itself"):
+        fast.compile_blocks(4)
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(UsageError, match="no bf16 arithmetic on this CPU"):
+            fast.embed_tensor(made_up_pixels(1), autocast=torch.bfloat16)
+    else:
+        rows = [fast.embed_tensor(made_up_pixels(4), autocast=kind) for kind in (None, torch.bfloat16)]
+        assert F.cosine_similarity(*rows).min() > 0.999
