@@ -155,8 +155,8 @@ def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     sizes: list[tuple[int, int]] = []
     to_rgb = module.to_rgb
 
-    def noted(image: Image.Image) -> Image.Image:
-        upright = to_rgb(image)
+    def noted(image: Image.Image, **options: Any) -> Image.Image:
+        upright = to_rgb(image, **options)
         sizes.append(upright.size)
         return upright
 
