@@ -18,7 +18,18 @@ from .damage import file_damage, jpeg_pieces, tags_damage
 from .errors import UsageError
 from .transforms import MAX_ASPECT, Transform
 
-Reason = Literal["unreadable", "empty", "not_an_image", "truncated", "damaged", "too_small", "too_large", "unsupported"]
+Reason = Literal[
+    "unreadable",
+    "empty",
+    "not_an_image",
+    "truncated",
+    "damaged",
+    "too_small",
+    "too_large",
+    "unsupported",
+    "crashed",
+    "timeout",
+]
 Exif = Literal["upright", "keep"]
 Filter = Literal["bicubic", "bilinear"]
 
