@@ -13,7 +13,9 @@ from conftest import picture
 from PIL import Image
 
 from micl_zoo import decode as module
-from micl_zoo.decode import Refused, decode, decode_crop
+from micl_zoo.decode import MAX_PIXELS, Decoding, Refused, decode, decode_crop, decode_pixels
+from micl_zoo.errors import UsageError
+from micl_zoo.transforms import Transform
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -155,8 +157,8 @@ def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     sizes: list[tuple[int, int]] = []
     to_rgb = module.to_rgb
 
-    def noted(image: Image.Image) -> Image.Image:
-        upright = to_rgb(image)
+    def noted(image: Image.Image, **options: Any) -> Image.Image:
+        upright = to_rgb(image, **options)
         sizes.append(upright.size)
         return upright
 
@@ -325,3 +327,111 @@ def test_a_mistake_in_the_box_is_not_taken_for_a_damaged_file(kind: str) -> None
 
     with pytest.raises(ZeroDivisionError):
         decode_crop(encoded(picture(0), kind), box, 32, "bicubic")
+
+
+def test_a_decoding_is_named_and_checked() -> None:
+    assert Decoding().id == "exact-upright-max89478485"
+    assert Decoding(exif="keep", fast=True, max_pixels=1000).id == "fast-keep-max1000"
+    with pytest.raises(UsageError, match=r"unknown exif 'turn'. Valid: keep, upright"):
+        Decoding(exif="turn")  # type: ignore[arg-type]
+    for pixels in (0, -1, 2 * MAX_PIXELS + 1):
+        with pytest.raises(UsageError, match=r"max_pixels must be 1 to 178,956,970"):
+            Decoding(max_pixels=pixels)
+
+
+TRANSFORMS = [Transform(), Transform(size=224, resize=248), Transform(size=32, resize=37, interpolation="bilinear")]
+TRANSFORMS += [Transform(size=64, resize=50)]  # larger than the picture: the rest is black
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.id.partition("-0")[0])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF"])
+def test_exact_pixels_are_those_of_the_transform(kind: str, transform: Transform) -> None:
+    for size in [(97, 61), (61, 97), (64, 64), (600, 31), (700, 500)]:
+        data = encoded(picture(1, 700, 600).resize(size), kind)
+        got = decode_pixels(data, transform)
+        assert np.array_equal(got, transform.pixels(decode(data)))
+        assert (got.shape, got.dtype) == ((transform.size, transform.size, 3), np.uint8)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.id.partition("-0")[0])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_fast_pixels_are_close_to_the_exact_ones(kind: str, transform: Transform) -> None:
+    large = [(1999, 1333), (1000, 3000)] if kind == "JPEG" else []
+    for size in [(97, 61), (61, 97), (64, 64), (600, 31), (31, 600), *large]:
+        data = encoded(picture(1, 700, 600).resize(size), kind)
+        got, exact = (decode_pixels(data, transform, Decoding(fast=fast)) for fast in (True, False))
+        assert got.shape == exact.shape
+        assert apart(got, exact) <= (0.8 if size in large else 0.25), size  # a rounding, or a scaled decode
+
+
+def test_the_fast_path_decodes_at_a_scale_of_twice_the_need(decoded_sizes: list[tuple[int, int]]) -> None:
+    transform, fast = Transform(size=224, resize=224), Decoding(fast=True)
+    for shorter in (440, 447, 448, 895, 896, 1791, 1792, 3584):
+        data = encoded(picture(1, shorter * 4 // 3, shorter), "JPEG")
+        decode_pixels(data, transform, fast)
+    assert [height for _, height in decoded_sizes] == [440, 447, 448, 895, 448, 896, 448, 448]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_is_heeded_or_kept_on_both_paths(orientation: int) -> None:
+    upright, transform = picture(3, 960, 640), Transform(size=64, resize=64)
+    stored, exif = stored_as(upright, orientation)
+    data = encoded(stored, "JPEG", exif=exif, quality=95)
+    for fast in (False, True):
+        assert apart(decode_pixels(data, transform, Decoding(fast=fast)), transform.pixels(upright)) <= 1.5
+        kept = decode_pixels(data, transform, Decoding(exif="keep", fast=fast))
+        assert apart(kept, transform.pixels(stored)) <= 1.5
+    assert decode(data, exif="keep").size == stored.size
+
+
+def test_both_paths_refuse_above_the_limit() -> None:
+    data = encoded(picture(0, 100, 100), "JPEG")
+    for fast in (False, True):
+        with pytest.raises(Refused, match="too_large: 100 x 100 pixels, the limit is 9,999"):
+            decode_pixels(data, Transform(), Decoding(fast=fast, max_pixels=9_999))
+
+
+def test_a_jpeg_with_more_pictures_behind_it_is_scaled_as_any(decoded_sizes: list[tuple[int, int]]) -> None:
+    data = encoded(picture(1, 1600, 1200), "MPO", save_all=True, append_images=[picture(2, 1600, 1200)])
+    got = decode_pixels(data, Transform(size=64, resize=64), Decoding(fast=True))
+    assert decoded_sizes == [(200, 150)]
+    assert apart(got, Transform(size=64, resize=64).pixels(picture(1, 1600, 1200))) <= 1.5
+
+
+def test_a_tga_is_known_by_its_footer() -> None:
+    data = encoded(picture(1), "TGA")
+    assert decode(data).size == picture(1).size
+    assert refusal(data[:-30]).reason == "unsupported"
+
+
+HEIC_START = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_a_heic_without_the_plug_in_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = tuple(name for name in module._formats() if name not in ("HEIF", "AVIF"))
+    monkeypatch.setattr(module, "_formats", lambda: formats)
+    assert refusal(HEIC_START + bytes(200)).reason == "unsupported"
+    assert "pip install 'micl-zoo[heif]'" in refusal(HEIC_START + bytes(200)).detail
+    assert "pip install 'pillow>=11.3'" in refusal(HEIC_START.replace(b"heic", b"avif") + bytes(200)).detail
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_heic_decodes_upright_with_the_plug_in(orientation: int) -> None:
+    pytest.importorskip("pillow_heif")
+    decode(encoded(picture(0), "PNG"))  # which registers it
+    if "HEIF" not in Image.SAVE:
+        pytest.skip("this plug-in has no encoder")
+    upright = picture(3, 96, 64)
+    stored, exif = stored_as(upright, orientation)
+    data = encoded(stored, "HEIF", exif=exif.tobytes(), quality=95)  # in bytes, by which the plug-in writes its turn
+    assert decode(data).size == upright.size
+    assert apart(np.asarray(decode(data)), np.asarray(upright)) <= 6
+    assert refusal(data[: len(data) // 2]).reason in ("damaged", "truncated")
+
+
+def test_avif_decodes() -> None:
+    decode(encoded(picture(0), "PNG"))
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow has no AVIF")
+    image = picture(3, 96, 64)
+    assert apart(np.asarray(decode(encoded(image, "AVIF", quality=90))), np.asarray(image)) <= 6
