@@ -241,7 +241,7 @@ def test_a_name_with_braces_is_a_name(image_folder: Callable[..., Path]) -> None
 
 
 def test_a_reader_keeps_few_archives_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micl_zoo.sources.OPEN_ARCHIVES", 2)
+    monkeypatch.setattr("micl_zoo.reader.OPEN_ARCHIVES", 2)
     for n in range(4):
         tar(tmp_path / f"{n}.tar", {"a.jpg": jpeg(n)})
     index, reader = index_source(tmp_path), Reader()
