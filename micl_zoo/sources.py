@@ -55,7 +55,7 @@ Listed = tuple[
 
 
 class File(NamedTuple):
-    """A file that was met: its place (path or URI), its name below the source, its bytes where already known."""
+    """A file that was met: its place (path or URI), its name below the source, its bytes if the listing told them."""
 
     place: str
     name: str
@@ -151,7 +151,8 @@ class _SeenIds:
         if again.any():
             raise SourceError(
                 f"the id {ids[int(again.argmax())]!r} occurs more than once, and ids name the rows: list no image "
-                "twice, pack none twice under one name, and give one folder above several that have the same names in them"
+                "twice, pack none twice under one name, and give one folder above several that have the same names in "
+                "them"
             )
         while self.runs and len(self.runs[-1]) <= 2 * len(run):
             run = np.sort(np.concatenate([self.runs.pop(), run]), kind="stable")
@@ -165,11 +166,12 @@ def _list_one(source: str) -> Listed:
     is_folder = None if remote.is_remote(place) and _has_magic(place) else _is_folder(place)
     if is_folder:
         return _list_folder(place)
-    kind = _kind(place)
+    kind = _kind(bare(place))
     if is_folder is not None and kind == "list":
         return _list_file(place), False
     if is_folder is not None:
-        return _list_kind(kind, iter([File(_absolute(place), _name(place), None)]))
+        size = _remote_size(place) if remote.is_remote(place) and kind in ("image", "other") else None
+        return _list_kind(kind, iter([File(_absolute(place), _name(place), size)]))
     if _has_magic(place):
         return _list_glob(place)
     raise SourceError(f"no such source: {source!r} is not a file, a folder or a glob that matches anything")
@@ -191,15 +193,14 @@ def _is_folder(place: str) -> bool | None:
 
 def _kind(name: str) -> Kind:
     """By its name alone."""
-    name = bare(name).lower()
-    if name.endswith(PACKED_SUFFIXES):
-        return "packed tar"
-    return KINDS.get(_suffix(name), "other")
+    name = name.lower()
+    kind = KINDS.get(_suffix(name), "other")
+    return "packed tar" if kind == "other" and name.endswith(PACKED_SUFFIXES) else kind
 
 
 def _suffix(name: str) -> str:
     _, dot, ending = name.rpartition(".")
-    return dot + ending
+    return dot + ending if dot else ""
 
 
 def _absolute(place: str) -> str:
@@ -212,8 +213,8 @@ def _name(place: str) -> str:
 
 def _join(folder: str, name: str) -> str:
     if remote.is_remote(folder):
-        return folder + name if folder.endswith("/") else f"{folder}/{name}"
-    return os.path.join(folder, name)  # noqa: PTH118 - a Path a file would take most of the time of a listing
+        return f"{folder.removesuffix('/')}/{name}" if not folder.endswith("://") else folder + name
+    return os.path.join(folder, name)  # noqa: PTH118 - it ends in a separator where the name is empty
 
 
 def _list_kind(kind: Kind, files: Iterator[File]) -> Listed:
@@ -226,8 +227,10 @@ def _list_kind(kind: Kind, files: Iterator[File]) -> Listed:
 
 def _list_images(files: Iterable[File]) -> Iterator[Row]:
     for place, name, size in files:
-        if size is None:
-            size = _size(place)
+        try:
+            size = os.stat(place).st_size if size is None else size  # noqa: PTH116 - a Path a file takes as long again
+        except OSError:
+            size = 0  # a link that leads nowhere: reading it gives the ledger its reason
         try:
             place.encode()
         except UnicodeEncodeError:
@@ -241,13 +244,11 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _size(place: str) -> int:
+def _remote_size(uri: str) -> int:
     try:
-        return remote.describe(place).size if remote.is_remote(place) else os.stat(place).st_size  # noqa: PTH116
+        return remote.describe(uri).size
     except OSError as error:
-        if remote.is_remote(place):
-            raise SourceError(f"no such source: {place!r} cannot be read ({error})") from None
-        return 0  # a link that leads nowhere: reading it gives the ledger its reason
+        raise SourceError(f"no such source: {uri!r} cannot be read ({error})") from None
 
 
 def _scan(folder: str) -> remote.Listing:
@@ -287,11 +288,12 @@ def _walk(folder: str) -> Iterator[File]:
         listing = _scan(place)
         if prefix and _is_store(place, listing):
             continue
+        inside = _join(place, "")
         for name in sorted(listing.files):
             if name[0] != ".":
-                yield File(_join(place, name), prefix + name, listing.files[name])
+                yield File(inside + name, prefix + name, listing.files[name])
         names = sorted((n for n, linked in listing.folders.items() if n[0] != "." and not linked), reverse=True)
-        below += [(_join(place, name), f"{prefix}{name}/") for name in names]
+        below += [(inside + name, f"{prefix}{name}/") for name in names]
 
 
 def _is_store(folder: str, listing: remote.Listing) -> bool:
@@ -411,16 +413,16 @@ class _Glob:
         listing = _scan(folder)
         if prefix and _is_store(folder, listing):
             return
-        at = self._skip(at)
+        at, inside = self._skip(at), _join(folder, "")
         for name in sorted(listing.files.keys() | listing.folders.keys()):
             ends = {number for number, i in at if i + 1 == len(self.names[number]) and self._fits(name, number, i)}
             if name in listing.files and ends:
                 self.matched |= ends
-                yield File(_join(folder, name), prefix + name, listing.files[name])
+                yield File(inside + name, prefix + name, listing.files[name])
             elif name in listing.files:
                 self.others[_suffix(name).lower() or "no ending"] += 1
             if name in listing.folders and (below := self._below(name, at, linked=listing.folders[name])):
-                yield from self._walk(_join(folder, name), f"{prefix}{name}/", below)
+                yield from self._walk(inside + name, f"{prefix}{name}/", below)
 
     def _skip(self, at: set[tuple[int, int]]) -> set[tuple[int, int]]:
         """With the positions behind "**", which may stand for no folder."""
