@@ -55,7 +55,7 @@ def list_folder(uri: str) -> Listing:
     """
     filesystem, path = _filesystem(uri)
     items = _retried(lambda: filesystem.ls(path, detail=True))
-    filesystem.invalidate_cache()  # it would keep every listing of a walk over millions of files
+    filesystem.invalidate_cache(path)  # it would keep every listing of a walk over millions of files
     listing, above = Listing({}, {}), path.rstrip("/") + "/"
     for item in items:
         name = item["name"].rstrip("/").removeprefix(above)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import io
+import json
 import os
 import re
 import subprocess
@@ -12,10 +13,11 @@ import sys
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -112,6 +114,47 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class Hub(Ranges):
+    """As much of the Hugging Face hub as a data set's folder needs."""
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if path in ("/api/datasets/micl/tiny", "/api/datasets/micl/tiny/revision/main"):
+            self.answer({"id": "micl/tiny", "sha": "0" * 40})
+        elif path.startswith("/api/datasets/micl/tiny/tree/main"):
+            folder = path.removeprefix("/api/datasets/micl/tiny/tree/main") or "/"
+            self.answer(self.infos(Path(self.translate_path(folder)).iterdir()))
+        else:
+            self.path = self.path.replace("/datasets/micl/tiny/resolve/main/", "/")
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        paths = form.get("paths") or []
+        self.answer(self.infos(path for name in paths if (path := Path(self.translate_path("/" + name))).exists()))
+
+    def infos(self, paths: Iterable[Path]) -> list[dict[str, object]]:
+        root = Path(self.translate_path("/"))
+        kinds = {True: "directory", False: "file"}
+        return [
+            {
+                "path": p.relative_to(root).as_posix(),
+                "type": kinds[p.is_dir()],
+                "size": p.stat().st_size,
+                "oid": "0" * 40,
+            }
+            for p in paths
+        ]
+
+    def answer(self, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 class NoRanges(http.server.SimpleHTTPRequestHandler):
@@ -263,6 +306,13 @@ def test_a_failing_server_is_asked_three_times(serve: Callable[..., str], monkey
     with pytest.raises(Refused, match="unreadable"):
         Reader().read(entry._replace(uri=entry.uri.replace("b.jpg", "gone.jpg")))
     assert not waits
+
+
+def test_a_data_set_of_the_hub(serve: Callable[..., str], tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("fsspec.config")
+    monkeypatch.setitem(config.conf, "hf", {"endpoint": serve(Hub), "token": False})
+    for source in ("photos", "photos/b.jpg", "tars/*.tar", "zips/t-00.zip", "tables", "tables/t-{0,2}.parquet"):
+        assert listed(f"hf://datasets/micl/tiny/{source}") == listed(tree / source), source
 
 
 def test_file_uris_are_paths(tree: Path) -> None:
