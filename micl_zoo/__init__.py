@@ -18,7 +18,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .encoder import Encoder, Features, load
     from .errors import MiclZooError, SourceError, StoreError, TrainingError, UsageError, WeightsError
-    from .sources import ImageIndex, index_source
+    from .sources import ImageIndex, index_source, list_source
     from .store import Store, open_store
     from .transforms import Transform
     from .zoo import Record, list_models
@@ -38,6 +38,7 @@ _HOME = {
     "WeightsError": "errors",
     "index_source": "sources",
     "list_models": "zoo",
+    "list_source": "sources",
     "load": "encoder",
     "open_store": "store",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "index_source",
     "list_models",
+    "list_source",
     "load",
     "open_store",
 ]

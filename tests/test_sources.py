@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import io
+import itertools
+import json
 import os
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,10 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import picture
 
+from micl_zoo import sources
 from micl_zoo.decode import Refused, decode
-from micl_zoo.errors import SourceError
+from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.extract import Summary, extract
-from micl_zoo.sources import Entry, Reader, index_source
+from micl_zoo.sources import Entry, Fingerprint, ImageIndex, Reader, index_source, list_source
 
 
 def jpeg(seed: int) -> bytes:
@@ -241,7 +247,7 @@ def test_a_name_with_braces_is_a_name(image_folder: Callable[..., Path]) -> None
 
 
 def test_a_reader_keeps_few_archives_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micl_zoo.sources.OPEN_ARCHIVES", 2)
+    monkeypatch.setattr("micl_zoo.reader.OPEN_ARCHIVES", 2)
     for n in range(4):
         tar(tmp_path / f"{n}.tar", {"a.jpg": jpeg(n)})
     index, reader = index_source(tmp_path), Reader()
@@ -342,3 +348,252 @@ def test_forked_processes_may_share_a_reader(tmp_path: Path) -> None:
         children.append(child)
     assert all_right()
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+
+
+def test_a_folder_is_listed_while_it_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(12):
+        (tmp_path / f"{n // 3}").mkdir(exist_ok=True)
+        (tmp_path / f"{n // 3}/{n:02d}.jpg").touch()
+    scanned, scan = [], sources._scan
+    monkeypatch.setattr(sources, "_scan", lambda folder: scanned.append(folder) or scan(folder))
+    monkeypatch.setattr(sources, "PIECE_SECONDS", 60)
+    pieces = list_source(tmp_path, chunk_rows=3)
+    assert len(next(pieces)) == 3
+    assert scanned == [str(tmp_path), str(tmp_path / "0")]
+    assert [len(piece) for piece in pieces] == [3, 3, 3]
+    monkeypatch.setattr(sources, "PIECE_SECONDS", -1)  # as where listing is slow
+    assert [len(piece) for piece in list_source(tmp_path)] == [1] * 12
+    with pytest.raises(UsageError, match="chunk_rows must be at least 1, got 0"):
+        next(list_source(tmp_path, chunk_rows=0))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 1000])
+def test_pieces_make_the_index_and_its_fingerprint(tmp_path: Path, rows: int) -> None:
+    parquet(tmp_path / "a.parquet", 5, own_ids=True)
+    tar(tmp_path / "b.tar", {f"{n}\n\u00e9.jpg": b"x" * n for n in range(7)})
+    (tmp_path / "c.jpg").write_bytes(b"")
+    source = [tmp_path / "c.jpg", tmp_path / "b.tar", tmp_path / "a.parquet"]
+    pieces, whole = list(list_source(source, chunk_rows=rows)), index_source(source)
+    assert [entry for piece in pieces for entry in piece.entries()] == list(whole.entries())
+    assert max(map(len, pieces)) <= rows
+    fingerprint = Fingerprint()
+    for piece in pieces:
+        fingerprint.update(piece)
+    assert fingerprint.hexdigest() == whole.fingerprint()
+    assert fingerprint.hexdigest() == plain_fingerprint(whole)
+    cut = Fingerprint()
+    for start in (0, 3, 4):
+        cut.update(whole.slice(start, {0: 3, 3: 1, 4: 100}[start]))
+    cut.update(whole.slice(0, 0))
+    assert cut.hexdigest() == whole.fingerprint()
+
+
+def plain_fingerprint(index: ImageIndex) -> str:
+    lines = [f"{entry.id}\0{entry.offset}\0{entry.length}\n" for entry in index.entries()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_an_id_is_found_again_in_any_later_piece(tmp_path: Path) -> None:
+    names = [f"{n}.jpg" for n in range(500)]
+    for again in (0, 7, 250, 499):
+        (tmp_path / "list.txt").write_text("\n".join([*names, names[again]]))
+        with pytest.raises(SourceError, match=rf"the id '{again}\.jpg' occurs more than once"):
+            list(list_source(tmp_path / "list.txt", chunk_rows=1 + again % 97))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
+def test_a_name_that_looks_like_another_s_bytes(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.jpg", rb"caf\xe9.jpg", b"caf\xc3\xa9.jpg"):
+        (tmp_path / os.fsdecode(name)).touch()
+    with pytest.raises(SourceError, match=r"the id 'caf\\\\xe9\.jpg' occurs more than once"):
+        index_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*.jpg", "**/*.jpg", "*/*", "**", "a*/**/?.jpg", "a/../a/*.jpg", "[ab]/[!1].jpg", ".h/*"]
+)
+def test_globs_are_python_s_and_sorted_by_names(tmp_path: Path, pattern: str) -> None:
+    for name in (
+        "a/1.jpg",
+        "a/2.jpg",
+        "a.jpg",
+        "a/b/1.jpg",
+        "a/b/c/2.jpg",
+        "b/3.jpg",
+        "a.b/4.jpg",
+        ".h/5.jpg",
+        "a/.6.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = sorted(Path(name) for name in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if Path(name).is_file())  # noqa: PTH207 - the oracle
+    assert [entry.uri for entry in index_source(f"{tmp_path}/{pattern}").entries()] == list(map(str, found))
+
+
+def test_globs_relative_linked_and_looping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real/loop").symlink_to("..")
+    monkeypatch.chdir(tmp_path)
+    assert ids("*/*.jpg") == ["link/a.jpg", "real/a.jpg"]
+    assert ids("**/*.jpg") == ["real/a.jpg"]
+    entry = index_source("real/{a,a}.jpg")[0]
+    assert entry == Entry("a.jpg", str(tmp_path / "real/a.jpg"), 0, len(jpeg(1)))
+
+
+def test_lists_with_columns(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/b, c.jpg").write_bytes(jpeg(1))
+    rows = [{"label": 1, "image": "a/b, c.jpg", "id": 7}, {"image": "gone.jpg", "id": "eight"}]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.csv").write_text(
+        '\ufefflabel,image,id\r\n1,"a/b, c.jpg",7\r\n,gone.jpg,eight\r\n', encoding="utf-8"
+    )
+    for name in ("rows.jsonl", "rows.csv"):
+        index = index_source(tmp_path / name)
+        assert list(index.entries()) == [
+            Entry("7", str(tmp_path / "a/b, c.jpg"), 0, len(jpeg(1))),
+            Entry("eight", str(tmp_path / "gone.jpg"), 0, 0),
+        ]
+        assert Reader().read(index[0]) == jpeg(1)
+    (tmp_path / "files.csv").write_text("url,filename\nx,a/b.jpg\n")
+    assert ids(tmp_path / "files.csv") == ["a/b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("a.csv", "label,id\n1,2\n", "no column of paths: looked for path, file, .*, found label, id"),
+        ("a.csv", "path,id\n,2\n", "line 2 of the list .* has no path: ''"),
+        ("a.csv", "id,path\n1\n", "line 2 of the list .* has no path: None"),
+        ("a.csv", "path\n", "is empty"),
+        ("a.csv", "", "is empty"),
+        ("a.jsonl", '{"path": "a.jpg"}\n{"path": ', "line 2 of the list .* is not JSON"),
+        ("a.jsonl", '["a.jpg"]', r"line 1 of the list .* is no JSON object: \[\"a\.jpg\"\]"),
+        ("a.jsonl", '{"path": "a.jpg", "id": null}', "line 1 of the list .* has no id: None"),
+        ("a.txt", "caf\udce9.jpg", "is not UTF-8 text"),
+    ],
+)
+def test_a_list_that_cannot_be_used(tmp_path: Path, name: str, text: str, error: str) -> None:
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SourceError, match=error):
+        index_source(tmp_path / name)
+
+
+def test_the_standard_input(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    image_folder(2)
+    monkeypatch.chdir(tmp_path)
+    names = [os.fsdecode(b"caf\xe9.jpg"), "other.jpg"] if sys.platform == "linux" else ["other.jpg"]
+    for name in names:
+        Path(name).write_bytes(jpeg(5))
+    lines = b"".join(os.fsencode(name) + b"\n\n" for name in ["./images/000.jpg", *names])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    entries = list(index_source(["images/below", "-"]).entries())
+    assert [entry.id for entry in entries] == [
+        "001.jpg",
+        "./images/000.jpg",
+        *([r"caf\xe9.jpg"] * len(names[1:])),
+        "other.jpg",
+    ]
+    assert Reader().read(entries[2]) == jpeg(5)
+    with pytest.raises(SourceError, match="the standard input is empty"):
+        index_source("-")
+
+
+def zipped(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_of_a_zip(tmp_path: Path, method: int) -> None:
+    images = {"a.jpg": jpeg(0), "below/d\u00e9j\u00e0 #1.JPG": jpeg(1), "empty.png": b"", "n" * 900 + "/a.jpg": jpeg(2)}
+    path = zipped(tmp_path / "z/a.zip", images | {"notes.txt": b"x", "__MACOSX/._a.jpg": b"x", "dir.jpg/": b""}, method)
+    index = index_source(path)
+    assert [entry.id for entry in index.entries()] == [f"a.zip#{name}" for name in images]
+    assert index[0][1:] == (str(path), 0, zipfile.ZipFile(path).getinfo("a.jpg").compress_size)
+    reader = Reader()
+    for row in (3, 0, 2, 1):
+        assert reader.read(index[row]) == list(images.values())[row]
+    zipped(tmp_path / "z/b.zip", {"b.jpg": jpeg(3)})
+    expected = [*(f"a.zip#{name}" for name in images), "b.zip#b.jpg"]
+    assert ids(tmp_path / "z") == ids(f"{tmp_path}/z/*.zip") == ids(f"{tmp_path}/z/{{a,b}}.zip") == expected
+    data = b"#!/bin/sh\n" + path.read_bytes()  # as a program that unpacks itself
+    path.write_bytes(data)
+    assert reader.read(index_source(path)[1]) == Reader().read(index_source(path)[1]) == jpeg(1)
+
+
+def test_a_zip_that_was_streamed_or_is_large(tmp_path: Path) -> None:
+    with (tmp_path / "a.zip").open("wb") as file, zipfile.ZipFile(NoSeek(file), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", jpeg(0))
+        with archive.open("b.jpg", "w", force_zip64=True) as member:
+            member.write(jpeg(1))
+    assert [Reader().read(entry) for entry in index_source(tmp_path / "a.zip").entries()] == [jpeg(0), jpeg(1)]
+
+
+class NoSeek(io.RawIOBase):
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        return self.file.write(data)  # type: ignore[arg-type]
+
+
+def test_a_zip_that_cannot_be_used(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.zip", {"a.jpg": jpeg(0)})
+    data = path.read_bytes()
+    central = data.index(b"PK\x01\x02")
+    for at, value, text in (
+        (central + 8, 1, "'a.jpg' encrypted: unpack it"),
+        (central + 10, 12, "compression method 12: pack"),
+    ):
+        path.write_bytes(data[:at] + bytes([value]) + data[at + 1 :])
+        with pytest.raises(SourceError, match=text):
+            index_source(path)
+    for broken in (b"", b"PK", data[:-30], b"x" * 3000):
+        path.write_bytes(broken)
+        with pytest.raises(SourceError, match=r"cannot read '.*a\.zip' as a zip: .*Copy or pack it again"):
+            index_source(path)
+    with pytest.raises(SourceError, match=r"no images in .*b\.zip': looked for members .*found 1 others"):
+        index_source(zipped(tmp_path / "b.zip", {"a.txt": b""}))
+
+
+def test_a_damaged_member_of_a_zip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zipped(tmp_path / "a.zip", {"a.jpg": jpeg(0), "b.jpg": bytes(100_000)})
+    data, (first, bomb) = path.read_bytes(), index_source(path).entries()
+    for at, reason in ((0, "unreadable"), (14, "damaged"), (60, "damaged|truncated"), (500, "damaged|truncated")):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        with pytest.raises(Refused, match=rf"^({reason}): "):
+            Reader().read(first)
+    path.write_bytes(data[:200])
+    with pytest.raises(Refused, match=r"^unreadable: .* is shorter than it was"):
+        Reader().read(first)
+    path.write_bytes(data)
+    assert Reader().read(bomb) == bytes(100_000)
+    monkeypatch.setattr("micl_zoo.reader.MAX_BYTES", 99_999)
+    with pytest.raises(Refused, match=r"^too_large: "):
+        Reader().read(bomb)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_what_is_no_regular_file_is_refused_at_once(image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(1)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "self.jpg").symlink_to("self.jpg")
+    (folder / "sparse.jpg").touch()
+    os.truncate(folder / "sparse.jpg", 1 << 40)
+    refusals = {}
+    for entry in itertools.islice(index_source(folder).entries(), 1, None):
+        with pytest.raises(Refused) as caught:
+            Reader().read(entry)
+        refusals[entry.id] = caught.value.reason
+    unreadable = dict.fromkeys(("pipe.jpg", "self.jpg", "zero.jpg"), "unreadable")
+    assert refusals == unreadable | {"sparse.jpg": "too_large"}

@@ -1,0 +1,369 @@
+"""Object stores and web servers: the same ids, order and bytes as from a folder, against real servers on loopback."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import picture
+
+from micl_zoo import remote
+from micl_zoo.decode import Refused
+from micl_zoo.errors import SourceError
+from micl_zoo.sources import Entry, Reader, index_source, list_source
+
+BUCKET = "pictures"
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of source, as files."""
+    root = tmp_path_factory.mktemp("tree")
+    for n, name in enumerate(("b.jpg", "a/x y.jpg", "a/z.PNG", "a.b/c.jpg", ".hidden.jpg", ".git/d.jpg", "notes.md")):
+        (root / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "photos" / name).write_bytes(jpeg(n))
+    for folder in ("tars", "zips", "tables", "lists"):
+        (root / folder).mkdir()
+    for n in range(3):
+        with tarfile.open(root / f"tars/t-{n:02d}.tar", "w") as archive:
+            archive.add(root / "photos/a", arcname="a")
+        with zipfile.ZipFile(root / f"zips/t-{n:02d}.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.write(root / "photos/b.jpg", "b.jpg")
+            packed.write(root / "photos/a/z.PNG", "a/z.PNG")
+        images = [{"bytes": jpeg(10 * n + i), "path": ""} for i in range(3)]
+        pq.write_table(pa.table({"image": images}), root / f"tables/t-{n}.parquet", row_group_size=2)
+    (root / "lists/list.txt").write_text("../photos/b.jpg\n", encoding="utf-8")
+    (root / "empty").mkdir()
+    (root / "empty/notes.md").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def s3(tree: Path) -> Iterator[Callable[[str], str]]:
+    """The tree in a bucket of a server that speaks S3."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
+            patch.setenv(name, value)
+        import s3fs
+
+        files = s3fs.S3FileSystem()
+        files.mkdir(BUCKET)
+        for path in tree.rglob("*"):
+            if path.is_file():
+                files.pipe_file(f"{BUCKET}/{path.relative_to(tree).as_posix()}", path.read_bytes())
+        files.pipe_file(f"{BUCKET}/photos/a/", b"")  # as consoles mark a folder
+        files.pipe_file(f"{BUCKET}/lists/keys.csv", f"id,uri\none,s3://{BUCKET}/photos/b.jpg\n".encode())
+        yield lambda name: f"s3://{BUCKET}/{name}"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """A file server that answers byte ranges, and fails as often as it is told."""
+
+    failures = 0
+    asked: list[tuple[str, str | None]] = []  # noqa: RUF012 - shared by the requests of a test
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.asked.append((self.path, wanted))
+        if Ranges.failures:
+            Ranges.failures -= 1
+            self.send_error(503)
+            return
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+        path = Path(self.translate_path(self.path))
+        if span is None or not path.is_file():
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        part = data[int(span[1]) : int(span[2]) + 1 if span[2] else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {span[1]}-{int(span[1]) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Hub(Ranges):
+    """As much of the Hugging Face hub as a data set's folder needs."""
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if path in ("/api/datasets/micl/tiny", "/api/datasets/micl/tiny/revision/main"):
+            self.answer({"id": "micl/tiny", "sha": "0" * 40})
+        elif path.startswith("/api/datasets/micl/tiny/tree/main"):
+            folder = path.removeprefix("/api/datasets/micl/tiny/tree/main") or "/"
+            self.answer(self.infos(Path(self.translate_path(folder)).iterdir()))
+        else:
+            self.path = self.path.replace("/datasets/micl/tiny/resolve/main/", "/")
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        paths = form.get("paths") or []
+        self.answer(self.infos(path for name in paths if (path := Path(self.translate_path("/" + name))).exists()))
+
+    def infos(self, paths: Iterable[Path]) -> list[dict[str, object]]:
+        root = Path(self.translate_path("/"))
+        kinds = {True: "directory", False: "file"}
+        return [
+            {
+                "path": p.relative_to(root).as_posix(),
+                "type": kinds[p.is_dir()],
+                "size": p.stat().st_size,
+                "oid": "0" * 40,
+            }
+            for p in paths
+        ]
+
+    def answer(self, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class NoRanges(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve(tree: Path) -> Iterator[Callable[..., str]]:
+    """Starts a web server over the tree; gives its address."""
+    pytest.importorskip("aiohttp")
+    servers = []
+
+    def start(kind: type[http.server.SimpleHTTPRequestHandler] = Ranges) -> str:
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(tree))))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    Ranges.failures = 0
+    Ranges.asked.clear()
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def listed(source: object) -> list[tuple[str, bytes]]:
+    reader = Reader()
+    return [(entry.id, reader.read(entry)) for entry in index_source(source).entries()]  # type: ignore[arg-type]
+
+
+SOURCES = (
+    "photos",
+    "photos/b.jpg",
+    "photos/*/*.jpg",
+    "photos/**/*.{jpg,PNG}",
+    "photos/a/{z.PNG,x y.jpg}",
+    "tars",
+    "tars/t-01.tar",
+    "tars/t-{00..02}.tar",
+    "tars/*-0[12].tar",
+    "zips",
+    "zips/t-00.zip",
+    "zips/t-{00,02}.zip",
+    "tables",
+    "tables/t-1.parquet",
+    "tables/t-?.parquet",
+)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_s3_is_as_a_folder(s3: Callable[[str], str], tree: Path, source: str) -> None:
+    here, there = index_source(tree / source), index_source(s3(source))
+    assert listed(s3(source)) == listed(tree / source)
+    assert there.fingerprint() == here.fingerprint()
+    assert all(entry.uri.startswith(f"s3://{BUCKET}/") for entry in there.entries())
+
+
+def test_lists_in_s3_and_of_it(s3: Callable[[str], str], tmp_path: Path) -> None:
+    assert index_source(s3("lists/keys.csv"))[0] == Entry("one", s3("photos/b.jpg"), 0, 0)
+    assert listed(s3("lists/keys.csv")) == [("one", jpeg(0))]
+    (tmp_path / "list.txt").write_text(f"{s3('photos/b.jpg')}\n{s3('photos/gone.jpg')}\n")
+    index = index_source(tmp_path / "list.txt")
+    assert Reader().read(index[0]) == jpeg(0)
+    with pytest.raises(Refused, match=r"unreadable: .*gone\.jpg"):
+        Reader().read(index[1])
+    assert len(index_source([s3("photos"), s3("tars")])) == 10
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("empty", r"no images in 's3://pictures/empty': .*found 1 other files \(1 \.md\)"),
+        ("nothing/here", "no such source: 's3://pictures/nothing/here'"),
+        ("nothing.jpg", r"no such source: 's3://pictures/nothing\.jpg'"),
+        ("tars/t-{02..03}.tar", r"the glob 's3://pictures/tars/t-03\.tar', which .* asks for, matches no file"),
+        ("photos/*.webp", r"matches no file: looked in 's3://pictures/photos', where it met 3 other files \(2 \.jpg, "),
+        ("gone.tar", r"cannot read 's3://pictures/gone\.tar' as a tar"),
+    ],
+)
+def test_what_is_not_in_s3_is_said(s3: Callable[[str], str], source: str, text: str) -> None:
+    with pytest.raises(SourceError, match=text):
+        index_source(s3(source))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_reader_opens_its_own_connections(s3: Callable[[str], str]) -> None:
+    indexes, reader = [index_source(s3(name)) for name in ("photos", "tars", "zips", "tables")], Reader()
+
+    def read() -> list[bytes]:
+        return [reader.read(entry) for index in indexes for entry in index.entries()]
+
+    before = read()
+    children = []
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            try:
+                os._exit(0 if read() == before else 1)
+            finally:
+                os._exit(2)
+        children.append(child)
+    assert read() == before
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
+def test_a_web_server(serve: Callable[..., str], tree: Path) -> None:
+    web = serve()
+    assert listed(f"{web}/photos/b.jpg") == [("b.jpg", jpeg(0))]
+    assert listed(f"{web}/photos/b.jpg?size=full") == [("b.jpg?size=full", jpeg(0))]
+    for source in ("tars/t-{00..02}.tar", "zips/t-01.zip", "tables/t-1.parquet"):
+        assert listed(f"{web}/{source}") == listed(tree / source)
+    assert [name for name, _ in listed(f"{web}/photos/")] == ["b.jpg", "a/x%20y.jpg", "a/z.PNG", "a.b/c.jpg"]
+    assert listed(f"{web}/tars/*.tar") == listed(tree / "tars")
+    assert listed(f"{web}/lists/list.txt") == [("../photos/b.jpg", jpeg(0))]
+
+
+def test_a_member_is_one_ranged_request(serve: Callable[..., str]) -> None:
+    entries = [index_source(f"{serve()}/{name}")[0] for name in ("tars/t-00.tar", "zips/t-00.zip")]
+    for entry in entries:
+        Ranges.asked.clear()
+        Reader().read(entry)
+        ((path, wanted),) = Ranges.asked
+        assert entry.uri.endswith(path)
+        assert wanted is not None
+        assert wanted.startswith(f"bytes={entry.offset}-")
+
+
+def test_a_server_without_ranges_serves_files_only(serve: Callable[..., str]) -> None:
+    plain = serve(NoRanges)
+    assert listed(f"{plain}/photos/b.jpg") == [("b.jpg", jpeg(0))]
+    assert listed(f"{plain}/lists/list.txt") == [("../photos/b.jpg", jpeg(0))]
+    entry = index_source(f"{serve()}/tars/t-00.tar")[0]
+    with pytest.raises(Refused, match="serves no byte ranges"):
+        Reader().read(entry._replace(uri=f"{plain}/tars/t-00.tar"))
+
+
+def test_a_failing_server_is_asked_three_times(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waits.append))
+    entry = index_source(f"{serve()}/photos/b.jpg")[0]
+    Ranges.failures = 2
+    assert Reader().read(entry) == jpeg(0)
+    assert waits == [0.5, 2.0]
+    Ranges.failures = 3
+    with pytest.raises(Refused, match=r"unreadable: ClientResponseError at the third try: 503.*photos/b\.jpg"):
+        Reader().read(entry)
+    assert not Ranges.failures
+    waits.clear()
+    with pytest.raises(Refused, match="unreadable"):
+        Reader().read(entry._replace(uri=entry.uri.replace("b.jpg", "gone.jpg")))
+    assert not waits
+
+
+def test_a_data_set_of_the_hub(serve: Callable[..., str], tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("fsspec.config")
+    monkeypatch.setitem(config.conf, "hf", {"endpoint": serve(Hub), "token": False})
+    for source in ("photos", "photos/b.jpg", "tars/*.tar", "zips/t-00.zip", "tables", "tables/t-{0,2}.parquet"):
+        assert listed(f"hf://datasets/micl/tiny/{source}") == listed(tree / source), source
+
+
+def test_file_uris_are_paths(tree: Path) -> None:
+    for source in ("photos", "photos/a/x y.jpg", "photos/*/*.jpg", "tars/t-{00..01}.tar"):
+        plain = index_source(tree / source)
+        assert index_source(f"file://{tree}/{source}".replace(" ", "%20")).table == plain.table
+
+
+def test_any_file_system_of_fsspec(tree: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    for path in tree.rglob("*.*"):
+        if path.is_file():
+            memory.pipe_file(f"/box/{path.relative_to(tree).as_posix()}", path.read_bytes())
+    try:
+        for source in SOURCES:
+            assert listed(f"memory://box/{source}") == listed(tree / source), source
+        pieces = list(list_source("memory://box/photos", chunk_rows=3))
+        assert [len(piece) for piece in pieces] == [3, 1]
+    finally:
+        memory.rm("/box", recursive=True)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+
+    def missing(protocol: str) -> Any:
+        raise ImportError(f"Install {protocol}fs")
+
+    with pytest.raises(SourceError, match="starts with nope://, which fsspec does not know"):
+        index_source("nope://bucket/a.jpg")
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    for action in (lambda: index_source("s3://b/x/"), lambda: Reader().read(Entry("a", "s3://b/a.jpg", 0, 1))):
+        with pytest.raises(SourceError, match=re.escape("pip install 'micl-zoo[remote]'")):
+            action()
+
+
+def test_a_remote_file_seeks_and_reads_like_any_other(tree: Path) -> None:
+    pytest.importorskip("fsspec").filesystem("memory").pipe_file("/numbers", bytes(range(100)))
+    file = remote.RemoteFile("memory://numbers")
+    assert (file.seek(-10, io.SEEK_END), file.read()) == (90, bytes(range(90, 100)))
+    assert (file.seek(5), file.seek(5, io.SEEK_CUR), file.read(3), file.tell()) == (5, 10, bytes((10, 11, 12)), 13)
+    assert (file.seek(200), file.read()) == (200, b"")
+
+
+def test_local_sources_import_nothing_remote(tree: Path) -> None:
+    code = (
+        "import sys; from micl_zoo.sources import *\n"
+        "for entry in index_source(sys.argv[1:]).entries(): Reader().read(entry)\n"
+        "print([name for name in ('fsspec', 's3fs', 'aiohttp') if name in sys.modules])"
+    )
+    words = [str(tree / name) for name in ("photos", "tars", "zips", "tables", "lists/list.txt")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
