@@ -27,7 +27,8 @@ import micl_zoo
 import micl_zoo.decode
 from micl_zoo.decode import Decoding, decode_pixels
 from micl_zoo.encoder import Encoder
-from micl_zoo.store import package_versions, write_text
+from micl_zoo.files import write_text
+from micl_zoo.store import package_versions
 from micl_zoo.transforms import Transform
 
 MARGINS = (1.0, 1.5, 2.0)

@@ -34,10 +34,11 @@ from micl_zoo.training.rundir import code_commit, machine
 import micl_zoo
 from micl_zoo.encoder import bf16_is_fast, precision_advice, resolve_device
 from micl_zoo.errors import UsageError, unknown
-from micl_zoo.extract import usable_cores
+from micl_zoo.files import write_text
 from micl_zoo.progress import progress
-from micl_zoo.store import package_versions, write_text
+from micl_zoo.store import package_versions
 from micl_zoo.weights import EncoderConfig, save_weights
+from micl_zoo.workers import usable_cores
 from micl_zoo.zoo import find_record
 
 LOOPS, LIGHTLY = (Path(__file__).with_name(name) for name in ("loops.py", "lightly_embed.py"))

@@ -1,6 +1,6 @@
-"""The same source through one process, two processes, a Ray cluster and runs killed at random moments: the same bytes?
+"""One source through one process, two processes, a Ray cluster and runs killed at random moments: the same bytes?
 
-    python benchmarks/same_parts.py "tin200/train-*.parquet" --images 20000 --kills 20 --out benchmarks/records/parts.json
+    python benchmarks/same_parts.py "tin200/train-*.parquet" --out benchmarks/records/parts.json
 
 Also the memory of a run over a tenth of the images beside that over all of them.
 """
@@ -59,7 +59,7 @@ class Watched:
         """
         out, err = self.process.communicate()
         if self.process.returncode:
-            raise click.ClickException(f"{self.process.args}: {err}")
+            raise click.ClickException(f"{self.process.args!r}: {err}")
         return out
 
 
@@ -90,7 +90,9 @@ def hashes(store: Path) -> dict[str, str]:
 def killed(command: list[str], store: Path, kills: int, longest: float, seed: int) -> dict[str, Any]:
     """Start a command again and again, kill it after random seconds, and let the last one end."""
     draw = random.Random(seed)
-    moments, survivors, parts = [], 0, []
+    moments: list[float] = []
+    parts: list[int] = []
+    survivors = 0
     while len(moments) < kills:
         seconds = draw.uniform(2, longest)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

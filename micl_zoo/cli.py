@@ -106,7 +106,7 @@ Examples:
 )
 @click.option("--address", help="Of the Ray cluster.  [default: this machine's, or a new one on it]")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core, 16 at most]")
-@click.option("--batch-size", type=click.IntRange(1), help="Images a forward pass.  [default: 256 on a GPU, else 32]")
+@click.option("--batch-size", type=click.IntRange(1), help="Images a forward pass.  [default: 256 on a GPU, else 16]")
 @click.option("--shard-rows", type=click.IntRange(1), help="Images a part file.  [default: 10,000, fewer for patches]")
 @click.option("--fast-decode", is_flag=True, help="Decode JPEG at the scale needed: nearly the same pixels, recorded.")
 @click.option(

@@ -7,9 +7,10 @@ import functools
 import importlib
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -80,6 +81,18 @@ class Decoding:
     def id(self) -> str:
         """Names every choice: two stores with the same id and transform id saw the same pixels."""
         return f"{'fast' if self.fast else 'exact'}-{self.exif}-max{self.max_pixels}"
+
+    @classmethod
+    def from_id(cls, name: str) -> Decoding:
+        """That which has this id.
+
+        Raises:
+            UsageError: none has.
+        """
+        match = re.fullmatch(r"(exact|fast)-(upright|keep)-max(\d+)", name)
+        if match is None:
+            raise UsageError(f"unknown decoding {name!r}: it was made by a newer version, upgrade micl-zoo")
+        return cls(exif=cast(Exif, match[2]), fast=match[1] == "fast", max_pixels=int(match[3]))
 
 
 class Refused(Exception):

@@ -145,6 +145,11 @@ class Encoder(nn.Module):
                 block.compile(dynamic=False)
         self._compiled_size = batch_size
 
+    def fit_compiled(self, batch_size: int) -> None:
+        """Compiled blocks are for no more than so many images from now on, because more do not fit."""
+        if self._compiled_size is not None:
+            self._compiled_size = min(self._compiled_size, batch_size)
+
     def embed(
         self,
         images: ImageLike | Iterable[ImageLike],

@@ -14,7 +14,7 @@ import torch
 
 from .children import Child, parent_pipe, wait_for_message
 from .decode import Decoding
-from .encoder import Encoder, Pool, bf16_is_fast, load, resolve_device
+from .encoder import Backend, Encoder, Pool, bf16_is_fast, load, resolve_device
 from .errors import MiclZooError, UsageError
 from .files import Folder
 from .runner import Event, Runner
@@ -46,7 +46,7 @@ class Job:
 
     model: str
     weights: str | None
-    backend: Literal["torch", "openvino"]
+    backend: Backend
     compile: bool
     precision: str
     pool: Pool
@@ -61,7 +61,10 @@ class Job:
         """Load the model onto a device."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        return load(self.model, weights=self.weights, device=device, backend=self.backend)
+        encoder = load(self.model, weights=self.weights, device=device, backend=self.backend)
+        if self.compile:
+            encoder.compile_blocks(self.batch_size)
+        return encoder
 
     def runner(self, encoder: Encoder) -> Runner:
         """Processes that decode, and the model at work."""

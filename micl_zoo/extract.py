@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from .decode import MAX_PIXELS, Decoding
-from .encoder import Encoder, Pool, load
+from .encoder import Backend, Encoder, Pool, load, precision_advice
 from .engines import Engine, Job, Local, Precision, Work
 from .errors import Interrupted, MiclZooError, UsageError
 from .files import Folder
@@ -115,7 +116,7 @@ def extract(
     normalize: bool = True,
     dtype: Dtype = "float32",
     precision: Precision = "auto",
-    backend: Literal["torch", "openvino"] = "torch",
+    backend: Backend = "torch",
     compile: bool = False,
     devices: str = "auto",
     processes: int | None = None,
@@ -151,7 +152,7 @@ def extract(
         processes: that run the model and share the devices; None is one a device, with Ray one a GPU of the cluster.
         engine: "local", or "ray" for a cluster.
         address: of the Ray cluster; None is the one this machine belongs to, or a new one on it.
-        batch_size: images a batch; None is 256 on a GPU, 32 on a processor. Halved where memory is short.
+        batch_size: images a batch; None is 256 on a GPU, 16 on a processor. Halved where memory is short.
         shard_rows: images a part file; None is 10,000, fewer of long rows such as patches.
         workers: processes that decode, on each machine; None is one a core, 16 at most; 0 decodes where the model runs.
         fast_decode: decode JPEG at the scale that is needed: nearly the same pixels, and the store says so.
@@ -172,30 +173,34 @@ def extract(
     """
     start = time.monotonic()
     _check(batch_size=batch_size, shard_rows=shard_rows, limit=limit, processes=processes)
-    places = _places(model, devices, processes, engine, address)
+    places = _places(
+        model, "cpu" if backend == "openvino" and devices == "auto" else devices, processes, engine, address
+    )
     pieces = list_source(source)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
-    decoding = Decoding(exif=exif, fast=fast_decode, max_pixels=max_pixels)
-    encoder = (
-        model
-        if isinstance(model, Encoder)
-        else load(model, weights=weights, device="cpu" if places.several else places.devices[0], backend=backend)
-    )
     job = Job(
-        model=encoder.name if isinstance(model, Encoder) else model,
-        weights=None if weights is None else os.path.abspath(weights),  # noqa: PTH100 - a URI stays one
-        backend=backend,
+        model=model.name if isinstance(model, Encoder) else model,
+        weights=None if weights is None else os.fspath(Path(weights).absolute()),
+        backend=model.backend if isinstance(model, Encoder) else backend,
         compile=compile,
         precision=places.precision(precision),
         pool=pool,
         normalize=normalize,
-        decoding=decoding,
-        batch_size=batch_size or (256 if places.kind == "cuda" else 32),
+        decoding=Decoding(exif=exif, fast=fast_decode, max_pixels=max_pixels),
+        batch_size=batch_size or (256 if places.kind == "cuda" else 16),
         workers=places.workers(workers),
         image_timeout=image_timeout,
         threads=places.threads,
     )
+    if isinstance(model, Encoder):
+        encoder = model
+    elif places.several:  # the processes load it; here it only says what the store will hold
+        encoder = load(model, weights=weights, device="cpu")
+    else:
+        encoder = job.encoder(places.devices[0])
     say(_sentence(encoder, job, places))
+    if advice := precision_advice(job.precision, torch.device(places.kind)):
+        say(advice)
     folder = Folder(out)
     with folder.lock() or nullcontext(), StopRequest() as stop:
         command = _command(source, job, dtype, shard_rows, limit)

@@ -81,7 +81,7 @@ class Folder:
         if "://" not in self.location:
             self.local = Path(self.location)
             return
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
 
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.location)

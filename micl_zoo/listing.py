@@ -178,8 +178,9 @@ def _compare(store: Store, number: int, index: ImageIndex) -> None:
 
 
 def _other(store: Store, number: int, row: int, mine: str | None, theirs: str | None) -> StoreError:
-    what = f"{mine!r} in the store, {theirs!r} in the source" if mine != theirs else f"{mine!r} has another size"
+    names = ["nothing" if name is None else repr(name) for name in (mine, theirs)]
+    what = f"{names[0]} in the store, {names[1]} in the source" if mine != theirs else f"{mine!r} has another size"
     return StoreError(
         f"{str(store.folder)!r} was made of other images; the first that differs is row {row} of shard {number}: "
-        f"{what}. --only-missing adds the images that the store has not, --overwrite starts anew, or give another folder."
+        f"{what}. --only-missing adds the images that the store has not, --overwrite starts anew."
     )

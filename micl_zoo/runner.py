@@ -1,4 +1,4 @@
-"""One process embeds shards: decoding, transfer, model and writing overlap, and each image ends in a row or a refusal."""
+"""One process embeds shards: decoding, transfer, model and writing overlap; each image has a row or a refusal."""
 
 from __future__ import annotations
 
@@ -163,6 +163,7 @@ class Model:
                 "Take a smaller model, a smaller --precision, or another device."
             ) from None
         self.images_at_once = images // 2
+        self.encoder.fit_compiled(self.images_at_once)
         if self.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -182,7 +183,7 @@ class Runner:
         pool: Pool = "cls",
         normalize: bool = True,
         autocast: torch.dtype | None = None,
-        decoding: Decoding = Decoding(),
+        decoding: Decoding,
         batch_size: int,
         workers: int,
         image_timeout: float = 120.0,
@@ -216,7 +217,7 @@ class Runner:
         Args:
             store: that has the index of the shards.
             shards: numbers; None where there is none yet but may be soon.
-            stop: asked after every batch; when it is time, what there is of unfinished shards is kept, for the next run.
+            stop: asked after every batch; when it is time, the beginnings of shards are kept, for the next run.
         """
         started: dict[int, _Shard] = {}
         try:

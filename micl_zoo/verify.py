@@ -11,11 +11,10 @@ import json
 import math
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -157,21 +156,13 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
                 f"the store was made by {manifest.model} with {what} {mine}, but {encoder.name} "
                 f"({weights or 'published'}) has {theirs}: give the weights that made it with --weights"
             )
-    return StoreEncoder(encoder, manifest, AUTOCAST[manifest.precision], _decoding(manifest.decoding))
+    return StoreEncoder(encoder, manifest, AUTOCAST[manifest.precision], Decoding.from_id(manifest.decoding))
 
 
 def _backend(manifest: Manifest, device: str) -> Any:
     """What ran the model then, where that can be had; torch gives the same rows but for the last digits."""
     here = manifest.runtime == "openvino" and device in ("auto", "cpu") and importlib.util.find_spec("openvino")
     return "openvino" if here else "torch"
-
-
-def _decoding(name: str) -> Decoding:
-    """From its id, such as exact-upright-max89478485."""
-    if match := re.fullmatch(r"(exact|fast)-(upright|keep)-max(\d+)", name):
-        speed, exif, limit = match.groups()
-        return Decoding(exif=cast(Any, exif), fast=speed == "fast", max_pixels=int(limit))
-    raise StoreError(f"the store's images were decoded as {name!r}, which this version does not know: upgrade micl-zoo")
 
 
 def verify(

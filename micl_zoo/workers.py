@@ -142,7 +142,7 @@ class Decoders:
         """
         self.transform, self.decoding, self.image_timeout = transform, decoding, image_timeout
         shape = (BATCHES_AHEAD, batch_size, transform.size, transform.size, 3)
-        self._file = tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else _memory_file()
+        self._file = _unnamed_file()
         self._file.truncate(int(np.prod(shape)))
         self._memory = mmap.mmap(self._file.fileno(), int(np.prod(shape)))
         self.slots = np.frombuffer(self._memory, np.uint8).reshape(shape)
@@ -271,9 +271,11 @@ class Decoders:
         self._backlog.extendleft(reversed(chunks))
 
 
-def _memory_file() -> Any:
-    """A file in memory that has no name, and is not held to the size of /dev/shm, which is small in containers."""
-    return os.fdopen(os.memfd_create("micl-zoo-pixels"), "rb+", buffering=0)
+def _unnamed_file() -> Any:
+    """In memory where the system can: so it is not held to the size of /dev/shm, which is small in containers."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("micl-zoo-pixels"), "rb+", buffering=0)
+    return tempfile.TemporaryFile()
 
 
 def _decode_into(

@@ -285,12 +285,10 @@ def test_stopped_in_the_middle_of_a_shard_keeps_its_beginning(
             signal.raise_signal(signal.SIGINT)
         return decode_pixels(*args, **kwargs)
 
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(Interrupted, match="run the same command to go on") as stop,
-    ):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "decode_pixels", decode_and_stop)
-        extract(folder, out, **options)  # type: ignore[arg-type]
+        with pytest.raises(Interrupted, match="run the same command to go on") as stop:
+            extract(folder, out, **options)  # type: ignore[arg-type]
     assert stop.value.exit_code == 130
     kept = micl_zoo.open_store(out).beginning(0)
     assert kept is not None
