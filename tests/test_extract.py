@@ -406,7 +406,7 @@ def test_a_part_whose_numbers_were_changed_is_found(
 
 
 def test_an_error_in_the_middle_of_the_source_keeps_what_came_before(
-    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index, out = micl_zoo.index_source(image_folder(10)), tmp_path / "s"
 
@@ -415,8 +415,8 @@ def test_an_error_in_the_middle_of_the_source_keeps_what_came_before(
         yield index.slice(4, 2)
         raise SourceError("the tar is damaged")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SourceError, match="the tar is damaged"):
-        patch.setattr("micl_zoo.extract.list_source", pieces)
+    monkeypatch.setattr("micl_zoo.extract.list_source", pieces)
+    with pytest.raises(SourceError, match="the tar is damaged"):
         extract("x", out, weights=encoder_folder, workers=0, shard_rows=2)
     assert len(micl_zoo.open_store(out)) == 6
 
@@ -499,9 +499,9 @@ def test_a_model_process_that_cannot_work_says_why(
         (encoder_folder / "model.safetensors").rename(tmp_path / "moved")  # after the first process has read it
         return store_create(*_)
 
-    with monkeypatch.context() as patch, pytest.raises(MiclZooError, match="model.safetensors"):
-        store_create = Store.create
-        patch.setattr(Store, "create", lambda *args, **kwargs: gone(*args))
+    store_create = Store.create
+    monkeypatch.setattr(Store, "create", lambda *args, **kwargs: gone(*args))
+    with pytest.raises(MiclZooError, match="model.safetensors"):
         extract(image_folder(4), tmp_path / "s", weights=encoder_folder, processes=2, devices="cpu")
     (tmp_path / "moved").rename(encoder_folder / "model.safetensors")
 
