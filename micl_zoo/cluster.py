@@ -11,8 +11,10 @@ the same micl-zoo.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -353,20 +355,23 @@ class _Crew:
         Raises:
             MiclZooError: actors do not start, or say themselves what is wrong.
         """
-        try:
-            if not self._begin(stop):
-                return
-            while waiting := [actor for actor in self.actors if not actor.left]:
-                self._direct(waiting, ending=stop())
-                streams = [actor.stream for actor in waiting]
-                self.ray.wait(streams, num_returns=1, timeout=0.05)
-                ready, _ = self.ray.wait(streams, num_returns=len(streams), timeout=0)
-                yield from self._hear({id(stream) for stream in ready})
-        finally:
-            for actor in self.actors:
-                self.ray.kill(actor.handle)
-            if self.cluster.joined:
-                self.ray.shutdown()
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray reports losses; standard output is for results
+            try:
+                if self._begin(stop):
+                    yield from self._work(stop)
+            finally:
+                for actor in self.actors:
+                    self.ray.kill(actor.handle)
+                if self.cluster.joined:
+                    self.ray.shutdown()
+
+    def _work(self, stop: Callable[[], bool]) -> Iterator[Event]:
+        while waiting := [actor for actor in self.actors if not actor.left]:
+            self._direct(waiting, ending=stop())
+            streams = [actor.stream for actor in waiting]
+            self.ray.wait(streams, num_returns=1, timeout=0.05)
+            ready, _ = self.ray.wait(streams, num_returns=len(streams), timeout=0)
+            yield from self._hear({id(stream) for stream in ready})
 
     def _begin(self, stop: Callable[[], bool]) -> bool:
         """Ask for actors as soon as there is a shard; False where none comes."""
