@@ -267,6 +267,7 @@ class _Run:
 
     def summary(self, devices: list[str], batch_size: int) -> Summary:
         """Count what there is now, and see that nothing is missing."""
+        self.store.sweep()  # after processes that died while they wrote
         refused, embedded = self.store.write_ledger(), len(self.store)
         images = self.listing.images
         if not self.work.failed:

@@ -188,11 +188,15 @@ class Store:
         else:
             store = cls(folder, manifest)
             store.write_manifest()
-        for below in ("", "index"):
-            for name in folder.names(below):
-                if name.startswith(".part-") and name.endswith(".tmp"):  # of a run that was killed
-                    folder.remove(f"{below}/{name}" if below else name)
+        store.sweep()
         return store
+
+    def sweep(self) -> None:
+        """Delete the half-written parts of processes that were killed; nobody else may be writing."""
+        for below in ("", "index"):
+            for name in self.folder.names(below):
+                if name.startswith((".part-", "..beginning-")) and name.endswith(".tmp"):
+                    self.folder.remove(f"{below}/{name}" if below else name)
 
     def write_manifest(self) -> None:
         """Write manifest.json."""
