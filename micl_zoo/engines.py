@@ -116,10 +116,13 @@ class Work:
         """No other shard comes, unless one is given back."""
         return self._exhausted and not self._again
 
-    def give_back(self, shards: Sequence[int], why: str) -> None:
-        """Shards of a process that has died: the first is the one it was at, and has failed once more."""
+    def give_back(self, shards: Sequence[int], why: str, *, guilty: bool = True) -> None:
+        """Shards of a process that has died: the first is the one it was at, and has failed once more if it is guilty.
+
+        It is not where a whole machine is gone, and such a shard is tried for as long as there are others.
+        """
         for place, shard in enumerate(shards):
-            self._tries[shard] += place == 0
+            self._tries[shard] += guilty and place == 0
             if self._tries[shard] >= TRIES:
                 self.failed[shard] = why
             else:
