@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from micl_zoo import cluster
 from micl_zoo.cluster import Cluster
-from micl_zoo.decode import Decoding
 from micl_zoo.encoder import Encoder
 from micl_zoo.engines import Engine, Job, Work
-from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
+from micl_zoo.errors import Interrupted
 from micl_zoo.extract import extract
 from micl_zoo.runner import Event
 from micl_zoo.store import Store, open_store
