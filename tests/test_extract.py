@@ -501,7 +501,7 @@ def test_a_model_process_that_cannot_work_says_why(
 
     store_create = Store.create
     monkeypatch.setattr(Store, "create", lambda *args, **kwargs: gone(*args))
-    with pytest.raises(MiclZooError, match="model.safetensors"):
+    with pytest.raises(MiclZooError, match=r"model\.safetensors"):
         extract(image_folder(4), tmp_path / "s", weights=encoder_folder, processes=2, devices="cpu")
     (tmp_path / "moved").rename(encoder_folder / "model.safetensors")
 
