@@ -3,7 +3,7 @@
 JPEG   whole to its end mark; one scan of Huffman codes must take exactly the bytes there are; restart marks in order;
        all precision of a progressive file there. A changed bit that leaves the length of the codes is not seen.
 PNG    the checksum of every chunk, to the end mark.
-GIF    every block, to the end mark. Its pixels have no checksum.
+GIF    every block, to the end mark or, as some writers leave that out, to the end of a block. No checksum of pixels.
 TGA    the footer of version 2; without it nothing tells a TGA from other bytes.
 
 WebP, AVIF, HEIC, BMP, TIFF, JPEG 2000 and PPM: their decoders refuse what is cut off (TIFF's also a wrong checksum of
@@ -64,18 +64,21 @@ def _png_damage(data: bytes) -> Damage | None:
 
 
 def _gif_damage(data: bytes) -> Damage | None:
-    at = 13 + _colour_table(data[10])
+    at, frames = 13 + _colour_table(data[10]), 0
     while at < len(data) and data[at] != 0x3B:
         if data[at] == 0x21:  # extension: its label, then its blocks
             at += 2
         elif data[at] == 0x2C and at + 10 < len(data):  # frame: place, size, flags, colours, width of the first code
             at += 11 + _colour_table(data[at + 9])
+            frames += 1
         else:
             return "damaged", f"byte {at:,} of the GIF begins no block"
         while at < len(data) and data[at]:
             at += data[at] + 1
         at += 1
-    return None if at < len(data) else ("truncated", f"the GIF stops at byte {len(data):,} before its end mark")
+    if frames and at <= len(data):
+        return None
+    return "truncated", f"the GIF stops at byte {len(data):,} within a block"
 
 
 def _colour_table(flags: int) -> int:
