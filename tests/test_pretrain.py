@@ -106,9 +106,10 @@ def test_a_compiled_run_goes_on_to_the_bit_and_is_the_eager_one(
     folder, plain = image_folder(24), [*TWIN, "depth=1"]
     options = [*plain, "compile=true"]
     whole, parts, eager = (tmp_path / name for name in ("whole", "parts", "eager"))
+    torch.compiler.reset()  # as in a new process, whatever other tests have compiled
     pretrain(RECIPE, folder, whole, overrides=options, device="cpu")
     pretrain(RECIPE, folder, parts, overrides=options, device="cpu", max_steps=5)
-    torch.compiler.reset()  # as in a new process
+    torch.compiler.reset()
     pretrain(RECIPE, folder, parts, overrides=options, device="cpu")
     pretrain(RECIPE, folder, eager, overrides=plain, device="cpu")
     assert losses(whole) == losses(parts)
