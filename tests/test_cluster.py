@@ -26,10 +26,6 @@ from micl_zoo.extract import extract
 from micl_zoo.runner import Event
 from micl_zoo.store import Store, open_store
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and files to the end of the process
-    pytest.mark.filterwarnings("ignore:.*accelerator visible devices:FutureWarning:ray"),
-]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 NODE = {"num_gpus": 0, "object_store_memory": 80 << 20}
 SMALL: dict[str, Any] = {"shard_rows": 6, "batch_size": 3, "workers": 1, "precision": "fp32"}
