@@ -26,6 +26,11 @@ from micl_zoo.extract import extract
 from micl_zoo.runner import Event
 from micl_zoo.store import Store, open_store
 
+# What older Ray leaves open: the logs of its processes, and those until they are collected.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file .*/ray/session_:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 NODE = {"num_gpus": 0, "object_store_memory": 80 << 20}
 SMALL: dict[str, Any] = {"shard_rows": 6, "batch_size": 3, "workers": 1, "precision": "fp32"}
