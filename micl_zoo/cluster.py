@@ -5,8 +5,8 @@ room again. Which shard is whose is decided here, as it is for processes on one 
 are the same however many nodes there are and whatever becomes of them.
 
 Every node reads the source and writes the store by itself; nothing but progress passes through this process. Both must
-be where all nodes see them: on object storage, or in the same place of a file system that they share. All nodes need
-the same micl-zoo.
+be where all nodes see them: on object storage, with the nodes' own credentials, or in the same place of a file system
+that they share. All nodes need the same micl-zoo.
 """
 
 from __future__ import annotations
@@ -174,12 +174,13 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         ray.init(where, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        if address or where != "auto":
-            raise MiclZooError(
-                f"cannot join the Ray cluster at {where!r}: {_text(error)} `ray start` makes this machine a "
-                "node of it; without --address a cluster of this machine alone is started."
-            ) from None
-        ray.init("local", num_cpus=usable_cores(), object_store_memory=OBJECT_STORE, **quiet)
+        if where == "auto" and not address and isinstance(error, ConnectionError):
+            ray.init("local", num_cpus=usable_cores(), object_store_memory=OBJECT_STORE, **quiet)
+            return
+        raise MiclZooError(
+            f"cannot join the Ray cluster at {where!r}: {_text(error)} `ray start` makes this machine a node of it; "
+            "without --address, and where no cluster runs, one of this machine alone is started."
+        ) from None
 
 
 def _cores_a_gpu(hosts: list[dict[str, float]], processes: int | None) -> list[float]:

@@ -237,7 +237,7 @@ class _Run:
                 self.times.add(event.times)
                 self.computed += event.images
                 self.refused += event.refused
-                tick(event.images, self._note())
+                tick(event.images, self._note(), total=self.listing.images if self.listing.finished else None)
         self.seconds = time.monotonic() - self.begun
         if stop.asked:
             raise self._interrupted(stop)
@@ -247,8 +247,6 @@ class _Run:
     def _to_do(self, tick: Tick) -> Iterator[int | None]:
         """Shards that have no part yet, as they are listed."""
         for found in self.listing.shards():
-            if self.listing.finished:
-                tick(0, total=self.listing.images)
             if found is None:
                 yield None
             elif found[0] in self.done:
@@ -262,11 +260,10 @@ class _Run:
 
     def _interrupted(self, stop: StopRequest) -> Interrupted:
         number = stop.signal or signal.SIGTERM
-        done = len(self.store.done())
-        of = f" of {self.store.manifest.shards:,}" if self.store.manifest.shards else ""
         return Interrupted(
-            f"stopped by {signal.Signals(number).name}. {done:,}{of} shards and the beginnings of others are safe in "
-            f"{self.store.folder}: run the same command to go on",
+            f"stopped by {signal.Signals(number).name}. All {self.computed:,} images of this run are safe in "
+            f"{self.store.folder}, in {len(self.store.done()):,} finished shards and the beginnings of others: "
+            "run the same command to go on",
             signal=number,
         )
 

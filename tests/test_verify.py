@@ -17,7 +17,7 @@ import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.convert import convert
-from micl_zoo.errors import StoreError, UsageError, WeightsError
+from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.search import search
 from micl_zoo.verify import account, verify
 
@@ -203,7 +203,7 @@ def test_a_store_whose_images_are_still_being_listed(store: Store) -> None:
 def test_a_decoding_that_is_not_known(store: Store, encoder_folder: Path) -> None:
     file = store.path / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"decoding": "sharp-upright-max9"}))
-    with pytest.raises(StoreError, match="decoded as 'sharp-upright-max9', which this version does not know"):
+    with pytest.raises(UsageError, match="unknown decoding 'sharp-upright-max9': it was made by a newer version"):
         verify(reopened(store), weights=encoder_folder, device="cpu")
 
 
