@@ -11,7 +11,6 @@ A loop finds its second batch decoded when its clock starts, so --images should 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 import shlex
@@ -199,22 +198,13 @@ def contenders(settings: Settings, device: torch.device) -> list[Contender]:
 def ours(
     name: str, settings: Settings, precision: str, asked: str, *, backend: str = "torch", skip: str | None = None
 ) -> Contender:
-    """Extract, with as much of the command line as this version of it has."""
-    offered = extract_help()
+    """Extract, end to end."""
     words = [*EXTRACT, str(settings.photos), "-o", "OUT", "--weights", str(settings.weights), "--precision", asked]
-    words += ["--device", settings.device]
-    words += ["--json"] if "--json" in offered else []
+    words += ["--devices", settings.device, "--json"]
     if backend != "torch":
         words += ["--backend", backend]
-        skip = skip or (None if "--backend" in offered else "extract has no --backend")
     twin = f"model {backend}" if backend != "torch" else f"model {precision}"
     return Contender(name, words, precision, twin, skip)
-
-
-@functools.cache
-def extract_help() -> str:
-    """What this version's extract can be told."""
-    return subprocess.run([*EXTRACT, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def loop(name: str, way: str, settings: Settings, precision: str, *, skip: str | None = None) -> Contender:

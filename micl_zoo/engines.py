@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from .children import Child, parent_pipe, wait_for_message
+from .children import CAN_START, Child, parent_pipe, wait_for_message
 from .decode import Decoding
 from .encoder import Backend, Encoder, Pool, bf16_is_fast, load, resolve_device
 from .errors import MiclZooError, UsageError
@@ -288,6 +288,8 @@ class Local:
         if not names:
             raise UsageError(f"no device in {devices!r}. Valid: auto, all, cpu, cuda, cuda:N, mps, or several of them")
         count = processes or len(names)
+        if count > 1 and not CAN_START:
+            raise UsageError(f"{count} processes were asked for, and this system can only run one")
         if count < len(names):
             raise UsageError(f"{count} process{'es' * (count > 1)} cannot run on {len(names)} devices: name fewer")
         resolved = [str(resolve_device(name)) for name in names]

@@ -73,7 +73,7 @@ class Listing:
     def stop(self) -> None:
         """List no further."""
         self._stopped = True
-        self._thread.join()
+        self._thread.join(5)  # it ends with the process if it waits for a server
 
     def _run(self, pieces: Iterator[ImageIndex]) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -224,14 +224,15 @@ class Runner:
             for launched in self._launches(self._plan(store, shards, started)):
                 if launched is not None:
                     yield self._add(store, started, launched)
-                yield from self._written(wait=launched is None)
+                yield from self._written(idle=launched is None)
                 if stop():
                     break
         finally:  # also of an error: nothing that was computed is lost
+            wait([future for *_, future in self._writing])  # else an older beginning could come after the newer one
             for shard in started.values():
                 if shard.pieces:
                     store.write_beginning(shard.number, shard.rows())
-        yield from self._written(wait=True)
+        yield from self._written(idle=True)
 
     def _add(self, store: Store, started: dict[int, _Shard], launched: _Launched) -> Event:
         """Put a batch to its shard, and write that when it is whole or was not saved for long."""
@@ -295,9 +296,9 @@ class Runner:
         future = self._writer.submit(write, shard.number, rows)
         self._writing.append((shard.number, rows.images == shard.size, future))
 
-    def _written(self, *, wait: bool) -> Iterator[Event]:
+    def _written(self, *, idle: bool) -> Iterator[Event]:
         """What was written meanwhile. With a part waiting behind another, writing is what the rest waits for."""
-        while self._writing and (wait or len(self._writing) > 1 or self._writing[0][2].done()):
+        while self._writing and (idle or len(self._writing) > 1 or self._writing[0][2].done()):
             start = time.perf_counter()
             number, whole, future = self._writing.popleft()
             future.result()

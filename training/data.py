@@ -503,6 +503,7 @@ def settle_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
     if sys.platform == "linux":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for threads that a library starts anew after a fork
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
