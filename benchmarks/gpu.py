@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command: the tests, the card, the training step, and weights.
+"""Everything that wants a GPU, in one command: the tests, the card, the training step, extraction, and weights.
 
     python benchmarks/gpu.py --data data --out gpu-out
     python benchmarks/gpu.py --data data --out trial --device cpu --trial   # the same at a small size, anywhere
@@ -6,6 +6,7 @@
 Jobs, in this order; one that fails is noted, and the next goes on:
   tests  `pytest -m gpu`, and one line about the card: matrix rate, copy rate
   step   benchmarks/step.py of vit_b16.in1k and vit_l16.in1k
+  extract benchmarks/extract.py of a ViT-B/16 and a ViT-L/16 with random weights, on JPEG files made on the spot
   train  the recipes on tin200 one after the other, as long as --minutes last, with k-NN on the way; a run that was cut
          short goes on with the next call when --out still has its folder
 """
@@ -21,13 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
+from PIL import Image
 from micl_zoo.training.bench import device_name, matrix_rate, timed
-from micl_zoo.training.rundir import code_commit, machine
+from micl_zoo.training.pretrain import make_vit
+from micl_zoo.training.recipes import get_recipe
+from micl_zoo.training.rundir import code_commit, encoder_config, machine
 
 from micl_zoo.encoder import resolve_device
 from micl_zoo.files import write_text
 from micl_zoo.store import package_versions
+from micl_zoo.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_RECIPES = ("vit_b16.in1k", "vit_l16.in1k")
@@ -40,7 +46,7 @@ COPY_BYTES = {"cuda": 2**32, "cpu": 2**27}
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="Folder of the data sets, for `train`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for records and runs.")
 @click.option(
-    "--jobs", default="tests,step,train", show_default=True, help="Of those above, with commas between, in order."
+    "--jobs", default="tests,step,extract,train", show_default=True, help="Of those above, with commas between, in order."
 )
 @click.option("--recipes", default=",".join(TRAIN_RECIPES), show_default=True, help="For `train`, with commas between.")
 @click.option("--minutes", type=float, default=9, show_default=True, help="For all of it; `train` stops in time.")
@@ -53,6 +59,7 @@ def main(data: Path | None, out: Path, jobs: str, recipes: str, minutes: float, 
     todo: dict[str, Callable[[], Any]] = {
         "tests": lambda: {"pytest": run_tests(device, trial), "card": card(target)},
         "step": lambda: [step_record(name, out, device, trial) for name in STEP_RECIPES],
+        "extract": lambda: [extract_record(name, out, device, trial) for name in STEP_RECIPES],
         "train": lambda: [train(name, data, out, device, trial, stop) for name in recipes.split(",")],
     }
     if wrong := [job for job in jobs.split(",") if job not in todo]:
@@ -121,6 +128,34 @@ def step_record(recipe: str, out: Path, device: str, trial: bool) -> dict[str, A
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return {key: found[key] for key in ("recipe", "batch_size", "images_per_second", "ratio", "share_of_matrix_rate")}
+
+
+def extract_record(recipe: str, out: Path, device: str, trial: bool) -> dict[str, Any]:
+    """One record of benchmarks/extract.py: model alone, from files to store, and the plain loops."""
+    photos, weights = out / "jpegs", out / f"random-{recipe.partition('.')[0]}"
+    if not photos.exists():
+        make_jpegs(photos, 16 if trial else 512)
+    chosen = get_recipe(recipe, ("depth=1", "embed_dim=64", "num_heads=1", f"name={recipe}.small") if trial else ())
+    note = {"recipe": "none: random weights"}
+    save_weights(weights, make_vit(chosen).state_dict(), encoder_config(chosen), note, "float32")
+    file = out / f"extract-{recipe.partition('.')[0]}.json"
+    options = ["--weights", str(weights), "--device", device, "--out", str(file)]
+    options += ["--images", "32" if trial else "20480", "--batch-size", "8" if trial else "256"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "extract.py"), str(photos), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {"recipe": recipe, **{key: found[key] for key in ("figures", "goals")}}
+
+
+def make_jpegs(folder: Path, count: int) -> None:
+    """Smooth pictures with some noise, 500 x 375 and about 60 kB each, like the photographs of ImageNet."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        random = np.random.default_rng(number)
+        coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
+        noisy = np.clip(smooth + random.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{number:04d}.jpg", quality=88)
 
 
 def train(recipe: str, data: Path | None, out: Path, device: str, trial: bool, stop: float) -> dict[str, Any]:

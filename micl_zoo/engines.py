@@ -243,7 +243,7 @@ def serve(connection: int) -> None:
         while not dismissed() or inbox[0] is not None:
             yield inbox.popleft() if inbox else None
 
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError):  # of the pipe, whose other end is gone
         if not wait_for_message(pipe):
             return
         job, device, location = pipe.recv()
@@ -255,8 +255,10 @@ def serve(connection: int) -> None:
                     pipe.send(event)
         except MiclZooError as error:
             pipe.send(error)
-            return
-        pipe.send("left")
+        except OSError as error:  # a full disk
+            pipe.send(MiclZooError(f"{error.strerror or error}: {error.filename or location}"))
+        else:
+            pipe.send("left")
 
 
 @dataclass(frozen=True)

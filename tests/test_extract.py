@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -515,3 +516,24 @@ def test_devices_and_processes() -> None:
                 Local.find(devices, processes)
     with pytest.raises(UsageError, match="give its name or weights="):
         extract("x.jpg", "y", model=micl_zoo.load(pretrained=False, device="cpu"), processes=2)
+
+
+@pytest.mark.parametrize("options", [["--workers", "0"], ["--processes", "2", "--devices", "cpu"]])
+def test_a_full_disk_is_said_in_a_line(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, options: list[str]
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def hook(event, args):\n"
+        "    if event == 'open' and '/s/.part-' in str(args[0]):\n"
+        "        raise OSError(28, 'No space left on device', args[0])\n"
+        "sys.addaudithook(hook)\n"
+    )
+    command = [sys.executable, "-m", "micl_zoo", "extract", str(image_folder(4)), "-o", str(tmp_path / "s")]
+    command += ["--weights", str(encoder_folder), *options]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 1
+    assert "Error: No space left on device: " in run.stderr
+    assert "Traceback" not in run.stderr
