@@ -24,11 +24,11 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from PIL import Image
 from micl_zoo.training.bench import device_name, matrix_rate, timed
 from micl_zoo.training.pretrain import make_vit
 from micl_zoo.training.recipes import get_recipe
 from micl_zoo.training.rundir import code_commit, encoder_config, machine
+from PIL import Image
 
 from micl_zoo.encoder import resolve_device
 from micl_zoo.files import write_text
@@ -46,7 +46,10 @@ COPY_BYTES = {"cuda": 2**32, "cpu": 2**27}
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="Folder of the data sets, for `train`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for records and runs.")
 @click.option(
-    "--jobs", default="tests,step,extract,train", show_default=True, help="Of those above, with commas between, in order."
+    "--jobs",
+    default="tests,step,extract,train",
+    show_default=True,
+    help="Of those above, with commas between, in order.",
 )
 @click.option("--recipes", default=",".join(TRAIN_RECIPES), show_default=True, help="For `train`, with commas between.")
 @click.option("--minutes", type=float, default=9, show_default=True, help="For all of it; `train` stops in time.")

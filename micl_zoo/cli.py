@@ -82,10 +82,10 @@ Examples:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["torch", "openvino"]),
-    default="torch",
+    type=click.Choice(["auto", "torch", "openvino"]),
+    default="auto",
     show_default=True,
-    help="openvino: faster on processors, an extra to install.",
+    help="auto: openvino on a processor where it is installed, for it is faster; else torch.",
 )
 @click.option("--compile", is_flag=True, help="The model by torch.compile: pays off after thousands of images.")
 @click.option(

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ import torch
 from .decode import MAX_PIXELS, Decoding
 from .encoder import Backend, Encoder, Pool, load, precision_advice
 from .engines import Engine, Job, Local, Precision, Work
-from .errors import Interrupted, MiclZooError, UsageError
+from .errors import Interrupted, MiclZooError, UsageError, unknown
 from .files import Folder
 from .listing import Listing
 from .progress import Tick, progress
@@ -116,7 +117,7 @@ def extract(
     normalize: bool = True,
     dtype: Dtype = "float32",
     precision: Precision = "auto",
-    backend: Backend = "torch",
+    backend: Literal["auto", "torch", "openvino"] = "auto",
     compile: bool = False,
     devices: str = "auto",
     processes: int | None = None,
@@ -146,7 +147,7 @@ def extract(
         normalize: embeddings of unit length.
         dtype: of the rows on disk.
         precision: of the model's arithmetic; "auto" is bf16 where the device computes it fast, else fp32.
-        backend: "torch", or "openvino" for processors.
+        backend: "torch", or "openvino" for processors; "auto" is the latter where it is installed and can be used.
         compile: the model by torch.compile; pays off after thousands of images.
         devices: "auto", "all" GPUs, or names with commas between them; a process each.
         processes: that run the model and share the devices; None is one a device, with Ray one a GPU of the cluster.
@@ -176,12 +177,13 @@ def extract(
     places = _places(
         model, "cpu" if backend == "openvino" and devices == "auto" else devices, processes, engine, address
     )
+    ran_by = _backend(model, backend, places, compile=compile)
     pieces = list_source(source)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
     job = Job(
         model=model.name if isinstance(model, Encoder) else model,
         weights=None if weights is None else os.fspath(Path(weights).absolute()),
-        backend=model.backend if isinstance(model, Encoder) else backend,
+        backend=ran_by,
         compile=compile,
         precision=places.precision(precision),
         pool=pool,
@@ -314,6 +316,17 @@ def _places(
 
         return Cluster.join(address, processes)
     return Local.find(devices, processes)
+
+
+def _backend(model: str | Encoder, wanted: str, places: Local | Cluster, *, compile: bool) -> Backend:
+    if isinstance(model, Encoder):
+        return model.backend
+    if wanted not in ("auto", *get_args(Backend)):
+        raise UsageError(unknown("backend", wanted, ("auto", *get_args(Backend))))
+    if wanted != "auto":
+        return cast(Backend, wanted)
+    usable = places.kind == "cpu" and not compile
+    return "openvino" if usable and find_spec("openvino") else "torch"
 
 
 def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:
