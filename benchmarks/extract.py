@@ -184,7 +184,7 @@ def contenders(settings: Settings, device: torch.device) -> list[Contender]:
     return [
         ours("extract auto", settings, auto, "auto"),
         ours("extract openvino", settings, auto, "auto", backend="openvino", skip=no_openvino),
-        ours("extract fp32", settings, "fp32", "fp32"),
+        ours("extract fp32", settings, "fp32", "fp32", skip="extract auto is that here" if auto == "fp32" else None),
         loop("plain fp32", "plain", settings, "fp32"),
         loop("plain bf16", "plain", settings, "bf16", skip=precision_advice("bf16", device)),
         loop("onnxruntime fp32", "onnx", settings, "fp32", skip=missing("onnxruntime", "onnxscript")),
@@ -200,9 +200,7 @@ def ours(
 ) -> Contender:
     """Extract, end to end."""
     words = [*EXTRACT, str(settings.photos), "-o", "OUT", "--weights", str(settings.weights), "--precision", asked]
-    words += ["--devices", settings.device, "--json"]
-    if backend != "torch":
-        words += ["--backend", backend]
+    words += ["--devices", settings.device, "--backend", backend, "--json"]
     twin = f"model {backend}" if backend != "torch" else f"model {precision}"
     return Contender(name, words, precision, twin, skip)
 
