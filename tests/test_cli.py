@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import TWIN
 
 from micl_zoo import __version__
 from micl_zoo.cli import main
+from micl_zoo.engines import Work
+from micl_zoo.runner import Event, Times
+from micl_zoo.store import Rows, Store
 from micl_zoo.zoo import RECORDS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -54,6 +58,42 @@ def test_extract_says_what_it_did(image_folder: Callable[..., Path], encoder_fol
     assert f"1 could not be embedded: see {out / 'errors.jsonl'}" in result.output
     assert "1 shards were done already" in run(*words).output
     assert run(*words, "--strict").exit_code == 3
+
+
+def test_extract_sums_up_for_machines_or_not_at_all(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder = image_folder(5)
+    (folder / "bad.jpg").write_bytes(b"")
+    words = ("extract", folder, "--weights", encoder_folder, "--workers", 0, "-o")
+    said = json.loads(run(*words, tmp_path / "a", "--json").stdout)
+    assert (said["images"], said["embedded"], said["refused"], said["failed"]) == (6, 5, 1, {})
+    assert said["images_per_second"] > 0
+    assert said["bottleneck"] in ("read", "decode", "transfer", "model", "write")
+    assert said["manifest"]["shape"] == [32]
+    quiet = run(*words, tmp_path / "b", "--quiet")
+    assert (quiet.output, quiet.exit_code) == ("", 0)
+    assert run(*words, tmp_path / "b", "--quiet", "--strict").exit_code == 3
+
+
+def test_shards_that_failed_are_said(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(job: object, encoder: object, store: Store, work: Work, stop: object) -> Iterator[Event]:
+        for shard in iter(work):
+            if shard == 1:
+                work.failed[1] = "the process on cpu was ended by signal 9"
+            elif shard is not None:
+                index = store.shard(shard)
+                rows = Rows(index.table["id"].to_pylist(), np.zeros((len(index), 32)), [])
+                store.write_part(shard, rows)
+                yield Event(shard, len(index), 0, True, Times())
+
+    monkeypatch.setattr("micl_zoo.engines.run_here", fails)
+    result = run("extract", image_folder(5), "-o", tmp_path / "s", "--weights", encoder_folder, "--shard-rows", 2)
+    assert result.exit_code == 1
+    assert "3 of 5 images embedded" in result.stdout
+    assert "shard 1 failed twice: the process on cpu was ended by signal 9. The same command tries" in result.stderr
 
 
 def test_several_sources(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:

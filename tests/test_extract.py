@@ -26,6 +26,7 @@ from micl_zoo.decode import decode_pixels
 from micl_zoo.encoder import Encoder
 from micl_zoo.engines import Local, Work, resolve_precision
 from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
+from micl_zoo.extract import _backend as chosen_backend
 from micl_zoo.extract import extract
 from micl_zoo.files import Folder
 from micl_zoo.runner import Event
@@ -537,3 +538,26 @@ def test_a_full_disk_is_said_in_a_line(
     assert run.returncode == 1
     assert "Error: No space left on device: " in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_openvino_is_taken_where_it_is_and_can_be_used(monkeypatch: pytest.MonkeyPatch, encoder_folder: Path) -> None:
+    here, there = Local(["cpu"]), Local(["cuda:0"])
+    monkeypatch.setattr("micl_zoo.extract.find_spec", lambda name: name == "openvino")
+    assert chosen_backend("x", "auto", here, compile=False) == "openvino"
+    assert chosen_backend("x", "auto", here, compile=True) == "torch"
+    assert chosen_backend("x", "auto", there, compile=False) == "torch"
+    assert chosen_backend("x", "torch", here, compile=False) == "torch"
+    encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
+    assert chosen_backend(encoder, "auto", here, compile=False) == "torch"  # a loaded encoder is used as it is
+    monkeypatch.setattr("micl_zoo.extract.find_spec", lambda name: None)
+    assert chosen_backend("x", "auto", here, compile=False) == "torch"
+    with pytest.raises(UsageError, match="unknown backend 'tensorrt'"):
+        chosen_backend("x", "tensorrt", here, compile=False)
+
+
+def test_what_runs_where_is_said(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    options: dict[str, Any] = {"weights": encoder_folder, "devices": "cpu", "backend": "torch", "say": said.append}
+    extract(image_folder(2), tmp_path / "s", workers=1, precision="fp16", **options)
+    assert said[0] == "vit_ti16.tin200 on cpu: torch in fp16, batches of 16, 1 process decoding"
+    assert "several times slower" in said[1]
