@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,8 +27,10 @@ from conftest import picture
 
 from micl_zoo import remote
 from micl_zoo.decode import Refused
-from micl_zoo.errors import SourceError
+from micl_zoo.errors import SourceError, StoreError
+from micl_zoo.extract import extract
 from micl_zoo.sources import Entry, Reader, index_source, list_source
+from micl_zoo.store import open_store
 
 BUCKET = "pictures"
 
@@ -367,3 +370,30 @@ def test_local_sources_import_nothing_remote(tree: Path) -> None:
     words = [str(tree / name) for name in ("photos", "tars", "zips", "tables", "lists/list.txt")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_extract_from_and_to_an_object_store(
+    tree: Path, s3: Callable[[str], str], encoder_folder: Path, tmp_path: Path, processes: int
+) -> None:
+    options: dict[str, Any] = {"weights": encoder_folder, "workers": 2, "shard_rows": 2, "devices": "cpu"}
+    out = s3(f"embeddings-{processes}")
+    first = extract(s3("photos"), out, processes=processes, limit=2, **options)
+    assert (first.embedded, first.images) == (2, 2)
+    summary = extract(s3("photos"), out, processes=processes, only_missing=True, **options)
+    assert (summary.embedded, summary.computed, summary.shards_before) == (4, 2, 1)
+    extract(tree / "photos", tmp_path / "here", **options)
+    there, here = open_store(out), open_store(tmp_path / "here")
+    assert (there.complete, there.ids) == (True, here.ids)
+    np.testing.assert_array_equal(there.embeddings, here.embeddings)
+    assert there.folder.names() == [
+        "errors.jsonl",
+        "index",
+        "manifest.json",
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
+    with pytest.raises(StoreError, match="pool: 'cls' in the store, 'mean' asked for"):
+        extract(s3("photos"), out, pool="mean", **options)
+    extract(s3("photos"), out, pool="mean", overwrite=True, **options)
+    assert open_store(out).manifest.pool == "mean"
