@@ -257,8 +257,9 @@ class _Run:
                 yield found[0]
 
     def _note(self) -> str:
-        refused = f"{self.refused:,} refused, " if self.refused else ""
-        return f"{refused}waiting for: {self.times.bottleneck}"
+        refused = [f"{self.refused:,} refused"] if self.refused else []
+        slowest = [f"waiting for: {self.times.bottleneck}"] if self.times.bottleneck else []
+        return ", ".join(refused + slowest)
 
     def _interrupted(self, stop: StopRequest) -> Interrupted:
         number = stop.signal or signal.SIGTERM
