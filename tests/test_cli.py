@@ -66,7 +66,9 @@ def test_extract_sums_up_for_machines_or_not_at_all(
     folder = image_folder(5)
     (folder / "bad.jpg").write_bytes(b"")
     words = ("extract", folder, "--weights", encoder_folder, "--workers", 0, "-o")
-    said = json.loads(run(*words, tmp_path / "a", "--json").stdout)
+    said = next(
+        json.loads(line) for line in run(*words, tmp_path / "a", "--json").output.splitlines() if line[0] == "{"
+    )
     assert (said["images"], said["embedded"], said["refused"], said["failed"]) == (6, 5, 1, {})
     assert said["images_per_second"] > 0
     assert said["bottleneck"] in ("read", "decode", "transfer", "model", "write")
@@ -92,8 +94,8 @@ def test_shards_that_failed_are_said(
     monkeypatch.setattr("micl_zoo.engines.run_here", fails)
     result = run("extract", image_folder(5), "-o", tmp_path / "s", "--weights", encoder_folder, "--shard-rows", 2)
     assert result.exit_code == 1
-    assert "3 of 5 images embedded" in result.stdout
-    assert "shard 1 failed twice: the process on cpu was ended by signal 9. The same command tries" in result.stderr
+    assert "3 of 5 images embedded" in result.output
+    assert "shard 1 failed twice: the process on cpu was ended by signal 9. The same command tries" in result.output
 
 
 def test_several_sources(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:

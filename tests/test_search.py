@@ -147,7 +147,7 @@ def test_a_store_that_is_still_being_written(store: Store) -> None:
     (hits,) = search(reopened(store), ids=[there[0]], k=99)
     assert {hit.id for hit in hits} == set(there[1:])
     result = CliRunner().invoke(main, ["search", str(store.path), "--id", there[0]])
-    assert "is not complete: searching 2 of 3 parts" in result.stderr
+    assert "is not complete: searching 2 of 3 parts" in result.output
 
 
 def test_the_contact_sheet(tmp_path: Path, encoder_folder: Path) -> None:
