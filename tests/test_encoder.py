@@ -80,6 +80,7 @@ def test_tensors_are_embedded_as_the_transform_says(encoder: Encoder) -> None:
     assert F.cosine_similarity(in_bf16, rows).min() > 0.999
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own doings
 def test_compiled_blocks_agree_and_a_short_batch_compiles_nothing(encoder: Encoder) -> None:
     pixels = made_up_pixels(4)
     expected = {pool: encoder.embed_tensor(pixels, pool=pool) for pool in SHAPES}
