@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -115,7 +114,8 @@ def main(photos: Path, weights: Path | None, device: str, out: Path | None, **op
     target = resolve_device(device)
     with tempfile.TemporaryDirectory() as folder:
         record = compare(photos, weights, target, Path(folder), **options)
-    record["command"] = "python benchmarks/extract.py " + shlex.join(sys.argv[1:])
+    given = " ".join(f"--{name.replace('_', '-')} {options[name]}" for name in ("images", "repeat", "batch_size"))
+    record["command"] = f"python benchmarks/extract.py PHOTOS {given}"
     click.echo(table(record))
     if out is not None:
         write_text(out, json.dumps(record, indent=1) + "\n")

@@ -191,7 +191,9 @@ def main(
             "commit": code_commit(),
             "machine": machine(torch.device("cpu")),
             "versions": package_versions(),
-            "command": " ".join(["python", "benchmarks/same_parts.py", *sys.argv[1:]]),
+            "command": f"python benchmarks/same_parts.py SOURCE --images {images} --shard-rows {shard_rows} "
+            f"--kills {kills} --longest {longest:g} --seed {seed}",
+            "source": Path(source).name,
             "encoder": found.manifest.model,
             "figures": figures,
             "same_bytes_as_one_process": same,
