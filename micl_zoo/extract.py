@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .decode import MAX_PIXELS, Decoding
-from .encoder import Backend, Encoder, Pool, load, precision_advice
+from .encoder import Backend, Encoder, Pool, bf16_is_fast, load, precision_advice
 from .engines import Engine, Job, Local, Precision, Work
 from .errors import Interrupted, MiclZooError, UsageError, unknown
 from .files import Folder
@@ -177,7 +177,8 @@ def extract(
     places = _places(
         model, "cpu" if backend == "openvino" and devices == "auto" else devices, processes, engine, address
     )
-    ran_by = _backend(model, backend, places, compile=compile)
+    resolved = places.precision(precision)
+    ran_by = _backend(model, backend, places.kind, resolved, compile=compile)
     pieces = list_source(source)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
     job = Job(
@@ -185,7 +186,7 @@ def extract(
         weights=None if weights is None else os.fspath(Path(weights).absolute()),
         backend=ran_by,
         compile=compile,
-        precision=places.precision(precision),
+        precision=resolved,
         pool=pool,
         normalize=normalize,
         decoding=Decoding(exif=exif, fast=fast_decode, max_pixels=max_pixels),
@@ -319,15 +320,16 @@ def _places(
     return Local.find(devices, processes)
 
 
-def _backend(model: str | Encoder, wanted: str, places: Local | Cluster, *, compile: bool) -> Backend:
+def _backend(model: str | Encoder, wanted: str, kind: str, precision: str, *, compile: bool) -> Backend:
+    """ "auto" is OpenVINO on a processor where it is installed and computes in that precision, else torch."""
     if isinstance(model, Encoder):
         return model.backend
     if wanted not in ("auto", *get_args(Backend)):
         raise UsageError(unknown("backend", wanted, ("auto", *get_args(Backend))))
     if wanted != "auto":
         return cast(Backend, wanted)
-    usable = places.kind == "cpu" and not compile
-    return "openvino" if usable and find_spec("openvino") else "torch"
+    fast = precision == "fp32" or (precision == "bf16" and bf16_is_fast(torch.device(kind)))
+    return "openvino" if kind == "cpu" and fast and not compile and find_spec("openvino") else "torch"
 
 
 def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:

@@ -541,18 +541,21 @@ def test_a_full_disk_is_said_in_a_line(
 
 
 def test_openvino_is_taken_where_it_is_and_can_be_used(monkeypatch: pytest.MonkeyPatch, encoder_folder: Path) -> None:
-    here, there = Local(["cpu"]), Local(["cuda:0"])
     monkeypatch.setattr("micl_zoo.extract.find_spec", lambda name: name == "openvino")
-    assert chosen_backend("x", "auto", here, compile=False) == "openvino"
-    assert chosen_backend("x", "auto", here, compile=True) == "torch"
-    assert chosen_backend("x", "auto", there, compile=False) == "torch"
-    assert chosen_backend("x", "torch", here, compile=False) == "torch"
+    monkeypatch.setattr("micl_zoo.extract.bf16_is_fast", lambda device: False)
+    assert chosen_backend("x", "auto", "cpu", "fp32", compile=False) == "openvino"
+    assert chosen_backend("x", "auto", "cpu", "fp32", compile=True) == "torch"
+    assert chosen_backend("x", "auto", "cpu", "bf16", compile=False) == "torch"
+    assert chosen_backend("x", "auto", "cuda", "fp32", compile=False) == "torch"
+    assert chosen_backend("x", "torch", "cpu", "fp32", compile=False) == "torch"
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
-    assert chosen_backend(encoder, "auto", here, compile=False) == "torch"  # a loaded encoder is used as it is
+    assert chosen_backend(encoder, "auto", "cpu", "fp32", compile=False) == "torch"  # as it was loaded
+    monkeypatch.setattr("micl_zoo.extract.bf16_is_fast", lambda device: True)
+    assert chosen_backend("x", "auto", "cpu", "bf16", compile=False) == "openvino"
     monkeypatch.setattr("micl_zoo.extract.find_spec", lambda name: None)
-    assert chosen_backend("x", "auto", here, compile=False) == "torch"
+    assert chosen_backend("x", "auto", "cpu", "fp32", compile=False) == "torch"
     with pytest.raises(UsageError, match="unknown backend 'tensorrt'"):
-        chosen_backend("x", "tensorrt", here, compile=False)
+        chosen_backend("x", "tensorrt", "cpu", "fp32", compile=False)
 
 
 def test_what_runs_where_is_said(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
