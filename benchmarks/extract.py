@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import click
 import torch
+from memory import tree_bytes
 from micl_zoo.training.rundir import code_commit, machine
 
 import micl_zoo
@@ -291,17 +291,6 @@ def last_json(text: str) -> dict[str, Any]:
     except (IndexError, json.JSONDecodeError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def tree_bytes(pid: int) -> int:
-    """Memory of a process and all below it, each shared page in shares (PSS); 0 where there is no /proc."""
-    try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        children = [word for file in Path(f"/proc/{pid}/task").glob("*/children") for word in file.read_text().split()]
-    except OSError:  # it has just ended
-        return 0
-    own = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
-    return (1024 * int(own[1]) if own else 0) + sum(tree_bytes(int(child)) for child in children)
 
 
 def summarised(

@@ -24,6 +24,7 @@ from typing import Any
 
 import click
 import torch
+from memory import own_bytes, tree, tree_bytes
 from micl_zoo.training.pretrain import make_vit
 from micl_zoo.training.recipes import get_recipe
 from micl_zoo.training.rundir import code_commit, encoder_config, machine
@@ -52,7 +53,7 @@ class Watched:
 
     def _watch(self) -> None:
         while self.process.poll() is None:
-            self.peak = max(self.peak, sum(map(memory, tree(self.process.pid))))
+            self.peak = max(self.peak, tree_bytes(self.process.pid))
             time.sleep(SAMPLE_SECONDS)
 
     def finish(self) -> str:
@@ -65,24 +66,6 @@ class Watched:
         if self.process.returncode:
             raise click.ClickException(f"{self.process.args!r}: {err}")
         return out
-
-
-def memory(process: int) -> int:
-    """Bytes of one process, as Linux shares them out; 0 when it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
-def tree(process: int) -> list[int]:
-    """A process and all below it."""
-    try:
-        below = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except OSError:
-        return []
-    return [process, *(one for child in below for one in tree(int(child)))]
 
 
 def hashes(store: Path) -> dict[str, str]:
@@ -109,7 +92,7 @@ def killed(command: list[str], store: Path, kills: int, longest: float, seed: in
         moments.append(round(seconds, 2))
         parts.append(len(list(store.glob("part-*.parquet"))))
         time.sleep(0.5)
-        survivors += sum(memory(one) > 0 for one in below if one != process.pid)  # what has ended has none
+        survivors += sum(own_bytes(one) > 0 for one in below if one != process.pid)  # what has ended has none
     start = time.monotonic()
     Watched(command).finish()
     return {

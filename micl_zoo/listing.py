@@ -47,26 +47,21 @@ class Listing:
         """All is listed; `images` is their number."""
         return not self._thread.is_alive()
 
-    def take(self) -> tuple[int, int] | None:
-        """The next shard and its number of images; None when none is listed yet, or none is left (`finished`).
+    def shards(self) -> Iterator[tuple[int, int] | None]:
+        """All shards in order, each with its number of images; None where none is listed yet.
 
         Raises:
             SourceError: of the source.
             StoreError: the source is not that of the store.
         """
-        ended = self.finished  # asked first: what was listed last is then in the queue
-        if self._ready:
-            return self._ready.popleft()
-        if ended and self._error is not None:
-            raise self._error
-        return None
-
-    def shards(self) -> Iterator[tuple[int, int] | None]:
-        """All of them, in order, with None where none is listed yet."""
         while True:
-            ended = self.finished
-            if (found := self.take()) is not None or not ended:
-                yield found
+            ended = self.finished  # asked first: what was listed last is then in the queue
+            if self._ready:
+                yield self._ready.popleft()
+            elif not ended:
+                yield None
+            elif self._error is not None:
+                raise self._error
             else:
                 return
 
@@ -78,7 +73,7 @@ class Listing:
     def _run(self, pieces: Iterator[ImageIndex]) -> None:
         try:
             self._list(pieces)
-        except BaseException as error:  # for `take`, in the thread that works
+        except BaseException as error:  # for `shards`, in the thread that works
             self._error = error
 
     def _list(self, pieces: Iterator[ImageIndex]) -> None:
