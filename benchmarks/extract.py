@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,6 +150,8 @@ def compare(
     for name in set(only) - {one.name for one in every}:
         raise UsageError(unknown("contender", name, [one.name for one in every]))
     asked = [one for one in every if not only or one.name in only]
+    if any(one.name == "extract auto" and one.precision == "fp32" for one in asked):
+        asked = [replace(one, skip="extract auto is that here") if one.name == "extract fp32" else one for one in asked]
     chosen = [one for one in asked if not one.skip]
     prepare({one.name for one in chosen}, settings)
     runs, failed = in_turn(chosen, repeat, scratch)
@@ -184,7 +186,7 @@ def contenders(settings: Settings, device: torch.device) -> list[Contender]:
     return [
         ours("extract auto", settings, auto, "auto"),
         ours("extract openvino", settings, auto, "auto", backend="openvino", skip=no_openvino),
-        ours("extract fp32", settings, "fp32", "fp32", skip="extract auto is that here" if auto == "fp32" else None),
+        ours("extract fp32", settings, "fp32", "fp32"),
         loop("plain fp32", "plain", settings, "fp32"),
         loop("plain bf16", "plain", settings, "bf16", skip=precision_advice("bf16", device)),
         loop("onnxruntime fp32", "onnx", settings, "fp32", skip=missing("onnxruntime", "onnxscript")),
