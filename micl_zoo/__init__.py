@@ -17,7 +17,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .encoder import Encoder, Features, load
-    from .errors import MiclZooError, SourceError, StoreError, TrainingError, UsageError, WeightsError
+    from .errors import ExportError, MiclZooError, SourceError, StoreError, TrainingError, UsageError, WeightsError
     from .sources import ImageIndex, index_source, list_source
     from .store import Store, open_store
     from .transforms import Transform
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Encoder": "encoder",
+    "ExportError": "errors",
     "Features": "encoder",
     "ImageIndex": "sources",
     "MiclZooError": "errors",
@@ -45,6 +46,7 @@ _HOME = {
 
 __all__ = [
     "Encoder",
+    "ExportError",
     "Features",
     "ImageIndex",
     "MiclZooError",

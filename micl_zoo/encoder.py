@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .openvino_backend import OpenVinoViT
 
 Pool = Literal["cls", "mean", "cls+mean", "patches"]
-Backend = Literal["torch", "openvino"]
+Backend = Literal["torch", "openvino", "onnx"]
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
@@ -51,12 +51,14 @@ class Encoder(nn.Module):
 
     Attributes:
         vit: the timm model, for fine-tuning.
+        config: what it was built from.
         transform: from an image to pixel_values; the only right one for these weights.
         record: its row of the table, or None for weights of your own.
         name: `arch.tag`.
         weights_sha256: of the file it came from, or None for random weights.
         embed_dim: D, numbers a token.
         runtime: what computes the tokens in the place of `vit`, or None: torch does.
+        precision: "fp32", "fp16" or "int8" where the weights' file fixes it; None where it is chosen at each call.
     """
 
     def __init__(
@@ -64,11 +66,16 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.vit = vit
+        self._describe(config, record, weights_sha256)
+
+    def _describe(self, config: EncoderConfig, record: Record | None, weights_sha256: str | None) -> None:
+        self.config = config
         self.transform: Transform = config.transform
         self.record = record
         self.name = config.name
         self.weights_sha256 = weights_sha256
-        self.embed_dim: int = vit.embed_dim
+        self.embed_dim = config.embed_dim
+        self.precision: str | None = None
         self.runtime: OpenVinoViT | None = None
         self._compiled_size: int | None = None  # images a compiled batch
         self._statistics: tuple[Tensor, Tensor] | None = None
@@ -84,6 +91,11 @@ class Encoder(nn.Module):
         """What computes the tokens."""
         return "torch" if self.runtime is None else "openvino"
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), patches down and across."""
+        return self.vit.patch_embed.grid_size
+
     def row_shape(self, pool: Pool) -> tuple[int, ...]:
         """Of one image's embedding: (D,) for "cls" and "mean", (2D,) for "cls+mean", (h, w, D) for "patches".
 
@@ -91,7 +103,7 @@ class Encoder(nn.Module):
             UsageError: a pool that does not exist.
         """
         if pool == "patches":
-            return (*self.vit.patch_embed.grid_size, self.embed_dim)
+            return (*self.grid, self.embed_dim)
         if pool not in get_args(Pool):
             raise UsageError(unknown("pool", pool, get_args(Pool)))
         return (2 * self.embed_dim if pool == "cls+mean" else self.embed_dim,)
@@ -107,19 +119,13 @@ class Encoder(nn.Module):
         Returns:
             (B, *row_shape(pool)).
         """
-        shape = self.row_shape(pool)
-        tokens = self._tokens(pixel_values)  # (B, 1 + N, D)
-        if pool == "cls":
-            return tokens[:, 0]
-        if pool == "patches":
-            return tokens[:, 1:].unflatten(1, shape[:2])
-        mean = tokens[:, 1:].mean(1)
-        return mean if pool == "mean" else torch.cat([tokens[:, 0], mean], dim=-1)
+        self.row_shape(pool)  # raises
+        return pooled(*self.features(pixel_values), pool)
 
     def features(self, pixel_values: Tensor) -> Features:
         """Normalised images (B, 3, S, S) -> class tokens (B, D) and patch tokens (B, h, w, D)."""
         tokens = self._tokens(pixel_values)
-        return Features(tokens[:, 0], tokens[:, 1:].unflatten(1, self.vit.patch_embed.grid_size))
+        return Features(tokens[:, 0], tokens[:, 1:].unflatten(1, self.grid))
 
     def compile_blocks(self, batch_size: int) -> None:
         """Compile the ViT's blocks with `torch.compile`, at their first use, for batches of one size.
@@ -133,7 +139,7 @@ class Encoder(nn.Module):
         Raises:
             UsageError: the encoder does not run in torch, or there is no compiler for its device.
         """
-        if self.runtime is not None:
+        if self.backend != "torch":
             raise UsageError(f"the {self.backend} backend compiles by itself: leave compile out, or take backend torch")
         compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
         if self.device.type == "cpu" and not any(map(shutil.which, compilers)):
@@ -223,16 +229,29 @@ class Encoder(nn.Module):
         mean, std = self._statistics
         return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std  # (B, 3, S, S)
 
-    def _tokens(self, pixel_values: Tensor) -> Tensor:
+    def _check_pixels(self, pixel_values: Tensor) -> None:
         side = self.transform.size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
             raise UsageError(
                 f"pixel_values must be (B, 3, {side}, {side}), normalised as encoder.transform does it; "
                 f"got {tuple(pixel_values.shape)}"
             )
+
+    def _tokens(self, pixel_values: Tensor) -> Tensor:
+        self._check_pixels(pixel_values)
         if self.runtime is not None:
             return self.runtime(pixel_values)
         return cast(Tensor, self.vit.forward_features(pixel_values.to(self.vit.cls_token)))
+
+
+def pooled(cls: Tensor, patches: Tensor, pool: Pool) -> Tensor:
+    """Tokens (B, D) and (B, h, w, D) to embeddings, see `Encoder.forward`."""
+    if pool == "cls":
+        return cls
+    if pool == "patches":
+        return patches
+    mean = patches.flatten(1, 2).mean(1)
+    return mean if pool == "mean" else torch.cat([cls, mean], dim=-1)
 
 
 def load(
@@ -243,17 +262,22 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
+    providers: Sequence[str] | None = None,
 ) -> Encoder:
     """Load an encoder, ready to embed.
 
     Args:
         name: `arch.tag`, or a bare arch for its best published tag. See `list_models`.
-        weights: a .safetensors file, or a folder with `model.safetensors` and `config.json`, of your own.
+        weights: a .safetensors file, or a folder with `model.safetensors` and `config.json`, of your own; for backend
+            "onnx" the .onnx file that `micl-zoo export` wrote, or its folder.
         pretrained: False gives random weights, and only False does.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:N" or "mps".
         dtype: of the weights in memory: "float32", "bfloat16" or "float16"; "auto" is float32.
         backend: "torch", or "openvino" for Intel's and AMD's CPUs: the same numbers sooner, and no gradients. It
-            computes in the precision of `torch.autocast` where the CPU has it, and keeps weights in float32.
+            computes in the precision of `torch.autocast` where the CPU has it, and keeps weights in float32. "onnx"
+            takes an exported file to ONNX Runtime, and its precision with it.
+        providers: for backend "onnx": ONNX Runtime's names of what is to compute, first choice first, such as
+            "TensorrtExecutionProvider" or just "tensorrt". None is CUDA on a GPU, the CPU elsewhere.
 
     Raises:
         UsageError: a name or an argument that does not exist.
@@ -262,11 +286,19 @@ def load(
     if weights is not None and not pretrained:
         raise UsageError("weights= and pretrained=False contradict each other: give one")
     _check_backend(backend, device, dtype)
+    if providers is not None and backend != "onnx":
+        raise UsageError(f"providers are ONNX Runtime's: they go with backend onnx, not with {backend}")
+    if backend == "onnx":
+        from .onnx_backend import load_onnx
+
+        if not pretrained:
+            raise UsageError("backend onnx runs exported files: export random weights first, or take backend torch")
+        return load_onnx(name, None if weights is None else Path(weights), device, providers)
     target, kind = resolve_device("cpu" if backend == "openvino" else device), _resolve_dtype(dtype)
     if weights is not None:
         found = local_weights(Path(weights))
         encoder = _build(found.config, found, None)
-        _check_arch(name, found.config)
+        check_arch(name, found.config)
     else:
         record = find_record(name)
         if pretrained:
@@ -301,6 +333,8 @@ def _build(config: EncoderConfig, weights: Weights | None, record: Record | None
 def _check_backend(backend: str, device: str, dtype: str) -> None:
     if backend not in get_args(Backend):
         raise UsageError(unknown("backend", backend, get_args(Backend)))
+    if backend == "onnx" and dtype != "auto":
+        raise UsageError(f"an ONNX file has its own precision, not {dtype!r}: leave dtype out")
     if backend != "openvino":
         return
     if device not in ("auto", "cpu"):
@@ -314,7 +348,7 @@ def _check_backend(backend: str, device: str, dtype: str) -> None:
         )
 
 
-def _check_arch(name: str, config: EncoderConfig) -> None:
+def check_arch(name: str, config: EncoderConfig) -> None:
     """A name given beside `weights=` must not contradict them."""
     arch = name.partition(".")[0]
     if name != DEFAULT and arch in ARCHS and ARCHS[arch].timm_name != config.architecture:

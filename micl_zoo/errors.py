@@ -36,6 +36,10 @@ class TrainingError(MiclZooError):
     """A training run that cannot start, go on, or be trusted."""
 
 
+class ExportError(MiclZooError):
+    """An export that could not be made, or whose embeddings are not those of the encoder."""
+
+
 class Interrupted(MiclZooError):
     """A run that was told to stop and did, with all that it had computed on disk."""
 

@@ -139,6 +139,8 @@ def local_weights(path: Path) -> Weights:
         raise WeightsError(
             f"no weights at {str(path)!r}: expected a .safetensors file, or a folder with {WEIGHTS_FILE}"
         )
+    if file.suffix == ".onnx":
+        raise WeightsError(f'{str(file)!r} is an ONNX file: load it with backend="onnx", extract with --backend onnx')
     if file.suffix != ".safetensors":
         raise WeightsError(
             f"{str(file)!r} is not a .safetensors file. Other formats can run code when they are read; convert it "
@@ -195,9 +197,7 @@ def record_weights(record: Record) -> Weights:
         WeightsError: not published, not reachable, or not the right bytes.
     """
     if record.embedded:
-        file = Path(__file__).parent / "embedded" / record.embedded
-        if not file.is_file():
-            raise WeightsError(f"the package is incomplete: {record.embedded} is missing. Reinstall micl-zoo.")
+        file = embedded_file(record.embedded)
         found = file_sha256(file)
     elif record.hub_repo and record.hub_commit:
         file, found = _from_hub(record, record.hub_repo)
@@ -211,6 +211,18 @@ def record_weights(record: Record) -> Weights:
     config = EncoderConfig.from_json(header(file).get("config", {}), where=record.name)
     assert config.transform == record.transform, (config.transform, record.transform)
     return Weights(file, found, config)
+
+
+def embedded_file(name: str) -> Path:
+    """A file that comes with the package.
+
+    Raises:
+        WeightsError: it does not.
+    """
+    file = Path(__file__).parent / "embedded" / name
+    if not file.is_file():
+        raise WeightsError(f"the package is incomplete: {name} is missing. Reinstall micl-zoo.")
+    return file
 
 
 def not_published(record: Record) -> str:

@@ -33,6 +33,22 @@ ARCHS = {
 
 
 @dataclass(frozen=True)
+class OnnxFile:
+    """An exported encoder that comes with the package.
+
+    Attributes:
+        file: in the package.
+        precision: of its arithmetic.
+        sha256, bytes: of the file.
+    """
+
+    file: str
+    precision: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Record:
     """One encoder.
 
@@ -46,6 +62,7 @@ class Record:
         embedded: file in the package, or None.
         hub_repo, hub_commit: where else it is, by full commit, or None.
         sha256, bytes: of the weights file; None while nothing is published.
+        onnx: the same weights for ONNX Runtime, or None.
         training_record: file in training/records/, or None.
         metrics: k-NN accuracy in percent by data set, from the record.
     """
@@ -61,6 +78,7 @@ class Record:
     hub_commit: str | None = None
     sha256: str | None = None
     bytes: int | None = None
+    onnx: OnnxFile | None = None
     training_record: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 

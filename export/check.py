@@ -1,0 +1,214 @@
+"""An exported file against its encoder, on real photographs and at several batch sizes.
+
+Shapes: n images, D numbers an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..decode import Refused, decode
+from ..encoder import Encoder, Pool
+from ..errors import ExportError, UsageError
+from ..onnx_backend import OnnxCard, OnnxEncoder, choose_providers, open_session
+from ..sources import Reader, SourceLike, index_source
+from ..weights import file_sha256
+
+PHOTOGRAPHS = Path(__file__).with_name("photographs")
+BATCHES = (1, 2, 7)  # sizes to run, the last one over and over: a batch frozen at the exporter's example fails
+MOST = 256  # images of a source that are compared
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far an exported file is from its encoder in float32, over images and outputs.
+
+    Attributes:
+        images: that were compared.
+        max_difference: between numbers of embeddings of unit length.
+        cosine_mean, cosine_min: of the two embeddings of an image.
+        neighbour_agreement: share of the images whose nearest other image is the same.
+    """
+
+    images: int
+    max_difference: float
+    cosine_mean: float
+    cosine_min: float
+    neighbour_agreement: float
+
+    def text(self) -> str:
+        """One line for a person."""
+        return (
+            f"{self.images} photographs: cosine {self.cosine_mean:.6f} on average and {self.cosine_min:.6f} at least, "
+            f"largest difference {self.max_difference:.1e}, nearest neighbour the same for "
+            f"{self.neighbour_agreement:.1%}"
+        )
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a drift must keep.
+
+    Attributes:
+        max_difference, cosine_min, neighbour_agreement: see `Drift`.
+    """
+
+    max_difference: float = 2.0
+    cosine_min: float = -1.0
+    neighbour_agreement: float = 0.0
+
+    def broken_by(self, drift: Drift) -> list[str]:
+        """What of it a drift does not keep, in words."""
+        broken = []
+        if not drift.max_difference <= self.max_difference:  # also where it is NaN
+            broken.append(f"a difference of {drift.max_difference:.2e}, where {self.max_difference:.0e} is allowed")
+        if not drift.cosine_min >= self.cosine_min:
+            broken.append(f"a cosine of {drift.cosine_min:.6f}, where {self.cosine_min} is the least")
+        if not drift.neighbour_agreement >= self.neighbour_agreement:
+            least = f"{self.neighbour_agreement:.0%} is the least"
+            broken.append(f"the same nearest neighbour for {drift.neighbour_agreement:.1%} of the images, where {least}")
+        return broken
+
+
+BOUNDS = {
+    "fp32": Bounds(max_difference=1e-4, cosine_min=0.99999),
+    "fp16": Bounds(cosine_min=0.999),
+    "int8": Bounds(cosine_min=0.98, neighbour_agreement=0.95),
+}
+# With the transform inside, a few pixels in a thousand come out a level or more away from Pillow's.
+PREPROCESS_BOUNDS = BOUNDS | {"fp32": Bounds(cosine_min=0.9999)}
+
+
+def measure(
+    file: Path, encoder: Encoder, images: Sequence[Image.Image], tick: Callable[[int], Any] = lambda images: None
+) -> Drift:
+    """Open a file with ONNX Runtime, embed images with it and with the encoder it was made from, and compare.
+
+    Args:
+        file: that was written.
+        encoder: in torch, float32.
+        images: RGB, at least as many as BATCHES run.
+        tick: is called with the number of images done.
+
+    Raises:
+        ExportError: the file cannot be opened, or not run at one of the batch sizes.
+    """
+    session = open_session(file, choose_providers("cpu"))
+    card = OnnxCard.from_metadata(session.get_modelmeta().custom_metadata_map, where=repr(str(file)))
+    pools: list[Pool] = [*card.outputs]
+    opened = OnnxEncoder(session, card, record=None, sha256=file_sha256(file))
+    pairs: dict[Pool, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in pools}
+    for batch in in_batches(images):
+        if card.preprocess:
+            batch = same_size(batch)
+        pixels = np.stack([encoder.transform.pixels(image) for image in batch])
+        try:
+            found = _inside(session, card, batch) if card.preprocess else _outside(opened, batch, pools)
+        except Exception as error:  # ONNX Runtime's classes are private
+            raise ExportError(f"{card.config.name} as ONNX does not run on {len(batch)} images: {error}") from error
+        for pool in pools:
+            expected = encoder.embed_pixels(pixels, pool=pool)
+            pairs[pool].append((_flat(expected), _flat(found[pool])))
+        tick(len(batch))
+    return _drift([tuple(map(np.concatenate, zip(*of_pool, strict=True))) for of_pool in pairs.values()])
+
+
+def in_batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
+    """The images in batches of BATCHES, the last of them until there are no more."""
+    rest = iter(images)
+    for size in chain(BATCHES, repeat(BATCHES[-1])):
+        batch = list(islice(rest, size))
+        if not batch:
+            return
+        yield batch
+
+
+def same_size(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Cut from the corner, as one array holds images of one size only."""
+    width, height = (min(image.size[axis] for image in images) for axis in (0, 1))
+    return [image.crop((0, 0, width, height)) for image in images]
+
+
+def _outside(opened: OnnxEncoder, batch: Sequence[Image.Image], pools: Sequence[Pool]) -> dict[Pool, np.ndarray]:
+    """Through the file's own transform, as a user's images will go."""
+    pixels = np.stack([opened.transform.pixels(image) for image in batch])
+    return {pool: opened.embed_pixels(pixels, pool=pool) for pool in pools}
+
+
+def _inside(session: Any, card: OnnxCard, batch: Sequence[Image.Image]) -> dict[Pool, np.ndarray]:
+    """Through the transform in the graph."""
+    raw = session.run(None, {"images": np.stack([np.asarray(image) for image in batch])})
+    found: dict[Pool, np.ndarray] = {}
+    tokens = [name for name in card.outputs if name != "patches"]
+    if tokens:
+        found |= dict(zip(tokens, np.split(raw[0], len(tokens), axis=1), strict=True))
+    if "patches" in card.outputs:
+        found["patches"] = raw[-1]
+    return {pool: torch.nn.functional.normalize(torch.from_numpy(rows), dim=-1).numpy() for pool, rows in found.items()}
+
+
+def _flat(rows: np.ndarray) -> np.ndarray:
+    """(n, …, D) of unit length along D -> (n, …D) of unit length."""
+    tokens = rows[0].size // rows.shape[-1]
+    return rows.reshape(len(rows), -1).astype(np.float64) / np.sqrt(tokens)
+
+
+def _drift(pairs: Sequence[tuple[np.ndarray, ...]]) -> Drift:
+    """The worst over the outputs, each as (n, numbers) twice."""
+    cosines = np.stack([(a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)) for a, b in pairs])
+    return Drift(
+        images=len(pairs[0][0]),
+        max_difference=float(max(np.abs(a - b).max() for a, b in pairs)),
+        cosine_mean=float(cosines.mean(1).min()),
+        cosine_min=float(cosines.min()),
+        neighbour_agreement=float(min((nearest(a) == nearest(b)).mean() for a, b in pairs)),
+    )
+
+
+def nearest(rows: np.ndarray) -> np.ndarray:
+    """(n, D) of unit length -> (n,): which other row is nearest to each."""
+    cosines = rows @ rows.T
+    np.fill_diagonal(cosines, -np.inf)
+    found: np.ndarray = cosines.argmax(1)
+    return found
+
+
+def photographs(source: SourceLike | None = None) -> list[Image.Image]:
+    """What files are compared on: ten photographs that come with the package, each whole and in quarters, or a source's.
+
+    Raises:
+        UsageError: fewer images than all batch sizes take.
+        SourceError: no such source.
+    """
+    if source is None:
+        whole = [decode(file.read_bytes()) for file in sorted(PHOTOGRAPHS.glob("*.jpg"))]
+        return whole + [quarter for image in whole for quarter in quarters(image)]
+    images, reader = [], Reader()
+    for entry in index_source(source).entries():
+        try:
+            images.append(decode(reader.read(entry)))
+        except Refused:
+            continue
+        if len(images) == MOST:
+            break
+    if len(images) < sum(BATCHES):
+        raise UsageError(
+            f"to compare takes {sum(BATCHES)} images or more, {len(images)} could be read: give more, or leave images "
+            "out for those that come with micl-zoo"
+        )
+    return images
+
+
+def quarters(image: Image.Image) -> list[Image.Image]:
+    """The four of them."""
+    width, height = image.width // 2, image.height // 2
+    corners = [(left, top) for left in (0, width) for top in (0, height)]
+    return [image.crop((left, top, left + width, top + height)) for left, top in corners]

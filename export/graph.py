@@ -1,0 +1,145 @@
+"""An encoder, and its transform, as ONNX graphs.
+
+Shapes: B images, S the transform's side in pixels, h x w patches, D numbers a token.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from onnx import ModelProto, checker, compose, parser
+from torch import Tensor, nn
+
+from ..encoder import Encoder
+from ..errors import ExportError
+from ..onnx_backend import Output
+from ..transforms import MAX_ASPECT, Transform
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+EXAMPLES = 2  # images to trace with: of one, torch takes the size of the batch for a constant
+
+
+class _Outputs(nn.Module):
+    """The part of an encoder that is exported."""
+
+    def __init__(self, encoder: Encoder, outputs: Sequence[Output]) -> None:
+        super().__init__()
+        self.vit: VisionTransformer = encoder.vit
+        self.outputs, self.grid = tuple(outputs), encoder.grid
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, S, S) -> `embedding` (B, D or 2D) and `patches` (B, h, w, D), what there is of them."""
+        tokens = self.vit.forward_features(pixel_values)  # (B, 1 + h w, D)
+        pooled = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
+        parts = [pooled[name] for name in self.outputs if name != "patches"]
+        found = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]] if parts else []
+        return tuple(found + [tokens[:, 1:].unflatten(1, self.grid)] * ("patches" in self.outputs))
+
+
+def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> ModelProto:
+    """Pixel_values (B, 3, S, S) -> embedding[, patches], in float32, of any batch size.
+
+    Raises:
+        ExportError: torch's exporter failed, or made another opset than the one asked for.
+    """
+    side = encoder.transform.size
+    names = ["embedding"] * (set(outputs) != {"patches"}) + ["patches"] * ("patches" in outputs)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's own parts, to torch's own developers
+        try:
+            made = torch.onnx.export(
+                _Outputs(encoder, outputs).eval(),
+                (torch.zeros(EXAMPLES, 3, side, side),),
+                input_names=["pixel_values"],
+                output_names=names,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=opset,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's own classes differ from one torch to the next
+            raise ExportError(
+                f"torch {torch.__version__} could not export {encoder.name} to opset {opset}: "
+                f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+    assert made is not None  # it is None only for the older exporter
+    model: ModelProto = made.model_proto
+    found = next(one.version for one in model.opset_import if one.domain == "")
+    if found != opset:
+        raise ExportError(
+            f"opset {opset} was asked for, and torch {torch.__version__} made opset {found}: take --opset {found}"
+        )
+    return _without_traces(model)
+
+
+def _without_traces(model: ModelProto) -> ModelProto:
+    """Torch notes for each node where it stood in which file of this machine; nobody else needs to know."""
+    graph = model.graph
+    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    return model
+
+
+def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:
+    """The same, from `images` (B, H, W, 3) uint8 RGB: any size, one size a batch."""
+    opset = next(one.version for one in model.opset_import if one.domain == "")
+    before = parser.parse_model(preprocess_text(transform, opset, model.ir_version))
+    checker.check_model(before, full_check=True)
+    return compose.merge_models(before, model, io_map=[("pre_pixels", "pixel_values")])
+
+
+def preprocess_text(transform: Transform, opset: int, ir_version: int) -> str:
+    """`Transform.pixels` and `normalise`, line by line, in ONNX's own notation.
+
+    ONNX's antialiased cubic Resize with a = -0.5 is Pillow's bicubic, its Round takes halves to the even number as
+    Python's does. Normalising is (pixel / 255 - mean) / std = pixel * gain - offset.
+    """
+    gain = ", ".join(repr(1 / (255 * std)) for std in transform.std)
+    offset = ", ".join(repr(mean / std) for mean, std in zip(transform.mean, transform.std, strict=True))
+    mode = {"bicubic": 'mode = "cubic", cubic_coeff_a = -0.5', "bilinear": 'mode = "linear"'}[transform.interpolation]
+    size = transform.size
+    return f"""
+<ir_version: {ir_version}, opset_import: ["" : {opset}]>
+preprocess (uint8[batch, height, width, 3] images) => (float[batch, 3, {size}, {size}] pre_pixels)
+<
+  int64[1] pre_resize = {{{transform.resize}}}, int64[1] pre_size = {{{size}}}, int64[1] pre_int_two = {{2}},
+  int64[1] pre_max_aspect = {{{MAX_ASPECT}}}, int64[2] pre_axes = {{2, 3}}, float pre_two = {{2.0}},
+  float[1, 3, 1, 1] pre_gain = {{{gain}}}, float[1, 3, 1, 1] pre_offset = {{{offset}}}
+>
+{{
+  pre_planes = Transpose<perm = [0, 3, 1, 2]>(images)
+  pre_sides = Shape<start = 2>(pre_planes)
+  pre_short = ReduceMin<keepdims = 1>(pre_sides)
+
+  pre_longest = Mul(pre_short, pre_max_aspect)
+  pre_kept = Min(pre_sides, pre_longest)
+  pre_over = Sub(pre_sides, pre_kept)
+  pre_from = Div(pre_over, pre_int_two)
+  pre_to = Add(pre_from, pre_kept)
+  pre_strip = Slice(pre_planes, pre_from, pre_to, pre_axes)
+
+  pre_scaled = Mul(pre_kept, pre_resize)
+  pre_resized = Div(pre_scaled, pre_short)
+  pre_image = Resize<{mode}, antialias = 1, coordinate_transformation_mode = "half_pixel", axes = [2, 3]>
+              (pre_strip, , , pre_resized)
+
+  pre_spare = Sub(pre_resized, pre_size)
+  pre_spare_number = Cast<to = 1>(pre_spare)
+  pre_half = Div(pre_spare_number, pre_two)
+  pre_rounded = Round(pre_half)
+  pre_first = Cast<to = 7>(pre_rounded)
+  pre_last = Add(pre_first, pre_size)
+  pre_square = Slice(pre_image, pre_first, pre_last, pre_axes)
+
+  pre_numbers = Cast<to = 1>(pre_square)
+  pre_gained = Mul(pre_numbers, pre_gain)
+  pre_pixels = Sub(pre_gained, pre_offset)
+}}
+"""

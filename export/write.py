@@ -1,0 +1,198 @@
+"""Writes an encoder as one ONNX file, opens it again, and keeps it only if its embeddings are the encoder's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from ..encoder import Encoder, load
+from ..errors import ExportError, UsageError, unknown
+from ..files import atomic_path, write_text
+from ..onnx_backend import INSTALL, OnnxCard, Output, Precision, runtime
+from ..progress import progress
+from ..sources import SourceLike
+from ..store import package_versions
+from ..weights import file_sha256
+from ..zoo import DEFAULT
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from .check import Bounds, Drift
+
+OPSET, OLDEST_OPSET = 18, 18  # 18: the first with an antialiased Resize, and what the oldest runtimes in use have
+LARGEST = 2**31 - 1  # bytes of one protobuf
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file that was written and found good.
+
+    Attributes:
+        path: of the file.
+        bytes, sha256: of it.
+        card: what it says of itself.
+        drift: what was measured.
+    """
+
+    path: Path
+    bytes: int
+    sha256: str
+    card: OnnxCard
+    drift: Drift
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON holds it."""
+        card = dataclasses.asdict(self.card)
+        drift = dataclasses.asdict(self.drift)
+        return {"file": self.path.name, "bytes": self.bytes, "sha256": self.sha256, "card": card, "drift": drift}
+
+
+def to_onnx(
+    model: str | Encoder = DEFAULT,
+    out: str | os.PathLike[str] = "onnx",
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    precision: Precision = "fp32",
+    outputs: Sequence[Output] = ("cls",),
+    image_size: int | None = None,
+    with_preprocess: bool = False,
+    opset: int = OPSET,
+    images: SourceLike | None = None,
+    overwrite: bool = False,
+    show: bool = True,
+) -> Export:
+    """Write an encoder to `out`/model[_fp16|_int8][_with_preprocess].onnx, with what was measured in a .json beside it.
+
+    Args:
+        model: a name of `list_models`, or a loaded encoder.
+        out: folder.
+        weights: a file or folder of your own, see `load`.
+        precision: "fp32"; "fp16", with norms, softmax and pooling in float32; "int8", the blocks' matrix products.
+        outputs: "cls" and "mean" go one after the other into `embedding`, "patches" into an output of its own.
+        image_size: side in pixels, a multiple of the patch size; None is the encoder's own. For another one the position
+            embedding is resampled.
+        with_preprocess: take `images` (B, H, W, 3) uint8 RGB of any size, in the place of `pixel_values` (B, 3, S, S).
+        opset: of the file, 18 or later.
+        images: to compare on, see `micl_zoo.sources.index_source`; None are photographs that come with the package.
+        overwrite: replace the file, where there is one.
+        show: a progress bar, on a terminal.
+
+    Raises:
+        ExportError: the export failed, or its embeddings drifted; no file is left.
+        UsageError, WeightsError, SourceError: what was asked for does not exist.
+    """
+    _check(precision, outputs, opset)
+    file = Path(out) / f"{_stem(precision, with_preprocess)}.onnx"
+    if file.exists() and not overwrite:
+        raise UsageError(f"{str(file)!r} exists: take another folder, or overwrite")
+    runtime()  # before any work
+    try:
+        from .check import BOUNDS, PREPROCESS_BOUNDS, measure, photographs
+        from .graph import encoder_graph
+    except ImportError as error:
+        raise UsageError(f"an export needs {error.name}: {INSTALL}") from None
+    encoder = model if isinstance(model, Encoder) else load(model, weights=weights, device="cpu")
+    if encoder.backend != "torch":
+        raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
+    encoder = _at_size(encoder, image_size).cpu().float()
+    bounds = (PREPROCESS_BOUNDS if with_preprocess else BOUNDS)[precision]
+    pictures = photographs(images)
+    if images is None and not bounds.neighbour_agreement:
+        pictures = pictures[:10]  # the whole ones: quarters are there for neighbours to differ
+    ordered: list[Output] = [name for name in get_args(Output) if name in outputs]
+    with progress(f"exporting {encoder.name}", len(pictures), show=show) as tick:
+        tick(0, "tracing")
+        graph = _at_precision(encoder_graph(encoder, ordered, opset), precision)
+        card = _card(encoder, precision, ordered, with_preprocess)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            _save(graph, card, temporary)
+            tick(0, "comparing")
+            drift = measure(temporary, encoder, pictures, tick)
+            _raise_if_broken(encoder, precision, bounds, drift)
+            made = Export(file, temporary.stat().st_size, file_sha256(temporary), card, drift)
+    write_text(file.with_suffix(".json"), json.dumps(made.as_dict(), indent=1) + "\n")
+    return made
+
+
+def _check(precision: str, outputs: Sequence[str], opset: int) -> None:
+    if precision not in get_args(Precision):
+        raise UsageError(unknown("precision", precision, get_args(Precision)))
+    for name in outputs:
+        if name not in get_args(Output):
+            raise UsageError(unknown("output", name, get_args(Output)))
+    if not outputs:
+        raise UsageError(f"an export needs an output: {', '.join(get_args(Output))}")
+    if opset < OLDEST_OPSET:
+        raise UsageError(f"opset must be {OLDEST_OPSET} or later, got {opset}")
+
+
+def _stem(precision: str, with_preprocess: bool) -> str:
+    return "model" + f"_{precision}" * (precision != "fp32") + "_with_preprocess" * with_preprocess
+
+
+def _at_size(encoder: Encoder, side: int | None) -> Encoder:
+    """The encoder, or one for another size of image, with the crop's share kept and the position embedding resampled."""
+    config, patch = encoder.config, encoder.vit.patch_embed.patch_size[0]
+    if side is None or side == config.transform.size:
+        return encoder
+    if side < patch or side % patch:
+        raise UsageError(f"image_size must be a multiple of the patch size, {patch}; got {side}")
+    vit = copy.deepcopy(encoder.vit)
+    vit.set_input_size(img_size=side)
+    resize = round(config.transform.resize * side / config.transform.size)
+    config = dataclasses.replace(
+        config,
+        transform=dataclasses.replace(config.transform, size=side, resize=resize),
+        model_args=config.model_args | {"img_size": side},
+    )
+    return Encoder(vit, config, record=encoder.record, weights_sha256=encoder.weights_sha256)
+
+
+def _at_precision(graph: ModelProto, precision: Precision) -> ModelProto:
+    from .quantize import store_in_half, to_fp16, to_int8
+
+    return {"fp32": store_in_half, "fp16": to_fp16, "int8": to_int8}[precision](graph)
+
+
+def _card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], preprocess: bool) -> OnnxCard:
+    versions = package_versions() | {name: version(name) for name in ("onnx", "onnxscript")}
+    return OnnxCard(
+        encoder.config, encoder.weights_sha256, precision, tuple(outputs), encoder.grid, preprocess, versions
+    )
+
+
+def _save(graph: ModelProto, card: OnnxCard, file: Path) -> None:
+    """One file, with its metadata."""
+    import onnx
+
+    from .graph import with_preprocess
+
+    if card.preprocess:
+        graph = with_preprocess(graph, card.config.transform)
+    onnx.helper.set_model_props(graph, card.to_metadata())
+    graph.producer_name, graph.producer_version = "micl-zoo", card.versions["micl-zoo"]
+    if graph.ByteSize() > LARGEST:
+        raise ExportError(
+            f"{card.config.name} in {card.precision} has {graph.ByteSize():,} bytes, one ONNX file holds {LARGEST:,}: "
+            "take precision fp16 or int8"
+        )
+    file.write_bytes(graph.SerializeToString())
+
+
+def _raise_if_broken(encoder: Encoder, precision: str, bounds: Bounds, drift: Drift) -> None:
+    if broken := bounds.broken_by(drift):
+        raise ExportError(
+            f"{encoder.name} as ONNX in {precision} is not the encoder any more: {'; '.join(broken)}. Compared on "
+            f"{drift.text()}. No file was written. "
+            + ("" if precision == "fp32" else "fp32 loses nothing; ")
+            + "if this is fp32 already, another version of torch or onnxruntime may do better"
+        )
