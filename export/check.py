@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..decode import Refused, decode
-from ..encoder import Encoder, Pool
-from ..errors import ExportError, UsageError
-from ..onnx_backend import OnnxCard, OnnxEncoder, choose_providers, open_session
-from ..sources import Reader, SourceLike, index_source
-from ..weights import file_sha256
+from micl_zoo.decode import Refused, decode
+from micl_zoo.encoder import Encoder, Pool
+from micl_zoo.errors import ExportError, UsageError
+from micl_zoo.onnx_backend import OnnxCard, OnnxEncoder, choose_providers, open_session
+from micl_zoo.sources import Reader, SourceLike, index_source
+from micl_zoo.weights import file_sha256
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 BATCHES = (1, 2, 7)  # sizes to run, the last one over and over: a batch frozen at the exporter's example fails
@@ -74,7 +74,9 @@ class Bounds:
             broken.append(f"a cosine of {drift.cosine_min:.6f}, where {self.cosine_min} is the least")
         if not drift.neighbour_agreement >= self.neighbour_agreement:
             least = f"{self.neighbour_agreement:.0%} is the least"
-            broken.append(f"the same nearest neighbour for {drift.neighbour_agreement:.1%} of the images, where {least}")
+            broken.append(
+                f"the same nearest neighbour for {drift.neighbour_agreement:.1%} of the images, where {least}"
+            )
         return broken
 
 
@@ -182,7 +184,7 @@ def nearest(rows: np.ndarray) -> np.ndarray:
 
 
 def photographs(source: SourceLike | None = None) -> list[Image.Image]:
-    """What files are compared on: ten photographs that come with the package, each whole and in quarters, or a source's.
+    """What files are compared on: a source's, or ten photographs that come with the package, whole and in quarters.
 
     Raises:
         UsageError: fewer images than all batch sizes take.

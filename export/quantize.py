@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -48,8 +49,8 @@ def to_fp16(model: ModelProto) -> ModelProto:
 def to_int8(model: ModelProto) -> ModelProto:
     """The blocks' matrix products with weights in int8: weights a scale a column, activations a scale a token.
 
-    ONNX Runtime's own dynamic quantisation has one scale for a whole batch, so that an image's embedding would depend on
-    the images beside it; its static one needs calibration, and was further off (benchmarks/records).
+    ONNX Runtime's own dynamic quantisation has one scale for a whole batch, so that an image's embedding would depend
+    on the images beside it; its static one needs calibration, and was further off (benchmarks/records).
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[NodeProto] = []
@@ -84,7 +85,7 @@ def _integer_product(node: NodeProto) -> list[NodeProto]:
     """X (B, N, in) times weights, as nodes: bytes = x / scale + ZERO, product in int32, times both scales."""
     x, result, own = node.input[0], node.output[0], node.name
 
-    def make(kind: str, inputs: list[str], output: str, **settings: int) -> NodeProto:
+    def make(kind: str, inputs: list[str], output: str, **settings: Any) -> NodeProto:
         return helper.make_node(kind, inputs, [output], f"{own}_{kind}_{output}", **settings)
 
     def name(part: str) -> str:

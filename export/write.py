@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from ..encoder import Encoder, load
-from ..errors import ExportError, UsageError, unknown
-from ..files import atomic_path, write_text
-from ..onnx_backend import INSTALL, OnnxCard, Output, Precision, runtime
-from ..progress import progress
-from ..sources import SourceLike
-from ..store import package_versions
-from ..weights import file_sha256
-from ..zoo import DEFAULT
+from micl_zoo.encoder import Encoder, load
+from micl_zoo.errors import ExportError, UsageError, unknown
+from micl_zoo.files import atomic_path, write_text
+from micl_zoo.onnx_backend import INSTALL, OnnxCard, Output, Precision, runtime
+from micl_zoo.progress import progress
+from micl_zoo.sources import SourceLike
+from micl_zoo.store import package_versions
+from micl_zoo.weights import file_sha256
+from micl_zoo.zoo import DEFAULT
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -77,8 +77,8 @@ def to_onnx(
         weights: a file or folder of your own, see `load`.
         precision: "fp32"; "fp16", with norms, softmax and pooling in float32; "int8", the blocks' matrix products.
         outputs: "cls" and "mean" go one after the other into `embedding`, "patches" into an output of its own.
-        image_size: side in pixels, a multiple of the patch size; None is the encoder's own. For another one the position
-            embedding is resampled.
+        image_size: side in pixels, a multiple of the patch size; None is the encoder's own. For another one the
+            position embedding is resampled.
         with_preprocess: take `images` (B, H, W, 3) uint8 RGB of any size, in the place of `pixel_values` (B, 3, S, S).
         opset: of the file, 18 or later.
         images: to compare on, see `micl_zoo.sources.index_source`; None are photographs that come with the package.
@@ -140,7 +140,7 @@ def _stem(precision: str, with_preprocess: bool) -> str:
 
 
 def _at_size(encoder: Encoder, side: int | None) -> Encoder:
-    """The encoder, or one for another size of image, with the crop's share kept and the position embedding resampled."""
+    """The encoder, or one for another size of image: the crop's share kept, the position embedding resampled."""
     config, patch = encoder.config, encoder.vit.patch_embed.patch_size[0]
     if side is None or side == config.transform.size:
         return encoder

@@ -562,9 +562,10 @@ def export(encoder: str, out: Path, outputs: str, images: tuple[str, ...], as_js
 
     ENCODER is a name (see `micl-zoo models`), the folder of a training run or of an encoder, or a .safetensors file.
 
-    The file takes pixel_values (B, 3, S, S) and gives embedding (B, D). It is opened again with ONNX Runtime and compared
-    at batches of 1, 2 and 7: fp32 to 1e-4 and a cosine of 0.99999, fp16 to a cosine of 0.999, int8 to one of 0.98 and
-    95 % of nearest neighbours. A file that drifts further is deleted. What was measured goes into a .json beside it.
+    The file takes pixel_values (B, 3, S, S) and gives embedding (B, D). It is opened again with ONNX Runtime and
+    compared at batches of 1, 2 and 7: fp32 to 1e-4 and a cosine of 0.99999, fp16 to a cosine of 0.999, int8 to one of
+    0.98 and 95 % of nearest neighbours. A file that drifts further is deleted. What was measured goes into a .json
+    beside it.
     """
     from micl_zoo.export import to_onnx
 

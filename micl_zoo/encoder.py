@@ -207,12 +207,13 @@ class Encoder(nn.Module):
         Args:
             pixels: (B, S, S, 3) uint8.
             normalize, pool: see `embed`.
-            autocast: the dtype of the matrix products; None for that of the weights.
+            autocast: the dtype of the matrix products; None for that of the weights. An ONNX file has its own.
 
         Returns:
             (B, *row_shape(pool)) float32.
         """
         count = len(pixels)
+        autocast = None if self.precision else autocast
         if self._compiled_size and count < self._compiled_size:
             pixels = F.pad(pixels, (0, 0) * 3 + (0, self._compiled_size - count))
         with torch.autocast(self.device.type, autocast or torch.bfloat16, enabled=autocast is not None):

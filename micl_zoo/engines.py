@@ -26,8 +26,8 @@ TRIES = 2  # of a shard
 STARTS = 3  # of a process that does not come to work
 HANG = 5  # times the image timeout without a word, and a process is replaced
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+AUTOCAST: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": None}
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class Job:
     """All that a process must know to embed shards of a store.
 
     Attributes:
-        model, weights, backend, compile: see `load`.
-        precision: "fp32", "bf16" or "fp16".
+        model, weights, backend, providers: see `load`.
+        compile: see `Encoder.compile_blocks`.
+        precision: "fp32", "bf16" or "fp16", of ONNX files "int8", too.
         pool, normalize, decoding: of the embeddings.
         batch_size: images a batch.
         workers: processes that decode, for each one that runs the model.
@@ -56,12 +57,13 @@ class Job:
     workers: int
     image_timeout: float
     threads: int = 0
+    providers: tuple[str, ...] | None = None
 
     def encoder(self, device: str) -> Encoder:
         """Load the model onto a device."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        encoder = load(self.model, weights=self.weights, device=device, backend=self.backend)
+        encoder = load(self.model, weights=self.weights, device=device, backend=self.backend, providers=self.providers)
         if self.compile:
             encoder.compile_blocks(self.batch_size)
         return encoder
@@ -342,4 +344,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch
         precision = "bf16" if bf16_is_fast(device) else "fp32"
     if precision not in AUTOCAST:
         raise UsageError(f"unknown precision {precision!r}. Valid: auto, {', '.join(AUTOCAST)}.")
+    if precision == "int8":
+        raise UsageError(
+            "int8 is a precision of ONNX files: export one with `micl-zoo export … --precision int8`, and give it as "
+            "weights"
+        )
     return AUTOCAST[precision], precision

@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -117,7 +117,8 @@ def extract(
     normalize: bool = True,
     dtype: Dtype = "float32",
     precision: Precision = "auto",
-    backend: Literal["auto", "torch", "openvino"] = "auto",
+    backend: Literal["auto", "torch", "openvino", "onnx"] = "auto",
+    providers: Sequence[str] | None = None,
     compile: bool = False,
     devices: str = "auto",
     processes: int | None = None,
@@ -146,8 +147,11 @@ def extract(
         pool: "cls" token, "mean" of the patch tokens, "cls+mean" one after the other, or all "patches".
         normalize: embeddings of unit length.
         dtype: of the rows on disk.
-        precision: of the model's arithmetic; "auto" is bf16 where the device computes it fast, else fp32.
-        backend: "torch", or "openvino" for processors; "auto" is the latter where it is installed and can be used.
+        precision: of the model's arithmetic; "auto" is bf16 where the device computes it fast, else fp32; of an ONNX
+            file its own.
+        backend: "torch", "openvino" for processors, or "onnx"; "auto" is "onnx" for an .onnx file, and "openvino" where
+            it is installed and can be used.
+        providers: of ONNX Runtime, see `load`.
         compile: the model by torch.compile; pays off after thousands of images.
         devices: "auto", "all" GPUs, or names with commas between them; a process each.
         processes: that run the model and share the devices; None is one a device, with Ray one a GPU of the cluster.
@@ -174,10 +178,11 @@ def extract(
     """
     start = time.monotonic()
     _check(batch_size=batch_size, shard_rows=shard_rows, limit=limit, processes=processes)
-    places = _places(
-        model, "cpu" if backend == "openvino" and devices == "auto" else devices, processes, engine, address
-    )
-    resolved = places.precision(precision)
+    if backend == "auto" and weights is not None and Path(weights).suffix == ".onnx":
+        backend = "onnx"
+    places = _places(model, _devices(devices, backend, providers), processes, engine, address)
+    is_onnx = (model.backend if isinstance(model, Encoder) else backend) == "onnx"
+    resolved = precision if is_onnx else places.precision(precision)
     ran_by = _backend(model, backend, places.kind, resolved, compile=compile)
     pieces = list_source(source)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
@@ -194,15 +199,18 @@ def extract(
         workers=places.workers(workers),
         image_timeout=image_timeout,
         threads=places.threads,
+        providers=None if providers is None else tuple(providers),
     )
     if isinstance(model, Encoder):
         encoder = model
     elif places.several:  # the processes load it; here it only says what the store will hold
-        encoder = load(model, weights=weights, device="cpu")
+        encoder = load(model, weights=weights, device="cpu", backend="onnx" if is_onnx else "torch")
     else:
         encoder = job.encoder(places.devices[0])
+    if encoder.precision:
+        job = dataclasses.replace(job, precision=_own_precision(encoder, precision))
     say(_sentence(encoder, job, places))
-    if advice := precision_advice(job.precision, torch.device(places.kind)):
+    if not is_onnx and (advice := precision_advice(job.precision, torch.device(places.kind))):
         say(advice)
     folder = Folder(out)
     with folder.lock() or nullcontext(), StopRequest() as stop:
@@ -318,6 +326,29 @@ def _places(
 
         return Cluster.join(address, processes)
     return Local.find(devices, processes)
+
+
+def _devices(devices: str, backend: str, providers: Sequence[str] | None) -> str:
+    """What "auto" is, where the backend decides it."""
+    if devices != "auto" or backend not in ("openvino", "onnx"):
+        return devices
+    if backend == "onnx":
+        from .onnx_backend import GPU, choose_providers
+
+        on_gpu = choose_providers("auto", providers)[0][0] in GPU and torch.cuda.is_available()
+        return "cuda" if on_gpu else "cpu"
+    return "cpu"
+
+
+def _own_precision(encoder: Encoder, asked: Precision) -> str:
+    """That of an encoder whose file fixes it."""
+    assert encoder.precision is not None
+    if asked not in ("auto", encoder.precision):
+        raise UsageError(
+            f"the ONNX file of {encoder.name} computes in {encoder.precision}, not in {asked}: leave precision out, or "
+            f"export another with --precision {asked}"
+        )
+    return encoder.precision
 
 
 def _backend(model: str | Encoder, wanted: str, kind: str, precision: str, *, compile: bool) -> Backend:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import Backend, Encoder, Features, Pool, check_arch
-from .errors import UsageError, WeightsError
+from .errors import MiclZooError, UsageError, WeightsError
 from .transforms import Transform
 from .weights import EncoderConfig, embedded_file, file_sha256
 from .zoo import Record, find_record
@@ -32,7 +32,8 @@ NEEDS: dict[Pool, tuple[Output, ...]] = {
     "patches": ("patches",),
 }
 INSTALL = "pip install 'micl-zoo[onnx]'"
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+GPU = (CUDA, TENSORRT)
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,12 @@ class OnnxEncoder(Encoder):
             )
         names = sorted({"patches" if one == "patches" else "embedding" for one in sources})
         images = pixel_values.detach().float().contiguous().numpy()
-        arrays = self.session.run(names, {"pixel_values": images})
+        try:
+            arrays = self.session.run(names, {"pixel_values": images})
+        except Exception as error:  # ONNX Runtime has a class of its own for each kind, all of them private
+            if "allocate memory" in str(error):
+                raise MemoryError(str(error)) from None  # as the others say it
+            raise MiclZooError(f"ONNX Runtime failed on {len(images)} images: {error}") from error
         found = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
         if "embedding" in found:
             tokens = [name for name in has if name != "patches"]
@@ -194,7 +200,7 @@ def load_onnx(name: str, weights: Path | None, device: str, providers: Sequence[
     card = OnnxCard.from_metadata(session.get_modelmeta().custom_metadata_map, where=repr(str(file)))
     if card.preprocess:
         raise WeightsError(
-            f"{str(file)!r} has the transform inside, for use without micl-zoo: export another without --with-preprocess"
+            f"{str(file)!r} has the transform inside, for use without micl-zoo: export one without --with-preprocess"
         )
     check_arch(name, card.config)
     return OnnxEncoder(session, card, record=record, sha256=sha256)
@@ -238,9 +244,10 @@ def choose_providers(device: str, providers: Sequence[str] | None = None) -> lis
             "`micl-zoo doctor` says how to mend it"
         )
     on_gpu = kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and CUDA in has)
+    names = {one.removesuffix(tail).lower(): one for one in has for tail in ("", "ExecutionProvider")}
     chosen = []
     for asked in providers or (["cuda"] if on_gpu else ["cpu"]):
-        name = next((one for one in has if asked.lower() in (one.lower(), one.removesuffix(_TAIL).lower())), None)
+        name = names.get(asked.lower())
         if name is None:
             raise UsageError(
                 f"this ONNX Runtime has no {asked} provider, it has {', '.join(has)}. For NVIDIA GPUs: {INSTALL}; "
@@ -250,13 +257,10 @@ def choose_providers(device: str, providers: Sequence[str] | None = None) -> lis
     return chosen
 
 
-_TAIL = "ExecutionProvider"
-
-
 def _settings(provider: str, number: str) -> dict[str, Any]:
     if provider == CUDA:
         return {"device_id": number, "use_tf32": "0"}  # else fp32 has 10 bits of mantissa, unlike torch's by default
-    return {"device_id": number} if provider == "TensorrtExecutionProvider" else {}
+    return {"device_id": number} if provider == TENSORRT else {}
 
 
 def runtime() -> Any:

@@ -139,7 +139,8 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
 
     manifest = store.manifest
     record = RECORDS.get(manifest.model)
-    if weights is None and (record is None or record.sha256 != manifest.weights_sha256):
+    published = record and (record.onnx and record.onnx.sha256 if manifest.runtime == "onnx" else record.sha256)
+    if weights is None and published != manifest.weights_sha256:
         raise WeightsError(
             f"the store was made by weights of {manifest.model} that are not published (sha256 "
             f"{manifest.weights_sha256}): give their file or encoder folder with --weights, from Python with weights=. "
@@ -161,6 +162,8 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
 
 def _backend(manifest: Manifest, device: str) -> Any:
     """What ran the model then, where that can be had; torch gives the same rows but for the last digits."""
+    if manifest.runtime == "onnx":
+        return "onnx"
     here = manifest.runtime == "openvino" and device in ("auto", "cpu") and importlib.util.find_spec("openvino")
     return "openvino" if here else "torch"
 

@@ -111,6 +111,12 @@ _RECORDS = [
         embedded="vit_ti16.tin200.safetensors",
         sha256="e04a8b713e804944b002c1782272640be24c2b38a2949c31848ea36beab028e8",
         bytes=11064376,
+        onnx=OnnxFile(
+            file="vit_ti16.tin200.onnx",
+            precision="fp32",
+            sha256="4210aa47f1022bece8ded6a9f0aa498fc18b9fddbedb6a4842e8e69d52d31cac",
+            bytes=11182268,
+        ),
         training_record="vit_ti16.tin200.json",
         metrics={"tin200": 5.6, "caltech101": 26.8, "flowers5": 48.5, "cifar10": 43.8},
     ),
