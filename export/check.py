@@ -85,7 +85,7 @@ BOUNDS = {
     "fp16": Bounds(cosine_min=0.999),
     "int8": Bounds(cosine_min=0.98, neighbour_agreement=0.95),
 }
-# With the transform inside, a few pixels in a thousand come out a level or more away from Pillow's.
+# With the transform inside, some pixels in ten thousand come out a level away from Pillow's.
 PREPROCESS_BOUNDS = BOUNDS | {"fp32": Bounds(cosine_min=0.9999)}
 
 

@@ -98,12 +98,13 @@ def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:
 def preprocess_text(transform: Transform, opset: int, ir_version: int) -> str:
     """`Transform.pixels` and `normalise`, line by line, in ONNX's own notation.
 
-    ONNX's antialiased cubic Resize with a = -0.5 is Pillow's bicubic, its Round takes halves to the even number as
-    Python's does. Normalising is (pixel / 255 - mean) / std = pixel * gain - offset.
+    ONNX's antialiased cubic Resize is Pillow's bicubic, given a = -0.5 and that no pixel outside of the image counts;
+    its Round takes halves to the even number, as Python's does. Normalising is (pixel / 255 - mean) / std = pixel * gain - offset.
     """
     gain = ", ".join(repr(1 / (255 * std)) for std in transform.std)
     offset = ", ".join(repr(mean / std) for mean, std in zip(transform.mean, transform.std, strict=True))
-    mode = {"bicubic": 'mode = "cubic", cubic_coeff_a = -0.5', "bilinear": 'mode = "linear"'}[transform.interpolation]
+    cubic = 'mode = "cubic", cubic_coeff_a = -0.5, exclude_outside = 1'
+    mode = {"bicubic": cubic, "bilinear": 'mode = "linear"'}[transform.interpolation]
     size = transform.size
     return f"""
 <ir_version: {ir_version}, opset_import: ["" : {opset}]>
@@ -127,8 +128,7 @@ preprocess (uint8[batch, height, width, 3] images) => (float[batch, 3, {size}, {
 
   pre_scaled = Mul(pre_kept, pre_resize)
   pre_resized = Div(pre_scaled, pre_short)
-  pre_image = Resize<{mode}, antialias = 1, coordinate_transformation_mode = "half_pixel", axes = [2, 3]>
-              (pre_strip, , , pre_resized)
+  pre_image = Resize<{mode}, antialias = 1, axes = [2, 3]>(pre_strip, , , pre_resized)
 
   pre_spare = Sub(pre_resized, pre_size)
   pre_spare_number = Cast<to = 1>(pre_spare)
