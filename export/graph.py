@@ -99,7 +99,8 @@ def preprocess_text(transform: Transform, opset: int, ir_version: int) -> str:
     """`Transform.pixels` and `normalise`, line by line, in ONNX's own notation.
 
     ONNX's antialiased cubic Resize is Pillow's bicubic, given a = -0.5 and that no pixel outside of the image counts;
-    its Round takes halves to the even number, as Python's does. Normalising is (pixel / 255 - mean) / std = pixel * gain - offset.
+    its Round takes halves to the even number, as Python's does. To normalise is
+    (pixel / 255 - mean) / std = pixel * gain - offset.
     """
     gain = ", ".join(repr(1 / (255 * std)) for std in transform.std)
     offset = ", ".join(repr(mean / std) for mean, std in zip(transform.mean, transform.std, strict=True))

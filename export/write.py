@@ -165,9 +165,10 @@ def _at_precision(graph: ModelProto, precision: Precision) -> ModelProto:
 
 def _card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], preprocess: bool) -> OnnxCard:
     versions = package_versions() | {name: version(name) for name in ("onnx", "onnxscript")}
-    return OnnxCard(
-        encoder.config, encoder.weights_sha256, precision, tuple(outputs), encoder.grid, preprocess, versions
-    )
+    config = encoder.config
+    if encoder.record:  # which says all of the terms, the weights' own config but a word
+        config = dataclasses.replace(config, license=encoder.record.license)
+    return OnnxCard(config, encoder.weights_sha256, precision, tuple(outputs), encoder.grid, preprocess, versions)
 
 
 def _save(graph: ModelProto, card: OnnxCard, file: Path) -> None:

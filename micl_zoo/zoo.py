@@ -114,8 +114,8 @@ _RECORDS = [
         onnx=OnnxFile(
             file="vit_ti16.tin200.onnx",
             precision="fp32",
-            sha256="4210aa47f1022bece8ded6a9f0aa498fc18b9fddbedb6a4842e8e69d52d31cac",
-            bytes=11182268,
+            sha256="9ab89e690f946fd9bf35af01e9503736b92d3291647a6b24c46679699b5c32ad",
+            bytes=11182440,
         ),
         training_record="vit_ti16.tin200.json",
         metrics={"tin200": 5.6, "caltech101": 26.8, "flowers5": 48.5, "cifar10": 43.8},

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import picture
 
 import micl_zoo
-from conftest import picture
 from micl_zoo.cli import main
 from micl_zoo.encoder import Encoder
 from micl_zoo.errors import ExportError, UsageError
