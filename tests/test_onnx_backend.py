@@ -80,7 +80,7 @@ def test_changed_bytes_of_the_package_are_noticed(monkeypatch: pytest.MonkeyPatc
     assert record.onnx is not None
     other = dataclasses.replace(record, onnx=dataclasses.replace(record.onnx, sha256="0" * 64))
     monkeypatch.setitem(zoo.RECORDS, zoo.DEFAULT, other)
-    with pytest.raises(WeightsError, match="is not the published one: sha256 .*, expected 0000"):
+    with pytest.raises(WeightsError, match=r"is not the published one: sha256 .*, expected 0000"):
         micl_zoo.load(backend="onnx")
 
 
@@ -139,7 +139,7 @@ def test_files_that_cannot_be(exported: Path, encoder: Encoder, tmp_path: Path) 
         local_onnx(tmp_path)
     for name in ("a.onnx", "b.onnx"):
         (tmp_path / name).write_bytes(b"no graph")
-    with pytest.raises(WeightsError, match="give one of a.onnx, b.onnx"):
+    with pytest.raises(WeightsError, match=r"give one of a.onnx, b.onnx"):
         local_onnx(tmp_path)
     with pytest.raises(WeightsError, match="ONNX Runtime cannot open"):
         micl_zoo.load(weights=tmp_path / "a.onnx", backend="onnx")
@@ -223,9 +223,8 @@ def test_extract_verify_and_search(
     assert store.manifest.runtime == "onnx"
     assert store.manifest.precision == "fp32"
     assert "onnx in fp32" in said[0]
-    extract(
-        images, tmp_path / "torch", weights=encoder_folder, backend="torch", devices="cpu", precision="fp32", workers=0
-    )
+    other: dict[str, Any] = {"backend": "torch", "devices": "cpu", "precision": "fp32", "workers": 0}
+    extract(images, tmp_path / "torch", weights=encoder_folder, **other)
     np.testing.assert_allclose(store.embeddings, open_store(tmp_path / "torch").embeddings, rtol=0, atol=1e-5)
     again = extract(images, out, weights=exported, backend="onnx", devices="cpu", show=False, workers=0, shard_rows=4)
     assert again.computed == 0
@@ -243,10 +242,11 @@ def test_extract_verify_and_search(
 def test_several_processes_and_a_loaded_encoder(
     image_folder: Callable[..., Path], exported: Path, tmp_path: Path
 ) -> None:
-    images, options = image_folder(8), {"show": False, "workers": 0, "shard_rows": 4}
+    images = image_folder(8)
+    options: dict[str, Any] = {"show": False, "workers": 0, "shard_rows": 4}
     opened = micl_zoo.load(weights=exported, backend="onnx", device="cpu")
-    one = extract(images, tmp_path / "one", model=opened, **options).store  # type: ignore[arg-type]
-    two = extract(images, tmp_path / "two", weights=exported, processes=2, devices="cpu", **options).store  # type: ignore[arg-type]
+    one = extract(images, tmp_path / "one", model=opened, **options).store
+    two = extract(images, tmp_path / "two", weights=exported, processes=2, devices="cpu", **options).store
     np.testing.assert_array_equal(one.embeddings, two.embeddings)
     assert one.manifest.weights_sha256 == two.manifest.weights_sha256
 
