@@ -42,7 +42,10 @@ from micl_zoo.zoo import find_record
 LOOPS, LIGHTLY = (Path(__file__).with_name(name) for name in ("loops.py", "lightly_embed.py"))
 EXTRACT = [sys.executable, "-m", "micl_zoo", "extract"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
+CPU_FLAGS = (
+    *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni"),
+    *("amx_tile", "amx_bf16", "amx_int8"),
+)
 MEMORY_SAMPLE_SECONDS = 0.25
 BASELINE = "plain fp32"
 

@@ -1,0 +1,276 @@
+"""What an export costs and gives: drift from PyTorch, size and images/s of each precision, on the same photographs.
+
+    python benchmarks/export.py photos/ --knn caltech101 --knn flowers5 --out benchmarks/records/export.json
+    python benchmarks/export.py photos/ --encoder vit_b16.tin200 --random --out benchmarks/records/export-vit_b16.json
+
+Rates are those of the model alone, on pixels in memory, all contenders in turn. Beside the int8 of micl-zoo stand ONNX
+Runtime's own dynamic and static quantisation, and the same with all 8 bits of the weights: why it is done as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+import torch
+from extract import IMAGE_SUFFIXES, cpu_flags, optional_versions, ratio
+from micl_zoo.export import quantize, write
+from micl_zoo.export.check import BOUNDS, measure, photographs
+from micl_zoo.export.graph import encoder_graph
+from micl_zoo.training.knn import Probe
+from micl_zoo.training.rundir import code_commit, machine
+from PIL import Image
+
+import micl_zoo
+from micl_zoo.decode import decode
+from micl_zoo.encoder import Encoder
+from micl_zoo.files import write_text
+from micl_zoo.progress import progress
+from micl_zoo.store import package_versions
+from micl_zoo.zoo import DEFAULT
+
+OPSET = write.OPSET
+KNN_IMAGES = 10_000  # to search, of each set
+CALIBRATION_BATCH = 10
+OURS = {"fp32": quantize.store_in_half, "fp16": quantize.to_fp16, "int8": quantize.to_int8}
+THEIRS = ("int8, 8 bits of weights", "int8, onnxruntime dynamic", "int8, onnxruntime static")
+
+
+@click.command()
+@click.argument("photos", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--encoder", "name", default=DEFAULT, show_default=True, help="Of `micl-zoo models`.")
+@click.option("--random", is_flag=True, help="With random weights: differences and rates only.")
+@click.option("--images", type=click.IntRange(10), default=102, show_default=True, help="The first so many.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="For the rates.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of all, for the rates.")
+@click.option("--seconds", type=click.FloatRange(0), default=6, show_default=True, help="Of each; a batch at least.")
+@click.option("--knn", multiple=True, type=click.Path(exists=True, path_type=Path), help="Folder of a labelled set.")
+@click.option("--out", type=click.Path(path_type=Path), help="The record to write.")
+def main(photos: Path, name: str, random: bool, out: Path | None, **options: Any) -> None:
+    """Export an encoder in every precision, and measure it on PHOTOS."""
+    torch.manual_seed(0)
+    encoder = micl_zoo.load(name, pretrained=not random, device="cpu")
+    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[: options["images"]]
+    with tempfile.TemporaryDirectory() as folder:
+        record = compare(encoder, [decode(file.read_bytes()) for file in files], Path(folder), **options)
+    sets = "".join(f" --knn {path.name}" for path in options["knn"])
+    record["command"] = f"python benchmarks/export.py PHOTOS --encoder {name}{' --random' * random}{sets}"
+    click.echo(table(record))
+    if out is not None:
+        write_text(out, json.dumps(record, indent=1) + "\n")
+
+
+def compare(
+    encoder: Encoder,
+    pictures: list[Image.Image],
+    scratch: Path,
+    *,
+    images: int,
+    batch_size: int,
+    rounds: int,
+    seconds: float,
+    knn: tuple[Path, ...],
+) -> dict[str, Any]:
+    """The record of one encoder, with temporary files in `scratch`."""
+    traced = encoder_graph(encoder, ("cls",), OPSET).SerializeToString()
+    rows: dict[str, dict[str, Any]] = {}
+    opened: dict[str, Encoder] = {}
+    with progress("comparing", (len(OURS) + len(THEIRS)) * len(pictures)) as tick:
+        for variant in (*OURS, *THEIRS):
+            file = scratch / f"{len(rows)}.onnx"
+            write._save(made(variant, traced, encoder, scratch), card(encoder, variant), file)
+            drift = measure(file, encoder, pictures, tick)
+            opened[variant] = micl_zoo.load(weights=file, backend="onnx", device="cpu")
+            rows[variant] = {"bytes": file.stat().st_size, **dataclasses.asdict(drift)}
+            rows[variant]["alone_and_in_a_batch"] = batch_dependence(opened[variant], pictures[:8])
+            if variant in BOUNDS:
+                rows[variant]["within_bounds"] = not BOUNDS[variant].broken_by(drift)
+    rates = {f"onnx {name}": one for name, one in opened.items()}
+    figures = in_turn(contenders(encoder) | rates_of(rates), pictures, batch_size, rounds, seconds)
+    return {
+        "encoder": encoder.name,
+        "weights_sha256": encoder.weights_sha256 or "random weights",
+        "photographs": len(pictures),
+        "drift": rows,
+        "images_per_second": figures,
+        "int8_over_onnx_fp32": ratio(figures["onnx int8"]["median"] or 0.0, figures["onnx fp32"]["median"]),
+        "int8_note": int8_note(),
+        "knn_percent": {folder.name: accuracies(folder, encoder, opened) for folder in knn},
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "machine": {**machine(encoder.device), "flags": cpu_flags()},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": code_commit(),
+        "versions": package_versions() | optional_versions(),
+    }
+
+
+def made(variant: str, traced: bytes, encoder: Encoder, scratch: Path) -> onnx.ModelProto:
+    """One way to export."""
+    graph = onnx.load_from_string(traced)
+    if variant in OURS:
+        return OURS[variant](graph)
+    if variant == "int8, 8 bits of weights":
+        quantize.WEIGHT_MAX, kept = 127, quantize.WEIGHT_MAX
+        try:
+            return quantize.to_int8(graph)
+        finally:
+            quantize.WEIGHT_MAX = kept
+    return by_onnxruntime(variant, graph, encoder, scratch)
+
+
+def by_onnxruntime(variant: str, graph: onnx.ModelProto, encoder: Encoder, scratch: Path) -> onnx.ModelProto:
+    """ONNX Runtime's own quantisation of the same products, a scale a column, 7 bits."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+    constant = {tensor.name for tensor in graph.graph.initializer}
+    products = [node.name for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in constant]
+    options: dict[str, Any] = {"nodes_to_quantize": products, "per_channel": True, "reduce_range": True}
+    options |= {"op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8}
+    source, target = scratch / "source.onnx", scratch / "target.onnx"
+    onnx.save(graph, source)
+    if variant == "int8, onnxruntime dynamic":
+        quantize_dynamic(source, target, **options)
+    else:
+        options |= {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8}
+        quantize_static(source, target, calibration(encoder), **options)
+    return onnx.load(target)
+
+
+def calibration(encoder: Encoder) -> Any:
+    """What static quantisation sees: the photographs that come with the package."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    pixels = np.stack([encoder.transform.pixels(image) for image in photographs()])
+    normalised = encoder.transform.normalise(torch.from_numpy(pixels)).numpy()
+    batches = iter(np.split(normalised, len(normalised) // CALIBRATION_BATCH))
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(batches, None)
+            return None if batch is None else {"pixel_values": batch}
+
+    return Reader()
+
+
+def card(encoder: Encoder, variant: str) -> Any:
+    """Of a variant: all that are called int8 are that."""
+    precision: Any = variant.partition(",")[0]
+    return write._card(encoder, precision, ("cls",), False)
+
+
+def batch_dependence(encoder: Encoder, pictures: list[Image.Image]) -> float:
+    """How far an image's embedding alone is from the same in a batch with others: the largest difference."""
+    together = encoder.embed(pictures)
+    alone = np.concatenate([encoder.embed(picture) for picture in pictures])
+    return float(np.abs(together - alone).max())
+
+
+def contenders(encoder: Encoder) -> dict[str, Callable[[np.ndarray], object]]:
+    """What is not ONNX: pixels to embeddings."""
+    found: dict[str, Callable[[np.ndarray], object]] = {
+        "torch fp32": encoder.embed_pixels,
+        "torch bf16": lambda pixels: encoder.embed_pixels(pixels, autocast=torch.bfloat16),
+    }
+    if find_spec("openvino"):
+        from micl_zoo.openvino_backend import OpenVinoViT
+
+        twin = Encoder(encoder.vit, encoder.config, record=None, weights_sha256=None)
+        twin.runtime = OpenVinoViT(encoder.vit)
+        found["openvino fp32"] = twin.embed_pixels
+    return found
+
+
+def rates_of(encoders: dict[str, Encoder]) -> dict[str, Callable[[np.ndarray], object]]:
+    """The same of encoders."""
+    return {name: one.embed_pixels for name, one in encoders.items()}
+
+
+def in_turn(
+    asked: dict[str, Callable[[np.ndarray], object]],
+    pictures: list[Image.Image],
+    batch_size: int,
+    rounds: int,
+    seconds: float,
+) -> dict[str, dict[str, float | None]]:
+    """Images/s of each, A B C A B C: median, extremes, and the ratio to torch in float32."""
+    transform = micl_zoo.transforms.Transform()
+    pixels = np.stack([transform.pixels(picture) for picture in pictures])
+    rates: dict[str, list[float]] = {name: [] for name in asked}
+    with progress("rates", rounds * len(asked), unit="runs") as tick:
+        for _ in range(rounds):
+            for name, embed in asked.items():
+                embed(pixels[:1])
+                rates[name].append(rate(embed, batches(pixels, batch_size), seconds))
+                tick(1, name)
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        name: {
+            "median": round(medians[name], 3),
+            "lowest": round(min(found), 3),
+            "highest": round(max(found), 3),
+            "ratio_to_torch_fp32": ratio(medians[name], medians["torch fp32"]),
+        }
+        for name, found in rates.items()
+    }
+
+
+def batches(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Whole batches of the same photographs, over and over."""
+    place = 0
+    while True:
+        yield np.take(pixels, range(place, place + size), axis=0, mode="wrap")
+        place += size
+
+
+def rate(embed: Callable[[np.ndarray], object], of: Iterator[np.ndarray], seconds: float) -> float:
+    """Images/s over so many seconds, at least one batch."""
+    start, images = time.perf_counter(), 0
+    while not images or time.perf_counter() - start < seconds:
+        batch = next(of)
+        embed(batch)
+        images += len(batch)
+    return images / (time.perf_counter() - start)
+
+
+def accuracies(folder: Path, encoder: Encoder, opened: dict[str, Encoder]) -> dict[str, float]:
+    """K-NN accuracy in percent on a labelled set, of torch and of each precision."""
+    probe = Probe.open(folder, KNN_IMAGES)
+    every = {"torch fp32": encoder} | {f"onnx {name}": opened[name] for name in OURS}
+    return {name: round(100 * probe.measure(one), 2) for name, one in every.items()}
+
+
+def int8_note() -> str:
+    """What decides whether int8 is the faster one here."""
+    flags = [flag for flag in cpu_flags() if "vnni" in flag or flag == "amx_int8"]
+    if flags:
+        return f"this processor multiplies bytes by {', '.join(flags)}: int8 should be the faster one"
+    return (
+        "this processor has no VNNI: it multiplies bytes in steps that take as long as float32, and quantising "
+        "activations comes on top, so that int8 saves memory here and no time"
+    )
+
+
+def table(record: dict[str, Any]) -> str:
+    """For a person."""
+    lines = [f"{'':28}{'MB':>8}{'mean cos':>10}{'min cos':>10}{'neighbours':>11}{'in a batch':>11}"]
+    for name, row in record["drift"].items():
+        numbers = f"{row['bytes'] / 1e6:8.1f}{row['cosine_mean']:10.6f}{row['cosine_min']:10.6f}"
+        lines.append(f"{name:28}{numbers}{row['neighbour_agreement']:11.1%}{row['alone_and_in_a_batch']:11.1e}")
+    lines += [f"{name:34}{row['median']:8.2f} images/s" for name, row in record["images_per_second"].items()]
+    lines += [f"k-NN {name}: {found}" for name, found in record["knn_percent"].items()]
+    return "\n".join([*lines, record["int8_note"]])
+
+
+if __name__ == "__main__":
+    main()
