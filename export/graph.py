@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
 EXAMPLES = 2  # images to trace with: of one, torch takes the size of the batch for a constant
+MOST = 2**31 - 1  # images a batch; without a bound torch 2.6 finds that one number of images would not do
 
 
 class _Outputs(nn.Module):
@@ -57,7 +58,7 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
                 (torch.zeros(EXAMPLES, 3, side, side),),
                 input_names=["pixel_values"],
                 output_names=names,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=({0: torch.export.Dim("batch", max=MOST)},),
                 opset_version=opset,
                 dynamo=True,
                 optimize=True,

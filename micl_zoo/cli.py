@@ -390,6 +390,7 @@ def info(name: str, as_json: bool) -> None:
         "summary": record.summary,
         "shape": f"{shape.embed_dim} wide, {shape.depth} blocks, {shape.num_heads} heads, timm's {shape.timm_name}",
         "weights": _where(record) + (f", {record.bytes:,} bytes, sha256 {record.sha256}" if record.sha256 else ""),
+        "ONNX": _onnx(record),
         "transform": record.transform.id,
         "trained on": record.corpus,
         "recipe": record.recipe,
@@ -403,6 +404,12 @@ def info(name: str, as_json: bool) -> None:
         from .weights import not_published
 
         click.echo("\n" + not_published(record))
+
+
+def _onnx(record: Record) -> str:
+    if record.onnx is None:
+        return f"micl-zoo export {record.name} -o DIR" if record.published else "none"
+    return f"embedded, {record.onnx.precision}, {record.onnx.bytes:,} bytes, sha256 {record.onnx.sha256}"
 
 
 def _where(record: Record) -> str:
