@@ -199,7 +199,7 @@ def extract(
         workers=places.workers(workers),
         image_timeout=image_timeout,
         threads=places.threads,
-        providers=None if providers is None else tuple(providers),
+        providers=tuple(providers) if providers else None,
     )
     if isinstance(model, Encoder):
         encoder = model
