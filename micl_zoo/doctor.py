@@ -149,7 +149,7 @@ def _said(error: BaseException) -> str:
 
 
 def _short(text: str, most: int = 500) -> str:
-    text = " ".join(text.split())
+    text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", text).split())  # without colours
     return text if len(text) <= most else text[:most] + " …"
 
 
@@ -450,9 +450,9 @@ def try_onnxruntime(paths: str, cuda: str = "") -> None:
 
 
 def _load_error(output: str) -> str:
-    """The line in which ONNX Runtime says which library it lacks."""
-    lines = [line for line in output.splitlines() if "error" in line.lower()]
-    return _short(next((line for line in lines if "Failed to load" in line), lines[0] if lines else output))
+    """What ONNX Runtime says of the library that it lacks."""
+    found = re.search(r"Failed to load.*", output) or re.search(r".*error.*", output, re.IGNORECASE)
+    return _short(found.group() if found else output)
 
 
 def judge(found: Sequence[Installed], module: Imported, gpus: Sequence[str] = ()) -> Finding:
@@ -479,7 +479,8 @@ def judge(found: Sequence[Installed], module: Imported, gpus: Sequence[str] = ()
     if one.name == GPU_PACKAGE and CUDA not in module.providers:
         return problem(f"{one} has no {CUDA}: {module}", again)
     if module.cuda_error:
-        text = f"{one} cannot use the GPU ({'; '.join(gpus)}): {module.cuda_error}"
+        tried = "with torch imported and onnxruntime.preload_dlls() called before"
+        text = f"{one} cannot use the GPU ({'; '.join(gpus)}), {tried}: {module.cuda_error}"
         return problem(text, (pip_command("install", f"{GPU_PACKAGE}[cuda,cudnn]=={one.version}"),))
     if one.name == MODULE and _best([], gpus) == GPU_PACKAGE:
         text = f"{one} computes on the CPU only, and there is a GPU ({'; '.join(gpus)}): {module}"
