@@ -418,6 +418,24 @@ def _where(record: Record) -> str:
     return "embedded" if record.embedded else f"hub {record.hub_repo}"
 
 
+@main.command(epilog="\b\nExamples:\n  micl-zoo doctor\n  micl-zoo doctor --offline --json")
+@click.option("--offline", is_flag=True, help="Do not ask whether the hub can be reached.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def doctor(offline: bool, as_json: bool) -> None:
+    """Examine this installation: packages, devices, ONNX Runtime, the hub, disk space, weights.
+
+    Each problem comes with the commands that mend it; exit code 1 when there is one.
+    """
+    from .doctor import examine
+
+    found = examine(offline=offline)
+    if as_json:
+        click.echo(json.dumps({"problems": found.problems, **dataclasses.asdict(found)}, indent=2))
+    else:
+        click.echo(found.table())
+    sys.exit(1 if found.problems else 0)
+
+
 @main.command(
     epilog="""\b
 Examples:
