@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
+    from .zoo import OnnxFile
+
 State = Literal["ok", "note", "problem"]
 
 NEEDED = ("torch", "torchvision", "timm", "numpy", "pyarrow", "pillow", "huggingface-hub", "safetensors", "fsspec")
@@ -41,8 +43,6 @@ OPTIONAL = (
     *("s3fs", "gcsfs", "aiohttp", "matplotlib", "tensorboard"),
 )
 IMPORTED = ("torch", "torchvision", "timm")  # in this order: each needs those before it
-TORCH_WHEELS = "https://download.pytorch.org/whl/"
-CUDA_BUILD = "cu130"  # where the package index has no torch with CUDA: all but Linux on x86_64
 MODULE, GPU_PACKAGE, CUDA = "onnxruntime", "onnxruntime-gpu", "CUDAExecutionProvider"
 HASHED_BYTES = 64 << 20  # larger files of ONNX Runtime, its CUDA library of 300 MB, are compared by size alone
 LOW_DISK = 10**9  # bytes: less is a problem
@@ -191,22 +191,15 @@ def _broken_import() -> Finding | None:
             if name == "timm":
                 return Finding(name, "problem", text, (pip_command("install", "--upgrade", name),))
             text += ". torch and torchvision must be of the same release and the same build"
-            build = importlib.metadata.version("torch").partition("+")[2]
-            return Finding(name, "problem", text, torch_again(build))
+            return Finding(name, "problem", text, torch_again())
     return None
 
 
-def torch_again(build: str = "") -> tuple[str, ...]:
-    """The commands that put a matching torch and torchvision in the place of those that are here.
-
-    Args:
-        build: as the version of torch ends after "+": "cpu", "cu128" …; "" for that of the package index.
-    """
-    known = re.fullmatch(r"cpu|xpu|cu\d+|rocm[\d.]+", build)
-    index = ("--index-url", TORCH_WHEELS + build) if known else ()
+def torch_again() -> tuple[str, ...]:
+    """The commands that put a matching torch and torchvision in the place of those that are here."""
     return (
         pip_command("uninstall", "-y", "torch", "torchvision"),
-        pip_command("install", "torch", "torchvision", *index),
+        pip_command("install", "torch", "torchvision"),
     )
 
 
@@ -281,9 +274,8 @@ def _unused_gpu(shown: Sequence[str], built_for: str | None, said: str) -> Findi
     if built_for:
         text = f"{gpus}finds none. It was built for CUDA {built_for}: a driver that is older needs an update. {said}"
         return Finding("gpu", "problem", text.rstrip(), ("nvidia-smi",))
-    on_index = sys.platform == "linux" and platform.machine() == "x86_64"
-    text = f"{gpus}was built without CUDA. For an older driver: https://pytorch.org/get-started/locally/"
-    return Finding("gpu", "problem", text, torch_again("" if on_index else CUDA_BUILD))
+    text = f"{gpus}was built without CUDA. Where this brings the same again: https://pytorch.org/get-started/locally/"
+    return Finding("gpu", "problem", text, torch_again())
 
 
 # ONNX Runtime
@@ -464,9 +456,9 @@ def judge(found: Sequence[Installed], module: Imported, gpus: Sequence[str] = ()
         gpus: see `driver_gpus`.
     """
     if not found:
-        return _without_distribution(module, gpus)
+        return _without_distribution(module)
     if len(found) > 1:
-        return _several(found, module, gpus)
+        return _several(found, module)
     one = found[0]
     problem = functools.partial(Finding, MODULE, "problem")
     again = (pip_command("install", "--force-reinstall", "--no-deps", f"{one.name}=={one.version}"),)
@@ -482,7 +474,7 @@ def judge(found: Sequence[Installed], module: Imported, gpus: Sequence[str] = ()
         tried = "with torch imported and onnxruntime.preload_dlls() called before"
         text = f"{one} cannot use the GPU ({'; '.join(gpus)}), {tried}: {module.cuda_error}"
         return problem(text, (pip_command("install", f"{GPU_PACKAGE}[cuda,cudnn]=={one.version}"),))
-    if one.name == MODULE and _best([], gpus) == GPU_PACKAGE:
+    if one.name == MODULE and gpus and _has_gpu_wheel():
         text = f"{one} computes on the CPU only, and there is a GPU ({'; '.join(gpus)}): {module}"
         return Finding(MODULE, "note", text, _replace([one.name], GPU_PACKAGE))
     return Finding(MODULE, "ok", f"{one}, {module}")
@@ -492,31 +484,33 @@ def _import_text(module: Imported) -> str:
     return f"It cannot be used: {module.error}" if module.error else f"It is {module}"
 
 
-def _several(found: Sequence[Installed], module: Imported, gpus: Sequence[str]) -> Finding:
+def _several(found: Sequence[Installed], module: Imported) -> Finding:
     """Distributions that wrote over each other's files."""
     owners = [one for one in found if one.intact]
     whose = f"The files are those of {owners[0]}" if len(owners) == 1 else "The files are mixed"
     others = "; ".join(f"{one}: {one.damage()}" for one in found if one not in owners[:1])
     text = f"{' and '.join(map(str, found))} are one module, and wrote over each other's files. {whose}; {others}. "
     names = [one.name for one in found]
-    return Finding(MODULE, "problem", text + _import_text(module), _replace(names, _best(names, gpus)))
+    return Finding(MODULE, "problem", text + _import_text(module), _replace(names, _best(names)))
 
 
-def _without_distribution(module: Imported, gpus: Sequence[str]) -> Finding:
+def _without_distribution(module: Imported) -> Finding:
     if module.error and module.error.startswith("ModuleNotFoundError: No module named 'onnxruntime'"):
         return Finding(MODULE, "ok", "not installed; only ONNX files need it: pip install 'micl-zoo[onnx]'")
     if not module.error:
         return Finding(MODULE, "note", f"belongs to no package that pip knows; {module}")
     text = f"belongs to no package that pip knows, as the rest of one that was removed, and fails: {module.error}"
-    return Finding(MODULE, "problem", text, (pip_command("install", _best([], gpus)),))
+    return Finding(MODULE, "problem", text, (pip_command("install", _best([])),))
 
 
-def _best(names: Sequence[str], gpus: Sequence[str]) -> str:
-    """The one distribution to have, of those that are here or of all."""
-    has_wheel = sys.platform in ("linux", "win32") and platform.machine() in ("x86_64", "AMD64")
-    if gpus and has_wheel:
-        return GPU_PACKAGE
-    return next((name for name in names if name not in (MODULE, GPU_PACKAGE)), MODULE)
+def _best(names: Sequence[str]) -> str:
+    """The one distribution to have: the one of micl-zoo[onnx], if there is not a third that somebody chose."""
+    chosen = next((name for name in names if name not in (MODULE, GPU_PACKAGE)), None)
+    return chosen or (GPU_PACKAGE if _has_gpu_wheel() else MODULE)
+
+
+def _has_gpu_wheel() -> bool:
+    return sys.platform in ("linux", "win32") and platform.machine() in ("x86_64", "AMD64")
 
 
 def _replace(names: Sequence[str], best: str) -> tuple[str, ...]:
@@ -603,6 +597,22 @@ def embedded_weights() -> Iterator[Finding]:
                 yield Finding(name, "problem", _short(str(error)), _package_again(record.embedded))
             else:
                 yield Finding(name, "ok", f"in the package, sha256 {weights.sha256} as published")
+        if record.onnx:
+            yield _embedded_onnx(record.name, record.onnx)
+
+
+def _embedded_onnx(model: str, published: OnnxFile) -> Finding:
+    from .weights import embedded_file, file_sha256
+
+    name = f"ONNX of {model}"
+    try:
+        found = file_sha256(embedded_file(published.file))
+    except Exception as error:
+        return Finding(name, "problem", _short(str(error)), _package_again(published.file))
+    if found != published.sha256:
+        text = f"sha256 {found}, published is {published.sha256}"
+        return Finding(name, "problem", text, _package_again(published.file))
+    return Finding(name, "ok", f"in the package, sha256 {found} as published")
 
 
 def _package_again(file: str) -> tuple[str, ...]:

@@ -37,15 +37,15 @@ class InferenceSession:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver shows none, on a system for which there are wheels for one."""
     monkeypatch.setattr(doctor, "driver_gpus", lambda: ())
+    monkeypatch.setattr(doctor, "_has_gpu_wheel", lambda: True)
 
 
 @pytest.fixture
 def gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver shows one, and there are wheels for it."""
+    """The driver shows one."""
     monkeypatch.setattr(doctor, "driver_gpus", lambda: (GPU,))
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
 
 
 def install(site: Path, name: str, *providers: str, used: tuple[str, ...] = (), version: str = "1.20.0") -> list[Path]:
@@ -99,7 +99,7 @@ def test_two_distributions_and_whose_files_they_are(tmp_path: Path, first: str) 
     assert "providers Last" in found.text
     assert found.commands == (
         pip_command("uninstall", "-y", "onnxruntime", "onnxruntime-gpu"),
-        pip_command("install", "onnxruntime"),
+        pip_command("install", "onnxruntime-gpu"),
     )
 
 
@@ -109,14 +109,14 @@ def test_two_distributions_of_which_none_is_whole(tmp_path: Path) -> None:
     assert "The files are mixed; onnxruntime 1.20.0: 2 of its 3" in only(tmp_path).text
 
 
-@pytest.mark.usefixtures("gpu")
-def test_with_a_gpu_its_package_is_kept(tmp_path: Path) -> None:
+def test_where_there_is_no_wheel_for_gpus_the_other_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_has_gpu_wheel", lambda: False)
     install(tmp_path, "onnxruntime-gpu", CUDA)
     install(tmp_path, "onnxruntime", "CPUExecutionProvider")
-    assert only(tmp_path).commands[1] == pip_command("install", "onnxruntime-gpu")
+    assert only(tmp_path).commands[1] == pip_command("install", "onnxruntime")
 
 
-def test_a_special_package_is_kept_where_there_is_no_gpu(tmp_path: Path) -> None:
+def test_a_special_package_is_kept(tmp_path: Path) -> None:
     install(tmp_path, "onnxruntime", "CPUExecutionProvider")
     install(tmp_path, "onnxruntime-directml", "DmlExecutionProvider")
     assert only(tmp_path).commands[1] == pip_command("install", "onnxruntime-directml")
@@ -141,7 +141,7 @@ def test_a_folder_that_no_distribution_owns(tmp_path: Path) -> None:
     (tmp_path / "onnxruntime").mkdir()
     assert only(tmp_path).state == "problem"
     assert "has no attribute" in only(tmp_path).text
-    assert only(tmp_path).commands == (pip_command("install", "onnxruntime"),)
+    assert only(tmp_path).commands == (pip_command("install", "onnxruntime-gpu"),)
 
 
 def test_an_import_that_fails_or_takes_its_process_along(tmp_path: Path) -> None:
@@ -225,8 +225,7 @@ def test_torch_and_torchvision_of_different_releases(monkeypatch: pytest.MonkeyP
     found = {finding.name: finding for finding in doctor.versions()}
     assert found["torchvision"].state == "problem"
     assert "RuntimeError: operator torchvision::nms does not exist" in found["torchvision"].text
-    assert found["torchvision"].commands[0] == pip_command("uninstall", "-y", "torch", "torchvision")
-    assert found["torchvision"].commands[1].endswith("--index-url https://download.pytorch.org/whl/cu126")
+    assert found["torchvision"].commands == doctor.torch_again()
     assert [one for one in found.values() if one.state == "problem"] == [found["torchvision"]]
 
 
@@ -265,12 +264,13 @@ def test_a_disk_that_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_embedded_weights_that_were_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [one.state for one in doctor.embedded_weights()] == ["ok"]
+    assert [one.state for one in doctor.embedded_weights()] == ["ok", "ok"]
     monkeypatch.setattr("micl_zoo.weights.file_sha256", lambda file: "0" * 64)
-    found = next(iter(doctor.embedded_weights()))
-    assert found.state == "problem"
-    assert "are not the published ones" in found.text
-    assert len(found.commands) == 1
+    weights, onnx = doctor.embedded_weights()
+    assert [weights.state, onnx.state] == ["problem", "problem"]
+    assert "are not the published ones" in weights.text
+    assert "sha256 0000" in onnx.text
+    assert len(weights.commands) == len(onnx.commands) == 1
 
 
 def run(*words: str) -> Result:
