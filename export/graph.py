@@ -93,7 +93,10 @@ def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:
     opset = next(one.version for one in model.opset_import if one.domain == "")
     before = parser.parse_model(preprocess_text(transform, opset, model.ir_version))
     checker.check_model(before, full_check=True)
-    return compose.merge_models(before, model, io_map=[("pre_pixels", "pixel_values")])
+    merged: ModelProto = compose.merge_models(before, model, io_map=[("pre_pixels", "pixel_values")])
+    del merged.opset_import[:]  # the same twice, which is one too many for strict readers
+    merged.opset_import.extend(model.opset_import)
+    return merged
 
 
 def preprocess_text(transform: Transform, opset: int, ir_version: int) -> str:

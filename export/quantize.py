@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -28,22 +27,50 @@ def store_in_half(model: ModelProto) -> ModelProto:
         if values.size >= LARGE and np.array_equal(half.astype(np.float32), values):
             stored = f"{tensor.name}_half"
             kept.append(numpy_helper.from_array(half, stored))
-            casts.append(helper.make_node("Cast", [stored], [tensor.name], f"{tensor.name}_cast", to=TensorProto.FLOAT))
+            casts.append(_cast(stored, tensor.name, TensorProto.FLOAT))
         else:
             kept.append(tensor)
     return _rebuilt(model, [*casts, *model.graph.node], kept)
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
-    """Weights and arithmetic in float16, but for FLOAT32_OPS; inputs and outputs stay float32."""
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    """Weights and arithmetic in float16, but for FLOAT32_OPS with their weights; inputs and outputs stay float32.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numbers below 6e-8 become that; the comparison with PyTorch judges it
-        made: ModelProto = convert_float_to_float16(
-            model, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPS]
-        )
-    return made
+    ONNX Runtime's own converter also rounds the weights of those, and before 1.32 it breaks on tensors that two of them
+    share.
+    """
+    graph = model.graph
+    del graph.value_info[:]  # types that are none any more
+    outer = {one.name: f"{one.name}_fp16" for one in (*graph.input, *graph.output)}
+    nodes = [_cast(one.name, outer[one.name], TensorProto.FLOAT16) for one in graph.input]
+    exact = {name for node in graph.node if node.op_type in FLOAT32_OPS for name in node.input[1:]}  # their weights
+    outer |= {name: f"{name}_fp16" for name in exact}  # the others may read the same tensor
+    for node in graph.node:
+        if node.op_type in FLOAT32_OPS:
+            source, result = (outer.get(name, name) for name in (node.input[0], node.output[0]))
+            node.input[0], node.output[0] = f"{result}_from_fp16", f"{result}_fp32"
+            nodes.append(_cast(source, node.input[0], TensorProto.FLOAT))
+            nodes += [node, _cast(node.output[0], result, TensorProto.FLOAT16)]
+        else:
+            for names in (node.input, node.output):
+                names[:] = [outer.get(name, name) for name in names]
+            nodes.append(node)
+    nodes += [_cast(outer[one.name], one.name, TensorProto.FLOAT) for one in graph.output]
+    kept = [one for one in graph.initializer if one.name in exact]
+    return _rebuilt(model, nodes, kept + [_half(one, outer.get(one.name, one.name)) for one in graph.initializer])
+
+
+def _cast(source: str, target: str, to: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], f"cast_{target}", to=to)
+
+
+def _half(tensor: TensorProto, name: str) -> TensorProto:
+    """The same by another name, in float16 where it was float32."""
+    values = numpy_helper.to_array(tensor)
+    if tensor.data_type == TensorProto.FLOAT:
+        largest = np.finfo(np.float16).max
+        values = np.clip(values, -largest, largest).astype(np.float16)
+    return numpy_helper.from_array(values, name)
 
 
 def to_int8(model: ModelProto) -> ModelProto:
@@ -61,18 +88,15 @@ def to_int8(model: ModelProto) -> ModelProto:
         numpy_helper.from_array(np.float32(1), "int8_one"),
         numpy_helper.from_array(np.uint8(ZERO), "int8_zero"),
     ]
-    replaced = set()
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in tensors:
-            weight = node.input[1]
-            replaced.add(weight)
-            integers, scales = _quantized(numpy_helper.to_array(tensors[weight]))
+            integers, scales = _quantized(numpy_helper.to_array(tensors[node.input[1]]))
             added += [numpy_helper.from_array(integers, f"{node.name}_int8")]
             added += [numpy_helper.from_array(scales, f"{node.name}_scales")]
             nodes += _integer_product(node)
         else:
             nodes.append(node)
-    return _rebuilt(model, nodes, [one for name, one in tensors.items() if name not in replaced] + added)
+    return _rebuilt(model, nodes, [*tensors.values(), *added])
 
 
 def _quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,9 +130,11 @@ def _integer_product(node: NodeProto) -> list[NodeProto]:
 
 
 def _rebuilt(model: ModelProto, nodes: list[NodeProto], tensors: list[TensorProto]) -> ModelProto:
-    """The model with other nodes and tensors, in place of a copy: it may be gigabytes."""
+    """The model with other nodes, and those of the tensors that they read; in place of a copy, as it may be gigabytes."""
     graph = model.graph
+    read = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in tensors if tensor.name in read]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(tensors)
+    graph.initializer.extend(kept)
     return model

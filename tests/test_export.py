@@ -28,7 +28,7 @@ from micl_zoo.export import to_onnx  # noqa: E402
 from micl_zoo.export import write as writing  # noqa: E402
 from micl_zoo.export.check import nearest, photographs, quarters, same_size  # noqa: E402
 from micl_zoo.export.graph import encoder_graph, preprocess_text  # noqa: E402
-from micl_zoo.export.quantize import store_in_half, to_int8  # noqa: E402
+from micl_zoo.export.quantize import FLOAT32_OPS, store_in_half, to_fp16, to_int8  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,19 @@ def test_int8_rows_do_not_depend_on_their_batch(encoder: Encoder, graph: bytes) 
     assert "MatMulInteger" in blocks
     constant = {tensor.name for tensor in model.graph.initializer}
     assert not [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constant]
+
+
+def test_norms_and_softmax_of_fp16_compute_in_float32(graph: bytes) -> None:
+    model = to_fp16(onnx.load_from_string(graph))
+    casts = {node.output[0]: node.attribute[0].i for node in model.graph.node if node.op_type == "Cast"}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    exact = [node for node in model.graph.node if node.op_type in FLOAT32_OPS]
+    assert {node.op_type for node in exact} == set(FLOAT32_OPS)
+    assert all(casts[node.input[0]] == onnx.TensorProto.FLOAT for node in exact)
+    assert all(types[name] != onnx.TensorProto.FLOAT16 for node in exact for name in node.input[1:])
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in types]
+    assert all(types[node.input[1]] == onnx.TensorProto.FLOAT16 for node in products)
+    assert len(products) == 8  # four in each of the two blocks
 
 
 def test_half_precision_is_stored_only_where_nothing_is_lost(graph: bytes) -> None:
