@@ -88,7 +88,7 @@ def compare(
     with progress("comparing", (len(OURS) + len(THEIRS)) * len(pictures)) as tick:
         for variant in (*OURS, *THEIRS):
             file = scratch / f"{len(rows)}.onnx"
-            write._save(made(variant, traced, encoder, scratch), card(encoder, variant), file)
+            write.save(made(variant, traced, encoder, scratch), card(encoder, variant), file)
             drift = measure(file, encoder, pictures, tick)
             opened[variant] = micl_zoo.load(weights=file, backend="onnx", device="cpu")
             rows[variant] = {"bytes": file.stat().st_size, **dataclasses.asdict(drift)}
@@ -166,7 +166,7 @@ def calibration(encoder: Encoder) -> Any:
 def card(encoder: Encoder, variant: str) -> Any:
     """Of a variant: all that are called int8 are that."""
     precision: Any = variant.partition(",")[0]
-    return write._card(encoder, precision, ("cls",), False)
+    return write.make_card(encoder, precision, ("cls",), False)
 
 
 def batch_dependence(encoder: Encoder, pictures: list[Image.Image]) -> float:

@@ -130,7 +130,7 @@ def _integer_product(node: NodeProto) -> list[NodeProto]:
 
 
 def _rebuilt(model: ModelProto, nodes: list[NodeProto], tensors: list[TensorProto]) -> ModelProto:
-    """The model with other nodes, and those of the tensors that they read; in place of a copy, as it may be gigabytes."""
+    """The model with other nodes, and those of the tensors that they read; no copy, as it may be gigabytes."""
     graph = model.graph
     read = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in tensors if tensor.name in read]

@@ -111,10 +111,10 @@ def to_onnx(
     with progress(f"exporting {encoder.name}", len(pictures), show=show) as tick:
         tick(0, "tracing")
         graph = _at_precision(encoder_graph(encoder, ordered, opset), precision)
-        card = _card(encoder, precision, ordered, with_preprocess)
+        card = make_card(encoder, precision, ordered, with_preprocess)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary:
-            _save(graph, card, temporary)
+            save(graph, card, temporary)
             tick(0, "comparing")
             drift = measure(temporary, encoder, pictures, tick)
             _raise_if_broken(encoder, precision, bounds, drift)
@@ -163,7 +163,7 @@ def _at_precision(graph: ModelProto, precision: Precision) -> ModelProto:
     return {"fp32": store_in_half, "fp16": to_fp16, "int8": to_int8}[precision](graph)
 
 
-def _card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], preprocess: bool) -> OnnxCard:
+def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], preprocess: bool) -> OnnxCard:
     versions = package_versions() | {name: version(name) for name in ("onnx", "onnxscript")}
     config = encoder.config
     if encoder.record:  # which says all of the terms, the weights' own config but a word
@@ -171,7 +171,7 @@ def _card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], pre
     return OnnxCard(config, encoder.weights_sha256, precision, tuple(outputs), encoder.grid, preprocess, versions)
 
 
-def _save(graph: ModelProto, card: OnnxCard, file: Path) -> None:
+def save(graph: ModelProto, card: OnnxCard, file: Path) -> None:
     """One file, with its metadata."""
     import onnx
 

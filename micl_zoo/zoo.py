@@ -114,8 +114,8 @@ _RECORDS = [
         onnx=OnnxFile(
             file="vit_ti16.tin200.onnx",
             precision="fp32",
-            sha256="9ab89e690f946fd9bf35af01e9503736b92d3291647a6b24c46679699b5c32ad",
-            bytes=11182440,
+            sha256="6e8a67627999b53afab7f16bed2b00f047dcde1cec4d4e787a0bacca32f9546e",
+            bytes=11182438,
         ),
         training_record="vit_ti16.tin200.json",
         metrics={"tin200": 5.6, "caltech101": 26.8, "flowers5": 48.5, "cifar10": 43.8},

@@ -121,14 +121,14 @@ def test_a_drifted_weight_is_noticed_and_an_older_file_stays(
 def test_a_wrong_mean_is_noticed(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_preprocess: bool
 ) -> None:
-    card = writing._card
+    card = writing.make_card
 
     def wrong(*args: Any) -> Any:
         made = card(*args)
         transform = dataclasses.replace(made.config.transform, mean=(0.5, 0.5, 0.5))
         return dataclasses.replace(made, config=dataclasses.replace(made.config, transform=transform))
 
-    monkeypatch.setattr(writing, "_card", wrong)
+    monkeypatch.setattr(writing, "make_card", wrong)
     with pytest.raises(ExportError, match="is not the encoder any more"):
         to_onnx(encoder, tmp_path, outputs=ALL, with_preprocess=with_preprocess)
     assert not list(tmp_path.iterdir())
