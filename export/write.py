@@ -164,6 +164,7 @@ def _at_precision(graph: ModelProto, precision: Precision) -> ModelProto:
 
 
 def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], preprocess: bool) -> OnnxCard:
+    """What a file says of itself."""
     versions = package_versions() | {name: version(name) for name in ("onnx", "onnxscript")}
     config = encoder.config
     if encoder.record:  # which says all of the terms, the weights' own config but a word
