@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 
 from micl_zoo.decode import Refused, decode
-from micl_zoo.encoder import Encoder, Pool
+from micl_zoo.encoder import Encoder, pooled
 from micl_zoo.errors import ExportError, UsageError
-from micl_zoo.onnx_backend import OnnxCard, OnnxEncoder, choose_providers, open_session
+from micl_zoo.onnx_backend import OnnxCard, Output, choose_providers, open_session
 from micl_zoo.sources import Reader, SourceLike, index_source
-from micl_zoo.weights import file_sha256
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 BATCHES = (1, 2, 7)  # sizes to run, the last one over and over: a batch frozen at the exporter's example fails
@@ -105,22 +104,19 @@ def measure(
     """
     session = open_session(file, choose_providers("cpu"))
     card = OnnxCard.from_metadata(session.get_modelmeta().custom_metadata_map, where=repr(str(file)))
-    pools: list[Pool] = [*card.outputs]
-    opened = OnnxEncoder(session, card, record=None, sha256=file_sha256(file))
-    pairs: dict[Pool, list[tuple[np.ndarray, np.ndarray]]] = {pool: [] for pool in pools}
+    pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in card.outputs]
     for batch in in_batches(images):
         if card.preprocess:
             batch = same_size(batch)
-        pixels = np.stack([encoder.transform.pixels(image) for image in batch])
         try:
-            found = _inside(session, card, batch) if card.preprocess else _outside(opened, batch, pools)
+            found = _by_file(session, card, batch)
         except Exception as error:  # ONNX Runtime's classes are private
             raise ExportError(f"{card.config.name} as ONNX does not run on {len(batch)} images: {error}") from error
-        for pool in pools:
-            expected = encoder.embed_pixels(pixels, pool=pool)
-            pairs[pool].append((_flat(expected), _flat(found[pool])))
+        for pair, expected, rows in zip(pairs, _by_encoder(encoder, card.outputs, batch), found, strict=True):
+            pair[0].append(_unit(expected))
+            pair[1].append(_unit(rows))
         tick(len(batch))
-    return _drift([tuple(map(np.concatenate, zip(*of_pool, strict=True))) for of_pool in pairs.values()])
+    return _drift([(np.concatenate(expected), np.concatenate(found)) for expected, found in pairs])
 
 
 def in_batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
@@ -139,33 +135,34 @@ def same_size(images: Sequence[Image.Image]) -> list[Image.Image]:
     return [image.crop((0, 0, width, height)) for image in images]
 
 
-def _outside(opened: OnnxEncoder, batch: Sequence[Image.Image], pools: Sequence[Pool]) -> dict[Pool, np.ndarray]:
-    """Through the file's own transform, as a user's images will go."""
-    pixels = np.stack([opened.transform.pixels(image) for image in batch])
-    return {pool: opened.embed_pixels(pixels, pool=pool) for pool in pools}
+def _by_file(session: Any, card: OnnxCard, batch: Sequence[Image.Image]) -> list[np.ndarray]:
+    """What a file's outputs are, one by one: (B, D), patches (B, h, w, D)."""
+    if card.preprocess:
+        raw = session.run(None, {"images": np.stack([np.asarray(image) for image in batch])})
+    else:  # through the file's own transform, as a user's images will go
+        normalised = torch.stack([card.config.transform(image) for image in batch])
+        raw = session.run(None, {"pixel_values": normalised.numpy()})
+    tokens = len([name for name in card.outputs if name != "patches"])
+    return [*(np.split(raw[0], tokens, axis=1) if tokens else []), *raw[min(tokens, 1) :]]
 
 
-def _inside(session: Any, card: OnnxCard, batch: Sequence[Image.Image]) -> dict[Pool, np.ndarray]:
-    """Through the transform in the graph."""
-    raw = session.run(None, {"images": np.stack([np.asarray(image) for image in batch])})
-    found: dict[Pool, np.ndarray] = {}
-    tokens = [name for name in card.outputs if name != "patches"]
-    if tokens:
-        found |= dict(zip(tokens, np.split(raw[0], len(tokens), axis=1), strict=True))
-    if "patches" in card.outputs:
-        found["patches"] = raw[-1]
-    return {pool: torch.nn.functional.normalize(torch.from_numpy(rows), dim=-1).numpy() for pool, rows in found.items()}
+@torch.inference_mode()
+def _by_encoder(encoder: Encoder, outputs: Sequence[Output], batch: Sequence[Image.Image]) -> list[np.ndarray]:
+    """What they should be."""
+    cls, patches = encoder.features(torch.stack([encoder.transform(image) for image in batch]))
+    return [pooled(cls, patches, name).numpy() for name in outputs]
 
 
-def _flat(rows: np.ndarray) -> np.ndarray:
-    """(n, …, D) of unit length along D -> (n, …D) of unit length."""
-    tokens = rows[0].size // rows.shape[-1]
-    return rows.reshape(len(rows), -1).astype(np.float64) / np.sqrt(tokens)
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """(n, …, D), each D scaled to unit length -> (n, …D) of unit length, float64."""
+    rows = rows.astype(np.float64)
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows.reshape(len(rows), -1) / np.sqrt(rows[0].size // rows.shape[-1])
 
 
-def _drift(pairs: Sequence[tuple[np.ndarray, ...]]) -> Drift:
+def _drift(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Drift:
     """The worst over the outputs, each as (n, numbers) twice."""
-    cosines = np.stack([(a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)) for a, b in pairs])
+    cosines = np.stack([(a * b).sum(1) for a, b in pairs])
     return Drift(
         images=len(pairs[0][0]),
         max_difference=float(max(np.abs(a - b).max() for a, b in pairs)),

@@ -95,7 +95,7 @@ def to_onnx(
         raise UsageError(f"{str(file)!r} exists: take another folder, or overwrite")
     runtime()  # before any work
     try:
-        from .check import BOUNDS, PREPROCESS_BOUNDS, measure, photographs
+        from .check import BATCHES, BOUNDS, PREPROCESS_BOUNDS, measure, photographs
         from .graph import encoder_graph
     except ImportError as error:
         raise UsageError(f"an export needs {error.name}: {INSTALL}") from None
@@ -106,7 +106,7 @@ def to_onnx(
     bounds = (PREPROCESS_BOUNDS if with_preprocess else BOUNDS)[precision]
     pictures = photographs(images)
     if images is None and not bounds.neighbour_agreement:
-        pictures = pictures[:10]  # the whole ones: quarters are there for neighbours to differ
+        pictures = pictures[: sum(BATCHES)]  # the whole ones: quarters are there for neighbours to differ
     ordered: list[Output] = [name for name in get_args(Output) if name in outputs]
     with progress(f"exporting {encoder.name}", len(pictures), show=show) as tick:
         tick(0, "tracing")

@@ -105,6 +105,38 @@ def test_every_number_of_the_table_is_in_its_record() -> None:
                 assert expected in text, (document, expected)
 
 
+def export_rows(name: str) -> Iterator[str]:
+    """The lines of docs/onnx.md for one encoder."""
+    record = json.loads(
+        (ROOT / "benchmarks" / "records" / f"2026-11-24-export-{name}.json").read_text(encoding="utf-8")
+    )
+    for precision, row in record["drift"].items():
+        speed = record["images_per_second"][f"onnx {precision}"]
+        cells = [precision, f"{row['bytes'] / 1e6:.1f}", f"{row['cosine_mean']:.6f}", f"{row['cosine_min']:.6f}"]
+        cells += [f"{row['neighbour_agreement']:.1%}".replace("%", " %"), f"{row['alone_and_in_a_batch']:.0e}"]
+        yield "| " + " | ".join([*cells, f"{speed['median']:.2f}", f"{speed['ratio_to_torch_fp32']:.2f}"]) + " |"
+
+
+@in_checkout
+def test_the_tables_of_exports_are_their_records() -> None:
+    text = (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")
+    for name in ("vit_ti16", "vit_b16", "vit_l16"):
+        for line in export_rows(name):
+            assert line in text, line
+    record = json.loads((ROOT / "benchmarks/records/2026-11-24-export-vit_ti16.json").read_text(encoding="utf-8"))
+    card = (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert record["weights_sha256"] == RECORDS["vit_ti16.tin200"].sha256
+    for precision in ("fp32", "fp16", "int8"):
+        row, knn = record["drift"][precision], record["knn_percent"]
+        changes = [
+            f"{of[f'onnx {precision}']:.2f} ({of[f'onnx {precision}'] - of['torch fp32']:+.2f})" for of in knn.values()
+        ]
+        cells = [precision, f"{row['bytes'] / 1e6:.1f}", f"{row['cosine_mean']:.6f}", f"{row['cosine_min']:.6f}"]
+        cells += [f"{row['neighbour_agreement']:.1%}".replace("%", " %"), *changes]
+        cells += [f"{record['images_per_second'][f'onnx {precision}']['median']:.1f}"]
+        assert "| " + " | ".join(cells) + " |" in card, cells
+
+
 @in_checkout
 def test_tracked_files_are_small_and_hold_no_pickles() -> None:
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True).stdout
