@@ -63,8 +63,10 @@ def main(photos: Path, name: str, random: bool, out: Path | None, **options: Any
     files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[: options["images"]]
     with tempfile.TemporaryDirectory() as folder:
         record = compare(encoder, [decode(file.read_bytes()) for file in files], Path(folder), **options)
-    sets = "".join(f" --knn {path.name}" for path in options["knn"])
-    record["command"] = f"python benchmarks/export.py PHOTOS --encoder {name}{' --random' * random}{sets}"
+    given = [f"--{key.replace('_', '-')} {value}" for key, value in options.items() if key != "knn"]
+    given += [f"--knn {folder.name}" for folder in options["knn"]]
+    words = ["python benchmarks/export.py PHOTOS --encoder", name, *["--random"] * random, *given]
+    record["command"] = " ".join(words)
     click.echo(table(record))
     if out is not None:
         write_text(out, json.dumps(record, indent=1) + "\n")

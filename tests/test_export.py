@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,8 @@ def test_parts_of_the_comparison() -> None:
 
 @pytest.mark.usefixtures("traced")
 def test_the_command(encoder_folder: Path, tmp_path: Path, image_folder: Callable[..., Path]) -> None:
-    words = ["export", str(encoder_folder), "-o", str(tmp_path / "onnx"), "--outputs", "cls, mean,patches"]
+    shutil.copytree(encoder_folder, tmp_path / "run" / "encoder")
+    words = ["export", str(tmp_path / "run"), "-o", str(tmp_path / "onnx"), "--outputs", "cls, mean,patches"]
     done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0
     assert "Compared with PyTorch on 10 photographs: cosine 1.000000" in done.output
