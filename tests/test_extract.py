@@ -270,7 +270,7 @@ def test_precisions(image_folder: Callable[..., Path], encoder_folder: Path, tmp
     assert not np.array_equal(exact, fast)
     assert resolve_precision("auto", torch.device("cpu"))[1] in ("fp32", "bf16")
     with pytest.raises(UsageError, match=r"unknown precision 'int4'\. Valid: auto, fp32, bf16, fp16, int8"):
-        resolve_precision("int8", torch.device("cpu"))  # type: ignore[arg-type]
+        resolve_precision("int4", torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_stopped_in_the_middle_of_a_shard_keeps_its_beginning(
