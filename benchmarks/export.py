@@ -97,8 +97,9 @@ def compare(
             rows[variant]["alone_and_in_a_batch"] = batch_dependence(opened[variant], pictures[:8])
             if variant in BOUNDS:
                 rows[variant]["within_bounds"] = not BOUNDS[variant].broken_by(drift)
-    rates = {f"onnx {name}": one for name, one in opened.items()}
-    figures = in_turn(contenders(encoder) | rates_of(rates), pictures, batch_size, rounds, seconds)
+    every = contenders(encoder) | {f"onnx {name}": one.embed_pixels for name, one in opened.items()}
+    pixels = np.stack([encoder.transform.pixels(picture) for picture in pictures])
+    figures = in_turn(every, pixels, batch_size, rounds, seconds)
     return {
         "encoder": encoder.name,
         "weights_sha256": encoder.weights_sha256 or "random weights",
@@ -193,21 +194,14 @@ def contenders(encoder: Encoder) -> dict[str, Callable[[np.ndarray], object]]:
     return found
 
 
-def rates_of(encoders: dict[str, Encoder]) -> dict[str, Callable[[np.ndarray], object]]:
-    """The same of encoders."""
-    return {name: one.embed_pixels for name, one in encoders.items()}
-
-
 def in_turn(
     asked: dict[str, Callable[[np.ndarray], object]],
-    pictures: list[Image.Image],
+    pixels: np.ndarray,
     batch_size: int,
     rounds: int,
     seconds: float,
 ) -> dict[str, dict[str, float | None]]:
     """Images/s of each, A B C A B C: median, extremes, and the ratio to torch in float32."""
-    transform = micl_zoo.transforms.Transform()
-    pixels = np.stack([transform.pixels(picture) for picture in pictures])
     rates: dict[str, list[float]] = {name: [] for name in asked}
     with progress("rates", rounds * len(asked), unit="runs") as tick:
         for _ in range(rounds):

@@ -93,20 +93,11 @@ def onnx_loop(folder: Path, weights: Path, device: str, batch_size: int, workers
 @onnx
 def export(weights: Path, file: Path) -> None:
     """Write the model for ONNX Runtime: pixel_values (B, 3, S, S) -> class tokens (B, D)."""
-    encoder = micl_zoo.load(weights=weights, device="cpu")
-    example = torch.zeros(2, 3, encoder.transform.size, encoder.transform.size)
-    batch = torch.export.Dim("batch")
-    torch.onnx.export(
-        encoder,
-        (example,),
-        str(file),
-        input_names=["pixel_values"],
-        output_names=["embedding"],
-        dynamic_shapes=({0: batch},),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    from micl_zoo.export.graph import encoder_graph
+    from micl_zoo.export.write import OPSET
+
+    graph = encoder_graph(micl_zoo.load(weights=weights, device="cpu"), ("cls",), OPSET)
+    file.write_bytes(graph.SerializeToString())
 
 
 @main.command()

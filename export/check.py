@@ -102,8 +102,7 @@ def measure(
     Raises:
         ExportError: the file cannot be opened, or not run at one of the batch sizes.
     """
-    session = open_session(file, choose_providers("cpu"))
-    card = OnnxCard.from_metadata(session.get_modelmeta().custom_metadata_map, where=repr(str(file)))
+    session, card = open_session(file, choose_providers("cpu"))
     pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in card.outputs]
     for batch in in_batches(images):
         if card.preprocess:
@@ -142,7 +141,7 @@ def _by_file(session: Any, card: OnnxCard, batch: Sequence[Image.Image]) -> list
     else:  # through the file's own transform, as a user's images will go
         normalised = torch.stack([card.config.transform(image) for image in batch])
         raw = session.run(None, {"pixel_values": normalised.numpy()})
-    tokens = len([name for name in card.outputs if name != "patches"])
+    tokens = len(card.pooled)
     return [*(np.split(raw[0], tokens, axis=1) if tokens else []), *raw[min(tokens, 1) :]]
 
 

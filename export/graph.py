@@ -71,12 +71,15 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
             ) from error
     assert made is not None  # it is None only for the older exporter
     model: ModelProto = made.model_proto
-    found = next(one.version for one in model.opset_import if one.domain == "")
-    if found != opset:
+    if (found := _opset(model)) != opset:
         raise ExportError(
             f"opset {opset} was asked for, and torch {torch.__version__} made opset {found}: take --opset {found}"
         )
     return _without_traces(model)
+
+
+def _opset(model: ModelProto) -> int:
+    return int(next(one.version for one in model.opset_import if one.domain == ""))
 
 
 def _without_traces(model: ModelProto) -> ModelProto:
@@ -90,8 +93,7 @@ def _without_traces(model: ModelProto) -> ModelProto:
 
 def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:
     """The same, from `images` (B, H, W, 3) uint8 RGB: any size, one size a batch."""
-    opset = next(one.version for one in model.opset_import if one.domain == "")
-    before = parser.parse_model(preprocess_text(transform, opset, model.ir_version))
+    before = parser.parse_model(preprocess_text(transform, _opset(model), model.ir_version))
     checker.check_model(before, full_check=True)
     merged: ModelProto = compose.merge_models(before, model, io_map=[("pre_pixels", "pixel_values")])
     del merged.opset_import[:]  # the same twice, which is one too many for strict readers

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-    from .zoo import OnnxFile
+    from .zoo import Record
 
 State = Literal["ok", "note", "problem"]
 
@@ -584,35 +584,22 @@ def _free(name: str, folder: Path, advice: str) -> Finding:
 
 
 def embedded_weights() -> Iterator[Finding]:
-    """Whether the weights that come with the package are the published ones."""
-    from .weights import record_weights
+    """Whether the weights and ONNX files that come with the package are the published ones."""
+    from .weights import record_onnx, record_weights
     from .zoo import RECORDS
 
     for record in RECORDS.values():
         if record.published and record.embedded:
-            name = f"weights of {record.name}"
-            try:
-                weights = record_weights(record)
-            except Exception as error:
-                yield Finding(name, "problem", _short(str(error)), _package_again(record.embedded))
-            else:
-                yield Finding(name, "ok", f"in the package, sha256 {weights.sha256} as published")
+            yield _embedded(f"weights of {record.name}", record.embedded, lambda of: record_weights(of).sha256, record)
         if record.onnx:
-            yield _embedded_onnx(record.name, record.onnx)
+            yield _embedded(f"ONNX of {record.name}", record.onnx.file, lambda of: record_onnx(of)[1], record)
 
 
-def _embedded_onnx(model: str, published: OnnxFile) -> Finding:
-    from .weights import embedded_file, file_sha256
-
-    name = f"ONNX of {model}"
+def _embedded(name: str, file: str, sha256: Callable[[Record], str], record: Record) -> Finding:
     try:
-        found = file_sha256(embedded_file(published.file))
+        return Finding(name, "ok", f"in the package, sha256 {sha256(record)} as published")
     except Exception as error:
-        return Finding(name, "problem", _short(str(error)), _package_again(published.file))
-    if found != published.sha256:
-        text = f"sha256 {found}, published is {published.sha256}"
-        return Finding(name, "problem", text, _package_again(published.file))
-    return Finding(name, "ok", f"in the package, sha256 {found} as published")
+        return Finding(name, "problem", _short(str(error)), _package_again(file))
 
 
 def _package_again(file: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .encoder import Backend, Encoder, Features, Pool, check_arch
 from .errors import MiclZooError, UsageError, WeightsError
 from .transforms import Transform
-from .weights import EncoderConfig, embedded_file, file_sha256
+from .weights import EncoderConfig, file_sha256, record_onnx
 from .zoo import Record, find_record
 
 if TYPE_CHECKING:
@@ -25,12 +25,6 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "fp16", "int8"]
 Output = Literal["cls", "mean", "patches"]
 FORMAT = "1"  # of the metadata
-NEEDS: dict[Pool, tuple[Output, ...]] = {
-    "cls": ("cls",),
-    "mean": ("mean",),
-    "cls+mean": ("cls", "mean"),
-    "patches": ("patches",),
-}
 INSTALL = "pip install 'micl-zoo[onnx]'"
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GPU = (CUDA, TENSORRT)
@@ -59,9 +53,9 @@ class OnnxCard:
     versions: dict[str, str]
 
     @property
-    def pooling(self) -> str:
-        """Of `embedding`; "" where there is none."""
-        return "+".join(name for name in self.outputs if name != "patches")
+    def pooled(self) -> list[Output]:
+        """What is in `embedding`, one after the other."""
+        return [name for name in self.outputs if name != "patches"]
 
     def to_metadata(self) -> dict[str, str]:
         """As ONNX keeps it: texts by name."""
@@ -71,7 +65,7 @@ class OnnxCard:
             "license": self.config.license,
             "weights_sha256": self.weights_sha256 or "",
             "precision": self.precision,
-            "pooling": self.pooling,
+            "pooling": "+".join(self.pooled),
             "outputs": ",".join(self.outputs),
             "grid": json.dumps(self.grid),
             "preprocess": json.dumps(self.preprocess),
@@ -146,7 +140,7 @@ class OnnxEncoder(Encoder):
             UsageError: the file has not the outputs for that pool, or gradients are asked for.
         """
         self.row_shape(pool)  # raises
-        found = self._run(pixel_values, NEEDS[pool])
+        found = self._run(pixel_values, cast("list[Output]", pool.split("+")))
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
     def features(self, pixel_values: Tensor) -> Features:
@@ -175,8 +169,7 @@ class OnnxEncoder(Encoder):
             raise MiclZooError(f"ONNX Runtime failed on {len(images)} images: {error}") from error
         found = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
         if "embedding" in found:
-            tokens = [name for name in has if name != "patches"]
-            found |= dict(zip(tokens, found["embedding"].split(self.embed_dim, dim=1), strict=True))
+            found |= dict(zip(self.card.pooled, found["embedding"].split(self.embed_dim, dim=1), strict=True))
         pairs = zip(wanted, sources, strict=True)
         return [found[source] if one == source else found[source].flatten(1, 2).mean(1) for one, source in pairs]
 
@@ -188,16 +181,14 @@ def load_onnx(name: str, weights: Path | None, device: str, providers: Sequence[
         UsageError: no ONNX Runtime, or it cannot run on what was asked for.
         WeightsError: no such file, not the published bytes, or not one that `micl-zoo export` wrote.
     """
-    record = find_record(name) if weights is None else None
-    file = _published(record) if record else local_onnx(cast(Path, weights))
-    sha256 = file_sha256(file)
-    if record and record.onnx and sha256 != record.onnx.sha256:
-        raise WeightsError(
-            f"the ONNX file of {record.name} is not the published one: sha256 {sha256}, expected {record.onnx.sha256}. "
-            "Reinstall micl-zoo."
-        )
-    session = open_session(file, choose_providers(device, providers))
-    card = OnnxCard.from_metadata(session.get_modelmeta().custom_metadata_map, where=repr(str(file)))
+    record = None
+    if weights is None:
+        record = find_record(name)
+        file, sha256 = record_onnx(record)
+    else:
+        file = local_onnx(weights)
+        sha256 = file_sha256(file)
+    session, card = open_session(file, choose_providers(device, providers))
     if card.preprocess:
         raise WeightsError(
             f"{str(file)!r} has the transform inside, for use without micl-zoo: export one without --with-preprocess"
@@ -278,8 +269,13 @@ def runtime() -> Any:
     return onnxruntime
 
 
-def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> Any:
-    """A session that runs on the first of the providers, and not on the CPU in its place."""
+def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tuple[Any, OnnxCard]:
+    """A session that runs on the first of the providers, and not on the CPU in its place; and what the file says.
+
+    Raises:
+        UsageError: ONNX Runtime fell back to another provider.
+        WeightsError: it cannot open the file, or `micl-zoo export` did not write it.
+    """
     onnxruntime = runtime()
     if providers[0][0] != CPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA's libraries, where torch or NVIDIA's packages have them
@@ -299,13 +295,4 @@ def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> Any
             "libraries it needs could not be loaded, or there is no such device. `micl-zoo doctor` says which; "
             'device="cpu" runs it there'
         )
-    return session
-
-
-def _published(record: Record) -> Path:
-    if record.onnx is None:
-        raise WeightsError(
-            f"no ONNX file of {record.name} comes with micl-zoo: micl-zoo export {record.name} -o DIR, and then "
-            'micl_zoo.load(weights="DIR", backend="onnx")'
-        )
-    return embedded_file(record.onnx.file)
+    return session, OnnxCard.from_metadata(session.get_modelmeta().custom_metadata_map, where=repr(str(file)))

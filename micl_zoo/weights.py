@@ -213,6 +213,27 @@ def record_weights(record: Record) -> Weights:
     return Weights(file, found, config)
 
 
+def record_onnx(record: Record) -> tuple[Path, str]:
+    """The ONNX file of a row of the table, which comes with the package, and its sha256, checked on every load.
+
+    Raises:
+        WeightsError: there is none, or not the right bytes.
+    """
+    if record.onnx is None:
+        raise WeightsError(
+            f"no ONNX file of {record.name} comes with micl-zoo: micl-zoo export {record.name} -o DIR, and then "
+            'micl_zoo.load(weights="DIR", backend="onnx")'
+        )
+    file = embedded_file(record.onnx.file)
+    found = file_sha256(file)
+    if found != record.onnx.sha256:
+        raise WeightsError(
+            f"the ONNX file of {record.name} is not the published one: sha256 {found}, expected {record.onnx.sha256}. "
+            "Reinstall micl-zoo."
+        )
+    return file, found
+
+
 def embedded_file(name: str) -> Path:
     """A file that comes with the package.
 
