@@ -594,10 +594,11 @@ def export(encoder: str, out: Path, outputs: str, images: tuple[str, ...], as_js
     """
     from micl_zoo.export import to_onnx
 
+    names: list[Any] = [name.strip() for name in outputs.split(",")]  # to_onnx refuses what it does not know
     made = to_onnx(
         **_encoder_of(encoder),
         out=out,
-        outputs=tuple(name.strip() for name in outputs.split(",")),
+        outputs=names,
         images=images or None,
         show=not as_json,
         **options,
