@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import multiprocessing
+import signal
 import subprocess
 import sys
 import tarfile
@@ -404,7 +405,7 @@ def test_a_corpus_of_which_no_image_can_be_read_ends_with_a_reason(
     assert "Traceback" not in str(caught.value)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="who sent a signal is known on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 @pytest.mark.parametrize("name", ["INT", "TERM"])
 def test_a_signal_to_all_processes_ends_no_worker(image_folder: Callable[..., Path], twin: Recipe, name: str) -> None:
     index = index_source(image_folder(16))
@@ -416,14 +417,31 @@ def test_a_signal_to_all_processes_ends_no_worker(image_folder: Callable[..., Pa
     assert_same([*seen, *batches], stream(index, twin, (0, 40))[0])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="who sent a signal is known on Linux only")
-def test_a_worker_ends_when_its_parent_says_so(image_folder: Callable[..., Path], twin: Recipe) -> None:
-    batches = StreamedCorpus(index_source(image_folder(16)), 1, CPU).batches(twin, 0, 40)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    worker.terminate()
-    worker.join(10)
-    assert worker.exitcode == 0
+LEAVES_A_WORKER = """
+import multiprocessing, os, signal, sys, threading, time
+from micl_zoo.training.data import lifeline, settle_worker
+
+def work(ready, pipe):
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # as libraries do: takes any signal
+    settle_worker(pipe, 0)
+    ready.set()
+    time.sleep(600)
+
+fork = multiprocessing.get_context("fork")
+ready = fork.Event()
+fork.Process(target=work, args=(ready, lifeline(os.getpid())), daemon=True).start()
+ready.wait()
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+@pytest.mark.parametrize("end", ["killed", "returns"])
+def test_a_worker_ends_with_its_parent(end: str) -> None:
+    # Both ends are waited for: the worker holds the pipe of the output open.
+    run = subprocess.run([sys.executable, "-c", LEAVES_A_WORKER, end], capture_output=True, timeout=120, check=False)
+    assert run.returncode == (-signal.SIGKILL if end == "killed" else 0), run.stderr
 
 
 def test_a_folder_a_tar_and_parquet_files_give_the_same_patches(

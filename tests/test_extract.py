@@ -163,8 +163,9 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_files(
 ) -> None:
     folder = image_folder(240)
     (folder / "100-bad.jpg").write_bytes(b"no")
-    options = ["--weights", str(encoder_folder), "--shard-rows", "6", "--batch-size", "4", "--workers", "1"]
-    command = [sys.executable, "-m", "micl_zoo", "extract", str(folder), *options]
+    options: dict[str, Any] = {"weights": encoder_folder, "shard_rows": 6, "batch_size": 4, "workers": 1}
+    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "micl_zoo", "extract", str(folder), *words]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for parts in (1, 12):  # killed twice: after the first part, and in the middle of the rest
         process = subprocess.Popen([*command, "-o", str(killed)], stdout=subprocess.DEVNULL)
@@ -175,7 +176,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_files(
         assert process.wait() == -signal.SIGKILL  # it was still running
     assert not micl_zoo.open_store(killed).complete
     for out in (killed, whole):
-        subprocess.run([*command, "-o", str(out)], check=True, stdout=subprocess.DEVNULL)
+        extract(folder, out, **options)
     assert files(killed) == files(whole)
     assert len(micl_zoo.open_store(killed)) == 240
 

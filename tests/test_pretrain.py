@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 import micl_zoo
 from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.weights import header
+from micl_zoo.zoo import DEFAULT
 
 RECIPE = "vit_ti16.tin200"
 
@@ -130,7 +131,13 @@ def train_command(recipe: str, folder: Path, *options: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in {DEFAULT, "vit_l16.in1k"}))
+        for name in sorted(RECIPES)
+    ],
+)
 def test_the_smoke_twin_of_every_recipe_is_killed_and_goes_on(
     image_folder: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:

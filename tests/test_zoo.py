@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -223,64 +225,69 @@ LOAD_FROM_HUB = """
 import dataclasses, json, sys
 import micl_zoo
 from micl_zoo.zoo import RECORDS
-sha256, commit = sys.argv[1:]
-RECORDS["vit_ti16.hub"] = dataclasses.replace(
-    RECORDS["vit_ti16.tin200"],
-    name="vit_ti16.hub", embedded=None, hub_repo="micl/tiny", hub_commit=commit, sha256=sha256,
-    transform=micl_zoo.Transform(32, 32),
-)
-try:
-    encoder = micl_zoo.load("vit_ti16.hub", device="cpu")
-    print(json.dumps({"dim": encoder.embed_dim, "sha256": encoder.weights_sha256}))
-except micl_zoo.WeightsError as error:
-    print(json.dumps({"error": str(error)}))
+for line in sys.stdin:
+    RECORDS["vit_ti16.hub"] = dataclasses.replace(
+        RECORDS["vit_ti16.tin200"],
+        name="vit_ti16.hub", embedded=None, hub_repo="micl/tiny", hub_commit=sys.argv[1], sha256=line.strip(),
+        transform=micl_zoo.Transform(32, 32),
+    )
+    try:
+        encoder = micl_zoo.load("vit_ti16.hub", device="cpu")
+        print(json.dumps({"dim": encoder.embed_dim, "sha256": encoder.weights_sha256}), flush=True)
+    except micl_zoo.WeightsError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
 """
 
 
-def load_from_hub(endpoint: str, cache: Path, sha256: str, **environment: str) -> dict[str, object]:
-    import os
-
+@contextmanager
+def loads_from_hub(endpoint: str, cache: Path, **environment: str) -> Iterator[Callable[[str], dict[str, object]]]:
+    """A process with its own hub settings, which hold from import on; loads what should have a sha256, again and
+    again."""
     settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(cache),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD_FROM_HUB, sha256, COMMIT],
+    with subprocess.Popen(
+        [sys.executable, "-c", LOAD_FROM_HUB, COMMIT],
         env={**os.environ, **settings, **environment},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=True,
-        timeout=300,
-    )
-    return dict(json.loads(run.stdout.splitlines()[-1]))
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def loaded(sha256: str) -> dict[str, object]:
+            print(sha256, file=process.stdin, flush=True)
+            return dict(json.loads(process.stdout.readline()))  # type: ignore[union-attr]
+
+        yield loaded
+        process.stdin.close()
 
 
-def test_the_hub_by_commit_then_offline_then_nowhere(hub: str, tmp_path: Path) -> None:
-    right = hashlib.sha256(Hub.content).hexdigest()
-    assert load_from_hub(hub, tmp_path, right) == {"dim": 32, "sha256": right}
-    assert all(COMMIT in request for request in Hub.requests)
-    before = len(Hub.requests)
-    assert load_from_hub(hub, tmp_path, right, HF_HUB_OFFLINE="1") == {"dim": 32, "sha256": right}
-    assert len(Hub.requests) == before
-    error = str(load_from_hub(hub, tmp_path / "other", right, HF_HUB_OFFLINE="1")["error"])
+def test_the_hub_by_commit_offline_damaged_wrong_and_nowhere(hub: str, tmp_path: Path) -> None:
+    right, wrong = hashlib.sha256(Hub.content).hexdigest(), hashlib.sha256(b"something else").hexdigest()
+    good = {"dim": 32, "sha256": right}
+    with (
+        loads_from_hub(hub, tmp_path) as online,
+        loads_from_hub(hub, tmp_path, HF_HUB_OFFLINE="1") as offline,
+        loads_from_hub(hub, tmp_path / "other", HF_HUB_OFFLINE="1") as nowhere,
+    ):
+        assert online(right) == good
+        assert all(COMMIT in request for request in Hub.requests)
+        before = len(Hub.requests)
+        assert offline(right) == good
+        assert len(Hub.requests) == before
+        blob = next(path for path in tmp_path.rglob("model.safetensors")).resolve()
+        blob.write_bytes(Hub.content[:-7] + b"garbage")
+        assert "are not the published ones" in str(offline(right)["error"])
+        assert online(right) == good
+        assert f"sha256 {right}, expected {wrong}" in str(online(wrong)["error"])
+        error = str(nowhere(right)["error"])
     assert "cannot fetch vit_ti16.hub from micl/tiny" in error
     assert 'micl_zoo.load("vit_ti16.hub", weights="FOLDER")' in error
-
-
-def test_a_corrupted_cache_is_fetched_again_and_a_wrong_hub_refused(hub: str, tmp_path: Path) -> None:
-    right = hashlib.sha256(Hub.content).hexdigest()
-    load_from_hub(hub, tmp_path, right)
-    blob = next(path for path in tmp_path.rglob("model.safetensors")).resolve()
-    blob.write_bytes(Hub.content[:-7] + b"garbage")
-    assert load_from_hub(hub, tmp_path, right) == {"dim": 32, "sha256": right}
-    blob.write_bytes(Hub.content[:-7] + b"garbage")
-    offline = str(load_from_hub(hub, tmp_path, right, HF_HUB_OFFLINE="1")["error"])
-    assert "are not the published ones" in offline
-    wrong = hashlib.sha256(b"something else").hexdigest()
-    error = str(load_from_hub(hub, tmp_path, wrong)["error"])
-    assert f"sha256 {right}, expected {wrong}" in error
 
 
 def test_records_are_frozen() -> None:

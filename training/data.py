@@ -5,6 +5,7 @@ Shapes: B images, S source size, C crop size, V = 2 views, K/2 patches a view, P
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from itertools import islice, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -379,7 +380,7 @@ class StreamedCorpus:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=settle_worker,
+            worker_init_fn=partial(settle_worker, lifeline(os.getpid())),
             multiprocessing_context="fork" if self.workers and LINUX else None,  # shares the index, starts at once
         )
         for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
@@ -498,18 +499,27 @@ def _squeeze(data: bytes | Refused, size: int) -> tuple[np.ndarray, float] | Ref
     return np.array(image).transpose(2, 0, 1), aspect
 
 
-def settle_worker(_: int) -> None:
-    """Signals are for the parent, which then ends its workers; Pillow's complaints about odd files for the ledger."""
+@cache
+def lifeline(parent: int) -> tuple[int, int]:
+    """The two ends of a pipe that closes when this process, `parent`, ends in any way."""
+    reading, writing = os.pipe()
+    atexit.register(os.close, writing)  # before multiprocessing waits for its children
+    return reading, writing
+
+
+def settle_worker(pipe: tuple[int, int], _: int) -> None:
+    """A worker leaves signals to its parent and ends with it; Pillow's complaints about odd files are for the ledger.
+
+    A scheduler's SIGTERM reaches all processes, and a worker that ended would take the run with it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
     if sys.platform == "linux":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for threads that a library starts anew after a fork
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.close(pipe[1])
+        threading.Thread(target=_end_with, args=(pipe[0],), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """A scheduler's SIGTERM reaches all processes, and a worker that ends takes the run with it: heed the parent's."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_with(reading: int) -> None:
+    os.read(reading, 1)  # nothing is ever written
     os._exit(0)
