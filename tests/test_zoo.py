@@ -241,8 +241,7 @@ for line in sys.stdin:
 
 @contextmanager
 def loads_from_hub(endpoint: str, cache: Path, **environment: str) -> Iterator[Callable[[str], dict[str, object]]]:
-    """A process with its own hub settings, which hold from import on; loads what should have a sha256, again and
-    again."""
+    """A process with hub settings of its own, which hold from its import on: loads what should have a sha256."""
     settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(cache),
@@ -264,7 +263,6 @@ def loads_from_hub(endpoint: str, cache: Path, **environment: str) -> Iterator[C
             return dict(json.loads(process.stdout.readline()))  # type: ignore[union-attr]
 
         yield loaded
-        process.stdin.close()
 
 
 def test_the_hub_by_commit_offline_damaged_wrong_and_nowhere(hub: str, tmp_path: Path) -> None:

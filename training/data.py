@@ -501,7 +501,7 @@ def _squeeze(data: bytes | Refused, size: int) -> tuple[np.ndarray, float] | Ref
 
 @cache
 def lifeline(parent: int) -> tuple[int, int]:
-    """The two ends of a pipe that closes when this process, `parent`, ends in any way."""
+    """The two ends of a pipe that closes when this process, `parent`, ends in any way; a process has one of its own."""
     reading, writing = os.pipe()
     atexit.register(os.close, writing)  # before multiprocessing waits for its children
     return reading, writing
@@ -514,7 +514,7 @@ def settle_worker(pipe: tuple[int, int], _: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
-    if sys.platform == "linux":
+    if LINUX:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.close(pipe[1])
         threading.Thread(target=_end_with, args=(pipe[0],), daemon=True).start()
