@@ -19,10 +19,11 @@ import click
 import torch
 from micl_zoo.training.bench import at_a_size_that_fits, device_name, matrix_rate, timed
 from micl_zoo.training.data import draw, normalise
+from micl_zoo.training.loop import resolve_autocast
 from micl_zoo.training.micl import contrastive_loss, draw_views, gather_patches
 from micl_zoo.training.optim import set_learning_rate
 from micl_zoo.training.plan import step_flops
-from micl_zoo.training.pretrain import make_model, resolve_autocast
+from micl_zoo.training.pretrain import make_model
 from micl_zoo.training.recipes import Recipe, get_recipe
 from micl_zoo.training.rundir import code_commit, machine
 from micl_zoo.training.step import TrainStep

@@ -361,6 +361,99 @@ def bench_data(recipe: str, data: tuple[str, ...], as_json: bool, **options: Any
     click.echo(found.json() if as_json else found.text())
 
 
+@main.group(
+    "eval",
+    epilog="""\b
+Examples:
+  micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers
+  micl-zoo eval finetune runs/vit_b16 --data imagenet --out runs/vit_b16-ft --recipe mae_b --gpus 8""",
+)
+def eval_() -> None:
+    """Measure an encoder on labelled images."""
+
+
+@eval_.command(
+    "finetune",
+    epilog="""\b
+Examples:
+  micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers
+  micl-zoo eval finetune runs/first --data birds/ --out runs/birds --set epochs=30 --set eval_epochs=5
+  micl-zoo eval finetune runs/vit_b16 --data imagenet --out runs/vit_b16-ft --recipe mae_b --gpus 8
+  micl-zoo eval finetune runs/vit_b16 --data imagenet --out runs/smoke --smoke --device cpu --gpus 2""",
+)
+@click.argument("encoder")
+@click.option(
+    "--data",
+    required=True,
+    help="Folder with train*.parquet and test.parquet or val.parquet (image, label), or train/CLASS/ and test/CLASS/.",
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the run; the same command again goes on."
+)
+@click.option("--labels", type=click.Path(path_type=Path), help="CSV with the class of each image.")
+@click.option("--recipe", help="small, mae_b or mae_l.  [default: the one for the encoder's width]")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one number of the recipe. May be repeated."
+)
+@click.option("--smoke", is_flag=True, help="Two epochs on 64 images, to see that all of it works.")
+@click.option("--gpus", type=click.IntRange(1), help="Processes on this machine, one a GPU (or CPU processes).")
+@click.option(
+    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines; start all of them alike."
+)
+@click.option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: one of them.")
+@click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, help="After a process has failed.")
+@click.option("--micro-batch", type=click.IntRange(1), help="Images a forward pass: less memory, the same gradients.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes that decode for each GPU.  [default: the cores, shared; 16 at most]",
+)
+@click.option("--max-steps", type=click.IntRange(1), help="Stop with a checkpoint after that many steps.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def eval_finetune(encoder: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Fine-tune ENCODER and a linear head on the training part of a labelled set, and test on its test part.
+
+    ENCODER is a name (see `micl-zoo models`), the folder of a training run or of an encoder, or a .safetensors file.
+
+    After MAE's protocol, with what a recipe says. Writes run.json, metrics.jsonl, checkpoints/, result.json,
+    classifier/, which timm loads, and encoder/, the same without its head. The accuracy is that of the last step. A
+    killed run goes on from its last checkpoint; SIGTERM and Ctrl-C write one first.
+    """
+    gpus, nodes, rdzv, restarts = (options.pop(name) for name in ("gpus", "nodes", "rdzv", "restarts"))
+    if gpus or nodes > 1:
+        from micl_zoo.training.ranks import launch
+
+        words = _without(sys.argv[1:], {"--gpus", "--nodes", "--rdzv", "--restarts"})
+        launch(words, gpus=gpus or 1, nodes=nodes, rdzv=rdzv, restarts=restarts)
+        return
+    from micl_zoo.training.finetune import finetune
+
+    found = finetune(data, out, **_encoder_of(encoder), **options)
+    from micl_zoo.training.ranks import says
+
+    if not says():
+        return
+    if found is None:
+        click.echo(f"Stopped at --max-steps. Run the same command without it to go on from {out}.", err=as_json)
+    elif as_json:
+        click.echo(json.dumps(found))
+    else:
+        click.echo(_finetuned(found, out))
+
+
+def _finetuned(found: dict[str, Any], out: Path) -> str:
+    low, high = (f"{100 * share:.1f}" for share in found["top1_interval"])
+    top5 = f", top-5 {100 * found['top5']:.1f} %" if "top5" in found else ""
+    left_out = f", {len(found['test_refused'])} left out: see result.json" if found["test_refused"] else ""
+    return (
+        f"Top-1 {100 * found['top1']:.1f} % (95 % interval {low} to {high}){top5} "
+        f"on {found['test_images']:,} test images{left_out}.\n"
+        f'The classifier is in {out / "classifier"}: timm.create_model("local-dir:{out / "classifier"}", '
+        f"pretrained=True). The encoder is in {out / 'encoder'}."
+    )
+
+
 @main.command(epilog="\b\nExamples:\n  micl-zoo models\n  micl-zoo models --json")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def models(as_json: bool) -> None:

@@ -115,16 +115,27 @@ def save_weights(
         provenance: goes into the header: recipe, code, data, machine.
         dtype: of the tensors on disk.
     """
+    return write_weights(folder, state, json.loads(config.to_json()), provenance, dtype)
+
+
+def write_weights(
+    folder: Path,
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    provenance: dict[str, Any],
+    dtype: Literal["float32", "float16"],
+) -> Path:
+    """As `save_weights`, of any timm model: `config` is what its hub `config.json` says."""
     import torch
     from safetensors.torch import save_file
 
     from .files import atomic_path, write_text
 
     tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
-    entry = json.dumps({"config": json.loads(config.to_json()), "provenance": provenance})
+    entry = json.dumps({"config": config, "provenance": provenance})
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, {HEADER_KEY: entry})
-    write_text(folder / CONFIG_FILE, config.to_json())
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     return folder / WEIGHTS_FILE
 
 

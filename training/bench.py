@@ -21,10 +21,11 @@ from micl_zoo.store import package_versions
 from micl_zoo.workers import default_workers, usable_cores
 
 from .data import MemoryCorpus, Seen, StreamedCorpus, draw, normalise
+from .loop import resolve_autocast
 from .micl import draw_views, kept_patches
 from .optim import set_learning_rate
 from .plan import step_flops
-from .pretrain import make_model, resolve_autocast
+from .pretrain import make_model
 from .recipes import Recipe, get_recipe
 from .rundir import code_commit, machine
 from .step import TrainStep

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import islice, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 from micl_zoo.decode import Refused, decode, decode_crop
 from micl_zoo.errors import SourceError
 from micl_zoo.sources import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
+from micl_zoo.workers import default_workers
 
 from .micl import draw_views, gather_patches
-from .recipes import Recipe
+from .recipes import AnyRecipe, Recipe
 
 LINUX = sys.platform == "linux"
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop: after ten crops that do not fit, the whole image
@@ -38,6 +39,7 @@ CROP_DRAWS = 2 * CROP_TRIES + 2  # an area and an aspect ratio a try, and one pl
 SUBSTITUTES = 20  # images that are tried in the place of one that cannot be decoded
 PIECE = 256  # images that a worker cuts at a time, at most: 7.5 MB of the 38 patches of 768 numbers of an in1k recipe
 WINDOW = 16_384  # rows of a parquet corpus, at least, that are shuffled together: of whole row groups from everywhere
+T = TypeVar("T")
 
 
 class Share(NamedTuple):
@@ -120,7 +122,7 @@ def seeded(*parts: int) -> torch.Generator:
 Blocks = tuple[int, ...] | None
 
 
-def steps_per_epoch(recipe: Recipe, images: int) -> int:
+def steps_per_epoch(recipe: AnyRecipe, images: int) -> int:
     """Whole batches in a corpus.
 
     Raises:
@@ -135,7 +137,7 @@ def steps_per_epoch(recipe: Recipe, images: int) -> int:
     return images // recipe.batch_size
 
 
-def batch_rows(recipe: Recipe, images: int, step: int, blocks: Blocks = None) -> Tensor:
+def batch_rows(recipe: AnyRecipe, images: int, step: int, blocks: Blocks = None) -> Tensor:
     """Rows of the corpus in batch number `step`: (B,).
 
     An epoch is one permutation; its incomplete last batch is left out.
@@ -373,15 +375,8 @@ class StreamedCorpus:
             SourceError: an image that cannot be decoded, and none of those tried in its place can be.
         """
         crops = _Crops(self.index, recipe, share)
-        loader = DataLoader(
-            crops,
-            sampler=range(first_step * crops.pieces, last_step * crops.pieces),
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=partial(settle_worker, lifeline(os.getpid())),
-            multiprocessing_context="fork" if self.workers and LINUX else None,  # shares the index, starts at once
+        loader = open_loader(
+            crops, range(first_step * crops.pieces, last_step * crops.pieces), self.workers, self.device
         )
         for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
             draws = draw(recipe, step).share(share)
@@ -397,6 +392,35 @@ class StreamedCorpus:
 
 
 Corpus = MemoryCorpus | StreamedCorpus
+
+
+def open_loader(
+    pieces: Dataset[T | SourceError], numbers: Sequence[int], workers: int, device: torch.device
+) -> DataLoader[T | SourceError]:
+    """What `pieces` has under each of the numbers, in their order, made by `workers` processes or, with 0, by this one.
+
+    Args:
+        pieces: returns a SourceError rather than to raise it: what is raised in a worker arrives as a traceback's text.
+        numbers: of the pieces.
+        workers: processes.
+        device: where the pieces will go.
+    """
+    return DataLoader(
+        pieces,
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=partial(settle_worker, lifeline(os.getpid())),
+        multiprocessing_context="fork" if workers and LINUX else None,  # shares the index, starts at once
+    )
+
+
+def loader_workers(workers: int | None) -> int:
+    """Processes that decode for this rank: those asked for, or the machine's cores shared among its ranks."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, default_workers() // here) if workers is None else workers
 
 
 class _Cut(NamedTuple):
@@ -435,24 +459,12 @@ class _Crops(Dataset[_Cut | SourceError]):
         views = draw_views(draws.noise, recipe.mask_ratio)  # (b, 2, K/2)
         pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8)
         for at, place in enumerate(places.tolist()):
-            crop = self._crop(int(rows[place]), draws.crops[at], refused)
-            if crop is None:
-                crop = self._substitute(step, self.share.rank * len(rows) + place, draws.crops[at], refused)
+            whole_place = self.share.rank * len(rows) + place
+            make = partial(self._crop, draws=draws.crops[at], refused=refused)
+            crop = or_another(make, int(rows[place]), (recipe.seed, step, whole_place), len(self.index), refused)
             crop = crop[:, ::-1] if draws.flips[at] else crop
             pixels[at] = torch.from_numpy(_cut_patches(crop, views[at].numpy(), recipe.patch_size))
         return _Cut(places, pixels, refused)
-
-    def _substitute(self, step: int, place: int, draws: Tensor, refused: list[RefusedImage]) -> np.ndarray:
-        """The crop of another image for this place of the whole batch: the same one in any share."""
-        damaged = refused[-1]
-        generator = seeded(self.recipe.seed, 3, step, place)
-        for row in torch.randint(len(self.index), (SUBSTITUTES,), generator=generator).tolist():
-            if (crop := self._crop(row, draws, refused)) is not None:
-                return crop
-        raise SourceError(
-            f"{damaged.id!r} cannot be trained on ({damaged.reason}: {damaged.detail}), and neither can any of "
-            f"{SUBSTITUTES} images tried in its place: look whether the corpus is still there, and whole"
-        )
 
     def _crop(self, row: int, draws: Tensor, refused: list[RefusedImage]) -> np.ndarray | None:
         """(crop_size, crop_size, 3) uint8, or None with a line in `refused`."""
@@ -466,6 +478,37 @@ class _Crops(Dataset[_Cut | SourceError]):
         except Refused as found:
             refused.append(RefusedImage(entry.id, found.reason, found.detail))
             return None
+
+
+def or_another(
+    make: Callable[[int], T | None],
+    row: int,
+    where: tuple[int, int, int],
+    images: int,
+    refused: Sequence[RefusedImage],
+) -> T:
+    """What `make` makes of the image in a row, or of another image where that one cannot be decoded.
+
+    Args:
+        make: from a row to what is trained on, or None with a line more in `refused`.
+        row: of the image that is wanted.
+        where: seed, step and place in the whole batch, which say what the others are: the same ones in any share.
+        images: rows there are.
+        refused: what `make` could not decode so far.
+
+    Raises:
+        SourceError: none of those tried in its place can be decoded either.
+    """
+    if (made := make(row)) is not None:
+        return made
+    damaged, (seed, step, place) = refused[-1], where
+    for other in torch.randint(images, (SUBSTITUTES,), generator=seeded(seed, 3, step, place)).tolist():
+        if (made := make(other)) is not None:
+            return made
+    raise SourceError(
+        f"{damaged.id!r} cannot be trained on ({damaged.reason}: {damaged.detail}), and neither can any of "
+        f"{SUBSTITUTES} images tried in its place: look whether the corpus is still there, and whole"
+    )
 
 
 def _cut_patches(crop: np.ndarray, views: np.ndarray, patch_size: int) -> np.ndarray:

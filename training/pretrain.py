@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
 import shlex
 import shutil
-import signal
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from micl_zoo.encoder import Encoder, bf16_is_fast
-from micl_zoo.errors import Interrupted, SourceError, TrainingError, UsageError
-from micl_zoo.files import write_text
+from micl_zoo.encoder import Encoder
+from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.progress import progress
 from micl_zoo.sources import ImageIndex, SourceLike, index_source
 from micl_zoo.stop import StopRequest
-from micl_zoo.workers import default_workers
 
-from .data import Corpus, MemoryCorpus, Share, StreamedCorpus, seeded, steps_per_epoch
+from .data import (
+    Corpus,
+    MemoryCorpus,
+    RefusedImage,
+    Seen,
+    Share,
+    StreamedCorpus,
+    loader_workers,
+    seeded,
+    steps_per_epoch,
+)
 from .knn import Probe
+from .loop import Clock, Line, Loop, resolve_autocast, weights_of
 from .micl import MiCL, init_weights, kept_patches
-from .optim import learning_rate, set_learning_rate
 from .plan import images_per_process
 from .ranks import Ranks, joined
 from .recipes import Recipe, get_recipe, smoke_twin
 from .report import views_picture
-from .rundir import RunDir, encoder_config, restore, run_record, snapshot
+from .rundir import RunDir, encoder_config, run_record, snapshot
 from .step import TrainStep
-from .trackers import Tracker, open_trackers
 
-log = logging.getLogger(__name__)
-
-FLUSH_STEPS, FLUSH_SECONDS = 10, 5.0  # losses are fetched from the device, checked and written at the first of the two
 COLLAPSE = 0.99  # of ln(negatives + 1), the loss of a network that tells no two images apart
 COLLAPSE_STEPS = 200  # after the warm-up, one after the other
-T = TypeVar("T")
 
 
 def pretrain(
@@ -109,158 +106,66 @@ def pretrain(
                 return finished
 
             corpus = _read_corpus(index, recipe, target, workers, ranks)
-            total_steps = max(1, round(recipe.epochs * steps_per_epoch(recipe, len(corpus))))
-            folder.keep_steps = round(recipe.keep_epochs * steps_per_epoch(recipe, len(corpus)))
+            per_epoch = steps_per_epoch(recipe, len(corpus))
+            folder.keep_steps = round(recipe.keep_epochs * per_epoch)
             autocast = resolve_autocast(recipe, target)
             step = TrainStep(make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch)
             loop = _Loop(
-                recipe, folder, ranks, stop, step, index, corpus, total_steps, probes, Clock(recipe, knn_minutes)
+                recipe=recipe,
+                folder=folder,
+                ranks=ranks,
+                stop=stop,
+                clock=Clock(recipe.checkpoint_minutes, knn_minutes),
+                model=step.model.vit,
+                optimizer=step.optimizer,
+                steps_per_epoch=per_epoch,
+                total_steps=max(1, round(recipe.epochs * per_epoch)),
+                step=step,
+                index=index,
+                corpus=corpus,
+                probes=probes,
             )
-            first_step = loop.resume()
-            loop.trackers = (
-                open_trackers(folder.path, folder.record, first_step, wandb_project=wandb) if ranks.main else []
-            )
-            if first_step:
-                loop.note(first_step, "resumed", f"on {ranks.world} process{'es' * (ranks.world > 1)}")
-
-            last_step = min(total_steps, max_steps or total_steps)
-            for tried_before in (False, True):
-                try:
-                    loop.train(first_step, last_step)
-                    break
-                except _NotFinite as found:
-                    first_step = loop.roll_back(found, tried_before)
-            made = loop.finish(autocast) if last_step == total_steps else folder.path
-            for tracker in loop.trackers:
-                tracker.close()
+            made = loop.finish() if loop.run(max_steps, wandb) else folder.path
+            loop.close()
             return made
 
 
-@dataclass
-class _Loop:
-    """Everything that stays while the steps go by."""
+@dataclass(kw_only=True)
+class _Loop(Loop[Seen]):
+    """Pre-training: the steps of the method, k-NN beside them, and an eye on collapse."""
 
     recipe: Recipe
-    folder: RunDir
-    ranks: Ranks
-    stop: StopRequest
     step: TrainStep
     index: ImageIndex
     corpus: Corpus
-    total_steps: int
     probes: list[Probe]
-    clock: Clock
-    trackers: list[Tracker] = field(default_factory=list)
-    told: int = 0  # how many of the corpus's refused images the other ranks know of
     flat_steps: int = 0
+    logged = ("loss", "accuracy")
 
-    def train(self, first_step: int, last_step: int) -> None:
-        """Steps number first_step to last_step - 1."""
-        recipe, clock, pending = self.recipe, self.clock, list[_Taken]()
-        batches = iter(self.corpus.batches(recipe, first_step, last_step, Share(self.ranks.rank, self.ranks.world)))
-        with progress(recipe.name, last_step, done=first_step, unit="steps", show=self.ranks.main) as tick:
-            for number in range(first_step, last_step):
-                seen = clock.waiting(lambda: next(batches))
-                if number == first_step:
-                    self._picture(seen.patches, seen.views)
-                lr = learning_rate(recipe, number, self.total_steps)
-                set_learning_rate(self.step.optimizer, lr)
-                loss, accuracy = self.step(seen.patches, seen.views)
-                pending.append(_Taken(number, lr, loss, accuracy))
+    def batches(self, first_step: int, last_step: int) -> Iterator[Seen]:
+        """From the corpus; of the first one a picture is made."""
+        share = Share(self.ranks.rank, self.ranks.world)
+        for seen in self.corpus.batches(self.recipe, first_step, last_step, share):
+            if seen.step == first_step:
+                self._picture(seen.patches, seen.views)
+            yield seen
 
-                last = number + 1 == last_step
-                stop = self.stop.asked or self.ranks.orphaned
-                stopping, save, flush = self.ranks.any(stop, clock.save_due(), clock.flush_due())
-                save |= last or stopping or (self.folder.keep_steps > 0 and (number + 1) % self.folder.keep_steps == 0)
-                if save or flush or len(pending) == FLUSH_STEPS:
-                    lines = self._flush(pending)
-                    note = f"loss {lines[-1]['loss']:.3f}  accuracy {lines[-1]['accuracy']:.2f}  "
-                    tick(len(lines), note + f"{lines[-1]['images_per_second']:,.0f} images/s")
-                    pending.clear()
-                if save:
-                    self._save(number + 1, last=number + 1 == self.total_steps)
-                if stopping:
-                    self._leave(number + 1)
-        self.folder.finish_writing()
+    def take(self, batch: Seen) -> Tensor:
+        """Loss and contrastive accuracy."""
+        loss, accuracy = self.step(batch.patches, batch.views)
+        return torch.stack([loss.float(), accuracy])
 
-    def resume(self) -> int:
-        """Load the newest whole checkpoint, or write the one before the first step; the next step's number."""
-        file = self.ranks.first(self.folder.newest_whole() if self.ranks.main else None)
-        if file is None:
-            self._save(0, last=False)
-            return 0
-        step, self.clock.before = restore(file, self.step.model.vit, self.step.optimizer)
-        if self.ranks.main:
-            self.folder.forget_after(step)
-        return step
+    def batch_ids(self, step: int) -> list[str]:
+        """Those of the index."""
+        return [self.index[row].id for row in self.corpus.index_rows(self.recipe, step).tolist()]
 
-    def roll_back(self, found: _NotFinite, tried_before: bool) -> int:
-        """Once: keep the batch's ids and go back to the last checkpoint. The second time: stop."""
-        step, file = found.step, self.folder.path / f"nonfinite-step-{found.step:08d}.json"
-        if self.ranks.main:
-            ids = [self.index[row].id for row in self.corpus.index_rows(self.recipe, step).tolist()]
-            write_text(file, json.dumps({"step": step, "what": found.what, "ids": ids}, indent=1) + "\n")
-        if tried_before:
-            raise TrainingError(
-                f"{found.what} at step {step}, and it was not the first time: stopped. Checkpoints are only written of "
-                f"finite numbers; the ids of the batch are in {str(file)!r}. Look at its images, or try "
-                f"--set base_lr={self.recipe.base_lr / 2:g} or --set precision=fp32 in a new --out."
-            )
-        if self.ranks.main:
-            log.warning("%s at step %d: back to the last checkpoint, once. Its ids: %s", found.what, step, file)
-        self.step.optimizer.zero_grad(set_to_none=True)
-        first_step = self.resume()
-        self.note(first_step, "rolled back", f"{found.what} at step {step}")
-        return first_step
+    @property
+    def refused(self) -> list[RefusedImage]:
+        """Those of the corpus."""
+        return self.corpus.refused
 
-    def note(self, step: int, event: str, detail: str) -> None:
-        """A line of metrics.jsonl that is no step's."""
-        self._log([{"step": step, "event": event, "detail": detail}])
-
-    def finish(self, autocast: torch.dtype | None) -> Path:
-        """Write the record's result and the encoder."""
-        state = snapshot(self.step.model.vit, keep=self.ranks.main)
-        file = None
-        if self.ranks.main:
-            self.folder.record["result"] = {
-                "steps": self.total_steps,
-                "images_seen": self.total_steps * self.recipe.batch_size,
-                "hours": round(self.clock.seconds() / 3600, 3),
-                "precision": "fp32" if autocast is None else "bf16",
-            }
-            self.folder.save_record()
-            file = self.folder.save_encoder(_weights(state), self.recipe)
-        made = self.ranks.first(file)
-        assert made is not None
-        return made
-
-    def _flush(self, pending: list[_Taken]) -> list[dict[str, Any]]:
-        """Fetch the losses, agree on them, check and write them."""
-        new, self.told = self.corpus.refused[self.told :], len(self.corpus.refused)
-        mine = torch.stack([torch.stack([taken.loss.float(), taken.accuracy]) for taken in pending]).tolist()
-        told = self.ranks.gather((mine, new, self.clock.lap(), _weights_finite(self.step.model.vit)))
-        self._refuse([list(image) for _, refused, *_ in told for image in refused])
-        seconds, wait = told[0][2]
-        means = torch.tensor([losses for losses, *_ in told], dtype=torch.float64).mean(0).tolist()  # (steps, 2)
-        shared = {
-            "images_per_second": round(len(pending) * self.recipe.batch_size / seconds, 1),
-            "data_wait": round(wait / seconds, 4),
-            "seconds": round(self.clock.seconds(), 1),
-        }
-        per_epoch = steps_per_epoch(self.recipe, len(self.corpus))
-        lines = []
-        for taken, (loss, accuracy) in zip(pending, means, strict=True):
-            if not math.isfinite(loss):
-                raise _NotFinite(f"the loss is {loss}", taken.step)
-            where = {"step": taken.step, "epoch": round(taken.step / per_epoch, 4)}
-            lines.append({**where, "loss": loss, "accuracy": accuracy, "lr": taken.lr, **shared})
-        if not all(finite for *_, finite in told):
-            raise _NotFinite("a weight is not finite", pending[-1].step)
-        self._log(lines)
-        self._check_collapse(lines)
-        return lines
-
-    def _check_collapse(self, lines: list[dict[str, Any]]) -> None:
+    def checked(self, lines: list[Line]) -> None:
+        """Stop at collapse."""
         worst = math.log(self.recipe.contrast_size)
         warm_up = self.total_steps * self.recipe.warmup_epochs / self.recipe.epochs
         for line in lines:
@@ -272,14 +177,27 @@ class _Loop:
                 f"base_lr (--set base_lr={self.recipe.base_lr / 2:g}), a longer warm-up or more images in a new --out."
             )
 
-    def _save(self, steps: int, *, last: bool) -> None:
-        """A checkpoint, and k-NN when it is time for it."""
-        tensors = snapshot(self.step.model.vit, self.step.optimizer, keep=self.ranks.main)
-        self.clock.saved()
+    def saved(self, steps: int, tensors: dict[str, Tensor]) -> None:
+        """K-NN when it is time for it."""
+        if self.probes and steps and (steps == self.total_steps or self.clock.knn_due()):
+            self._measure(steps, weights_of(tensors))
+
+    def finish(self) -> Path:
+        """Write the record's result and the encoder."""
+        state = snapshot(self.model, keep=self.ranks.main)
+        file = None
         if self.ranks.main:
-            self.folder.save_checkpoint(steps, self.clock.seconds(), tensors)
-            if self.probes and steps and (last or self.clock.knn_due()):
-                self._measure(steps, _weights(tensors))
+            self.folder.record["result"] = {
+                "steps": self.total_steps,
+                "images_seen": self.total_steps * self.recipe.batch_size,
+                "hours": round(self.clock.seconds() / 3600, 3),
+                "precision": "fp32" if self.step.autocast is None else "bf16",
+            }
+            self.folder.save_record()
+            file = self.folder.save_encoder(weights_of(state), self.recipe)
+        made = self.ranks.first(file)
+        assert made is not None
+        return made
 
     def _measure(self, steps: int, state: dict[str, Tensor]) -> None:
         vit = make_vit(self.recipe)
@@ -287,106 +205,13 @@ class _Loop:
         encoder = Encoder(vit, encoder_config(self.recipe), record=None, weights_sha256=None)
         encoder.to(self.step.model.vit.cls_token.device)
         found = {probe.name: round(probe.measure(encoder), 4) for probe in self.probes}
-        epoch = round(steps / steps_per_epoch(self.recipe, len(self.corpus)), 4)
-        self._log([{"step": steps, "epoch": epoch, "knn": found, "seconds": round(self.clock.seconds(), 1)}])
+        self.log([{"step": steps, "epoch": self.epoch(steps), "knn": found, "seconds": round(self.clock.seconds(), 1)}])
         self.clock.measured()
-
-    def _leave(self, steps: int) -> None:
-        self.folder.finish_writing()
-        for tracker in self.trackers:
-            tracker.close()
-        name = signal.Signals(self.stop.signal or signal.SIGTERM).name
-        text = f"stopped by {name} after step {steps}, with a checkpoint. The same command goes on from there."
-        stopped = Interrupted(text, signal=self.stop.signal or signal.SIGTERM)
-        if not self.ranks.main:
-            raise SystemExit(stopped.exit_code)  # one of them says it
-        raise stopped
-
-    def _log(self, lines: list[dict[str, Any]]) -> None:
-        if self.ranks.main:
-            self.folder.log(lines)
-            for tracker in self.trackers:
-                tracker.log(lines)
-
-    def _refuse(self, images: list[list[str]]) -> None:
-        """Say which images cannot be decoded, and keep them in run.json."""
-        refused = self.folder.record["data"].setdefault("refused", [])
-        new = [image for place, image in enumerate(images) if image not in refused and image not in images[:place]]
-        if new and self.ranks.main:
-            for image in new:
-                log.warning("%s is left out: %s, %s", *image)
-            refused += new
-            self.folder.save_record()
 
     def _picture(self, patches: Tensor, views: Tensor) -> None:
         file = self.folder.path / "views.png"
         if self.ranks.main and not file.exists():
             views_picture(patches, views, self.recipe).save(file)
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """A step whose numbers are still on the device."""
-
-    step: int
-    lr: float
-    loss: Tensor
-    accuracy: Tensor
-
-
-class _NotFinite(Exception):
-    """Raised alike on every rank."""
-
-    def __init__(self, what: str, step: int) -> None:
-        super().__init__(what)
-        self.what, self.step = what, step
-
-
-class Clock:
-    """Seconds of training, earlier pieces of the run included, and what is due."""
-
-    def __init__(self, recipe: Recipe, knn_minutes: float) -> None:
-        self.start = self.last_lap = self.last_save = self.last_knn = time.monotonic()
-        self.before = self.waited = 0.0
-        self.save_every, self.knn_every = 60 * recipe.checkpoint_minutes, 60 * knn_minutes
-
-    def seconds(self) -> float:
-        """Of the whole run."""
-        return self.before + time.monotonic() - self.start
-
-    def waiting(self, what: Callable[[], T]) -> T:
-        """Do what is waited for, and count the time."""
-        start = time.monotonic()
-        found = what()
-        self.waited += time.monotonic() - start
-        return found
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap, and those of them spent waiting for data."""
-        now = time.monotonic()
-        lap, waited = max(now - self.last_lap, 1e-9), self.waited
-        self.last_lap, self.waited = now, 0.0
-        return lap, min(waited, lap)
-
-    def flush_due(self) -> bool:
-        """It is time to show something."""
-        return time.monotonic() - self.last_lap >= FLUSH_SECONDS
-
-    def save_due(self) -> bool:
-        """It is time for a checkpoint."""
-        return time.monotonic() - self.last_save >= self.save_every
-
-    def saved(self) -> None:
-        """A checkpoint is being written."""
-        self.last_save = time.monotonic()
-
-    def knn_due(self) -> bool:
-        """It is time to measure."""
-        return time.monotonic() - self.last_knn >= self.knn_every
-
-    def measured(self) -> None:
-        """The measurement is over; its time is no step's."""
-        self.last_knn = self.last_lap = time.monotonic()
 
 
 def make_vit(recipe: Recipe) -> VisionTransformer:
@@ -417,12 +242,6 @@ def make_model(recipe: Recipe, device: torch.device) -> MiCL:
     return model
 
 
-def resolve_autocast(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    """Dtype of the matrix products, None for float32."""
-    fast = recipe.precision == "auto" and bf16_is_fast(device)
-    return torch.bfloat16 if fast or recipe.precision == "bf16" else None
-
-
 def _resolve(recipe: Recipe | str, overrides: Sequence[str], smoke: bool) -> Recipe:
     if overrides and not isinstance(recipe, str):
         raise UsageError("overrides change a recipe given by name; change a Recipe with dataclasses.replace")
@@ -439,8 +258,7 @@ def _command(name: str, paths: list[str], overrides: Sequence[str], smoke: bool)
 
 def _read_corpus(index: ImageIndex, recipe: Recipe, device: torch.device, workers: int | None, ranks: Ranks) -> Corpus:
     if recipe.cache == "none":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return StreamedCorpus(index, max(1, default_workers() // here) if workers is None else workers, device)
+        return StreamedCorpus(index, loader_workers(workers), device)
     with progress("decoding the corpus", len(index), show=ranks.main) as tick:
         corpus = MemoryCorpus.load(index, recipe.source_size, tick=tick)
     corpus.images = corpus.images.to(device)
@@ -452,12 +270,3 @@ def _check_compiler(recipe: Recipe, device: torch.device) -> None:
     compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
     if recipe.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise TrainingError("compile=true needs a C++ compiler, none was found: install one, or --set compile=false")
-
-
-def _weights_finite(vit: VisionTransformer) -> bool:
-    parts = [p.to_local() if isinstance(p, DTensor) else p for p in vit.parameters()]
-    return bool(torch.stack([part.detach().isfinite().all() for part in parts]).all())
-
-
-def _weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}

@@ -154,7 +154,8 @@ def launch(arguments: Sequence[str], *, gpus: int, nodes: int = 1, rdzv: str | N
     """Run `python -m micl_zoo.training ARGUMENTS` in `gpus` processes on this machine, by torchrun's elastic agent.
 
     Args:
-        arguments: of `micl-zoo train`, without those that say how many processes there are.
+        arguments: of `micl-zoo train`, or those of `micl-zoo` from `eval` on, without those that say how many processes
+            there are.
         gpus: processes on this machine, one a GPU.
         nodes: machines; the same command runs on each of them.
         rdzv: "host:port" of one of the machines, where they meet; needed for more than one.

@@ -18,8 +18,7 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from micl_zoo.errors import TrainingError
@@ -30,7 +29,7 @@ from micl_zoo.weights import WEIGHTS_FILE, EncoderConfig, file_sha256, save_weig
 from micl_zoo.zoo import RECORDS, timm_architecture
 
 from .plan import KEPT_CHECKPOINTS
-from .recipes import Recipe
+from .recipes import AnyRecipe, Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -205,15 +204,20 @@ class RunDir:
 
 
 def snapshot(
-    vit: VisionTransformer, optimizer: torch.optim.Optimizer | None = None, *, keep: bool = True
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    ema: nn.Module | None = None,
+    keep: bool = True,
 ) -> dict[str, Tensor]:
-    """Weights `model.*` and, of an optimizer, moments `exp_avg.*` and `exp_avg_sq.*`, as whole tensors on the host.
+    """Whole tensors on the host: weights `model.*`, their running means `ema.*`, moments `exp_avg.*`, `exp_avg_sq.*`.
 
     Where each process has a part of them, all must call this together; `keep` says who gets the tensors.
     """
-    tensors = {f"model.{name}": value for name, value in vit.state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()} if ema else {}
     states = optimizer.state if optimizer else {}
-    for name, parameter in _trained(vit):
+    for name, parameter in _trained(model):
         if state := states.get(parameter):
             tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
     found: dict[str, Tensor] = {}
@@ -224,7 +228,9 @@ def snapshot(
     return found
 
 
-def restore(file: Path, vit: VisionTransformer, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def restore(
+    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ema: nn.Module | None = None
+) -> tuple[int, float]:
     """Put a checkpoint back in place, whatever number of processes it came from.
 
     Returns:
@@ -235,10 +241,11 @@ def restore(file: Path, vit: VisionTransformer, optimizer: torch.optim.Optimizer
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     step = int(header["step"])
     with torch.no_grad():
-        for name, value in vit.state_dict().items():
-            value.copy_(_like(value, tensors[f"model.{name}"]))
+        for prefix, module in [("model", model), *([("ema", ema)] if ema else [])]:
+            for name, value in module.state_dict().items():
+                value.copy_(_like(value, tensors[f"{prefix}.{name}"]))
     optimizer.state.clear()
-    for name, parameter in _trained(vit):
+    for name, parameter in _trained(model):
         if f"exp_avg.{name}" in tensors:
             moments = {moment: _like(parameter, tensors[f"{moment}.{name}"]).clone() for moment in MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
@@ -308,7 +315,7 @@ def encoder_config(recipe: Recipe) -> EncoderConfig:
 
 
 def run_record(
-    recipe: Recipe, data: dict[str, Any], command: str, device: torch.device, processes: int = 1
+    recipe: AnyRecipe, data: dict[str, Any], command: str, device: torch.device, processes: int = 1
 ) -> dict[str, Any]:
     """What run.json says before the first step."""
     return {
@@ -359,9 +366,9 @@ def _processor() -> str:
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Fields of recipe and data that keep the two from being one run."""
+    """Fields of recipe, data and encoder that keep the two from being one run."""
     free = {"checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source"}
-    there, asked = ({**record["recipe"], **record["data"]} for record in (there, asked))
+    there, asked = ({**record["recipe"], **record["data"], **record.get("encoder", {})} for record in (there, asked))
     asked = json.loads(json.dumps(asked))  # tuples as JSON gives them back
     keys = [key for key in asked if key not in free]
     return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]
@@ -372,5 +379,5 @@ def _before(line: dict[str, Any], step: int) -> bool:
     return bool(line["step"] < step if "loss" in line else line["step"] <= step)
 
 
-def _trained(vit: VisionTransformer) -> list[tuple[str, Tensor]]:
-    return [(name, parameter) for name, parameter in vit.named_parameters() if parameter.requires_grad]
+def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -49,10 +49,10 @@ def open_trackers(
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line under the names they are tracked by: train/loss, knn/NAME, ..."""
-    named = {f"knn/{name}": value for name, value in line["knn"].items()} if "knn" in line else {
-        f"train/{name}": value for name, value in line.items() if name != "step"
-    }  # fmt: skip
+    """The numbers of a line under the names they are tracked by: train/loss, knn/NAME, test/top1, ..."""
+    measured = next((kind for kind in ("knn", "test") if kind in line), None)
+    found = line if measured is None else line[measured]
+    named = {f"{measured or 'train'}/{name}": value for name, value in found.items() if name != "step"}
     return {name: value for name, value in named.items() if type(value) in (int, float)}
 
 
