@@ -86,7 +86,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = run / "report.html" if out is None else out
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"the report is one HTML page: {str(page)!r} must end in .html")
-    _need_matplotlib()
+    need_matplotlib("the charts of a report need")
     record, recipe = _read_record(run)
     history = _read_history(run / "metrics.jsonl")
     charts = _charts(history, recipe)
@@ -287,13 +287,14 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib(what: str) -> None:
+    """Raise a UsageError that begins with `what`, such as "the charts need", where matplotlib is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it imports may be newer than itself
             import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UsageError('the charts of a report need matplotlib: pip install "micl-zoo[train]"') from None
+        raise UsageError(f'{what} matplotlib: pip install "micl-zoo[train]"') from None
 
 
 def _draw(chart: Chart, history: History, theme: Theme) -> bytes | None:

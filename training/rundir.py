@@ -340,6 +340,16 @@ def code_commit() -> str | None:
     return run.stdout.strip() if tracked.returncode == 0 else None
 
 
+def made_with(device: torch.device) -> dict[str, Any]:
+    """What a record of figures says of when, where and by what they were made."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": code_commit(),
+        "machine": machine(device),
+        "versions": package_versions(),
+    }
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The processor, or the card, in words and numbers."""
     facts: dict[str, Any] = {"device": device.type, "processor": _processor(), "cores": os.cpu_count()}
