@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import picture
 from micl_zoo.training.evaluate import Protocol, evaluate, evaluate_stores, interval, random_encoder
+from micl_zoo.training.features import store_features
 from micl_zoo.training.knn import knn_accuracy
 from micl_zoo.training.labelled import LabelledSet
 from micl_zoo.training.results import plot, table
@@ -83,7 +84,7 @@ def test_stores_give_what_their_images_give(colours: Path, encoder_folder: Path,
     assert theirs["results"]["vit_ti16.tin200"]["stores"] == mine
     streamed = evaluate_stores(*stores, Protocol(methods=("knn",), ks=(1, 3)))
     assert streamed["results"]["vit_ti16.tin200"]["stores"]["knn"] == mine["knn"]
-    with pytest.raises(SourceError, match="20 of 20 images have no label|of 7 images have no label"):
+    with pytest.raises(SourceError, match="7 of 7 images have no label"):
         evaluate_stores(*stores, QUICK, labels={"elsewhere.png": "a"})
     other = extract(colours / "test", tmp_path / "mean", **{**settings, "pool": "mean"}).store
     with pytest.raises(StoreError, match="the stores differ in pool: 'cls\\+mean' to learn from, 'mean'"):
@@ -91,8 +92,6 @@ def test_stores_give_what_their_images_give(colours: Path, encoder_folder: Path,
     alone = evaluate_stores(other, other, QUICK)["results"]["vit_ti16.tin200"]["stores"]
     assert list(alone["linear"]) == ["mean"]
     with pytest.raises(UsageError, match="holds the pool 'mean', asked for cls"):
-        from micl_zoo.training.features import store_features
-
         store_features(other, {}, ("cls",))
 
 
