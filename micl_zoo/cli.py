@@ -397,6 +397,7 @@ def _eval_options(command: Any) -> Any:
             help="Measure the same ViT without training, or raw pixels, beside it. May be repeated.",
         ),
         click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of a forward pass."),
+        click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core]"),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
         click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the record, a .json."),
         click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write a picture: .png, .svg or .pdf."),
@@ -537,6 +538,7 @@ def _evaluated(
     test_images: int | None,
     baselines: tuple[str, ...],
     batch_size: int,
+    workers: int | None,
     device: str,
 ) -> dict[str, Any]:
     from micl_zoo.training.evaluate import evaluate, evaluate_stores
@@ -560,7 +562,8 @@ def _evaluated(
     weights = _encoder_of(encoder)
     loaded = load(weights.pop("model", DEFAULT), **weights, device=device)
     chosen: Any = baselines
-    return evaluate(loaded, sets, protocol, baselines=chosen, batch_size=batch_size, command=command)
+    how = {"batch_size": batch_size, "workers": workers, "command": command}
+    return evaluate(loaded, sets, protocol, baselines=chosen, **how)
 
 
 @main.command(epilog="\b\nExamples:\n  micl-zoo models\n  micl-zoo models --json")

@@ -41,7 +41,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def record(colours: Path, encoder_folder: Path) -> dict[str, Any]:
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
-    return evaluate(encoder, [LabelledSet.open(colours)], QUICK, baselines=("random", "pixels"), show=False)
+    return evaluate(encoder, [LabelledSet.open(colours)], QUICK, baselines=("random", "pixels"), workers=0, show=False)
 
 
 def test_a_record_has_every_method_for_every_subject(record: dict[str, Any]) -> None:
@@ -79,7 +79,9 @@ def test_stores_give_what_their_images_give(colours: Path, encoder_folder: Path,
     }  # fmt: skip
     stores = [extract(colours / part, tmp_path / part, **settings).store for part in ("train", "test")]
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
-    mine = evaluate(encoder, [LabelledSet.open(colours)], QUICK, show=False)["results"]["vit_ti16.tin200"]["colours"]
+    mine = evaluate(encoder, [LabelledSet.open(colours)], QUICK, workers=0, show=False)["results"]["vit_ti16.tin200"][
+        "colours"
+    ]
     theirs = evaluate_stores(*stores, QUICK)
     assert theirs["results"]["vit_ti16.tin200"]["stores"] == mine
     streamed = evaluate_stores(*stores, Protocol(methods=("knn",), ks=(1, 3)))
@@ -137,7 +139,7 @@ def run(*words: object) -> Result:
 def test_the_commands(colours: Path, encoder_folder: Path, tmp_path: Path) -> None:
     result = run(
         "knn", encoder_folder, "--data", colours, "-k", 1, "--test-images", 4, "-o", tmp_path / "r.json",
-        "--plot", tmp_path / "r.png", "--device", "cpu",
+        "--plot", tmp_path / "r.png", "--device", "cpu", "--workers", 0,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "| colours | vit_ti16.tin200 | 100.0 ± 0.0 |" in result.output
@@ -145,7 +147,19 @@ def test_the_commands(colours: Path, encoder_folder: Path, tmp_path: Path) -> No
     assert written["data"]["colours"]["test_images"] == 4
     assert (tmp_path / "r.png").exists()
     printed = run(
-        "few-shot", encoder_folder, "--data", colours, "--shots", 2, "--draws", 2, "--json", "--device", "cpu"
+        "few-shot",
+        encoder_folder,
+        "--data",
+        colours,
+        "--shots",
+        2,
+        "--draws",
+        2,
+        "--json",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
     )
     assert list(json.loads(printed.stdout)["results"]["vit_ti16.tin200"]["colours"]) == ["few-shot"]
     assert "give an ENCODER and --data" in run("linear").output

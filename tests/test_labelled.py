@@ -137,7 +137,7 @@ def test_features_stay_with_their_labels(tmp_path: Path, encoder_folder: Path) -
     write_parquet(tmp_path / "test.parquet", [0, 1])
     images = LabelledSet.open(tmp_path).train
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
-    found = embed_labelled(encoder, images, pools=("cls", "cls+mean"), batch_size=2)
+    found = embed_labelled(encoder, images, pools=("cls", "cls+mean"), batch_size=2, workers=0)
     assert found.labels.tolist() == [4, 3, 1, 0]
     assert len(found.refused) == 1
     assert {pool: rows.shape for pool, rows in found.rows.items()} == {"cls": (4, 32), "cls+mean": (4, 64)}

@@ -94,6 +94,7 @@ def evaluate(
     *,
     baselines: Sequence[Baseline] = (),
     batch_size: int = 64,
+    workers: int | None = None,
     command: str = "",
     show: bool = True,
 ) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def evaluate(
         protocol: methods and settings.
         baselines: "random", the same ViT as it is initialised, and "pixels", 32 x 32 of them, measured alike.
         batch_size: images a forward pass.
+        workers: processes that decode; one a core by default, none for 0.
         command: that was given, for the record.
         show: progress bars, on a terminal.
 
@@ -116,11 +118,18 @@ def evaluate(
     chosen = {encoder.name: encoder} | {name: _baseline(name, encoder) for name in baselines}
     results: dict[str, dict[str, Results]] = {subject: {} for subject in chosen}
     refused: dict[str, int] = {}
+
+    def embed(model: Encoder | None, part: LabelledImages, what: str) -> Features:
+        with progress(what, len(part.labels), show=show) as tick:
+            if model is None:
+                return pixel_features(part)
+            return embed_labelled(model, part, pools=protocol.pools, batch_size=batch_size, workers=workers, tick=tick)
+
     for subject, model in chosen.items():
         for labelled in sets:
             where = f"{subject} on {labelled.name}"
-            train = _features(model, labelled.train, protocol, batch_size, f"{where}, training part", show)
-            test = _features(model, labelled.test, protocol, batch_size, f"{where}, test part", show)
+            train = embed(model, labelled.train, f"{where}, training part")
+            test = embed(model, labelled.test, f"{where}, test part")
             refused[labelled.name] = len(train.refused) + len(test.refused)
             found = probe(train, test, len(labelled.classes), protocol, device=encoder.device)
             results[subject][labelled.name] = found
@@ -280,16 +289,6 @@ def _few_shots(
             str(shots),
             {"accuracy": _percent(float(np.mean(draws))), "spread": _percent(spread), "draws": [*map(_percent, draws)]},
         )
-
-
-def _features(
-    model: Encoder | None, part: LabelledImages, protocol: Protocol, batch_size: int, what: str, show: bool
-) -> Features:
-    """Of a part, by an encoder, or raw pixels where there is none."""
-    with progress(what, len(part.labels), show=show) as tick:
-        if model is None:
-            return pixel_features(part)
-        return embed_labelled(model, part, pools=protocol.pools, batch_size=batch_size, tick=tick)
 
 
 def _baseline(name: str, encoder: Encoder) -> Encoder | None:

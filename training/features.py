@@ -39,6 +39,7 @@ def embed_labelled(
     *,
     pools: Sequence[Pool] = ("cls",),
     batch_size: int = 64,
+    workers: int | None = None,
     tick: Told = lambda count: None,
 ) -> Features:
     """Embed a labelled part once, for all pools.
@@ -48,6 +49,7 @@ def embed_labelled(
         images: the part.
         pools: which features to keep.
         batch_size: images a forward pass.
+        workers: processes that decode; one a core by default, none for 0.
         tick: called with the number of images, as they are done.
     """
     _check_pools(pools)
@@ -55,7 +57,13 @@ def embed_labelled(
     both: Pool = "cls+mean" if set(pools) != {"cls"} else "cls"
     pieces, ids = [], list[str]()
     for batch in embed_index(
-        encoder, images.index, batch_size=batch_size, autocast=autocast, pool=both, normalize=False
+        encoder,
+        images.index,
+        batch_size=batch_size,
+        workers=workers,
+        autocast=autocast,
+        pool=both,
+        normalize=False,
     ):
         pieces.append(batch.embeddings.astype(np.float32, copy=False))
         ids += batch.ids
