@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from micl_zoo.training.data import seeded
 from micl_zoo.training.knn import embed_labelled, knn_accuracy, read_labels
-from micl_zoo.training.micl import MiCL, init_weights
-from micl_zoo.training.pretrain import make_vit
+from micl_zoo.training.pretrain import initial_model
 from micl_zoo.training.recipes import Recipe
 from micl_zoo.training.rundir import code_commit, encoder_config, machine
 
@@ -53,14 +52,16 @@ def main(run: Path, data: Path, out: Path) -> None:
     weights = run / "encoder" / "model.safetensors"
     trained = micl_zoo.load(weights=weights)
     made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    untrained = before_training(made_by["recipe"]).to(trained.device)
+    recipe = recorded_recipe(made_by["recipe"])
+    untrained = before_training(recipe).to(trained.device)
+    embed = partial(embed_labelled, pool=recipe.pooled_token)
     results: dict[str, dict[str, Any]] = {}
     for name, (train, test) in SETS.items():
         bank, queries = index_source(str(data / train)).slice(0, BANK), index_source(str(data / test))
         start = time.monotonic()
         results[name] = {
-            "encoder": accuracy(*embed_labelled(trained, bank), *embed_labelled(trained, queries)),
-            "random": accuracy(*embed_labelled(untrained, bank), *embed_labelled(untrained, queries)),
+            "encoder": accuracy(*embed(trained, bank), *embed(trained, queries)),
+            "random": accuracy(*embed(untrained, bank), *embed(untrained, queries)),
             "pixels": accuracy(*raw_pixels(bank), *raw_pixels(queries)),
             "train_images": len(bank),
             "test_images": len(queries),
@@ -75,7 +76,7 @@ def main(run: Path, data: Path, out: Path) -> None:
         "knn_settings": {
             "k": K,
             "temperature": TEMPERATURE,
-            "features": "class token, unit length",
+            "features": f"{'class' if recipe.pooled_token == 'cls' else 'mean patch'} token, unit length",
             "transform": trained.transform.id,
             "precision": resolve_precision("auto", trained.device)[1],
             "random": "the same ViT as the run initialised it, before the first step",
@@ -94,13 +95,14 @@ def main(run: Path, data: Path, out: Path) -> None:
     click.echo(f"{out}")
 
 
-def before_training(fields: dict[str, Any]) -> Encoder:
+def recorded_recipe(fields: dict[str, Any]) -> Recipe:
+    """The recipe of a run; fields that are newer than its record have their defaults."""
+    return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def before_training(recipe: Recipe) -> Encoder:
     """The network of a run at step 0: same initialisation, same seed, same positions."""
-    recipe = Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-    vit = make_vit(recipe)
-    init_weights(vit, generator=seeded(recipe.seed, 2))
-    MiCL(vit, mask_ratio=recipe.mask_ratio)
-    return Encoder(vit, encoder_config(recipe), record=None, weights_sha256=None)
+    return Encoder(initial_model(recipe).vit, encoder_config(recipe), record=None, weights_sha256=None)
 
 
 def raw_pixels(index: ImageIndex) -> tuple[np.ndarray, np.ndarray]:

@@ -56,7 +56,7 @@ def test_reference_class_tokens_loss_and_gradients(reference: tuple[dict[str, st
     model = reference_model(meta, tensors)
     output = model(tensors["pixel_values"], tensors["noise"])
     output.loss.backward()
-    torch.testing.assert_close(output.class_tokens.flatten(0, 1), tensors["latent"][:, 0], **EXACT)
+    torch.testing.assert_close(output.pooled.flatten(0, 1), tensors["latent"][:, 0], **EXACT)
     torch.testing.assert_close(output.loss[None], tensors["loss"], **EXACT)
     parameters = dict(model.vit.named_parameters())
     gradients = {key.removeprefix("grad."): value for key, value in tensors.items() if key.startswith("grad.")}
@@ -102,10 +102,8 @@ def test_model_equals_embedding_every_patch_first_in_float64() -> None:
             tokens = torch.cat([vit.cls_token[0] + vit.pos_embed[0, :1], everything[image, order]])[None]
             expected.append(vit.norm(vit.blocks(tokens))[0, 0])
     output = model(pixels, noise)
-    torch.testing.assert_close(output.class_tokens.flatten(0, 1), torch.stack(expected), rtol=1e-10, atol=1e-10)
-    assert output.loss.item() == pytest.approx(
-        loss_in_plain_loops(output.class_tokens.tolist(), 1 / 64, 0.07), rel=1e-10
-    )
+    torch.testing.assert_close(output.pooled.flatten(0, 1), torch.stack(expected), rtol=1e-10, atol=1e-10)
+    assert output.loss.item() == pytest.approx(loss_in_plain_loops(output.pooled.tolist(), 1 / 64, 0.07), rel=1e-10)
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.1, 0.33, 0.5, 0.75, 0.8, 0.9, 0.98])

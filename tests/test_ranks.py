@@ -103,7 +103,7 @@ def by_groups(recipe: Recipe) -> tuple[float, float, Gradients]:
     model = make_step(recipe).model
     losses, accuracies = zip(
         *(
-            contrastive_loss(model.class_tokens(p, v, (4, 4)), kappa=recipe.kappa, temperature=recipe.temperature)
+            contrastive_loss(model.pool_views(p, v, (4, 4)), kappa=recipe.kappa, temperature=recipe.temperature)
             for p, v in zip(patches.split(recipe.contrast_size), views.split(recipe.contrast_size), strict=True)
         ),
         strict=True,
