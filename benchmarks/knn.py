@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,14 @@ def main(run: Path, data: Path, out: Path) -> None:
     weights = run / "encoder" / "model.safetensors"
     trained = micl_zoo.load(weights=weights)
     made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    recipe = recorded_recipe(made_by["recipe"])
-    untrained = before_training(recipe).to(trained.device)
-    embed = partial(embed_labelled, pool=recipe.pooled_token)
+    untrained = before_training(made_by["recipe"]).to(trained.device)
     results: dict[str, dict[str, Any]] = {}
     for name, (train, test) in SETS.items():
         bank, queries = index_source(str(data / train)).slice(0, BANK), index_source(str(data / test))
         start = time.monotonic()
         results[name] = {
-            "encoder": accuracy(*embed(trained, bank), *embed(trained, queries)),
-            "random": accuracy(*embed(untrained, bank), *embed(untrained, queries)),
+            "encoder": accuracy(*embed_labelled(trained, bank), *embed_labelled(trained, queries)),
+            "random": accuracy(*embed_labelled(untrained, bank), *embed_labelled(untrained, queries)),
             "pixels": accuracy(*raw_pixels(bank), *raw_pixels(queries)),
             "train_images": len(bank),
             "test_images": len(queries),
@@ -76,7 +73,7 @@ def main(run: Path, data: Path, out: Path) -> None:
         "knn_settings": {
             "k": K,
             "temperature": TEMPERATURE,
-            "features": f"{'class' if recipe.pooled_token == 'cls' else 'mean patch'} token, unit length",
+            "features": "class token, unit length",
             "transform": trained.transform.id,
             "precision": resolve_precision("auto", trained.device)[1],
             "random": "the same ViT as the run initialised it, before the first step",
@@ -95,13 +92,9 @@ def main(run: Path, data: Path, out: Path) -> None:
     click.echo(f"{out}")
 
 
-def recorded_recipe(fields: dict[str, Any]) -> Recipe:
-    """The recipe of a run; fields that are newer than its record have their defaults."""
-    return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-
-
-def before_training(recipe: Recipe) -> Encoder:
+def before_training(fields: dict[str, Any]) -> Encoder:
     """The network of a run at step 0: same initialisation, same seed, same positions."""
+    recipe = Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
     return Encoder(initial_model(recipe).vit, encoder_config(recipe), record=None, weights_sha256=None)
 
 

@@ -39,8 +39,8 @@ class MiCLOutput(NamedTuple):
 class MiCL(nn.Module):
     """MiCL over a timm `VisionTransformer`; the ViT's weights are trained in place, under timm's names.
 
-    The position table is replaced by the frozen 2-D sin-cos one, unless positions are learned; no other weight is
-    touched (see `init_weights`).
+    The position table is replaced by the frozen 2-D sin-cos one, or trained as it is; no other weight is touched (see
+    `init_weights`).
 
     Args:
         vit: with a class token, no other prefix token, and class-token pooling (`num_classes=0`).
@@ -50,9 +50,11 @@ class MiCL(nn.Module):
         views: V, at least 2.
         pooled_token: what is contrasted: "cls", the class token, or "mean" of a view's patch tokens.
         class_position: of the frozen table's row for the class token: "zero", or the "centre" of the grid.
+        positions: "sincos", the frozen table, or "learned", that of the ViT, which has a row for the class token.
 
     Raises:
-        UsageError: a ViT without what is named above, a mask ratio outside [0, 1), or fewer than two views.
+        UsageError: a ViT without what is named above, a mask ratio outside [0, 1), fewer than two views, or a
+            class_position beside learned positions.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class MiCL(nn.Module):
         views: int = 2,
         pooled_token: Literal["cls", "mean"] = "cls",
         class_position: Literal["zero", "centre"] = "zero",
+        positions: Literal["sincos", "learned"] = "sincos",
     ) -> None:
         super().__init__()
         _check_vit(vit)
@@ -72,18 +75,22 @@ class MiCL(nn.Module):
             raise UsageError(f"mask_ratio must be at least 0 and below 1, got {mask_ratio}")
         if views < 2:
             raise UsageError(f"views must be at least 2, got {views}")
+        if positions == "learned" and class_position != "zero":
+            raise UsageError("class_position must be zero with learned positions: they have a row for the class token")
         self.vit = vit
         self.views = views
         self.pooled_token = pooled_token
         self.class_position = class_position
+        self.positions = positions
         self.mask_ratio = mask_ratio
         self.kappa = kappa
         self.temperature = temperature
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.grid_size: tuple[int, int] = vit.patch_embed.grid_size
-        with torch.no_grad():
-            vit.pos_embed.copy_(self._frozen_positions(self.grid_size))
-        vit.pos_embed.requires_grad_(False)
+        if positions == "sincos":
+            with torch.no_grad():
+                vit.pos_embed.copy_(self._sincos(self.grid_size))
+        vit.pos_embed.requires_grad_(positions == "learned")
 
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MiCLOutput:
         """Loss of a batch of whole images; only the visible patches are embedded.
@@ -129,7 +136,7 @@ class MiCL(nn.Module):
         positions = self._positions(grid, patches.device)  # (1 + N, D)
         conv = self.vit.patch_embed.proj
         tokens = F.linear(patches, conv.weight.flatten(1), conv.bias)  # (B, V, K/V, D)
-        tokens = tokens + positions[1:][views]
+        tokens = tokens + F.embedding(views, positions[1:])  # not [views], whose gradient differs from run to run
         tokens = tokens.flatten(0, 1)  # (VB, K/V, D)
         class_token = (self.vit.cls_token + positions[:1]).expand(len(tokens), -1, -1).to(tokens.dtype)
         tokens = torch.cat([class_token, tokens], dim=1)  # (VB, K/V + 1, D)
@@ -141,9 +148,11 @@ class MiCL(nn.Module):
     def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         if grid == self.grid_size:
             return self.vit.pos_embed[0]
-        return self._frozen_positions(grid).to(device)
+        if self.positions == "learned":
+            return stretched_positions(self.vit.pos_embed[0], self.grid_size, grid)
+        return self._sincos(grid).to(device)
 
-    def _frozen_positions(self, grid: tuple[int, int]) -> Tensor:
+    def _sincos(self, grid: tuple[int, int]) -> Tensor:
         return position_table(self.vit.embed_dim, grid, self.grid_size, class_position=self.class_position)
 
 
@@ -258,6 +267,16 @@ def position_table(
     return torch.cat([middle if class_position == "centre" else torch.zeros_like(middle), table]).float()
 
 
+def stretched_positions(table: Tensor, full_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """A table (1 + M, D) of a full grid -> (1 + N, D), bilinearly, where `position_table` puts the patches of `grid`.
+
+    The row for the class token, the first, stays.
+    """
+    full = table[1:].unflatten(0, full_grid).permute(2, 0, 1)  # (D, down, across)
+    rows = F.interpolate(full[None], size=grid, mode="bilinear", align_corners=False)[0].flatten(1).T  # (N, D)
+    return torch.cat([table[:1], rows])
+
+
 def _centres(count: int, full: int) -> Tensor:
     """Where the centres of `count` patches lie that are stretched over `full` of them: (count,) float64."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) * (full / count) - 0.5
@@ -271,8 +290,16 @@ def _sincos(embed_dim: int, rows: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
 
 
-def init_weights(vit: VisionTransformer, *, generator: torch.Generator | None = None) -> None:
-    """Initialise as the paper's code does: xavier-uniform Linears (the patch embedding too), class token std 0.02."""
+def init_weights(
+    vit: VisionTransformer, *, learned_positions: bool = False, generator: torch.Generator | None = None
+) -> None:
+    """Initialise as the paper's code does: xavier-uniform Linears (the patch embedding too), class token std 0.02.
+
+    Args:
+        vit: to initialise in place.
+        learned_positions: draw the position table, too, last and with std 0.02.
+        generator: of the draws.
+    """
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -285,6 +312,8 @@ def init_weights(vit: VisionTransformer, *, generator: torch.Generator | None = 
     nn.init.xavier_uniform_(conv.weight.data.flatten(1), generator=generator)
     nn.init.zeros_(conv.bias)
     nn.init.normal_(vit.cls_token, std=0.02, generator=generator)
+    if learned_positions:
+        nn.init.normal_(vit.pos_embed, std=0.02, generator=generator)
 
 
 def _check_vit(vit: VisionTransformer) -> None:

@@ -145,7 +145,7 @@ class Plan:
         micro_batch: images a forward pass: a share, or in as few equal pieces as `micro_batch` asks for.
         steps_per_epoch: whole batches in the corpus.
         kept: K, visible patches of an image.
-        parameters, frozen: numbers that are trained, and those of the fixed position table.
+        parameters, frozen: numbers that are trained, and those of the position table where it is fixed.
         flops: that the method needs, an image.
         memory: of one GPU.
     """
@@ -226,7 +226,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one file: fp32 weights and two moments, 3 x 4 bytes a parameter, and the position table."""
+        """Of one file: fp32 weights and two moments, 3 x 4 bytes a parameter, and fixed positions."""
         return 4 * (3 * self.parameters + self.frozen)
 
     @property
@@ -345,16 +345,21 @@ def step_flops(recipe: Recipe) -> StepFlops:
 
 
 def parameter_count(recipe: Recipe) -> int:
-    """Numbers that are trained: all but the position table, see `frozen_count`."""
+    """Numbers that are trained: all but a fixed position table, see `frozen_count`."""
     width = recipe.embed_dim
     biases = 3 * width + width + _hidden(recipe) + width  # of qkv, proj, fc1, fc2
     block = _block_matrices(recipe) + biases + 4 * width  # and two norms
     embed = (3 * recipe.patch_size**2 + 1) * width
-    return embed + width + recipe.depth * block + 2 * width  # the class token before, a norm after
+    learned = _positions(recipe) if recipe.positions == "learned" else 0
+    return embed + width + recipe.depth * block + 2 * width + learned  # the class token before, a norm after
 
 
 def frozen_count(recipe: Recipe) -> int:
-    """Numbers of `pos_embed`, which the ViT holds and files carry but no step changes: (1 + N) D at image_size."""
+    """Numbers of a fixed `pos_embed`, which the ViT holds and files carry but no step changes: (1 + N) D."""
+    return _positions(recipe) if recipe.positions == "sincos" else 0
+
+
+def _positions(recipe: Recipe) -> int:
     return (1 + (recipe.image_size // recipe.patch_size) ** 2) * recipe.embed_dim
 
 
@@ -513,7 +518,8 @@ def _network_lines(plan: Plan) -> Lines:
     if views > 2:
         yield "", f"{math.comb(views, 2)} pairs of views are contrasted, the loss is their mean"
     shape = f"width {recipe.embed_dim:,}, depth {recipe.depth}, {recipe.num_heads} heads"
-    yield "network", f"{shape}: {plan.parameters:,} parameters + {plan.frozen:,} fixed positions"
+    positions = f" + {plan.frozen:,} fixed positions" if plan.frozen else ", positions among them"
+    yield "network", f"{shape}: {plan.parameters:,} parameters{positions}"
     size, unit = (1e9, "GFLOP") if flops.total >= 1e8 else (1e6, "MFLOP")
     yield "compute", f"{flops.total / size:.3g} {unit} an image, forward and backward (a multiply-add is 2) ="
     yield "", _terms(flops, size, ".3g", " + ")

@@ -92,9 +92,7 @@ def pretrain(
     """
     name = recipe if isinstance(recipe, str) else recipe.name
     recipe = _resolve(recipe, overrides, smoke)
-    kept_patches(
-        recipe.num_patches, recipe.mask_ratio, recipe.views
-    )  # fails now and not after the corpus has been read
+    kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)  # fails before the corpus is read
     with joined(device) as (ranks, target), StopRequest() as stop:
         _check_compiler(recipe, target)
         images_per_process(recipe, ranks.world)
@@ -288,7 +286,7 @@ class _Loop:
         vit.load_state_dict(state)
         encoder = Encoder(vit, encoder_config(self.recipe), record=None, weights_sha256=None)
         encoder.to(self.step.model.vit.cls_token.device)
-        found = {probe.name: round(probe.measure(encoder, self.recipe.pooled_token), 4) for probe in self.probes}
+        found = {probe.name: round(probe.measure(encoder), 4) for probe in self.probes}
         epoch = round(steps / steps_per_epoch(self.recipe, len(self.corpus)), 4)
         self._log([{"step": steps, "epoch": epoch, "knn": found, "seconds": round(self.clock.seconds(), 1)}])
         self.clock.measured()
@@ -408,7 +406,7 @@ def make_vit(recipe: Recipe) -> VisionTransformer:
 def initial_model(recipe: Recipe) -> MiCL:
     """The method with its ViT, initialised from the recipe's seed, on the CPU: the same weights for every device."""
     vit = make_vit(recipe)
-    init_weights(vit, generator=seeded(recipe.seed, 2))
+    init_weights(vit, learned_positions=recipe.positions == "learned", generator=seeded(recipe.seed, 2))
     return MiCL(
         vit,
         mask_ratio=recipe.mask_ratio,
@@ -417,6 +415,7 @@ def initial_model(recipe: Recipe) -> MiCL:
         views=recipe.views,
         pooled_token=recipe.pooled_token,
         class_position=recipe.class_position,
+        positions=recipe.positions,
     )
 
 

@@ -28,6 +28,7 @@ class Recipe:
         views: V, disjoint views that the patches kept are split into; the loss is the mean over all pairs of them.
         pooled_token: what is contrasted: "cls", the class token, or "mean" of a view's patch tokens.
         class_position: position of the class token: "zero", or "centre", that of the middle of the grid.
+        positions: "sincos", a frozen table, or "learned", one that is drawn at the start and trained without decay.
         kappa, temperature: of the tSP similarity.
         negatives: "local": a batch falls into groups of contrast_batch images that are contrasted among themselves, as
             each GPU of the reference code does; "global": all images of the batch are contrasted with each other.
@@ -47,7 +48,7 @@ class Recipe:
         batch_size: images an optimiser step, over all processes.
         base_lr: learning rate at batch 256; the one used is base_lr * batch_size / 256.
         min_lr: where the half-cycle cosine ends.
-        beta1, beta2, weight_decay: of AdamW; no decay on biases and norms.
+        beta1, beta2, weight_decay: of AdamW; no decay on biases, norms and positions.
         parallel: how several processes share the work: "ddp", each with all weights, or "fsdp", each with a part of
             them and of the optimiser's state.
         activation_checkpointing: compute each block again in the backward pass instead of keeping what it made.
@@ -72,6 +73,7 @@ class Recipe:
     views: int = 2
     pooled_token: Literal["cls", "mean"] = "cls"
     class_position: Literal["zero", "centre"] = "zero"
+    positions: Literal["sincos", "learned"] = "sincos"
     kappa: float = 1 / 64
     temperature: float = 0.07
     negatives: Literal["local", "global"] = "local"
@@ -140,6 +142,9 @@ class Recipe:
             "keep_epochs must be at least 0": self.keep_epochs >= 0,
             "mask_ratio must be at least 0 and below 1": 0 <= self.mask_ratio < 1,
             "views must be 2, 3 or 4": 2 <= self.views <= 4,
+            "class_position must be zero with learned positions, which have a row for the class token": self.positions
+            == "sincos"
+            or self.class_position == "zero",
             "temperature must be above 0": self.temperature > 0,
             "epochs must be above 0": self.epochs > 0,
             "crop_scale_min must be above 0 and crop_scale_max at most 1": 0

@@ -46,7 +46,7 @@ COLUMNS = ("step", "epoch", "loss", "accuracy", "lr", "images_per_second", "data
 
 
 def views_picture(patches: Tensor, views: Tensor, recipe: Recipe) -> Image.Image:
-    """What the network sees of the first eight images of a batch: view 1 on top, all else grey.
+    """What the network sees of the first eight images of a batch: view 1 on top, the next below; all else is grey.
 
     Args:
         patches: (B, V, K/V, P), normalised, flattened channel first, as `visible_patches` gives them.
@@ -64,8 +64,8 @@ def views_picture(patches: Tensor, views: Tensor, recipe: Recipe) -> Image.Image
     enlarge = max(1, PICTURE_TILE // (grid * side))
     pitch = enlarge * grid * side + PICTURE_GAP
     sheet = Image.new("RGB", (count * pitch + PICTURE_GAP, rows * pitch + PICTURE_GAP), (GROUND,) * 3)
-    for column, shown_views in enumerate(tiles.numpy()):
-        for row, tile in enumerate(shown_views):
+    for column, image_views in enumerate(tiles.numpy()):
+        for row, tile in enumerate(image_views):
             shown = Image.fromarray(tile).resize((pitch - PICTURE_GAP,) * 2, Image.Resampling.NEAREST)
             sheet.paste(shown, (PICTURE_GAP + column * pitch, PICTURE_GAP + row * pitch))
     return sheet
@@ -259,8 +259,7 @@ def _charts(history: History, recipe: Recipe) -> list[Chart]:
     other = "an image's other view is" if recipe.views == 2 else "each other view of an image is"
     pairs = f"How often {other} the most similar of {recipe.contrast_size:,}. {smooth}"
     waiting = f"Share of the time in which the next batch was not ready. {smooth}"
-    vector = "class token" if recipe.pooled_token == "cls" else "mean patch token"
-    frozen = f"Accuracy of the frozen encoder's {vector}, by its nearest neighbours. Named: the last value."
+    frozen = "Accuracy of the frozen encoder's class token, by its nearest neighbours. Named: the last value."
     return [
         Chart("loss", "Loss", "nats", loss, smooth, "no loss was measured", (chance, blind), from_zero=False),
         Chart("accuracy", "Contrastive accuracy", "percent", accuracy, pairs, "no accuracy was measured"),
