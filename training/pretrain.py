@@ -93,7 +93,7 @@ def pretrain(
     """
     name = recipe if isinstance(recipe, str) else recipe.name
     recipe = _resolve(recipe, overrides, smoke)
-    kept_patches(recipe.num_patches, recipe.mask_ratio)  # fails now and not after the corpus has been read
+    kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)  # fails before the corpus is read
     with joined(device) as (ranks, target), StopRequest() as stop:
         _check_compiler(recipe, target)
         images_per_process(recipe, ranks.world)
@@ -408,14 +408,27 @@ def make_vit(recipe: Recipe) -> VisionTransformer:
     )
 
 
-def make_model(recipe: Recipe, device: torch.device) -> MiCL:
-    """The method with its ViT, initialised from the recipe's seed, on its device, compiled when the recipe says so."""
+def initial_model(recipe: Recipe) -> MiCL:
+    """The method with its ViT, initialised from the recipe's seed, on the CPU: the same weights for every device."""
     vit = make_vit(recipe)
-    init_weights(vit, generator=seeded(recipe.seed, 2))  # on the CPU: the same weights for every device
-    vit.to(device)
-    vit.set_grad_checkpointing(recipe.activation_checkpointing)
-    model = MiCL(vit, mask_ratio=recipe.mask_ratio, kappa=recipe.kappa, temperature=recipe.temperature).train()
-    for block in vit.blocks:
+    init_weights(vit, learned_positions=recipe.positions == "learned", generator=seeded(recipe.seed, 2))
+    return MiCL(
+        vit,
+        mask_ratio=recipe.mask_ratio,
+        kappa=recipe.kappa,
+        temperature=recipe.temperature,
+        views=recipe.views,
+        pooled_token=recipe.pooled_token,
+        class_position=recipe.class_position,
+        positions=recipe.positions,
+    )
+
+
+def make_model(recipe: Recipe, device: torch.device) -> MiCL:
+    """The method as it is at the first step, on its device, compiled when the recipe says so."""
+    model = initial_model(recipe).to(device).train()
+    model.vit.set_grad_checkpointing(recipe.activation_checkpointing)
+    for block in model.vit.blocks:
         block.attn.fused_attn &= device.type != "cpu"  # for 13 to 20 tokens the CPU's fused backward is the slower one
         if recipe.compile:
             block.compile()  # one by one, so that gradients travel while the blocks before still compute theirs
