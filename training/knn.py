@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from micl_zoo.encoder import Encoder
+from micl_zoo.encoder import Encoder, Pool
 from micl_zoo.errors import UsageError
 
 from .features import embed_labelled
@@ -111,7 +111,7 @@ def knn_accuracy(
     return float((found[k] == test_labels).mean())
 
 
-def measure_knn(encoder: Encoder, labelled: LabelledSet) -> float:
-    """K-NN accuracy of the class token on a set, k = 20, 0 to 1."""
-    train, test = embed_labelled(encoder, labelled.train), embed_labelled(encoder, labelled.test)
-    return knn_accuracy(train.rows["cls"], train.labels, test.rows["cls"], test.labels)
+def measure_knn(encoder: Encoder, labelled: LabelledSet, pool: Pool = "cls") -> float:
+    """K-NN accuracy of one pool's features on a set, k = 20, 0 to 1."""
+    train, test = (embed_labelled(encoder, part, pools=(pool,)) for part in (labelled.train, labelled.test))
+    return knn_accuracy(train.rows[pool], train.labels, test.rows[pool], test.labels)

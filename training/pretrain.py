@@ -291,7 +291,7 @@ class _Loop:
         vit.load_state_dict(state)
         encoder = Encoder(vit, encoder_config(self.recipe), record=None, weights_sha256=None)
         encoder.to(self.step.model.vit.cls_token.device)
-        found = {probe.name: round(measure_knn(encoder, probe), 4) for probe in self.probes}
+        found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
         epoch = round(steps / steps_per_epoch(self.recipe, len(self.corpus)), 4)
         self._log([{"step": steps, "epoch": epoch, "knn": found, "seconds": round(self.clock.seconds(), 1)}])
         self.clock.measured()

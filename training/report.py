@@ -259,7 +259,7 @@ def _charts(history: History, recipe: Recipe) -> list[Chart]:
     other = "an image's other view is" if recipe.views == 2 else "each other view of an image is"
     pairs = f"How often {other} the most similar of {recipe.contrast_size:,}. {smooth}"
     waiting = f"Share of the time in which the next batch was not ready. {smooth}"
-    frozen = "Accuracy of the frozen encoder's class token, by its nearest neighbours. Named: the last value."
+    frozen = "Accuracy of the frozen encoder, by the nearest neighbours of what it contrasts. Named: the last value."
     return [
         Chart("loss", "Loss", "nats", loss, smooth, "no loss was measured", (chance, blind), from_zero=False),
         Chart("accuracy", "Contrastive accuracy", "percent", accuracy, pairs, "no accuracy was measured"),
