@@ -38,23 +38,19 @@ import click
 import numpy as np
 import torch
 from micl_zoo.training.data import MemoryCorpus
-from micl_zoo.training.knn import embed_labelled, knn_accuracy, read_labels
+from micl_zoo.training.labelled import labels_of, number_classes
 from micl_zoo.training.optim import set_learning_rate
-from micl_zoo.training.pretrain import make_model
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
 from micl_zoo.training.rundir import code_commit, encoder_config, machine
 from timm.models.vision_transformer import VisionTransformer
 
-import micl_zoo
-from micl_zoo.decode import decode
 from micl_zoo.encoder import resolve_device
 from micl_zoo.errors import TrainingError, UsageError, unknown
 from micl_zoo.files import atomic_path, write_text
 from micl_zoo.progress import progress
-from micl_zoo.sources import ImageIndex, Reader, index_source
+from micl_zoo.sources import index_source
 from micl_zoo.store import package_versions
-from micl_zoo.transforms import Transform
-from micl_zoo.weights import file_sha256, save_weights
+from micl_zoo.weights import save_weights
 from micl_zoo.workers import default_workers
 
 if TYPE_CHECKING:
@@ -100,7 +96,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cpu": Size(64, 8, 192, 4, 3, batch_size=256, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
+    "cpu": Size(64, 8, 192, 4, 3, batch_size=128, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
     "gpu": Size(112, 16, 384, 12, 6, batch_size=1024, mask_ratio=0.5),  # 24 of 49 patches, as vit_s16.tin200
 }
 
@@ -270,7 +266,9 @@ def prepare_corpus(data: Path, work: Path) -> None:
         return
     with progress("decoding the corpus", len(index)) as tick:
         corpus = MemoryCorpus.load(index, SOURCE_SIZE, tick=tick)
-    labels = torch.tensor(read_labels(index))[corpus.rows]
+    told = labels_of(index)
+    _, (numbered, _) = number_classes(told, told, SETS["tin200"][0])
+    labels = torch.from_numpy(numbered)[corpus.rows]
     numbers = {"images": corpus.images, "aspect": corpus.aspect, "rows": corpus.rows, "labels": labels}
     for name, values in numbers.items():
         with atomic_path(facts.with_name(f"{name}.npy")) as temporary, temporary.open("wb") as file:
