@@ -26,7 +26,7 @@ from micl_zoo.training import finetune as module
 from micl_zoo.training.augment import AugmentedCorpus, Pictures, drawing, share_places
 from micl_zoo.training.classifier import ClassifierStep, make_classifier
 from micl_zoo.training.data import Share
-from micl_zoo.training.finetune import finetune, interval
+from micl_zoo.training.finetune import finetune
 from micl_zoo.training.labelled import LabelledSet
 from micl_zoo.training.optim import make_layered_optimizer
 from micl_zoo.training.ranks import Ranks
@@ -390,16 +390,6 @@ def test_the_recipes_have_the_numbers_of_mae() -> None:
         assert f"--recipe {name}" in (make.__doc__ or "")
         attributes = (FineTuneRecipe.__doc__ or "").partition("Attributes:")[2]
         assert all(re.search(rf"\b{field.name}\b", attributes) for field in dataclasses.fields(make()))
-
-
-def test_the_interval_is_that_of_a_bootstrap() -> None:
-    generator = np.random.default_rng(5)
-    correct = np.arange(200) < 150
-    drawn = [generator.choice(correct, 200).mean() for _ in range(2000)]
-    assert interval(correct) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.011)
-    low, high = interval(correct)
-    assert low < 0.75 < high
-    assert interval(np.ones(10, bool)) == (1.0, 1.0)
 
 
 def test_the_command_says_what_came_of_it(colors: Path, encoder_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from .classifier import (
     save_classifier,
 )
 from .data import RefusedImage, Share, loader_workers, steps_per_epoch
+from .evaluate import interval
 from .labelled import LabelledSet
 from .loop import Clock, Loop, resolve_autocast, weights_of
 from .ranks import joined
@@ -42,7 +43,6 @@ from .rundir import RunDir, run_record, snapshot
 
 RESULT_FILE = "result.json"
 SMOKE_IMAGES = 64  # of each part
-RESAMPLES = 10_000  # of the bootstrap
 
 
 def finetune(
@@ -94,11 +94,12 @@ def finetune(
         most = SMOKE_IMAGES if smoke else None
         images = LabelledSet.open(os.fspath(data), labels=labels, train_images=most, test_images=most)
         per_epoch = steps_per_epoch(recipe, len(images.train.index))  # too few images start no run
-        seen = {key: value for key, value in images.facts.items() if key != "source"}
+        facts = images.facts | {"labels_sha256": _labels_sha256(images)}
+        seen = {key: value for key, value in facts.items() if key != "source"}
         if len(set(ranks.gather(json.dumps(seen, sort_keys=True)))) > 1:
             raise SourceError("the ranks do not see the same images and labels: give all machines the same data")
         command = _command(model, weights, data, labels, name, overrides, smoke)
-        record = run_record(recipe, dict(images.facts), command, target, ranks.world)
+        record = run_record(recipe, dict(facts), command, target, ranks.world)
         record["encoder"] = {"encoder": encoder.name, "encoder_sha256": encoder.weights_sha256}
         with RunDir.open(Path(out), record) if ranks.main else RunDir(Path(out), record) as folder:
             if finished := ranks.first(_finished(folder)):
@@ -125,23 +126,13 @@ def finetune(
                 total_steps=max(1, round(recipe.epochs * per_epoch)),
                 step=step,
                 images=images,
+                facts=facts,
                 corpus=AugmentedCorpus(images.train, encoder.transform, count, target),
                 encoder=encoder,
             )
             result = loop.finish() if loop.run(max_steps) else None
             loop.close()
             return result
-
-
-def interval(correct: np.ndarray) -> tuple[float, float]:
-    """95 % of the accuracies that drawing the test images again, with replacement, would give.
-
-    Args:
-        correct: (n,) bool, one entry a test image. How many of n draws from 0s and 1s are 1 is a binomial number.
-    """
-    drawn = np.random.default_rng(0).binomial(len(correct), correct.mean(), RESAMPLES) / len(correct)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
 
 
 @dataclass(kw_only=True)
@@ -151,6 +142,7 @@ class _Loop(Loop[Pictures]):
     recipe: FineTuneRecipe
     step: ClassifierStep
     images: LabelledSet
+    facts: dict[str, Any]
     corpus: AugmentedCorpus
     encoder: Encoder
 
@@ -220,7 +212,7 @@ class _Loop(Loop[Pictures]):
         record, path = self.folder.record, self.folder.path
         keys = ("recipe", "command", "commit", "versions", "machine", "encoder")
         provenance = {key: record[key] for key in keys}  # without times: equal runs write equal bytes
-        provenance["data"] = self.images.facts
+        provenance["data"] = self.facts
         config = dataclasses.replace(self.encoder.config, name=f"{self.encoder.name}-finetuned")
         save_backbone(path / "encoder", state, config, self.recipe, provenance)
         save_classifier(path / "classifier", state, config, self.recipe, self.images.classes, provenance)
@@ -230,12 +222,12 @@ class _Loop(Loop[Pictures]):
         described = {key: record[key] for key in ("encoder", "recipe", "command", "commit", "versions", "machine")}
         return {
             **found.shares(count),
-            "top1_interval": list(interval(found.top1)),
+            "top1_interval": list(interval(float(found.top1.mean()), len(found.top1))),
             "test_images": len(found.top1),
             "test_refused": [list(image) for image in found.refused],
             "train_refused": record["data"].get("refused", []),
             "classes": list(self.images.classes),
-            "data": self.images.facts,
+            "data": self.facts,
             **described,
             "classifier_sha256": file_sha256(self.folder.path / "classifier" / "model.safetensors"),
             "processes": self.ranks.world,
@@ -244,6 +236,14 @@ class _Loop(Loop[Pictures]):
             "precision": "fp32" if self.step.autocast is None else "bf16",
             "hours": round(self.clock.seconds() / 3600, 3),
         }
+
+
+def _labels_sha256(images: LabelledSet) -> str:
+    """Of the names of the classes and of the class of each image of both parts."""
+    digest = hashlib.sha256("\0".join(images.classes).encode())
+    for part in (images.train, images.test):
+        digest.update(part.labels.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _finished(folder: RunDir) -> dict[str, Any] | None:

@@ -1,0 +1,440 @@
+"""MiCL beside SimCLR, MAE, DINO and supervised training, and with one thing changed: same ViT, images, device, time.
+
+    python benchmarks/rivals.py train --data data --work work --minutes 60 --arms rivals --jobs 2
+    python benchmarks/rivals.py train --data data --work work --minutes 60 --arms ablations --jobs 2
+    python benchmarks/rivals.py evaluate --data data --work work -o benchmarks/records/rivals.json
+
+Needs `pip install lightly` for `train`. The data folder holds tin200/{train-*,val}.parquet and
+{caltech101,flowers5,cifar10}/{train,test}.parquet, with the columns image and label.
+
+Equal time: on a CPU each arm is a process of its own with one thread on one core, and its minutes are those of that
+process (`time.process_time`), so that nothing else on the machine favours an arm; on a GPU they are the wall clock's.
+Reading images, transforms, forward and backward passes count; building the network and importing do not.
+Equal images: `--images N` in the place of `--minutes M`.
+
+An arm is its folder below the work folder: encoder/, and arm.json with its settings, its loss and its times. One that
+is there with the same settings is not trained again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+import numpy as np
+import torch
+from micl_zoo.training.data import MemoryCorpus
+from micl_zoo.training.labelled import labels_of, number_classes
+from micl_zoo.training.optim import set_learning_rate
+from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
+from micl_zoo.training.rundir import code_commit, encoder_config, machine
+from timm.models.vision_transformer import VisionTransformer
+
+from micl_zoo.encoder import resolve_device
+from micl_zoo.errors import TrainingError, UsageError, unknown
+from micl_zoo.files import atomic_path, write_text
+from micl_zoo.progress import progress
+from micl_zoo.sources import index_source
+from micl_zoo.store import package_versions
+from micl_zoo.weights import save_weights
+from micl_zoo.workers import default_workers
+
+if TYPE_CHECKING:
+    from methods import Method
+
+SOURCE_SIZE = 64  # of the corpus's images
+WARM_UP = 0.05  # of the budget
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",  # glibc: memory stays with the process; else the methods with large tensors
+    "MALLOC_TRIM_THRESHOLD_": "-1",  # spend up to half of their time on page faults
+}
+CURVE_POINTS = 50
+K, TEMPERATURE = 20, 0.07
+TRAIN_IMAGES, TEST_IMAGES = 2_000, 1_000  # of each set, at most: the first so many of the (shuffled) files
+RESAMPLES = 10_000  # of the test images, for the interval
+SETS = {
+    "tin200": ("tin200/train-*.parquet", "tin200/val.parquet"),
+    "caltech101": ("caltech101/train.parquet", "caltech101/test.parquet"),
+    "flowers5": ("flowers5/train.parquet", "flowers5/test.parquet"),
+    "cifar10": ("cifar10/train.parquet", "cifar10/test.parquet"),
+}
+
+
+class Size(NamedTuple):
+    """The ViT and its images, for one kind of device.
+
+    Attributes:
+        image_size: side in pixels of the crops and of what the encoder takes.
+        patch_size, embed_dim, depth, num_heads: of the ViT.
+        batch_size: images a step.
+        mask_ratio: of MiCL as this package trains it.
+    """
+
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    batch_size: int
+    mask_ratio: float
+
+
+SIZES = {
+    "cpu": Size(64, 8, 192, 4, 3, batch_size=128, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
+    "gpu": Size(112, 16, 384, 12, 6, batch_size=1024, mask_ratio=0.5),  # 24 of 49 patches, as vit_s16.tin200
+}
+
+
+class Arm(NamedTuple):
+    """One bar of the figure.
+
+    Attributes:
+        says: what it is, in a line.
+        method: its name in benchmarks/methods.py.
+        base_lr: peak learning rate at batch 256.
+        changes: what it changes in the recipe.
+    """
+
+    says: str
+    method: str
+    base_lr: float
+    changes: dict[str, Any]
+
+
+def micl(says: str, **changes: Any) -> Arm:
+    """An arm that is this package's MiCL but for the changes."""
+    return Arm(says, "micl", 5e-4, {"view_color": True, **changes})  # the base_lr of recipe vit_ti16.tin200
+
+
+RIVALS = {
+    "micl-paper": micl(
+        "MiCL as in the paper: a fifth of the patches, no colour change", mask_ratio=0.8, view_color=False
+    ),
+    "micl-ours": micl("MiCL as this package trains it: more patches, a colour change per view"),
+    "simclr": Arm("SimCLR on whole crops", "simclr", 5e-4, {}),  # no AdamW value of its authors: that of DINO
+    "mae": Arm("MAE, a quarter visible", "mae", 1.5e-4, {}),  # arXiv 2111.06377, appendix A.1, base learning rate
+    "dino": Arm("DINO, the teacher", "dino", 5e-4, {}),  # arXiv 2104.14294, section 3.2: 0.0005 * batch / 256
+    "supervised": Arm("labels of the corpus: the ceiling", "supervised", 2.5e-4, {}),  # DeiT: 5e-4 * batch / 512
+}
+ABLATIONS = {
+    "mask-0.5": micl("half of the patches kept", mask_ratio=0.5),
+    "mask-0.75": micl("a quarter kept", mask_ratio=0.75),
+    "mask-0.8": micl("a fifth kept, with colour changes", mask_ratio=0.8),
+    "mask-0.9": micl("a tenth kept", mask_ratio=0.9),
+    "no-color": micl("no colour change", view_color=False),
+    "temperature-0.2": micl("temperature 0.2", temperature=0.2),
+    "temperature-0.03": micl("temperature 0.03", temperature=0.03),
+    "kappa-0": micl("kappa 0: the cosine", kappa=0.0),
+    "kappa-1": micl("kappa 1", kappa=1.0),
+    "views-3": micl("the same patches in three views", views=3),
+    "views-4": micl("the same patches in four views", views=4),
+    "negatives-local-64": micl("negatives from groups of 64", contrast_batch=64),
+    "pooled-mean": micl("the mean of the patch tokens is contrasted", pooled_token="mean"),
+    "class-centre": micl("the class token at the image's centre", class_position="centre"),
+    "positions-learned": micl("learned positions", positions="learned"),
+}
+ARMS = {**RIVALS, **ABLATIONS}
+GROUPS = {"rivals": list(RIVALS), "ablations": list(ABLATIONS), "all": list(ARMS)}
+
+
+def recipe_of(name: str, size: Size, seed: int, device: torch.device, base_lr: float | None = None) -> Recipe:
+    """Every number of an arm; of a method that is not MiCL, those of its ViT, crops, order and optimizer."""
+    arm = ARMS[name]
+    frame: dict[str, Any] = {**size._asdict(), "crop_size": size.image_size, "source_size": SOURCE_SIZE}
+    frame |= {"name": f"vit_{size.patch_size}.{name}", "compile": False, "save_dtype": "float32", "seed": seed}
+    frame |= {"precision": "fp32" if device.type == "cpu" else "bf16", "view_color": False}
+    frame |= {"base_lr": arm.base_lr if base_lr is None else base_lr}
+    return dataclasses.replace(vit_ti16_tin200(), **{**frame, **arm.changes})
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each arm may use: minutes or images, whichever is given."""
+
+    minutes: float | None
+    images: int | None
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.images is None):
+            raise UsageError("give either --minutes, for equal time, or --images, for equal images")
+
+    def used(self, seconds: float, images: float) -> float:
+        """The share of it."""
+        return seconds / 60 / self.minutes if self.minutes else images / (self.images or 1)
+
+
+@click.group()
+def main() -> None:
+    """Train and measure MiCL beside other methods."""
+
+
+work_option = click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder of the arms.")
+data_option = click.option(
+    "--data", required=True, type=click.Path(path_type=Path, exists=True), help="Folder of the data sets."
+)
+
+
+def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Those that `train` hands on to `arm`."""
+    for option in (
+        click.option("--minutes", type=float, help="Of each arm: processor time on a CPU, wall clock on a GPU."),
+        click.option("--images", type=int, help="Of each arm, in the place of minutes."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order and every draw."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option("--size", type=click.Choice(list(SIZES)), help="Of the ViT.  [default: that of the device]"),
+        click.option("--learning-rate", type=float, help="Peak at batch 256.  [default: each arm's own]"),
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@data_option
+@work_option
+@click.option(
+    "--arms", default="rivals", show_default=True, help="Names, rivals, ablations or all, with commas between."
+)
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Arms at once, on a core each.")
+@budget_options
+def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
+    """Train arms, each in a process of its own."""
+    names = [name for word in arms.split(",") for name in GROUPS.get(word, [word])]
+    if wrong := [name for name in names if name not in ARMS]:
+        raise UsageError(unknown("arm", wrong[0], [*GROUPS, *ARMS]))
+    Budget(options["minutes"], options["images"])
+    on_cpu = resolve_device(options["device"]).type == "cpu"
+    cores: list[int | None] = [None]  # a GPU takes one arm at a time
+    if on_cpu:
+        there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * jobs
+        cores = list(there[:jobs])
+        if len(cores) < jobs:
+            raise UsageError(f"--jobs {jobs} needs as many cores, this process may use {len(cores)}")
+    prepare_corpus(data, work)
+    free: SimpleQueue[int | None] = SimpleQueue()
+    for core in cores:
+        free.put(core)
+    with ThreadPoolExecutor(len(cores)) as pool:
+        codes = list(pool.map(lambda name: run_arm(name, work, options, free, on_cpu), dict.fromkeys(names)))
+    if failed := [name for name, code in zip(dict.fromkeys(names), codes, strict=True) if code]:
+        raise TrainingError(f"not trained: {', '.join(failed)}. See log.txt in their folders in {str(work)!r}.")
+
+
+def run_arm(name: str, work: Path, options: dict[str, Any], free: SimpleQueue[int | None], on_cpu: bool) -> int:
+    """One arm on a free core; the exit code."""
+    core = free.get()
+    given = {**options, "core": core}
+    words = [
+        word for key, value in given.items() if value is not None for word in (f"--{key.replace('_', '-')}", value)
+    ]
+    command = [sys.executable, __file__, "arm", name, "--work", str(work), *map(str, words)]
+    log = work / name / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        one_thread = ONE_THREAD if on_cpu else {}
+        code = subprocess.run(
+            command, stdout=file, stderr=file, check=False, env={**os.environ, **one_thread}
+        ).returncode
+    free.put(core)
+    click.echo(f"{name}: " + (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing said"])[-1])
+    return code
+
+
+def prepare_corpus(data: Path, work: Path) -> None:
+    """Decode the corpus once; each arm maps the file into its memory."""
+    facts = work / "corpus" / "facts.json"
+    index = index_source(str(data / SETS["tin200"][0]))
+    fingerprint = index.fingerprint()
+    if facts.exists():
+        if json.loads(facts.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            raise UsageError(f"{str(work)!r} was made with another corpus: give another --work")
+        return
+    with progress("decoding the corpus", len(index)) as tick:
+        corpus = MemoryCorpus.load(index, SOURCE_SIZE, tick=tick)
+    told = labels_of(index)
+    _, (numbered, _) = number_classes(told, told, SETS["tin200"][0])
+    labels = torch.from_numpy(numbered)[corpus.rows]
+    numbers = {"images": corpus.images, "aspect": corpus.aspect, "rows": corpus.rows, "labels": labels}
+    for name, values in numbers.items():
+        with atomic_path(facts.with_name(f"{name}.npy")) as temporary, temporary.open("wb") as file:
+            np.save(file, values.numpy())
+    said = {"source": SETS["tin200"][0], "images": len(corpus), "refused": len(corpus.refused)}
+    write_text(facts, json.dumps({**said, "fingerprint": fingerprint}, indent=1) + "\n")
+
+
+def open_corpus(work: Path, device: torch.device) -> tuple[MemoryCorpus, torch.Tensor, dict[str, Any]]:
+    """The corpus, its labels (M,), and what it is."""
+    folder = work / "corpus"
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    names = ("images", "aspect", "rows", "labels")
+    images, aspect, rows, labels = (torch.from_numpy(np.load(folder / f"{n}.npy", mmap_mode="c")) for n in names)
+    return MemoryCorpus(images, aspect, rows, []), labels, facts
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@work_option
+@click.option("--core", type=int, help="The only one to run on.")
+@budget_options
+def arm(
+    name: str,
+    work: Path,
+    core: int | None,
+    minutes: float | None,
+    images: int | None,
+    seed: int,
+    device: str,
+    size: str | None,
+    learning_rate: float | None,
+) -> None:
+    """Train one arm; `train` starts this in a process of its own."""
+    target, budget = resolve_device(device), Budget(minutes, images)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    if target.type == "cpu":
+        torch.set_num_threads(1)
+    recipe = recipe_of(name, SIZES[size or ("gpu" if target.type == "cuda" else "cpu")], seed, target, learning_rate)
+    settings = {"method": ARMS[name].method, "budget": dataclasses.asdict(budget), "recipe": dataclasses.asdict(recipe)}
+    settings = json.loads(json.dumps(settings))  # as they come back from the file
+    file = work / name / "arm.json"
+    if file.exists():
+        if json.loads(file.read_text(encoding="utf-8"))["settings"] != settings:
+            raise UsageError(f"{str(file.parent)!r} was trained with other settings: give another --work")
+        click.echo("is there already")
+        return
+    write_text(file, json.dumps(train_arm(name, work, budget, recipe, settings, target), indent=1) + "\n")
+
+
+def train_arm(
+    name: str, work: Path, budget: Budget, recipe: Recipe, settings: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Train, save the encoder, and return what arm.json says."""
+    from methods import make_method  # takes seconds to import, and needs lightly
+
+    torch.manual_seed(recipe.seed)
+    np.random.seed(recipe.seed)  # noqa: NPY002 - lightly's transforms draw from it
+    corpus, labels, facts = open_corpus(work, device)
+    method = make_method(ARMS[name].method, recipe, device, int(labels.max()) + 1)
+    if ARMS[name].method == "micl":
+        corpus.images = corpus.images.to(device)
+    run = Run(method, recipe, budget, device)
+    run.train(corpus, labels)
+    provenance = {
+        "trained": ARMS[name].says,
+        **settings,
+        "method_settings": method.settings,
+        "data": facts,
+        "commit": code_commit(),
+        "versions": {**package_versions(), "lightly": version("lightly")},
+        "machine": machine(device),
+    }
+    for folder, vit in {"encoder": method.vit, **method.extras}.items():
+        save_encoder(work / name / folder, vit, recipe, provenance)
+    click.echo(f"{run.images:,} images in {run.result()['minutes']:.2f} minutes, loss {run.losses[-1]:.3f}")
+    return {"name": name, "settings": settings, **provenance, "result": run.result()}
+
+
+def save_encoder(folder: Path, vit: VisionTransformer, recipe: Recipe, provenance: dict[str, Any]) -> None:
+    """As a run of `micl-zoo train` leaves it."""
+    save_weights(folder, vit.state_dict(), encoder_config(recipe), provenance, recipe.save_dtype)
+
+
+@dataclass
+class Run:
+    """One arm while it trains.
+
+    Attributes:
+        method, recipe, budget, device: what is trained, and how.
+        losses: of each step.
+        images: seen so far.
+        seconds: by the budget's clock; of them, data_seconds until a batch was there.
+        wall_seconds: by the wall clock.
+    """
+
+    method: Method
+    recipe: Recipe
+    budget: Budget
+    device: torch.device
+    losses: list[float] = field(default_factory=list)
+    images: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+    def train(self, corpus: MemoryCorpus, labels: torch.Tensor) -> None:
+        """Steps until the middle of the next one would be past the budget; a step's learning rate is its middle's."""
+        workers = 0 if self.device.type == "cpu" else default_workers()
+        batches = self.method.batches(corpus, labels, workers)
+        clock = time.process_time if self.device.type == "cpu" else time.monotonic
+        start, wall, used, last = clock(), time.monotonic(), 0.0, 0.0
+        while used + last / 2 < 1:
+            begun = clock()
+            batch = next(batches)
+            self.data_seconds += clock() - begun
+            self.losses.append(float(self.method.gradients(batch, used)))  # waits for the device
+            self.images += self.recipe.batch_size
+            middle = (used + self.budget.used(clock() - start, self.images)) / 2
+            set_learning_rate(self.method.optimizer, self.recipe.lr * schedule(middle))
+            self.method.optimizer.step()
+            self.method.optimizer.zero_grad(set_to_none=True)
+            self.seconds, before = clock() - start, used
+            used = self.budget.used(self.seconds, self.images)
+            last = used - before
+            self._tell(before, used)
+        self.wall_seconds = time.monotonic() - wall
+
+    def _tell(self, before: float, used: float) -> None:
+        """A line every tenth of the way."""
+        if not math.isfinite(self.losses[-1]):
+            raise TrainingError(
+                f"the loss is {self.losses[-1]} at step {len(self.losses)}: try a lower --learning-rate"
+            )
+        if int(10 * before) != int(10 * used):
+            click.echo(f"{used:.0%}: {self.images:,} images, loss {self.losses[-1]:.3f}")
+            sys.stdout.flush()
+
+    def result(self) -> dict[str, Any]:
+        """Times, rates and the loss."""
+        return {
+            "minutes": round(self.seconds / 60, 3),
+            "clock": "processor" if self.device.type == "cpu" else "wall",
+            "wall_minutes": round(self.wall_seconds / 60, 3),
+            "images": self.images,
+            "steps": len(self.losses),
+            "images_per_second": round(self.images / self.seconds, 1),
+            "data_share": round(self.data_seconds / self.seconds, 3),
+            "loss_curve": curve(self.losses, self.recipe.batch_size),
+        }
+
+
+def schedule(used: float) -> float:
+    """Share of the peak learning rate: a linear warm-up, then a half-cycle cosine to 0."""
+    if used < WARM_UP:
+        return used / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (min(used, 1.0) - WARM_UP) / (1 - WARM_UP)))
+
+
+def curve(losses: list[float], batch_size: int) -> list[dict[str, float]]:
+    """Means of equal pieces of the run, by the images seen at their end."""
+    places = np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)
+    pieces = [(stop, losses[first:stop]) for first, stop in pairwise(places)]
+    return [{"images": int(stop) * batch_size, "loss": round(float(np.mean(piece)), 5)} for stop, piece in pieces]
+
+
+if __name__ == "__main__":
+    main()
