@@ -64,7 +64,7 @@ class Record:
         sha256, bytes: of the weights file; None while nothing is published.
         onnx: the same weights for ONNX Runtime, or None.
         training_record: file in training/records/, or None.
-        metrics: k-NN accuracy in percent by data set, from the record.
+        metrics: k-NN accuracy (k = 20) in percent by data set, from training/records/NAME.eval*.json.
     """
 
     name: str
