@@ -1,6 +1,6 @@
 """What an export costs and gives: drift from PyTorch, size and images/s of each precision, on the same photographs.
 
-    python benchmarks/export.py photos/ --knn caltech101 --knn flowers5 --out benchmarks/records/export.json
+    python benchmarks/export.py photos/ --knn caltech101 --out training/records/vit_ti16.tin200.export.json
     python benchmarks/export.py photos/ --encoder vit_b16.tin200 --random --out benchmarks/records/export-vit_b16.json
 
 Rates are those of the model alone, on pixels in memory, all contenders in turn. Beside the int8 of micl-zoo stand ONNX
@@ -27,7 +27,8 @@ from extract import IMAGE_SUFFIXES, cpu_flags, optional_versions, ratio
 from micl_zoo.export import quantize, write
 from micl_zoo.export.check import BOUNDS, measure, photographs
 from micl_zoo.export.graph import encoder_graph
-from micl_zoo.training.knn import Probe
+from micl_zoo.training.knn import measure_knn
+from micl_zoo.training.labelled import LabelledSet
 from micl_zoo.training.rundir import code_commit, machine
 from PIL import Image
 
@@ -241,9 +242,9 @@ def rate(embed: Callable[[np.ndarray], object], of: Iterator[np.ndarray], second
 
 def accuracies(folder: Path, encoder: Encoder, opened: dict[str, Encoder]) -> dict[str, float]:
     """K-NN accuracy in percent on a labelled set, of torch and of each precision."""
-    probe = Probe.open(folder, KNN_IMAGES)
+    labelled = LabelledSet.open(folder, train_images=KNN_IMAGES)
     every = {"torch fp32": encoder} | {f"onnx {name}": opened[name] for name in OURS}
-    return {name: round(100 * probe.measure(one), 2) for name, one in every.items()}
+    return {name: round(100 * measure_knn(one, labelled), 2) for name, one in every.items()}
 
 
 def int8_note() -> str:

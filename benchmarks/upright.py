@@ -1,7 +1,7 @@
 """How alike the EXIF orientations of one scene embed, from a store that extract wrote; writes a record.
 
 micl-zoo extract photos -o embeddings
-python benchmarks/upright.py embeddings --prefix exif-orientation- -o benchmarks/records/upright.json
+python benchmarks/upright.py embeddings --prefix exif-orientation- -o training/records/vit_ti16.tin200.upright.json
 """
 
 from __future__ import annotations

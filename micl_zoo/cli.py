@@ -935,6 +935,64 @@ def report(run: Path, out: Path | None) -> None:
 
 
 @main.command(
+    epilog="""\b
+Examples:
+  micl-zoo card vit_ti16.tin200
+  micl-zoo card -o MODEL_CARD.md
+  micl-zoo card runs/first --eval record.json --hub -o hub/README.md
+  micl-zoo card --check MODEL_CARD.md"""
+)
+@click.argument("encoder", required=False)
+@click.option(
+    "--eval",
+    "measured",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Of a run: a record of `eval all`, or the result.json of `eval finetune`. May be repeated.",
+)
+@click.option("--hub", is_flag=True, help="With the front matter that the Hugging Face hub reads.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Write to this file.  [default: print it]")
+@click.option("--check", type=click.Path(path_type=Path), help="Exit with code 1 when this file is not the card.")
+@click.option("--record", type=click.Path(path_type=Path), help="Write the record of a run, and no card.")
+def card(
+    encoder: str | None,
+    measured: tuple[Path, ...],
+    hub: bool,
+    out: Path | None,
+    check: Path | None,
+    record: Path | None,
+) -> None:
+    """Write the model card of ENCODER from its records: uses, limits, data, training, compute, every figure.
+
+    ENCODER is a published name (see `micl-zoo models`) or the folder of a finished training run. Without it, the card
+    of the repository: all published encoders.
+    """
+    if encoder is None and (measured or hub or record):
+        raise click.UsageError("--eval, --hub and --record need an ENCODER")
+    if sum(map(bool, (out, check, record))) > 1 or (record and (measured or hub)):
+        raise click.UsageError("-o, --check and --record go alone; a record takes neither --eval nor --hub")
+    from micl_zoo.training.card import card as write_card
+    from micl_zoo.training.card import check_card, write_run_record
+
+    from .files import write_text
+
+    if record and encoder:
+        write_run_record(Path(encoder), record)
+        click.echo(f"The record of {encoder} is in {record}.")
+        return
+    text = write_card(encoder, measured, hub=hub)
+    if check:
+        words = [*([encoder] if encoder else []), *(word for file in measured for word in ("--eval", str(file)))]
+        check_card(check, text, shlex.join(["micl-zoo", "card", *words, *["--hub"] * hub, "-o", str(check)]))
+        click.echo(f"{check} is what the records say.")
+    elif out:
+        write_text(out, text)
+        click.echo(f"The card is in {out}.")
+    else:
+        click.echo(text, nl=False)
+
+
+@main.command(
     "import",
     epilog="""\b
 Examples:

@@ -64,7 +64,8 @@ class Record:
         sha256, bytes: of the weights file; None while nothing is published.
         onnx: the same weights for ONNX Runtime, or None.
         training_record: file in training/records/, or None.
-        metrics: k-NN accuracy in percent by data set, from the record.
+        notes: what has to be said of its training and stands in no record.
+        metrics: k-NN accuracy (k = 20) in percent by data set, from training/records/NAME.eval*.json.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Record:
     bytes: int | None = None
     onnx: OnnxFile | None = None
     training_record: str | None = None
+    notes: tuple[str, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -118,6 +120,11 @@ _RECORDS = [
             bytes=11182438,
         ),
         training_record="vit_ti16.tin200.json",
+        notes=(
+            "The processor did other work at the same time.",
+            "Trained through micl_zoo.training.pretrain.pretrain at this commit; the command line came a commit later, "
+            "the arithmetic has not changed since.",
+        ),
         metrics={"tin200": 5.6, "caltech101": 26.8, "flowers5": 48.5, "cifar10": 43.8},
     ),
     Record(

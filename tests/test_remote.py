@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import picture
+from micl_zoo.training.labelled import LabelledSet
 
 from micl_zoo import remote
 from micl_zoo.decode import Refused
@@ -58,6 +59,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             packed.write(root / "photos/a/z.PNG", "a/z.PNG")
         images = [{"bytes": jpeg(10 * n + i), "path": ""} for i in range(3)]
         pq.write_table(pa.table({"image": images}), root / f"tables/t-{n}.parquet", row_group_size=2)
+    (root / "plain_text").mkdir()
+    for part, labels in (("train", [7, 3, 7]), ("test", [3, 3])):
+        cells = [{"bytes": jpeg(n), "path": ""} for n in range(len(labels))]
+        pq.write_table(pa.table({"image": cells, "label": labels}), root / f"plain_text/{part}-0.parquet")
     (root / "lists/list.txt").write_text("../photos/b.jpg\n", encoding="utf-8")
     (root / "empty").mkdir()
     (root / "empty/notes.md").write_text("no image")
@@ -316,6 +321,16 @@ def test_a_data_set_of_the_hub(serve: Callable[..., str], tree: Path, monkeypatc
     monkeypatch.setitem(config.conf, "hf", {"endpoint": serve(Hub), "token": False})
     for source in ("photos", "photos/b.jpg", "tars/*.tar", "zips/t-00.zip", "tables", "tables/t-{0,2}.parquet"):
         assert listed(f"hf://datasets/micl/tiny/{source}") == listed(tree / source), source
+
+
+def test_a_labelled_set_of_the_hub(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("fsspec.config")
+    monkeypatch.setitem(config.conf, "hf", {"endpoint": serve(Hub), "token": False})
+    found = LabelledSet.open("micl/tiny")
+    assert (found.name, found.classes) == ("micl/tiny", ("3", "7"))
+    assert found.train.labels.tolist() == [1, 0, 1]
+    assert found.test.labels.tolist() == [0, 0]
+    assert Reader().read(found.train.index[2]) == jpeg(2)
 
 
 def test_file_uris_are_paths(tree: Path) -> None:

@@ -296,7 +296,7 @@ def vit_ti16_tin200() -> Recipe:
 
     Command: `micl-zoo train vit_ti16.tin200 --data "tin200/train-*.parquet" --out runs/vit_ti16.tin200`
     Hardware: 2 CPU cores with bf16. Hours: 1.5. Score: k-NN 26.8 % on caltech101, 43.8 % on cifar10, 48.5 % on flowers5
-    and 5.6 % on tin200 (training/records/vit_ti16.tin200.json, with the baselines).
+    and 5.6 % on tin200 (MODEL_CARD.md, with the baselines).
     Differs from the paper: crops of 112 with 24 of 49 patches, stretched positions, colour changes per view.
     On a GPU it is short: 12 epochs are 1.2 M images x 0.86 GFLOP = 1.0 PFLOP, seconds of an H200's 989 TFLOP/s.
     """

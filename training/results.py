@@ -1,11 +1,13 @@
-"""A record of figures as people want it: a table and a picture."""
+"""Records of figures as people want them: as one, as tables, and as a picture."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from micl_zoo.errors import UsageError
 
 from .report import need_matplotlib
 
@@ -36,15 +38,18 @@ def columns(record: Mapping[str, Any]) -> list[Column]:
 
         return find
 
-    ks = record["protocol"]["ks"]
-    shots = record["protocol"]["shots"]
     candidates = [
-        *[(f"k-NN {k}", at("knn", str(k))) for k in ks],
+        *[(f"k-NN {k}", at("knn", str(k))) for k in _numbers(every, "knn")],
         ("linear", best("linear")),
         ("logreg", best("logreg")),
-        *[(f"{n}-shot", at("few-shot", str(n))) for n in shots],
+        *[(f"{n}-shot", at("few-shot", str(n))) for n in _numbers(every, "few-shot")],
     ]
     return [(name, find) for name, find in candidates if any(find(found) for found in every)]
+
+
+def _numbers(every: Iterable[Results], method: str) -> list[int]:
+    """Of neighbours or shots, as the keys of their figures say them."""
+    return sorted({int(number) for found in every for number in found.get(method, {})})
 
 
 def rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Results]]:
@@ -65,14 +70,85 @@ def cell(found: Mapping[str, Any] | None) -> str:
 
 def table(record: Mapping[str, Any]) -> str:
     """A record as a Markdown table: a line a set and subject."""
-    shown = columns(record)
-    lines = [["data", "features of", *[name for name, _ in shown]]]
-    lines += [[name, subject, *[cell(find(found)) for _, find in shown]] for name, subject, found in rows(record)]
+    return figures(record, columns(record), cell)
+
+
+def figures(
+    record: Mapping[str, Any], shown: Sequence[Column], written: Callable[[Mapping[str, Any] | None], str]
+) -> str:
+    """Some columns of a record as a Markdown table, each figure written in one way; no line without a figure."""
+    lines = [(name, subject, [find(found) for _, find in shown]) for name, subject, found in rows(record)]
+    texts = [[name, subject, *map(written, line)] for name, subject, line in lines if any(line)]
+    return markdown(["data", "features of", *[name for name, _ in shown]], texts)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in plain text, too."""
+    lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
         "| " + " | ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) + " |" for line in lines
     ]
     return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
+
+
+def with_interval(found: Mapping[str, Any] | None) -> str:
+    """A figure with the whole of its 95 % interval, or with its spread over draws."""
+    if found is None or "spread" in found:
+        return cell(found)
+    return f"{found['accuracy']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
+
+
+def classifier_table(record: Mapping[str, Any]) -> str:
+    """Linear probe and logistic regression of every pool, with what their validation images chose."""
+    lines = []
+    for name, subject, found in rows(record):
+        linear, logreg = found.get("linear", {}), found.get("logreg", {})
+        for pool in dict.fromkeys([*linear, *logreg]):
+            chosen = [*_choice(linear.get(pool), "lr"), *_choice(logreg.get(pool), "C")]
+            lines.append([name, subject, pool, *chosen])
+    chosen = ["linear", "lr", "validation", "logreg", "C", "validation"]
+    return markdown(["data", "features of", "pool", *chosen], lines)
+
+
+def _choice(found: Mapping[str, Any] | None, setting: str) -> tuple[str, str, str]:
+    if found is None:
+        return "-", "-", "-"
+    return with_interval(found), f"{found[setting]:.2g}", f"{found['validation']:.1f}"
+
+
+# Many records as one.
+
+CHOICES = ("methods", "pools", "ks", "shots")  # of a protocol: which figures there are, and not how they were made
+
+
+def merge(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What several records of the same encoder say together: results, data and protocol.
+
+    Args:
+        records: by the names of their files.
+
+    Raises:
+        UsageError: records that contradict each other, or whose figures are not comparable.
+    """
+    whole: dict[str, Any] = {"results": {}, "data": {}, "protocol": {}}
+    for file, record in records.items():
+        how = {key: value for key, value in record["protocol"].items() if key not in CHOICES}
+        images = {name: {**facts, "source": name} for name, facts in record["data"].items()}  # wherever they lay
+        for part, found in (("protocol", how), ("data", images), ("results", record["results"])):
+            _join(whole[part], found, f"{file}: {part}")
+    return whole
+
+
+def _join(there: dict[str, Any], found: Mapping[str, Any], where: str) -> None:
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            _join(there.setdefault(key, {}), value, f"{where}, {key}")
+        elif there.setdefault(key, value) != value:
+            raise UsageError(
+                f"{where}, {key} is {value!r}, and {there[key]!r} in another record: figures that stand beside each "
+                "other must be of the same images, settings and weights. Measure them together, in one command."
+            )
 
 
 def plot(record: Mapping[str, Any], file: Path) -> None:

@@ -1,0 +1,333 @@
+"""A model card says what its records say, and nothing where there is none."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from micl_zoo.training import card
+from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
+from micl_zoo.training.results import merge
+
+from micl_zoo.cli import main
+from micl_zoo.errors import TrainingError, UsageError
+from micl_zoo.weights import file_sha256
+from micl_zoo.zoo import RECORDS
+
+NAME = "vit_ti16.tin200"
+MADE = {
+    "date": "2031-02-03",
+    "commit": "0123456789abcdef0123456789abcdef01234567-dirty",
+    "machine": {"device": "cpu", "processor": "Abacus", "cores": 3},
+    "versions": {"torch": "9.8.7"},
+}
+
+
+def run_json(recipe: Recipe, images: int = 100_000) -> dict[str, Any]:
+    """As a finished run leaves it."""
+    return {
+        "recipe": dataclasses.asdict(recipe) | {"a_newer_setting": 17},
+        "data": {"source": "there/*.parquet", "images": images, "fingerprint": "f" * 64, "refused": [["x", "y", "z"]]},
+        "command": "micl-zoo train it",
+        **{key: MADE[key] for key in ("commit", "versions", "machine")},
+        "started": "2031-01-02T03:04:05+00:00",
+        "result": {"steps": 700, "images_seen": 358_400, "hours": 2.5, "precision": "bf16"},
+    }
+
+
+def line(step: int) -> dict[str, Any]:
+    return {"step": step, "epoch": step / 10, "loss": 5 - step / 100, "accuracy": 0.125, "lr": 0.1, "seconds": step}
+
+
+def figures(base: float, pools: tuple[str, ...] = ("cls", "mean")) -> dict[str, Any]:
+    """Of one subject on one set; every number of its own."""
+    spread = {"low": base - 1.5, "high": base + 2.5}
+    return {
+        "knn": {str(k): {"accuracy": base + k / 100, **spread} for k in (10, 20, 100, 200)},
+        "linear": {
+            pool: {"accuracy": base + 3 + n, **spread, "lr": 0.02, "validation": 50 - n} for n, pool in enumerate(pools)
+        },
+        "logreg": {pool: {"accuracy": base + 5, **spread, "C": 0.0316, "validation": 44.0} for pool in pools},
+        "few-shot": {
+            "5": {"accuracy": base - 9, "spread": 1.23, "draws": [1.0, 2.0]},
+            "10": {"left_out": "a class has 7 training images"},
+        },
+    }
+
+
+def evaluation(sha256: str, name: str = NAME, sets: tuple[str, ...] = ("tin200", "caltech101")) -> dict[str, Any]:
+    """As `micl-zoo eval all --baseline random --baseline pixels` writes it."""
+    known = {"tin200": "other than the known set: test 9, not 5000", "caltech101": "the known set of this name"}
+    subjects = {name: (60.0, ("cls", "mean")), "random": (20.0, ("cls", "mean")), "pixels": (30.0, ("pixels",))}
+    return {
+        "encoder": {"name": name, "weights_sha256": sha256, "precision": "fp32"},
+        "results": {
+            subject: {one: figures(base + 2 * n, pools) for n, one in enumerate(sets)}
+            for subject, (base, pools) in subjects.items()
+        },
+        "protocol": {
+            "methods": ["knn", "linear", "logreg", "few-shot"], "pools": ["cls", "mean"], "ks": [10, 20, 100, 200],
+            "temperature": 0.07, "learning_rates": [0.1, 0.02], "epochs": 21, "inverse_penalties": [1.0, 2.0, 3.0],
+            "shots": [5, 10], "draws": 2, "few_shot_c": 0.1, "seed": 0,
+        },
+        "data": {
+            one: {
+                "source": one, "classes": 11, "train_images": 1_234, "train_images_there": 3_000,
+                "test_images": 567, "test_images_there": 567, "train_fingerprint": f"a{one}",
+                "test_fingerprint": f"b{one}", "known": known[one], "refused": 4,
+            }
+            for one in sets
+        },
+        "command": "micl-zoo eval all it",
+        **MADE,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of records: that of the training, and any others by their names."""
+
+    def make(**others: dict[str, Any]) -> Path:
+        folder, entry = tmp_path / "records", RECORDS[NAME]
+        folder.mkdir(exist_ok=True)
+        weights = {"sha256": entry.sha256, "bytes": entry.bytes}
+        recipe = vit_ti16_tin200()
+        training = {"weights": weights, "run": run_json(recipe), "curve": [line(0), line(101)]}
+        for name, record in {NAME: training, **others}.items():
+            (folder / f"{name.replace('__', '.').replace('NAME', NAME)}.json").write_text(json.dumps(record))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path, twin: Recipe, encoder_folder: Path) -> Path:
+    """A finished run's folder."""
+    folder = tmp_path / "run"
+    shutil.copytree(encoder_folder, folder / "encoder")
+    (folder / "run.json").write_text(json.dumps(run_json(twin, images=77)))
+    lines = [*map(line, range(120)), {"step": 120, "knn": {"flowers5": 0.5}}, {"step": 3, "event": "saved"}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return folder
+
+
+def published(folder: Path, *, hub: bool = False) -> str:
+    return card.one_card(card.published(NAME, folder), hub=hub)
+
+
+def section(text: str, title: str) -> str:
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(main, ["card", *map(str, words)])
+
+
+def test_what_no_record_says_is_not_measured(records: Callable[..., Path]) -> None:
+    text = published(records())
+    for title in ("Evaluation", "Fine-tuning"):
+        assert section(text, title).strip().startswith("Not measured."), title
+    assert "What precisions lose: not measured." in section(text, "As ONNX")
+    assert "other methods" not in text
+    assert f"`micl-zoo eval all {NAME} --data SET --baseline random --baseline pixels -o FILE`" in text
+
+
+def test_details_and_training_are_the_run_s(records: Callable[..., Path]) -> None:
+    text = published(records())
+    entry = RECORDS[NAME]
+    assert f"`{entry.sha256}`" in section(text, "Details")
+    assert f"{entry.bytes:,} bytes" in section(text, "Details")
+    assert "192 wide, 12 blocks, 3 heads" in section(text, "Details")
+    training = section(text, "Training")
+    said = (
+        "700 steps of 512 images = 358,400 images seen, 12 epochs", "0.0005 x 512 / 256 = 0.001",
+        "2 of 12 patches each, disjoint, out of 49", "bf16 autocast", "a_newer_setting=17", "The processor did other work",
+        "loss was 3.99", "accuracy 12.5 % among 512",
+    )  # fmt: skip
+    assert not [words for words in said if words not in training]
+    assert "100,000 images were used; 1 of them could not be decoded" in section(text, "Data and terms").replace(
+        "\n", " "
+    )
+
+
+def test_energy_shows_its_arithmetic(records: Callable[..., Path]) -> None:
+    trained = card.published(NAME, records())
+    watts = card.CORE_WATTS
+    assert f"2.5 h x 3 cores x {watts} W = {2.5 * 3 * watts:.0f} Wh; the watts are assumed" in card.one_card(trained)
+    run = copy.deepcopy(trained.record)
+    run["run"]["machine"] |= {"card": "NVIDIA H100 80GB HBM3", "card_memory_gib": 79.1}
+    run["run"]["processes"] = 4
+    text = card.one_card(dataclasses.replace(trained, record=run))
+    assert "2.5 h x 4 GPUs = 10 GPU hours" in text
+    assert f"2.5 h x 4 GPUs x 700 W = {2.5 * 4 * 700 / 1000:.1f} kWh" in text
+    run["run"]["machine"]["card"] = "Another"
+    assert "no watts to assume for Another" in card.one_card(dataclasses.replace(trained, record=run))
+
+
+def test_figures_are_those_of_the_record(records: Callable[..., Path]) -> None:
+    sha256 = RECORDS[NAME].sha256 or ""
+    text = section(published(records(NAME__eval=evaluation(sha256))), "Evaluation")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
+    assert ["tin200", NAME, "60.2 ± 2.0", "63.0 ± 2.0", "65.0 ± 2.0", "51.0 ± 1.2"] in cells  # pool cls was chosen
+    intervals = [f"{60 + k / 100:.1f} (58.5 to 62.5)" for k in (10, 20, 100, 200)]
+    assert ["tin200", NAME, *intervals] in cells
+    classifiers = ["66.0 (60.5 to 64.5)", "0.02", "49.0", "67.0 (60.5 to 64.5)", "0.032", "44.0"]
+    assert ["caltech101", NAME, "mean", *classifiers] in cells
+    assert ["caltech101", "pixels", "23.0 ± 1.2"] in cells
+    sets = ["1,234 of 3,000", "567", "4", "other than the known set: test 9, not 5000"]
+    assert ["tin200", "11", *sets, card.KNOWN_SETS["tin200"].terms] in cells
+    assert "- tin200, 10-shot: a class has 7 training images." in text
+    assert "21 epochs at each of 2 learning rates" in text.replace("\n", " ")
+    assert "tin200 is the validation part" in text
+
+
+def test_records_of_one_encoder_become_one(records: Callable[..., Path]) -> None:
+    sha256 = RECORDS[NAME].sha256 or ""
+    whole = evaluation(sha256)
+    alone, beside = copy.deepcopy(whole), copy.deepcopy(whole)
+    alone["results"] = {NAME: whole["results"][NAME]}
+    beside["protocol"]["methods"], beside["protocol"]["ks"] = ["knn"], [20]
+    for sets in beside["results"].values():
+        for name, found in sets.items():
+            sets[name] = {"knn": {"20": found["knn"]["20"]}}
+    split = section(published(records(NAME__eval=alone, **{"NAME__eval-baselines": beside})), "Evaluation")
+    assert split.count("| random ") == split.count("| pixels ") == 4  # two sets, at a glance and among the k-NN
+    beside["results"][NAME]["tin200"]["knn"]["20"]["accuracy"] += 0.1
+    with pytest.raises(
+        UsageError, match=r"b: results, vit_ti16.tin200, tin200, knn, 20, accuracy is 60.3.*60.2 in anot"
+    ):
+        merge({"a": alone, "b": beside})
+    beside["data"]["tin200"]["test_fingerprint"] = "c"
+    with pytest.raises(UsageError, match=r"b: data, tin200, test_fingerprint is 'c'.*must be of the same images"):
+        merge({"a": alone, "b": beside})
+
+
+def test_records_of_other_weights_are_refused(records: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match=r"eval.json is of other weights \(sha256 abc\) than vit_ti16.tin200 \(e04a8"):
+        published(records(NAME__eval=evaluation("abc")))
+
+
+def test_fine_tuning_and_other_methods(records: Callable[..., Path]) -> None:
+    sha256 = RECORDS[NAME].sha256 or ""
+    whole = evaluation(sha256)
+    tuned = {
+        "top1": 0.7125, "top1_interval": [0.68, 0.7411], "test_images": 800, "data": whole["data"]["caltech101"],
+        "encoder": {"encoder": NAME, "encoder_sha256": sha256}, "steps": 465, "hours": 0.31, **MADE,
+        "recipe": {"name": "small", "epochs": 15, "batch_size": 64}, "command": "micl-zoo eval finetune it",
+    }  # fmt: skip
+    rivals = {
+        "results": {"mae": whole["results"][NAME], "simclr": whole["results"]["random"]}, "data": whole["data"],
+        "arms": {"mae": {"minutes": 60.04, "images_seen": 12_345, "images_per_second": 99.9}},
+        "command": "python benchmarks/rivals.py it", **MADE,
+    }  # fmt: skip
+    folder = records(**{"NAME__finetune-caltech101": tuned, "rivals": rivals})
+    text = published(folder)
+    assert "| caltech101 | 71.2 (68.0 to 74.1) | -       | 1,234 of 3,000" in section(text, "Fine-tuning")
+    assert "micl-zoo eval finetune it" in section(text, "Reproduce")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
+    assert ["mae", "60.0", "12,345", "100", "60.2 ± 2.0", "62.2 ± 2.0"] in cells
+    assert ["simclr", "-", "-", "-", "20.2 ± 2.0", "22.2 ± 2.0"] in cells
+    whole_card = card.repository_card(folder)
+    assert whole_card.count("beside other methods") == 1
+    waiting = whole_card.partition("## Not published yet")[2]
+    assert all((f"`{name}`" in waiting) != entry.published for name, entry in RECORDS.items())
+
+
+def test_a_changed_number_is_found(
+    records: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(card, "RECORDS_FOLDER", records())
+    file = tmp_path / "CARD.md"
+    mend = f"micl-zoo card -o {file}"
+    missing = invoke("--check", file)
+    assert missing.exit_code == 1
+    assert f"does not exist. Write it by: {mend}" in missing.output
+    assert invoke("-o", file).exit_code == 0
+    assert file.read_text(encoding="utf-8") == invoke().output == card.repository_card()
+    assert invoke("--check", file).output == f"{file} is what the records say.\n"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("358,400 images seen", "358,401 images seen"), encoding="utf-8")
+    found = invoke("--check", file)
+    number = next(n for n, words in enumerate(text.splitlines(), 1) if "358,400 images seen" in words)
+    assert found.exit_code == 1
+    assert f"is not what the records say, from line {number} on" in found.output
+    assert found.output.strip().endswith(f"Write it anew by: {mend}")
+    file.write_text(text + "more\n", encoding="utf-8")
+    assert "'more'" in invoke("--check", file).output
+
+
+def test_front_matter_is_what_the_hub_reads(records: Callable[..., Path]) -> None:
+    text = published(records(NAME__eval=evaluation(RECORDS[NAME].sha256 or "")), hub=True)
+    empty, head, body = text.split("---\n", 2)
+    said = yaml.safe_load(head)
+    assert (empty, said["license"], said["library_name"]) == ("", "apache-2.0", "timm")
+    assert said["pipeline_tag"] == "image-feature-extraction"
+    assert said["datasets"] == ["zh-plus/tiny-imagenet"]
+    (model,) = said["model-index"]
+    found = {(one["dataset"]["name"], m["name"]): m["value"] for one in model["results"] for m in one["metrics"]}
+    assert found["tin200", "k-NN 20, accuracy in percent"] == 60.2
+    assert found["caltech101", "linear, accuracy in percent"] == 65.0
+    assert 'timm.create_model("hf-hub:OWNER/NAME", pretrained=True)' in body
+
+
+def test_a_run_of_one_s_own(run: Path, tmp_path: Path) -> None:
+    weights = run / "encoder" / "model.safetensors"
+    record, out = tmp_path / "eval.json", tmp_path / "hub" / "README.md"
+    record.write_text(json.dumps(evaluation(file_sha256(weights))))
+    words = (run, "--eval", record, "--hub")
+    assert invoke(*words, "-o", out).exit_code == 0
+    text = out.read_text(encoding="utf-8")
+    said = yaml.safe_load(text.split("---\n", 2)[1])
+    assert said["license"] == "unknown"
+    assert "datasets" not in said
+    assert f"`{file_sha256(weights)}`" in section(text, "Details")
+    assert section(text, "Intended uses").strip().startswith("To be said by whoever trained it")
+    assert "77 images were used" in text
+    assert "| 60.2 ± 2.0 |" in section(text, "Evaluation")
+    plain = invoke(run).output
+    assert f'micl_zoo.load(weights="{run.as_posix()}/encoder")' in plain
+    assert section(plain, "Evaluation").strip().startswith("Not measured.")
+    assert invoke(*words, "--check", out).exit_code == 0
+    changed = invoke(run, "--check", out)
+    assert changed.exit_code == 1
+    assert f"micl-zoo card {run} -o {out}" in changed.output
+
+
+def test_the_record_of_a_run(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    assert invoke(run, "--record", file).exit_code == 0
+    record, weights = json.loads(file.read_text()), run / "encoder" / "model.safetensors"
+    assert record["weights"] == {"sha256": file_sha256(weights), "bytes": weights.stat().st_size}
+    assert record["run"] == json.loads((run / "run.json").read_text())
+    assert [one["step"] for one in record["curve"]] == [0, 50, 100, 119]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in range(51)))
+    assert [one["step"] for one in card.run_record(run)["curve"]] == [0, 50]
+
+
+def test_what_cannot_be_described(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"no run to describe: .* does not exist. Give the folder that `train --out` wrote"
+    ):
+        card.of_run(tmp_path)
+    made_by = json.loads((run / "run.json").read_text())
+    del made_by["result"]
+    (run / "run.json").write_text(json.dumps(made_by))
+    with pytest.raises(TrainingError, match="has not come to its end"):
+        card.of_run(run)
+    (run / "metrics.jsonl").write_text('{"step": 0, "lo')
+    with pytest.raises(TrainingError, match=r"run.json or metrics.jsonl in .* is damaged"):
+        card.of_run(run)
+    with pytest.raises(UsageError, match=r"no weights of vit_l16.in1k are published yet"):
+        card.card("vit_l16")
+    with pytest.raises(UsageError, match="--eval is for a run's folder"):
+        card.card(NAME, [tmp_path / "x.json"])
+    assert invoke("--hub").exit_code == invoke(NAME, "-o", "x", "--check", "y").exit_code == 2
+    assert invoke(NAME, "--record", "x").exit_code == 1
