@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import numpy as np
 import torch
+from knn import SETS, TEMPERATURE, K, raw_pixels
 from micl_zoo.training.data import MemoryCorpus
 from micl_zoo.training.knn import embed_labelled, knn_accuracy, read_labels
 from micl_zoo.training.optim import set_learning_rate
@@ -46,15 +47,13 @@ from micl_zoo.training.rundir import code_commit, encoder_config, machine
 from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
-from micl_zoo.decode import decode
-from micl_zoo.encoder import resolve_device
-from micl_zoo.errors import TrainingError, UsageError, unknown
+from micl_zoo.encoder import Pool, resolve_device
+from micl_zoo.errors import unknown
 from micl_zoo.files import atomic_path, write_text
 from micl_zoo.progress import progress
-from micl_zoo.sources import ImageIndex, Reader, index_source
+from micl_zoo.sources import index_source
 from micl_zoo.store import package_versions
-from micl_zoo.transforms import Transform
-from micl_zoo.weights import file_sha256, save_weights
+from micl_zoo.weights import WEIGHTS_FILE, file_sha256, save_weights
 from micl_zoo.workers import default_workers
 
 if TYPE_CHECKING:
@@ -69,15 +68,8 @@ ONE_THREAD = {
     "MALLOC_TRIM_THRESHOLD_": "-1",  # spend up to half of their time on page faults
 }
 CURVE_POINTS = 50
-K, TEMPERATURE = 20, 0.07
-TRAIN_IMAGES, TEST_IMAGES = 2_000, 1_000  # of each set, at most: the first so many of the (shuffled) files
+CAPS = TRAIN_IMAGES, TEST_IMAGES = 2_000, 1_000  # of each set, at most: the first so many of the (shuffled) files
 RESAMPLES = 10_000  # of the test images, for the interval
-SETS = {
-    "tin200": ("tin200/train-*.parquet", "tin200/val.parquet"),
-    "caltech101": ("caltech101/train.parquet", "caltech101/test.parquet"),
-    "flowers5": ("flowers5/train.parquet", "flowers5/test.parquet"),
-    "cifar10": ("cifar10/train.parquet", "cifar10/test.parquet"),
-}
 
 
 class Size(NamedTuple):
@@ -157,14 +149,26 @@ ARMS = {**RIVALS, **ABLATIONS}
 GROUPS = {"rivals": list(RIVALS), "ablations": list(ABLATIONS), "all": list(ARMS)}
 
 
-def recipe_of(name: str, size: Size, seed: int, device: torch.device, base_lr: float | None = None) -> Recipe:
+def frame_recipe(size: Size, seed: int, device: torch.device) -> Recipe:
+    """What all arms have in common."""
+    return dataclasses.replace(
+        vit_ti16_tin200(),
+        **size._asdict(),
+        crop_size=size.image_size,
+        source_size=SOURCE_SIZE,
+        view_color=False,
+        precision="fp32" if device.type == "cpu" else "bf16",
+        compile=False,
+        save_dtype="float32",
+        seed=seed,
+    )
+
+
+def recipe_of(name: str, size: Size, seed: int, device: torch.device, base_lr: float | None) -> Recipe:
     """Every number of an arm; of a method that is not MiCL, those of its ViT, crops, order and optimizer."""
     arm = ARMS[name]
-    frame: dict[str, Any] = {**size._asdict(), "crop_size": size.image_size, "source_size": SOURCE_SIZE}
-    frame |= {"name": f"vit_{size.patch_size}.{name}", "compile": False, "save_dtype": "float32", "seed": seed}
-    frame |= {"precision": "fp32" if device.type == "cpu" else "bf16", "view_color": False}
-    frame |= {"base_lr": arm.base_lr if base_lr is None else base_lr}
-    return dataclasses.replace(vit_ti16_tin200(), **{**frame, **arm.changes})
+    own = {"name": f"vit_{size.patch_size}.{name}", "base_lr": base_lr or arm.base_lr, **arm.changes}
+    return dataclasses.replace(frame_recipe(size, seed, device), **own)
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.images is None):
-            raise UsageError("give either --minutes, for equal time, or --images, for equal images")
+            raise click.UsageError("give either --minutes, for equal time, or --images, for equal images")
 
     def used(self, seconds: float, images: float) -> float:
         """The share of it."""
@@ -220,7 +224,7 @@ def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
     """Train arms, each in a process of its own."""
     names = [name for word in arms.split(",") for name in GROUPS.get(word, [word])]
     if wrong := [name for name in names if name not in ARMS]:
-        raise UsageError(unknown("arm", wrong[0], [*GROUPS, *ARMS]))
+        raise click.UsageError(unknown("arm", wrong[0], [*GROUPS, *ARMS]))
     Budget(options["minutes"], options["images"])
     on_cpu = resolve_device(options["device"]).type == "cpu"
     cores: list[int | None] = [None]  # a GPU takes one arm at a time
@@ -228,7 +232,7 @@ def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
         there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * jobs
         cores = list(there[:jobs])
         if len(cores) < jobs:
-            raise UsageError(f"--jobs {jobs} needs as many cores, this process may use {len(cores)}")
+            raise click.UsageError(f"--jobs {jobs} needs as many cores, this process may use {len(cores)}")
     prepare_corpus(data, work)
     free: SimpleQueue[int | None] = SimpleQueue()
     for core in cores:
@@ -236,7 +240,7 @@ def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
     with ThreadPoolExecutor(len(cores)) as pool:
         codes = list(pool.map(lambda name: run_arm(name, work, options, free, on_cpu), dict.fromkeys(names)))
     if failed := [name for name, code in zip(dict.fromkeys(names), codes, strict=True) if code]:
-        raise TrainingError(f"not trained: {', '.join(failed)}. See log.txt in their folders in {str(work)!r}.")
+        raise click.ClickException(f"not trained: {', '.join(failed)}. See log.txt in their folders in {str(work)!r}.")
 
 
 def run_arm(name: str, work: Path, options: dict[str, Any], free: SimpleQueue[int | None], on_cpu: bool) -> int:
@@ -266,7 +270,7 @@ def prepare_corpus(data: Path, work: Path) -> None:
     fingerprint = index.fingerprint()
     if facts.exists():
         if json.loads(facts.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-            raise UsageError(f"{str(work)!r} was made with another corpus: give another --work")
+            raise click.UsageError(f"{str(work)!r} was made with another corpus: give another --work")
         return
     with progress("decoding the corpus", len(index)) as tick:
         corpus = MemoryCorpus.load(index, SOURCE_SIZE, tick=tick)
@@ -316,7 +320,7 @@ def arm(
     file = work / name / "arm.json"
     if file.exists():
         if json.loads(file.read_text(encoding="utf-8"))["settings"] != settings:
-            raise UsageError(f"{str(file.parent)!r} was trained with other settings: give another --work")
+            raise click.UsageError(f"{str(file.parent)!r} was trained with other settings: give another --work")
         click.echo("is there already")
         return
     write_text(file, json.dumps(train_arm(name, work, budget, recipe, settings, target), indent=1) + "\n")
@@ -403,7 +407,7 @@ class Run:
     def _tell(self, before: float, used: float) -> None:
         """A line every tenth of the way."""
         if not math.isfinite(self.losses[-1]):
-            raise TrainingError(
+            raise click.ClickException(
                 f"the loss is {self.losses[-1]} at step {len(self.losses)}: try a lower --learning-rate"
             )
         if int(10 * before) != int(10 * used):
@@ -436,6 +440,169 @@ def curve(losses: list[float], batch_size: int) -> list[dict[str, float]]:
     places = np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)
     pieces = [(stop, losses[first:stop]) for first, stop in pairwise(places)]
     return [{"images": int(stop) * batch_size, "loss": round(float(np.mean(piece)), 5)} for stop, piece in pieces]
+
+
+@main.command()
+@data_option
+@work_option
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="The record; the figure is beside it."
+)
+def evaluate(data: Path, work: Path, out: Path) -> None:
+    """Measure every arm of the work folder, the ViT before training, and raw pixels; write record, table and figure."""
+    arms = trained_arms(work)
+    measured = {name: kept_measure(folder, data, pool) for name, (folder, pool) in encoders(work, arms).items()}
+    measured["pixels"] = measure(None, data)
+    record = {
+        "arms": arms,
+        "knn": measured,
+        "knn_settings": {
+            "k": K,
+            "temperature": TEMPERATURE,
+            "train_images": f"{TRAIN_IMAGES} of each set at most, the first of its files",
+            "test_images": f"{TEST_IMAGES} at most",
+            "interval": f"95 %, {RESAMPLES} bootstrap resamples of the test images; it says nothing of other seeds",
+            "features": "class token (pooled-mean: mean of the patch tokens), unit length",
+            "random": "the ViT that every arm starts from",
+            "pixels": "32 x 32 RGB, normalised, unit length",
+            "unit": "percent of test images",
+        },
+        "measured": {
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "command": "python benchmarks/rivals.py evaluate --data DATA --work WORK -o RECORD",
+            "commit": code_commit(),
+            "machine": machine(resolve_device("auto")),
+            "versions": package_versions(),
+        },
+    }
+    write_text(out, json.dumps(record, indent=1) + "\n")
+    figure(measured, out.with_suffix(".png"))
+    click.echo(table(arms, measured))
+
+
+def trained_arms(work: Path) -> dict[str, dict[str, Any]]:
+    """What arm.json says of each, in the order of this file.
+
+    Raises:
+        click.UsageError: none there, or arms that had not the same budget, seed and ViT.
+    """
+    files = {name: work / name / "arm.json" for name in ARMS}
+    arms = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+    if not arms:
+        raise click.UsageError(f"no arm in {str(work)!r}: train some first")
+    frame = ("seed", "batch_size", *(name for name in Size._fields if name != "mask_ratio"))
+    frames = {
+        name: {"budget": arm["settings"]["budget"], **{key: arm["settings"]["recipe"][key] for key in frame}}
+        for name, arm in arms.items()
+    }
+    first = next(iter(frames))
+    if other := [name for name, frame in frames.items() if frame != frames[first]]:
+        raise click.UsageError(
+            f"{other[0]} was trained with {frames[other[0]]}, {first} with {frames[first]}: those of one work folder "
+            "are compared, so train them alike"
+        )
+    return arms
+
+
+def encoders(work: Path, arms: dict[str, dict[str, Any]]) -> dict[str, tuple[Path, Pool]]:
+    """Folder of every encoder there is, and which of its outputs was trained; `random` is made on the spot."""
+    found: dict[str, tuple[Path, Pool]] = {}
+    for name, arm in arms.items():
+        pool: Pool = "mean" if arm["settings"]["recipe"].get("pooled_token") == "mean" else "cls"
+        found[name] = work / name / "encoder", pool
+        if (student := work / name / "student").exists():
+            found[f"{name} (student)"] = student, pool
+    recipe = arms[next(iter(arms))]["settings"]["recipe"]
+    size = Size(**{key: recipe[key] for key in Size._fields})
+    start = dataclasses.replace(frame_recipe(size, recipe["seed"], torch.device("cpu")), name="vit.random")
+    vit = make_model(start, torch.device("cpu")).vit
+    save_encoder(work / "random" / "encoder", vit, start, {"trained": "not at all"})
+    return found | {"random": (work / "random" / "encoder", "cls")}
+
+
+def kept_measure(encoder: Path, data: Path, pool: Pool) -> dict[str, dict[str, float]]:
+    """`measure`, or what it found before for the same weights."""
+    kept, digest = encoder.with_name(f"{encoder.name}-knn.json"), file_sha256(encoder / WEIGHTS_FILE)
+    if kept.exists() and (there := json.loads(kept.read_text(encoding="utf-8")))["sha256"] == digest:
+        return there["knn"]
+    found = measure(encoder, data, pool)
+    write_text(kept, json.dumps({"sha256": digest, "knn": found}, indent=1) + "\n")
+    return found
+
+
+def measure(encoder: Path | None, data: Path, pool: Pool = "cls") -> dict[str, dict[str, float]]:
+    """By set, in percent: k-NN accuracy and its 95 % interval.
+
+    Args:
+        encoder: folder of the encoder; None measures raw pixels.
+        data: folder of the data sets.
+        pool: which of the encoder's outputs.
+    """
+    model = None if encoder is None else micl_zoo.load(weights=encoder)
+    found = {}
+    for name, files in SETS.items():
+        train, test = (index_source(str(data / file)).slice(0, most) for file, most in zip(files, CAPS, strict=True))
+        parts = [
+            raw_pixels(part) if model is None else embed_labelled(model, part, pool=pool) for part in (train, test)
+        ]
+        accuracy = knn_accuracy(*parts[0], *parts[1], k=K, temperature=TEMPERATURE)
+        resampled = np.random.default_rng(0).binomial(len(test), accuracy, RESAMPLES) / len(test)  # of hits and misses
+        low, high = np.percentile(resampled, (2.5, 97.5))
+        found[name] = {"accuracy": percent(accuracy), "low": percent(low), "high": percent(high), "images": len(test)}
+    return found
+
+
+def percent(share: float) -> float:
+    """To a tenth."""
+    return round(100 * float(share), 1)
+
+
+def table(arms: dict[str, dict[str, Any]], measured: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown."""
+    lines = [
+        f"| arm | images seen | images/s | minutes | {' | '.join(SETS)} | mean |",
+        "|---|" + "---:|" * (4 + len(SETS)),
+    ]
+    for name, sets in measured.items():
+        run = arms[name.partition(" ")[0]]["result"] if name.partition(" ")[0] in arms else None
+        facts = (
+            [f"{run['images']:,}", f"{run['images_per_second']:,.0f}", f"{run['minutes']:.1f}"] if run else ["", "", ""]
+        )
+        cells = [f"{found['accuracy']:.1f} ({found['low']:.1f}..{found['high']:.1f})" for found in sets.values()]
+        mean = np.mean([found["accuracy"] for found in sets.values()])
+        lines.append("| " + " | ".join([name, *facts, *cells, f"{mean:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def figure(measured: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
+    """A panel a set, a dot an arm with its interval; references as lines through all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in measured if name not in ("random", "pixels")]
+    rivals = [name for name in names if name.partition(" ")[0] in RIVALS]
+    places = {name: row + (row >= len(rivals)) for row, name in enumerate(names)}  # a gap before the ablations
+    drawn = Figure(figsize=(3 * len(SETS) + 1, 0.3 * len(names) + 1.6), layout="constrained")
+    FigureCanvasAgg(drawn)
+    panels = drawn.subplots(1, len(SETS), sharey=True)
+    for panel, title in zip(panels, SETS, strict=True):
+        for reference, style in (("random", ":"), ("pixels", "--")):
+            panel.axvline(measured[reference][title]["accuracy"], color="0.6", linestyle=style, label=reference)
+        if "micl-ours" in measured:
+            panel.axvline(measured["micl-ours"][title]["accuracy"], color="tab:red", linewidth=0.6)
+        for name in names:
+            found = measured[name][title]
+            margins = [[found["accuracy"] - found["low"]], [found["high"] - found["accuracy"]]]
+            color = "tab:blue" if name in rivals and not name.startswith("micl") else "tab:red"
+            panel.errorbar(found["accuracy"], places[name], xerr=margins, fmt="o", color=color, markersize=4, capsize=2)
+        panel.set_title(title, fontsize=10)
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_xlabel("k-NN accuracy, %")
+    panels[0].set_yticks(list(places.values()), list(places), fontsize=9)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower right", ncols=2, fontsize=8)
+    drawn.savefig(file, dpi=130)
 
 
 if __name__ == "__main__":

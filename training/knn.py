@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from micl_zoo.encoder import Encoder
+from micl_zoo.encoder import Encoder, Pool
 from micl_zoo.engines import resolve_precision
 from micl_zoo.errors import SourceError
 from micl_zoo.extract import embed_index
@@ -85,11 +85,13 @@ class Probe(NamedTuple):
         return knn_accuracy(*embed_labelled(encoder, self.train), *embed_labelled(encoder, self.test))
 
 
-def embed_labelled(encoder: Encoder, index: ImageIndex, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def embed_labelled(
+    encoder: Encoder, index: ImageIndex, *, batch_size: int = 64, pool: Pool = "cls"
+) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings (N, D) and labels (N,) of a parquet index with a `label` column; refused images are left out."""
     autocast, _ = resolve_precision("auto", encoder.device)
     labels = dict(zip((entry.id for entry in index.entries()), read_labels(index), strict=True))
-    batches = list(embed_index(encoder, index, batch_size=batch_size, autocast=autocast))
+    batches = list(embed_index(encoder, index, batch_size=batch_size, autocast=autocast, pool=pool))
     ids = [name for batch in batches for name in batch.ids]
     return np.concatenate([batch.embeddings for batch in batches]), np.array([labels[name] for name in ids])
 
