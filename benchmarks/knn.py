@@ -16,10 +16,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from micl_zoo.training.data import seeded
 from micl_zoo.training.knn import embed_labelled, knn_accuracy, read_labels
-from micl_zoo.training.micl import MiCL, init_weights
-from micl_zoo.training.pretrain import make_vit
+from micl_zoo.training.pretrain import initial_model
 from micl_zoo.training.recipes import Recipe
 from micl_zoo.training.rundir import code_commit, encoder_config, machine
 
@@ -97,10 +95,7 @@ def main(run: Path, data: Path, out: Path) -> None:
 def before_training(fields: dict[str, Any]) -> Encoder:
     """The network of a run at step 0: same initialisation, same seed, same positions."""
     recipe = Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-    vit = make_vit(recipe)
-    init_weights(vit, generator=seeded(recipe.seed, 2))
-    MiCL(vit, mask_ratio=recipe.mask_ratio)
-    return Encoder(vit, encoder_config(recipe), record=None, weights_sha256=None)
+    return Encoder(initial_model(recipe).vit, encoder_config(recipe), record=None, weights_sha256=None)
 
 
 def raw_pixels(index: ImageIndex) -> tuple[np.ndarray, np.ndarray]:

@@ -37,13 +37,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import numpy as np
 import torch
-from knn import SETS, TEMPERATURE, K, raw_pixels
 from micl_zoo.training.data import MemoryCorpus
-from micl_zoo.training.knn import embed_labelled, knn_accuracy, read_labels
+from micl_zoo.training.evaluate import Protocol, pixel_features, probe
+from micl_zoo.training.features import Features, embed_labelled
+from micl_zoo.training.labelled import LabelledSet, labels_of, number_classes
 from micl_zoo.training.optim import set_learning_rate
-from micl_zoo.training.pretrain import make_model
+from micl_zoo.training.pretrain import initial_model
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
-from micl_zoo.training.rundir import code_commit, encoder_config, machine
+from micl_zoo.training.rundir import encoder_config, made_with
 from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
@@ -52,14 +53,14 @@ from micl_zoo.errors import unknown
 from micl_zoo.files import atomic_path, write_text
 from micl_zoo.progress import progress
 from micl_zoo.sources import index_source
-from micl_zoo.store import package_versions
 from micl_zoo.weights import WEIGHTS_FILE, file_sha256, save_weights
 from micl_zoo.workers import default_workers
 
 if TYPE_CHECKING:
     from methods import Method
 
-SOURCE_SIZE = 64  # of the corpus's images
+CORPUS = "tin200/train-*.parquet"
+SOURCE_SIZE = 64  # of its images
 WARM_UP = 0.05  # of the budget
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -68,8 +69,15 @@ ONE_THREAD = {
     "MALLOC_TRIM_THRESHOLD_": "-1",  # spend up to half of their time on page faults
 }
 CURVE_POINTS = 50
-CAPS = TRAIN_IMAGES, TEST_IMAGES = 2_000, 1_000  # of each set, at most: the first so many of the (shuffled) files
-RESAMPLES = 10_000  # of the test images, for the interval
+SETS = ("tin200", "caltech101", "flowers5", "cifar10")
+TRAIN_IMAGES, TEST_IMAGES = 2_000, 1_000  # of each set, at most, classes as even as they come
+POOLS: tuple[Pool, ...] = ("cls", "mean")
+K = 20  # neighbours
+PROTOCOL = Protocol(methods=("knn", "logreg"), pools=POOLS, ks=(K,))
+METHODS = {"knn": f"k-NN {K}", "logreg": "logistic regression"}
+REFERENCES = {"random": ":", "pixels": "--"}  # measured, not trained; how the figure draws them
+
+Figures = dict[str, Any]  # of one encoder on one set: by pool, by method
 
 
 class Size(NamedTuple):
@@ -92,7 +100,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "cpu": Size(64, 8, 192, 4, 3, batch_size=256, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
+    "cpu": Size(64, 8, 192, 4, 3, batch_size=128, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
     "gpu": Size(112, 16, 384, 12, 6, batch_size=1024, mask_ratio=0.5),  # 24 of 49 patches, as vit_s16.tin200
 }
 
@@ -266,7 +274,7 @@ def run_arm(name: str, work: Path, options: dict[str, Any], free: SimpleQueue[in
 def prepare_corpus(data: Path, work: Path) -> None:
     """Decode the corpus once; each arm maps the file into its memory."""
     facts = work / "corpus" / "facts.json"
-    index = index_source(str(data / SETS["tin200"][0]))
+    index = index_source(str(data / CORPUS))
     fingerprint = index.fingerprint()
     if facts.exists():
         if json.loads(facts.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
@@ -274,12 +282,14 @@ def prepare_corpus(data: Path, work: Path) -> None:
         return
     with progress("decoding the corpus", len(index)) as tick:
         corpus = MemoryCorpus.load(index, SOURCE_SIZE, tick=tick)
-    labels = torch.tensor(read_labels(index))[corpus.rows]
+    told = labels_of(index)
+    _, (numbered, _) = number_classes(told, told, CORPUS)
+    labels = torch.from_numpy(numbered)[corpus.rows]
     numbers = {"images": corpus.images, "aspect": corpus.aspect, "rows": corpus.rows, "labels": labels}
     for name, values in numbers.items():
         with atomic_path(facts.with_name(f"{name}.npy")) as temporary, temporary.open("wb") as file:
             np.save(file, values.numpy())
-    said = {"source": SETS["tin200"][0], "images": len(corpus), "refused": len(corpus.refused)}
+    said = {"source": CORPUS, "images": len(corpus), "refused": len(corpus.refused)}
     write_text(facts, json.dumps({**said, "fingerprint": fingerprint}, indent=1) + "\n")
 
 
@@ -345,9 +355,8 @@ def train_arm(
         **settings,
         "method_settings": method.settings,
         "data": facts,
-        "commit": code_commit(),
-        "versions": {**package_versions(), "lightly": version("lightly")},
-        "machine": machine(device),
+        "lightly": version("lightly"),
+        **made_with(device),
     }
     for folder, vit in {"encoder": method.vit, **method.extras}.items():
         save_encoder(work / name / folder, vit, recipe, provenance)
@@ -445,39 +454,29 @@ def curve(losses: list[float], batch_size: int) -> list[dict[str, float]]:
 @main.command()
 @data_option
 @work_option
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="The record; the figure is beside it."
-)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record; the figure comes beside it.")
 def evaluate(data: Path, work: Path, out: Path) -> None:
     """Measure every arm of the work folder, the ViT before training, and raw pixels; write record, table and figure."""
     arms = trained_arms(work)
-    measured = {name: kept_measure(folder, data, pool) for name, (folder, pool) in encoders(work, arms).items()}
-    measured["pixels"] = measure(None, data)
+    sets = [LabelledSet.open(data / name, train_images=TRAIN_IMAGES, test_images=TEST_IMAGES) for name in SETS]
+    measured = {name: kept_measure(folder, sets) for name, folder in encoders(work, arms).items()}
+    measured["pixels"] = measure(None, sets)
     record = {
         "arms": arms,
-        "knn": measured,
-        "knn_settings": {
-            "k": K,
-            "temperature": TEMPERATURE,
-            "train_images": f"{TRAIN_IMAGES} of each set at most, the first of its files",
-            "test_images": f"{TEST_IMAGES} at most",
-            "interval": f"95 %, {RESAMPLES} bootstrap resamples of the test images; it says nothing of other seeds",
-            "features": "class token (pooled-mean: mean of the patch tokens), unit length",
-            "random": "the ViT that every arm starts from",
-            "pixels": "32 x 32 RGB, normalised, unit length",
-            "unit": "percent of test images",
-        },
-        "measured": {
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "command": "python benchmarks/rivals.py evaluate --data DATA --work WORK -o RECORD",
-            "commit": code_commit(),
-            "machine": machine(resolve_device("auto")),
-            "versions": package_versions(),
-        },
+        "results": measured,
+        "unit": "percent of test images; low and high: 95 % bootstrap interval over them, which says nothing of seeds",
+        "shown": "of class token and mean of the patch tokens, the one whose logistic regression is better on the "
+        "validation split of the training images",
+        "random": "the ViT that every arm starts from",
+        "protocol": dataclasses.asdict(PROTOCOL),
+        "data": {labelled.name: labelled.facts for labelled in sets},
+        "command": "python benchmarks/rivals.py evaluate --data DATA --work WORK -o RECORD",
+        **made_with(resolve_device("auto")),
     }
     write_text(out, json.dumps(record, indent=1) + "\n")
     figure(measured, out.with_suffix(".png"))
-    click.echo(table(arms, measured))
+    for method, title in METHODS.items():
+        click.echo(f"\n{title}, % (95 % interval)\n\n{table(arms, measured, method)}")
 
 
 def trained_arms(work: Path) -> dict[str, dict[str, Any]]:
@@ -504,105 +503,115 @@ def trained_arms(work: Path) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def encoders(work: Path, arms: dict[str, dict[str, Any]]) -> dict[str, tuple[Path, Pool]]:
-    """Folder of every encoder there is, and which of its outputs was trained; `random` is made on the spot."""
-    found: dict[str, tuple[Path, Pool]] = {}
-    for name, arm in arms.items():
-        pool: Pool = "mean" if arm["settings"]["recipe"].get("pooled_token") == "mean" else "cls"
-        found[name] = work / name / "encoder", pool
+def encoders(work: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Path]:
+    """Folder of every encoder there is; `random` is made on the spot."""
+    found: dict[str, Path] = {}
+    for name in arms:
+        found[name] = work / name / "encoder"
         if (student := work / name / "student").exists():
-            found[f"{name} (student)"] = student, pool
+            found[f"{name} (student)"] = student
     recipe = arms[next(iter(arms))]["settings"]["recipe"]
     size = Size(**{key: recipe[key] for key in Size._fields})
     start = dataclasses.replace(frame_recipe(size, recipe["seed"], torch.device("cpu")), name="vit.random")
-    vit = make_model(start, torch.device("cpu")).vit
-    save_encoder(work / "random" / "encoder", vit, start, {"trained": "not at all"})
-    return found | {"random": (work / "random" / "encoder", "cls")}
+    save_encoder(work / "random" / "encoder", initial_model(start).vit, start, {"trained": "not at all"})
+    return {**found, "random": work / "random" / "encoder"}
 
 
-def kept_measure(encoder: Path, data: Path, pool: Pool) -> dict[str, dict[str, float]]:
-    """`measure`, or what it found before for the same weights."""
-    kept, digest = encoder.with_name(f"{encoder.name}-knn.json"), file_sha256(encoder / WEIGHTS_FILE)
-    if kept.exists() and (there := json.loads(kept.read_text(encoding="utf-8")))["sha256"] == digest:
-        return there["knn"]
-    found = measure(encoder, data, pool)
-    write_text(kept, json.dumps({"sha256": digest, "knn": found}, indent=1) + "\n")
+def kept_measure(encoder: Path, sets: list[LabelledSet]) -> dict[str, Figures]:
+    """`measure`, or what it found before for the same weights and images."""
+    kept = encoder.with_name(f"{encoder.name}-figures.json")
+    facts = [PROTOCOL, *(labelled.facts for labelled in sets)]
+    key = [file_sha256(encoder / WEIGHTS_FILE), *map(str, facts)]
+    if kept.exists() and (there := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
+        return dict(there["figures"])
+    found = measure(encoder, sets)
+    write_text(kept, json.dumps({"key": key, "figures": found}, indent=1) + "\n")
     return found
 
 
-def measure(encoder: Path | None, data: Path, pool: Pool = "cls") -> dict[str, dict[str, float]]:
-    """By set, in percent: k-NN accuracy and its 95 % interval.
-
-    Args:
-        encoder: folder of the encoder; None measures raw pixels.
-        data: folder of the data sets.
-        pool: which of the encoder's outputs.
-    """
+def measure(encoder: Path | None, sets: list[LabelledSet]) -> dict[str, Figures]:
+    """By set, pool and method: accuracy and its 95 % interval, in percent. Without an encoder, of raw pixels."""
     model = None if encoder is None else micl_zoo.load(weights=encoder)
     found = {}
-    for name, files in SETS.items():
-        train, test = (index_source(str(data / file)).slice(0, most) for file, most in zip(files, CAPS, strict=True))
-        parts = [
-            raw_pixels(part) if model is None else embed_labelled(model, part, pool=pool) for part in (train, test)
-        ]
-        accuracy = knn_accuracy(*parts[0], *parts[1], k=K, temperature=TEMPERATURE)
-        resampled = np.random.default_rng(0).binomial(len(test), accuracy, RESAMPLES) / len(test)  # of hits and misses
-        low, high = np.percentile(resampled, (2.5, 97.5))
-        found[name] = {"accuracy": percent(accuracy), "low": percent(low), "high": percent(high), "images": len(test)}
+    for labelled in sets:
+        train, test = (
+            pixel_features(part) if model is None else embed_labelled(model, part, pools=POOLS)
+            for part in (labelled.train, labelled.test)
+        )
+        found[labelled.name] = {
+            pool: probe(one_pool(train, pool), one_pool(test, pool), len(labelled.classes), PROTOCOL)
+            for pool in train.rows
+        }
+        click.echo(f"{encoder or 'pixels'}: {labelled.name}", err=True)
     return found
 
 
-def percent(share: float) -> float:
-    """To a tenth."""
-    return round(100 * float(share), 1)
+def one_pool(features: Features, pool: str) -> Features:
+    """Nothing but the rows of one pool."""
+    return features._replace(rows={pool: features.rows[pool]})
 
 
-def table(arms: dict[str, dict[str, Any]], measured: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown."""
-    lines = [
-        f"| arm | images seen | images/s | minutes | {' | '.join(SETS)} | mean |",
-        "|---|" + "---:|" * (4 + len(SETS)),
-    ]
+def shown(figures: Figures, method: str) -> dict[str, float]:
+    """The figure of the pool that the training images choose, see `evaluate`."""
+    best = max(figures, key=lambda pool: figures[pool]["logreg"][pool]["validation"])
+    return dict(figures[best]["knn"][str(K)] if method == "knn" else figures[best]["logreg"][best])
+
+
+def table(arms: dict[str, dict[str, Any]], measured: dict[str, dict[str, Figures]], method: str) -> str:
+    """Markdown: a line an arm."""
+    head = ["arm", "images seen", "images/s", "minutes", *SETS, "mean"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name, sets in measured.items():
-        run = arms[name.partition(" ")[0]]["result"] if name.partition(" ")[0] in arms else None
-        facts = (
-            [f"{run['images']:,}", f"{run['images_per_second']:,.0f}", f"{run['minutes']:.1f}"] if run else ["", "", ""]
-        )
-        cells = [f"{found['accuracy']:.1f} ({found['low']:.1f}..{found['high']:.1f})" for found in sets.values()]
-        mean = np.mean([found["accuracy"] for found in sets.values()])
+        run = arms.get(name.partition(" ")[0], {}).get("result")
+        facts = [f"{run['images']:,}", f"{run['images_per_second']:,.0f}", f"{run['minutes']:.1f}"] if run else [""] * 3
+        found = [shown(sets[title], method) for title in SETS]
+        cells = [f"{one['accuracy']:.1f} ({one['low']:.1f}..{one['high']:.1f})" for one in found]
+        mean = np.mean([one["accuracy"] for one in found])
         lines.append("| " + " | ".join([name, *facts, *cells, f"{mean:.1f}"]) + " |")
     return "\n".join(lines)
 
 
-def figure(measured: dict[str, dict[str, dict[str, float]]], file: Path) -> None:
-    """A panel a set, a dot an arm with its interval; references as lines through all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def figure(measured: dict[str, dict[str, Figures]], file: Path) -> None:
+    """A panel a set, a line an arm: k-NN full, logistic regression hollow; references are lines through all."""
     from matplotlib.figure import Figure
 
-    names = [name for name in measured if name not in ("random", "pixels")]
+    names = [name for name in measured if name not in REFERENCES]
     rivals = [name for name in names if name.partition(" ")[0] in RIVALS]
-    places = {name: row + (row >= len(rivals)) for row, name in enumerate(names)}  # a gap before the ablations
-    drawn = Figure(figsize=(3 * len(SETS) + 1, 0.3 * len(names) + 1.6), layout="constrained")
-    FigureCanvasAgg(drawn)
+    places = {name: row + 0.6 * (row >= len(rivals)) for row, name in enumerate(names)}  # a gap before the ablations
+    drawn = Figure(figsize=(2.8 * len(SETS) + 1, 0.34 * len(names) + 1.6), dpi=130, layout="constrained")
     panels = drawn.subplots(1, len(SETS), sharey=True)
     for panel, title in zip(panels, SETS, strict=True):
-        for reference, style in (("random", ":"), ("pixels", "--")):
-            panel.axvline(measured[reference][title]["accuracy"], color="0.6", linestyle=style, label=reference)
-        if "micl-ours" in measured:
-            panel.axvline(measured["micl-ours"][title]["accuracy"], color="tab:red", linewidth=0.6)
+        for reference, style in REFERENCES.items():
+            accuracy = shown(measured[reference][title], "knn")["accuracy"]
+            panel.axvline(accuracy, color="0.5", linestyle=style, linewidth=1, label=f"{reference}, {METHODS['knn']}")
         for name in names:
-            found = measured[name][title]
-            margins = [[found["accuracy"] - found["low"]], [found["high"] - found["accuracy"]]]
-            color = "tab:blue" if name in rivals and not name.startswith("micl") else "tab:red"
-            panel.errorbar(found["accuracy"], places[name], xerr=margins, fmt="o", color=color, markersize=4, capsize=2)
+            draw_arm(panel, measured[name][title], places[name], "#D55E00" if is_micl(name) else "#0072B2")
         panel.set_title(title, fontsize=10)
+        panel.set_xlabel("accuracy, %", fontsize=9)
         panel.grid(axis="x", alpha=0.3)
-        panel.set_xlabel("k-NN accuracy, %")
+        panel.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_yticks(list(places.values()), list(places), fontsize=9)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower right", ncols=2, fontsize=8)
-    drawn.savefig(file, dpi=130)
+    once = dict(zip(labels, handles, strict=True))
+    drawn.legend(once.values(), once.keys(), loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+    drawn.savefig(file)
+
+
+def draw_arm(panel: Any, figures: Figures, place: float, color: str) -> None:
+    """Both figures of an arm on a set with their intervals, one a little above the other."""
+    for method, offset, fill in (("knn", -0.13, color), ("logreg", 0.13, "white")):
+        one = shown(figures, method)
+        margins = [[one["accuracy"] - one["low"]], [one["high"] - one["accuracy"]]]
+        panel.errorbar(
+            one["accuracy"], place + offset, xerr=margins, fmt="o", color=color, markerfacecolor=fill, markersize=4,
+            linewidth=1.2, label=METHODS[method],
+        )  # fmt: skip
+
+
+def is_micl(name: str) -> bool:
+    """Whether an arm trains with MiCL."""
+    return name in ARMS and ARMS[name].method == "micl"
 
 
 if __name__ == "__main__":

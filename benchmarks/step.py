@@ -118,7 +118,7 @@ def ours(recipe: Recipe, device: torch.device, autocast: torch.dtype | None) -> 
     plain = dataclasses.replace(recipe, view_color=False)
 
     def take(crops: Tensor, noise: Tensor) -> Tensor:
-        views = draw_views(noise, recipe.mask_ratio)
+        views = draw_views(noise, recipe.mask_ratio, recipe.views)
         patches = normalise(gather_patches(crops, views, recipe.patch_size).float(), draw(plain, 0), plain)
         return step(patches, views)[0]
 
@@ -128,7 +128,7 @@ def ours(recipe: Recipe, device: torch.device, autocast: torch.dtype | None) -> 
 def straightforward(
     recipe: Recipe, device: torch.device, autocast: torch.dtype | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The method as one writes it down first: embed every patch, keep those of the two views, eager blocks."""
+    """The method as one writes it down first: embed every patch, keep those of the views, eager blocks."""
     model = make_model(dataclasses.replace(recipe, compile=False), device)
     vit = model.vit
     for block in vit.blocks:
@@ -139,15 +139,16 @@ def straightforward(
 
     def take(crops: Tensor, noise: Tensor) -> Tensor:
         pixel_values = (crops.float() / 255 - mean) / std
-        views = draw_views(noise, recipe.mask_ratio)  # (B, 2, K/2)
+        views = draw_views(noise, recipe.mask_ratio, recipe.views)  # (B, V, K/V)
         with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
             tokens = vit.patch_embed.proj(pixel_values).flatten(2).mT + positions[1:]  # (B, N, D)
             rows = torch.arange(len(crops), device=device)[:, None, None]
-            kept = tokens[rows, views].flatten(0, 1)  # (2B, K/2, D)
+            kept = tokens[rows, views].flatten(0, 1)  # (VB, K/V, D)
             class_token = (vit.cls_token + positions[:1]).expand(len(kept), -1, -1)
             tokens = vit.norm(vit.blocks(torch.cat([class_token, kept], dim=1)))
-            class_tokens = tokens.unflatten(0, (-1, 2))[:, :, 0]
-            loss, _ = contrastive_loss(class_tokens, kappa=recipe.kappa, temperature=recipe.temperature)
+            pooled = tokens[:, 0] if recipe.pooled_token == "cls" else tokens[:, 1:].mean(1)
+            pooled = pooled.unflatten(0, (-1, recipe.views))
+            loss, _ = contrastive_loss(pooled, kappa=recipe.kappa, temperature=recipe.temperature)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,210 @@ def bench_data(recipe: str, data: tuple[str, ...], as_json: bool, **options: Any
 
     found = run(recipe, data, **options)
     click.echo(found.json() if as_json else found.text())
+
+
+@main.group(
+    "eval",
+    epilog="""\b
+Examples:
+  micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
+  micl-zoo eval knn runs/first --data imagenet
+  micl-zoo eval knn --train embeddings-train --test embeddings-val --labels labels.csv""",
+)
+def eval_() -> None:
+    """Measure an encoder on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning."""
+
+
+def _eval_options(command: Any) -> Any:
+    """What `knn`, `linear`, `logreg`, `few-shot` and `all` have in common."""
+    options = [
+        click.argument("encoder", required=False),
+        click.option(
+            "--data",
+            multiple=True,
+            help="A set: a folder with train*.parquet and test*.parquet or val…, or with train/CLASS/ and test/ or "
+            "val/; a URI; or OWNER/NAME on the hub. May be repeated.",
+        ),
+        click.option("--train", "train_store", help="Instead of ENCODER and --data: a store to learn from."),
+        click.option("--test", "test_store", help="And one of the same encoder to be asked about."),
+        click.option("--labels", type=click.Path(path_type=Path), help="A csv of id and label."),
+        click.option("--train-images", type=click.IntRange(1), help="At most so many of each set, classes even."),
+        click.option("--test-images", type=click.IntRange(1), help="At most so many of each set, classes even."),
+        click.option(
+            "--baseline",
+            "baselines",
+            multiple=True,
+            type=click.Choice(["random", "pixels"]),
+            help="Measure the same ViT without training, or raw pixels, beside it. May be repeated.",
+        ),
+        click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of a forward pass."),
+        click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core]"),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+        click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the record, a .json."),
+        click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write a picture: .png, .svg or .pdf."),
+        click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_POOLS = click.option(
+    "--pool",
+    "pools",
+    multiple=True,
+    type=click.Choice(["cls", "mean", "cls+mean"]),
+    help="Features: class token, mean of the patch tokens, both. May be repeated.",
+)
+_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the validation split and the order.")
+
+
+@eval_.command(
+    "knn",
+    epilog="""\b
+Examples:
+  micl-zoo eval knn vit_ti16.tin200 --data caltech101
+  micl-zoo eval knn --train embeddings-train --test embeddings-val -o knn.json""",
+)
+@_eval_options
+@_POOLS
+@click.option("-k", "ks", multiple=True, type=click.IntRange(1), help="Neighbours.  [default: 10, 20, 100, 200]")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=0.07, show_default=True)
+def eval_knn(**options: Any) -> None:
+    """Weighted k-nearest neighbours: nothing is trained, nothing is chosen.
+
+    Of two stores the one to learn from may be larger than memory.
+    """
+    _measure(("knn",), options)
+
+
+@eval_.command(
+    "linear",
+    epilog="""\b
+Examples:
+  micl-zoo eval linear vit_ti16.tin200 --data caltech101 --pool cls --pool cls+mean
+  micl-zoo eval linear --train embeddings-train --test embeddings-val --epochs 20""",
+)
+@_eval_options
+@_POOLS
+@_SEED
+@click.option("--epochs", type=click.IntRange(1), default=50, show_default=True, help="Over the training part.")
+def eval_linear(**options: Any) -> None:
+    """A linear probe on frozen features, thirteen learning rates at once.
+
+    A fifth of the training part chooses the learning rate; the test part is classified once.
+    """
+    _measure(("linear",), options)
+
+
+@eval_.command(
+    "logreg",
+    epilog="""\b
+Examples:
+  micl-zoo eval logreg vit_ti16.tin200 --data caltech101
+  micl-zoo eval logreg --train embeddings-train --test embeddings-val""",
+)
+@_eval_options
+@_POOLS
+@_SEED
+def eval_logreg(**options: Any) -> None:
+    """Logistic regression on frozen features, by L-BFGS over a grid of C.
+
+    A fifth of the training part chooses C; the test part is classified once.
+    """
+    _measure(("logreg",), options)
+
+
+@eval_.command(
+    "few-shot",
+    epilog="""\b
+Examples:
+  micl-zoo eval few-shot vit_ti16.tin200 --data caltech101
+  micl-zoo eval few-shot vit_ti16.tin200 --data caltech101 --shots 2 --shots 20 --draws 10""",
+)
+@_eval_options
+@_POOLS
+@click.option("--shots", multiple=True, type=click.IntRange(1), help="Images a class.  [default: 1, 5, 10]")
+@click.option("--draws", type=click.IntRange(1), default=5, show_default=True, help="Of those images.")
+def eval_few_shot(**options: Any) -> None:
+    """Logistic regression on a few images a class: mean and spread over several draws of them."""
+    _measure(("few-shot",), options)
+
+
+@eval_.command(
+    "all",
+    epilog="""\b
+Examples:
+  micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
+  micl-zoo eval all runs/first --data imagenet --baseline random --baseline pixels""",
+)
+@_eval_options
+@_POOLS
+@_SEED
+def eval_all(**options: Any) -> None:
+    """k-NN, linear probe, logistic regression and few-shot from one pass over the images."""
+    _measure(("knn", "linear", "logreg", "few-shot"), options)
+
+
+def _measure(methods: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Run, print, write the record and the picture."""
+    from micl_zoo.training.evaluate import Protocol
+    from micl_zoo.training.results import plot, table
+
+    from .files import write_text
+
+    names = ("pools", "ks", "temperature", "epochs", "shots", "draws", "seed")
+    given = {name: value for name in names if (value := options.pop(name, None)) not in (None, ())}
+    out, picture, as_json = options.pop("out"), options.pop("picture"), options.pop("as_json")
+    record = _evaluated(Protocol(methods=methods, **given), **options)
+    text = json.dumps(record, indent=1)
+    if out is not None:
+        write_text(out, text + "\n")
+    if picture is not None:
+        plot(record, picture)
+    click.echo(text if as_json else table(record))
+    for written in filter(None, (out, picture)):
+        click.echo(f"Written: {written}", err=True)
+
+
+def _evaluated(
+    protocol: Any,
+    *,
+    encoder: str | None,
+    data: tuple[str, ...],
+    train_store: str | None,
+    test_store: str | None,
+    labels: Path | None,
+    train_images: int | None,
+    test_images: int | None,
+    baselines: tuple[str, ...],
+    batch_size: int,
+    workers: int | None,
+    device: str,
+) -> dict[str, Any]:
+    from micl_zoo.training.evaluate import evaluate, evaluate_stores
+    from micl_zoo.training.labelled import LabelledSet, read_label_file
+
+    from .encoder import load, resolve_device
+
+    command = shlex.join(["micl-zoo", *sys.argv[1:]])
+    if train_store or test_store:
+        if not (train_store and test_store) or encoder or data or baselines:
+            raise click.UsageError("two stores need --train and --test, and neither ENCODER, --data nor --baseline")
+        from .store import open_store
+
+        stores = open_store(train_store), open_store(test_store)
+        given = read_label_file(labels) if labels else None
+        return evaluate_stores(*stores, protocol, labels=given, command=command, device=str(resolve_device(device)))
+    if encoder is None or not data:
+        raise click.UsageError("give an ENCODER and --data, or two stores by --train and --test")
+    limits = {"labels": labels, "train_images": train_images, "test_images": test_images}
+    sets = [LabelledSet.open(place, **limits) for place in data]
+    weights = _encoder_of(encoder)
+    loaded = load(weights.pop("model", DEFAULT), **weights, device=device)
+    chosen: Any = baselines
+    how = {"batch_size": batch_size, "workers": workers, "command": command}
+    return evaluate(loaded, sets, protocol, baselines=chosen, **how)
 
 
 @main.command(epilog="\b\nExamples:\n  micl-zoo models\n  micl-zoo models --json")

@@ -205,24 +205,26 @@ def test_visible_patches_are_those_of_the_whole_crop(image_folder: Callable[...,
         torch.testing.assert_close(patches[image, view, place], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_colour_changes_are_one_per_view(twin: Recipe) -> None:
+@pytest.mark.parametrize("views", [2, 3])
+def test_colour_changes_are_one_per_view(twin: Recipe, views: int) -> None:
+    twin = dataclasses.replace(twin, views=views)
     draws = draw(twin, 0)
-    patches = torch.rand(8, 2, 4, 3 * 64)
+    patches = torch.rand(8, views, 4, 3 * 64)
     changed = change_color(patches, draws).unflatten(3, (3, 64))
     pixels = patches.unflatten(3, (3, 64))
-    image, view = next((i, v) for i in range(8) for v in range(2) if not draws.grey[i, v])
+    image, view = next((i, v) for i in range(8) for v in reversed(range(views)) if not draws.grey[i, v])
     expected = pixels[image, view] * draws.gain[image, view] + draws.bias[image, view]
     torch.testing.assert_close(changed[image, view], expected)
     grey = dataclasses.replace(twin, grey_probability=1.0, color_gain=0.0, color_bias=0.0)
     levels = change_color(patches, draw(grey, 0)).unflatten(3, (3, 64))
     torch.testing.assert_close(levels[..., 0, :], levels[..., 2, :])
-    assert not torch.equal(draws.gain[:, 0], draws.gain[:, 1])
+    assert len(draws.gain[0].unique(dim=0)) == views
 
 
 def cut_with_pillow(index: ImageIndex, recipe: Recipe, step: int, rows: Sequence[int]) -> Tensor:
     """What a batch must hold, image by image: whole picture, box, resize, mirror, slices of 8 x 8."""
     draws, side = draw(recipe, step), recipe.patch_size
-    views = draw_views(draws.noise, recipe.mask_ratio)
+    views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)
     crops = []
     for row, numbers, flip in zip(rows, draws.crops, draws.flips, strict=True):
         image = decode(Reader().read(index[row]))
@@ -238,19 +240,19 @@ def cut_with_pillow(index: ImageIndex, recipe: Recipe, step: int, rows: Sequence
     return normalise(patches.flatten(3), draws, recipe)
 
 
-@pytest.mark.parametrize("flip_probability", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("flip_probability", "views"), [(0.0, 2), (0.5, 3), (1.0, 4)])
 def test_streamed_patches_are_those_of_a_whole_pillow_crop(
-    image_folder: Callable[..., Path], twin: Recipe, flip_probability: float
+    image_folder: Callable[..., Path], twin: Recipe, flip_probability: float, views: int
 ) -> None:
     index = index_source(image_folder(16))
-    recipe = dataclasses.replace(twin, flip_probability=flip_probability)
+    recipe = dataclasses.replace(twin, flip_probability=flip_probability, views=views)
     for seen in stream(index, recipe, (1, 4))[0]:
         level = 1 / 255 / min(recipe.pixel_std) * (1 + recipe.color_gain)  # boxes are rounded to float32: one at most
         rows = batch_rows(recipe, 16, seen.step).tolist()
         difference = (seen.patches - cut_with_pillow(index, recipe, seen.step, rows)).abs()
         assert difference.max() <= 1.01 * level
         assert difference.mean() < 0.002 * level
-        assert torch.equal(seen.views, draw_views(draw(recipe, seen.step).noise, recipe.mask_ratio))
+        assert torch.equal(seen.views, draw_views(draw(recipe, seen.step).noise, recipe.mask_ratio, views))
 
 
 def test_streamed_patches_are_whole_levels_before_they_are_normalised(

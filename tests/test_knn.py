@@ -1,62 +1,63 @@
-"""k-NN against plain loops."""
+"""Votes against scikit-learn's and plain loops, whatever the pieces of the bank."""
 
 from __future__ import annotations
 
-import io
-import math
-from pathlib import Path
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conftest import picture
-from micl_zoo.training.knn import embed_labelled, knn_accuracy, read_labels
+from micl_zoo.training import knn
+from micl_zoo.training.knn import knn_accuracy, knn_predict
+from sklearn.neighbors import KNeighborsClassifier
 
-import micl_zoo
-from micl_zoo.errors import SourceError
-from micl_zoo.sources import index_source
+from micl_zoo.errors import UsageError
 
 
-def test_equals_plain_loops() -> None:
+def rows_of(random: np.random.Generator, count: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    labels = random.integers(0, classes, count)
+    centres = np.random.default_rng(7).normal(size=(classes, 16))
+    return (centres[labels] + 2 * random.normal(size=(count, 16))).astype(np.float32), labels
+
+
+def test_votes_are_scikit_learn_s() -> None:
     random = np.random.default_rng(0)
-    train, test = random.normal(size=(60, 5)).astype(np.float32), random.normal(size=(2100, 5)).astype(np.float32)
-    train_labels, test_labels = random.integers(0, 4, 60), random.integers(0, 4, 2100)
+    (train, train_labels), (test, _) = rows_of(random, 700), rows_of(random, 300)
+    found = knn_predict([(train, train_labels)], test, classes=4, ks=(1, 10, 50))
+    for k, predictions in found.items():
+        theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda far: np.exp((1 - far) / 0.07))
+        np.testing.assert_array_equal(predictions, theirs.fit(train, train_labels).predict(test))
+
+
+def test_a_bank_in_pieces_is_the_whole_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    (train, labels), (test, _) = rows_of(random, 500), rows_of(random, 200)
+    whole = knn_predict([(train, labels)], test, classes=4)
+    monkeypatch.setattr(knn, "QUERY_ROWS", 33)
+    monkeypatch.setattr(knn, "BANK_ROWS", 70)
+    pieces = ((train[start : start + 90], labels[start : start + 90]) for start in range(0, 500, 90))
+    for k, predictions in knn_predict(pieces, test, classes=4).items():
+        np.testing.assert_array_equal(predictions, whole[k])
+
+
+def test_accuracy_is_that_of_a_plain_loop() -> None:
+    random = np.random.default_rng(2)
+    (train, train_labels), (test, test_labels) = rows_of(random, 120), rows_of(random, 60)
     hits = 0
-    for row, truth in zip(test[:200], test_labels[:200], strict=True):
-        cosine = [float(row @ other) / math.hypot(*row) / math.hypot(*other) for other in train]
-        nearest = sorted(range(60), key=lambda i: -cosine[i])[:7]
-        votes = [sum(math.exp(cosine[i] / 0.1) for i in nearest if train_labels[i] == c) for c in range(4)]
+    for row, truth in zip(test, test_labels, strict=True):
+        cosine = train @ row / (np.linalg.norm(train, axis=1) * np.linalg.norm(row))
+        nearest = np.argsort(-cosine)[:7]
+        votes = [sum(np.exp(cosine[i] / 0.1) for i in nearest if train_labels[i] == c) for c in range(4)]
         hits += votes.index(max(votes)) == truth
-    got = knn_accuracy(train, train_labels, test[:200], test_labels[:200], k=7, temperature=0.1)
-    assert got == hits / 200
-    pieces = knn_accuracy(train, train_labels, test, test_labels, k=7)  # more than one piece of queries
-    assert 0.15 < pieces < 0.35  # chance is a quarter
+    assert knn_accuracy(train, train_labels, test, test_labels, k=7, temperature=0.1) == hits / 60
+    assert hits > 30  # chance is a quarter
 
 
-def test_own_images_are_found_again() -> None:
+def test_fewer_rows_than_neighbours_all_vote() -> None:
     rows = np.eye(6, dtype=np.float32)
     assert knn_accuracy(rows, np.arange(6), 3 * rows, np.arange(6), k=20) == 1
 
 
-def test_labels_stay_with_their_images(tmp_path: Path, encoder_folder: Path) -> None:
-    def cell(seed: int) -> bytes:
-        buffer = io.BytesIO()
-        picture(seed).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    images = [{"bytes": cell(n) if n != 2 else b"broken", "path": ""} for n in range(5)]
-    pq.write_table(pa.table({"image": images, "label": [4, 3, 2, 1, 0]}), tmp_path / "a.parquet")
-    encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
-    rows, labels = embed_labelled(encoder, index_source(tmp_path), batch_size=2)
-    assert rows.shape == (4, 32)
-    assert labels.tolist() == [4, 3, 1, 0]
-
-
-def test_no_labels_is_an_error(tmp_path: Path) -> None:
-    picture(0).save(tmp_path / "a.png")
-    with pytest.raises(SourceError, match="labels are read from the `label` column"):
-        read_labels(index_source(tmp_path))
-    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "b.parquet")
-    with pytest.raises(SourceError, match="has no column `label`"):
-        read_labels(index_source(tmp_path / "b.parquet"))
+def test_no_bank_or_another_width_is_an_error() -> None:
+    rows = np.eye(3, dtype=np.float32)
+    with pytest.raises(UsageError, match="nothing to look for neighbours among"):
+        knn_predict([], rows, classes=2)
+    with pytest.raises(UsageError, match="rows of 2 numbers, the queries of 3"):
+        knn_predict([(rows[:, :2], np.arange(3))], rows, classes=3)

@@ -58,15 +58,17 @@ def small_model(recipe: Recipe, *, fused: bool) -> tuple[MiCL, Tensor, Tensor, t
     for block in vit.blocks:
         block.attn.fused_attn = fused
     vit.set_grad_checkpointing(recipe.activation_checkpointing)
-    views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio)
+    views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio, recipe.views)
     patches = torch.randn(*views.shape, 3 * recipe.patch_size**2)
     side = recipe.crop_size // recipe.patch_size
-    return MiCL(vit, mask_ratio=recipe.mask_ratio), patches, views, (side, side)
+    model = MiCL(vit, mask_ratio=recipe.mask_ratio, views=recipe.views, pooled_token=recipe.pooled_token)
+    return model, patches, views, (side, side)
 
 
-def test_flops_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("choices", [[], ["views=3"], ["views=4", "pooled_token=mean"]], ids=str)
+def test_flops_are_those_that_torch_counts(choices: list[str]) -> None:
     """Plain attention, whose products are all counted; pixels get no gradient in either."""
-    recipe = get_recipe("vit_b16.in1k", SMALL)
+    recipe = get_recipe("vit_b16.in1k", [*SMALL, *choices])
     model, *batch = small_model(recipe, fused=False)
     with FlopCounterMode(display=False) as counter:
         model.contrast(*batch).loss.backward()
@@ -88,14 +90,16 @@ def test_vit_l16_takes_73_gflop_an_image() -> None:
 )
 def test_parameters_are_those_of_the_vit(recipe: Recipe) -> None:
     counts = {name: parameter.numel() for name, parameter in make_vit(recipe).named_parameters()}
+    learned = dataclasses.replace(recipe, positions="learned")
+    assert (parameter_count(learned), frozen_count(learned)) == (sum(counts.values()), 0)
     assert frozen_count(recipe) == counts.pop("pos_embed")
     assert parameter_count(recipe) == sum(counts.values())
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_memory_counts_what_autograd_keeps(checkpointing: str) -> None:
+@pytest.mark.parametrize(("views", "checkpointing"), [(2, "false"), (3, "false"), (2, "true")])
+def test_memory_counts_what_autograd_keeps(views: int, checkpointing: str) -> None:
     """Without checkpointing within 3 %: the formula leaves out the norms' means and attention's log-sums."""
-    recipe = get_recipe("vit_b16.in1k", [*SMALL, f"activation_checkpointing={checkpointing}"])
+    recipe = get_recipe("vit_b16.in1k", [*SMALL, f"views={views}", f"activation_checkpointing={checkpointing}"])
     model, *batch = small_model(recipe, fused=True)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -114,7 +118,9 @@ def test_memory_counts_what_autograd_keeps(checkpointing: str) -> None:
         assert counted < memory.activations + memory.casts + memory.loss / 2
         assert memory.activations < 0.6 * whole.activations
     else:
-        assert memory.activations + memory.casts + memory.loss / 2 == pytest.approx(counted, rel=0.03)
+        pairs = math.comb(views, 2)
+        kept_of_loss = memory.loss * pairs / (pairs + 1)
+        assert memory.activations + memory.casts + kept_of_loss == pytest.approx(counted, rel=0.03)
 
 
 def test_fsdp_divides_what_ddp_repeats() -> None:
@@ -149,6 +155,16 @@ def test_the_paper_s_run() -> None:
     ):
         assert line in text
     assert "GradCache" not in text
+
+
+def test_other_choices_of_the_method_are_in_the_plan() -> None:
+    plan = make_plan(get_recipe("vit_l16.in1k", ["views=4", "positions=learned"]), images=IMAGENET, gpus=4)
+    assert (plan.kept, plan.view_tokens, plan.frozen, plan.paper) == (36, 10, 0, None)
+    text = format_plan(plan)
+    assert "K = 36 kept at mask ratio 0.8: 4 views x (9 + class) = 40 tokens" in text
+    assert "6 pairs of views are contrasted, the loss is their mean" in text
+    assert f"{plan.parameters:,} parameters, positions among them" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_a_smaller_micro_batch_is_gradcache() -> None:

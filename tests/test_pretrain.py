@@ -26,8 +26,9 @@ import torch
 from conftest import TWIN, picture
 from micl_zoo.training import pretrain as module
 from micl_zoo.training import rundir
+from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretrain import pretrain
-from micl_zoo.training.recipes import RECIPES
+from micl_zoo.training.recipes import RECIPES, get_recipe
 from micl_zoo.training.step import fsdp_works_on
 from PIL import Image
 from safetensors.torch import load_file
@@ -97,6 +98,46 @@ def test_an_interrupted_run_goes_on_to_the_bit(image_folder: Callable[..., Path]
     assert len(losses(whole)) == 12
     ends = [load_file(run / "encoder" / "model.safetensors") for run in (whole, parts)]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_other_choices_of_the_method_go_on_to_the_bit(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, whole, parts = image_folder(24), tmp_path / "whole", tmp_path / "parts"
+    choices = ["views=3", "mask_ratio=0.2", "pooled_token=mean", "positions=learned", "image_size=64"]  # crops of 32
+    options = [*TWIN, "epochs=2", *choices]
+    pretrain(RECIPE, folder, whole, overrides=options, device="cpu")
+    pretrain(RECIPE, folder, parts, overrides=options, device="cpu", max_steps=2)
+    pretrain(RECIPE, folder, parts, overrides=options, device="cpu")
+    assert losses(whole) == losses(parts)
+    ends = [load_file(run / "encoder" / "model.safetensors") for run in (whole, parts)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    start = module.initial_model(get_recipe(RECIPE, options)).vit.pos_embed
+    moved = (ends[0]["pos_embed"].float() - start).abs().amax(2)[0]  # (1 + 64,)
+    assert (moved > 0).all()
+
+
+def test_the_encoder_has_the_class_position_that_it_was_trained_with(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = [*TWIN, "epochs=1", "class_position=centre", "save_dtype=float32"]
+    pretrain(RECIPE, image_folder(8), tmp_path / "run", overrides=options, device="cpu")
+    table = load_file(tmp_path / "run" / "encoder" / "model.safetensors")["pos_embed"]
+    assert torch.equal(table[0], position_table(32, (4, 4), (4, 4), class_position="centre"))
+    assert table[0, 0].abs().max() > 0
+
+
+def test_a_run_goes_on_that_is_older_than_a_field_of_its_recipe(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, run = image_folder(16), tmp_path / "run"
+    pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=1)
+    record = json.loads((run / "run.json").read_text())
+    for field in ("views", "pooled_token", "class_position", "positions", "grey_probability"):
+        del record["recipe"][field]
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(TrainingError, match="holds another run: views: 2 there, 3 asked for"):
+        pretrain(RECIPE, folder, run, overrides=[*TWIN, "views=3"], device="cpu")
+    pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=2)
+    assert [step for step, *_ in losses(run)] == [0, 1]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own doings

@@ -33,22 +33,23 @@ def recipe(twin: Recipe) -> Recipe:
     return dataclasses.replace(twin, batch_size=BATCH)
 
 
-def seen() -> tuple[Tensor, Tensor]:
-    """Patches (B, 2, K/2, P) float64 and views (B, 2, K/2) of a whole batch."""
+def seen(count: int) -> tuple[Tensor, Tensor]:
+    """Patches (B, V, 4, P) float64 and views (B, V, 4) of a whole batch."""
     generator = torch.Generator().manual_seed(1)
-    patches = torch.randn(BATCH, 2, 4, 3 * 8 * 8, generator=generator, dtype=torch.float64)
-    return patches, torch.rand(BATCH, 16, generator=generator).argsort(1)[:, :8].unflatten(1, (2, 4))
+    patches = torch.randn(BATCH, count, 4, 3 * 8 * 8, generator=generator, dtype=torch.float64)
+    return patches, torch.rand(BATCH, 16, generator=generator).argsort(1)[:, : 4 * count].unflatten(1, (count, 4))
 
 
 def make_step(recipe: Recipe, ranks: Ranks | None = None, micro_batch: int | None = None) -> TrainStep:
     vit = small_vit().double()
     vit.set_grad_checkpointing(recipe.activation_checkpointing)
-    model = MiCL(vit, mask_ratio=recipe.mask_ratio, kappa=recipe.kappa, temperature=recipe.temperature)
+    names = ("mask_ratio", "kappa", "temperature", "views", "pooled_token", "class_position", "positions")
+    model = MiCL(vit, **{name: getattr(recipe, name) for name in names})
     return TrainStep(model, recipe, ranks, micro_batch=micro_batch)
 
 
 def result(step: TrainStep, share: Share = WHOLE) -> tuple[float, float, Gradients]:
-    patches, views = seen()
+    patches, views = seen(step.model.views)
     loss, accuracy = step.accumulate(share.of(patches), share.of(views))
     gradients = {}
     for name, parameter in step.model.vit.named_parameters():
@@ -99,11 +100,11 @@ def assert_same(found: tuple[float, float, Gradients], wanted: tuple[float, floa
 
 def by_groups(recipe: Recipe) -> tuple[float, float, Gradients]:
     """The oracle: the mean of the groups' losses, one graph, one process, no step."""
-    patches, views = seen()
+    patches, views = seen(recipe.views)
     model = make_step(recipe).model
     losses, accuracies = zip(
         *(
-            contrastive_loss(model.class_tokens(p, v, (4, 4)), kappa=recipe.kappa, temperature=recipe.temperature)
+            contrastive_loss(model.pool_views(p, v, (4, 4)), kappa=recipe.kappa, temperature=recipe.temperature)
             for p, v in zip(patches.split(recipe.contrast_size), views.split(recipe.contrast_size), strict=True)
         ),
         strict=True,
@@ -132,6 +133,7 @@ def test_recomputed_blocks_give_the_same_gradients(recipe: Recipe) -> None:
 def test_ranks_give_the_gradients_of_one_process(recipe: Recipe, tmp_path: Path, world: int) -> None:
     changes: list[dict[str, Any]] = [{"negatives": "global"}, {"contrast_batch": BATCH // world}]
     if world == 2:
+        changes += [{"negatives": "global", "views": 3, "pooled_token": "mean", "positions": "learned"}]
         changes += [{"contrast_batch": 4}, *({**change, "parallel": "fsdp"} for change in changes if FSDP)]
     cases = [(dataclasses.replace(recipe, **change), micro_batch) for change in changes for micro_batch in (None, 3)]
     for (case, _), found in zip(cases, on_ranks(world, cases, tmp_path / "found.pt"), strict=True):

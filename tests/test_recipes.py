@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from micl_zoo.training.optim import learning_rate, make_optimizer
-from micl_zoo.training.pretrain import make_vit
-from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe
+from micl_zoo.training.pretrain import initial_model, make_vit
+from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, smoke_twin
 
 from micl_zoo.errors import UsageError
 from micl_zoo.zoo import RECORDS
@@ -55,6 +56,8 @@ def test_overrides_are_typed() -> None:
         ("num_heads=0", "num_heads must be at least 1, got 0"),
         ("warmup_epochs=500", "warmup_epochs must be from 0 to epochs 12, got 500"),
         ("norm_eps=1e-5", "norm_eps must be 1e-06"),
+        ("views=5", "views must be 2, 3 or 4, got 5"),
+        ("pooled_token=patches", "pooled_token=patches: expected cls or mean"),
     ],
 )
 def test_wrong_overrides_say_what_is_expected(change: str, text: str) -> None:
@@ -76,6 +79,36 @@ def test_the_learning_rate_warms_up_and_ends_at_zero(twin: Recipe) -> None:
     assert rates[20] == max(rates) == pytest.approx(recipe.lr)
     assert rates[60] == pytest.approx(recipe.lr / 2)
     assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+def test_positions_of_the_class_token_are_chosen_once(twin: Recipe) -> None:
+    with pytest.raises(UsageError, match=r"class_position must be zero with learned positions.*, got centre"):
+        dataclasses.replace(twin, class_position="centre", positions="learned")
+
+
+def test_a_smoke_twin_keeps_the_choices_of_the_method() -> None:
+    choices = ["views=3", "pooled_token=mean", "positions=learned"]
+    recipe = smoke_twin(get_recipe("vit_ti16.tin200", choices))
+    assert (recipe.views, recipe.pooled_token, recipe.positions) == (3, "mean", "learned")
+    assert smoke_twin(get_recipe("vit_ti16.tin200", ["class_position=centre"])).class_position == "centre"
+
+
+def test_learned_positions_are_drawn_from_the_seed_and_do_not_decay(twin: Recipe) -> None:
+    recipe = dataclasses.replace(twin, positions="learned")
+    frozen, model, again = (initial_model(each) for each in (twin, recipe, recipe))
+    for name, value in model.vit.state_dict().items():
+        assert torch.equal(value, again.vit.state_dict()[name]), name
+        assert torch.equal(value, frozen.vit.state_dict()[name]) == (name != "pos_embed"), name
+    assert model.vit.pos_embed.std().item() == pytest.approx(0.02, rel=0.15)
+    decays = {
+        id(p): group["weight_decay"]
+        for group in make_optimizer(model.vit, recipe).param_groups
+        for p in group["params"]
+    }
+    assert decays[id(model.vit.pos_embed)] == 0
+    assert decays[id(model.vit.cls_token)] == recipe.weight_decay  # as with frozen positions
+    frozen_groups = make_optimizer(frozen.vit, twin).param_groups
+    assert len(decays) == 1 + sum(len(group["params"]) for group in frozen_groups)
 
 
 def test_no_decay_on_biases_and_norms(twin: Recipe) -> None:

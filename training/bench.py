@@ -253,11 +253,11 @@ def device_name(device: torch.device) -> str:
 
 
 def made_up_patches(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random patches (B, 2, K/2, P) uint8 on the host, pinned for a GPU, and their places (B, 2, K/2) on the device."""
-    kept = kept_patches(recipe.num_patches, recipe.mask_ratio)
-    shape = (recipe.batch_size, 2, kept // 2, 3 * recipe.patch_size**2)
+    """Random patches (B, V, K/V, P) uint8 on the host, pinned for a GPU, and their places (B, V, K/V) on the device."""
+    kept = kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)
+    shape = (recipe.batch_size, recipe.views, kept // recipe.views, 3 * recipe.patch_size**2)
     pixels = torch.randint(256, shape, dtype=torch.uint8)
-    views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio)
+    views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio, recipe.views)
     return (pixels.pin_memory() if device.type == "cuda" else pixels), views.to(device)
 
 

@@ -1,6 +1,6 @@
 """ImageIndex -> training batches: the order and every random draw are pure functions of (seed, epoch or step).
 
-Shapes: B images, S source size, C crop size, V = 2 views, K/2 patches a view, P numbers a patch.
+Shapes: B images, S source size, C crop size, V views, K/V patches a view, P numbers a patch.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Seen(NamedTuple):
 
     Attributes:
         step: number of the batch.
-        patches: (B, 2, K/2, P) float32, normalised.
-        views: (B, 2, K/2), where in the crop's grid they are.
+        patches: (B, V, K/V, P) float32, normalised.
+        views: (B, V, K/V), where in the crop's grid they are.
     """
 
     step: int
@@ -88,7 +88,7 @@ class Draws(NamedTuple):
         crops: (B, CROP_DRAWS) uniform.
         flips: (B,) bool.
         noise: (B, N) uniform, orders the patches.
-        gain: (B, 2, 3, 1), bias: (B, 2, 3, 1), grey: (B, 2, 1, 1) bool: the colour change of each view.
+        gain: (B, V, 3, 1), bias: (B, V, 3, 1), grey: (B, V, 1, 1) bool: the colour change of each view.
     """
 
     crops: Tensor
@@ -192,7 +192,7 @@ def draw(recipe: Recipe, step: int) -> Draws:
     generator, count = seeded(recipe.seed, 1, step), recipe.batch_size
 
     def spread(width: float) -> Tensor:  # uniform in [-width, width], per view and channel
-        return (torch.rand(count, 2, 3, 1, generator=generator) * 2 - 1) * width
+        return (torch.rand(count, recipe.views, 3, 1, generator=generator) * 2 - 1) * width
 
     return Draws(
         crops=torch.rand(count, CROP_DRAWS, generator=generator),
@@ -200,7 +200,7 @@ def draw(recipe: Recipe, step: int) -> Draws:
         noise=torch.rand(count, recipe.num_patches, generator=generator),
         gain=1 + spread(recipe.color_gain),
         bias=spread(recipe.color_bias),
-        grey=torch.rand(count, 2, 1, 1, generator=generator) < recipe.grey_probability,
+        grey=torch.rand(count, recipe.views, 1, 1, generator=generator) < recipe.grey_probability,
     )
 
 
@@ -263,18 +263,18 @@ def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor,
     """From source pixels to what the network sees, on the device of the batch.
 
     Returns:
-        patches (B, 2, K/2, P) float32, cropped, flipped, normalised, each view with its own colour change; and
-        views (B, 2, K/2), where in the crop's grid they are.
+        patches (B, V, K/V, P) float32, cropped, flipped, normalised, each view with its own colour change; and
+        views (B, V, K/V), where in the crop's grid they are.
     """
     device = batch.images.device
     draws = Draws(*(numbers.to(device, non_blocking=True) for numbers in draws))
     pixels = resample(batch, draws.flips, recipe.crop_size, recipe.interpolation)
-    views = draw_views(draws.noise, recipe.mask_ratio)
+    views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)
     return normalise(gather_patches(pixels, views, recipe.patch_size), draws, recipe), views
 
 
 def normalise(patches: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
-    """Patches (B, 2, K/2, P) of pixels in 0..255 -> normalised, each view with its own colour change."""
+    """Patches (B, V, K/V, P) of pixels in 0..255 -> normalised, each view with its own colour change."""
     device = patches.device
     colors = patches.unflatten(3, (3, -1))
     mean, std = (torch.tensor(v, device=device)[:, None] * 255 for v in (recipe.pixel_mean, recipe.pixel_std))
@@ -283,8 +283,8 @@ def normalise(patches: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
 
 
 def change_color(patches: Tensor, draws: Draws) -> Tensor:
-    """A random gain, bias and greyscale per view: patches (B, 2, K/2, P), the same shape back."""
-    colors = patches.unflatten(3, (3, -1))  # (B, 2, K/2, 3, p * p)
+    """A random gain, bias and greyscale per view: patches (B, V, K/V, P), the same shape back."""
+    colors = patches.unflatten(3, (3, -1))  # (B, V, K/V, 3, p * p)
     luma = torch.tensor([0.299, 0.587, 0.114], device=patches.device)[:, None]
     grey = (colors * luma).sum(3, keepdim=True)
     colors = torch.where(draws.grey[:, :, :, :, None], grey, colors)
@@ -386,7 +386,7 @@ class StreamedCorpus:
         for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
             draws = draw(recipe, step).share(share)
             draws = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
-            views = draw_views(draws.noise, recipe.mask_ratio)  # (B, 2, K/2)
+            views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)  # (B, V, K/V)
             pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8, device=self.device)
             for cut in cuts:
                 if isinstance(cut, SourceError):
@@ -404,7 +404,7 @@ class _Cut(NamedTuple):
 
     Attributes:
         places: (b,), where in the share they belong.
-        pixels: (b, 2, K/2, P) uint8, their visible patches.
+        pixels: (b, V, K/V, P) uint8, their visible patches.
         refused: the images met that could not be decoded.
     """
 
@@ -432,7 +432,7 @@ class _Crops(Dataset[_Cut | SourceError]):
         rows = self.share.of(batch_rows(recipe, len(self.index), step, self.blocks))
         places = rows.argsort().tensor_split(self.pieces)[piece]  # as they lie, so that few pieces read a row group
         draws = Draws(*(numbers[places] for numbers in draw(recipe, step).share(self.share)))
-        views = draw_views(draws.noise, recipe.mask_ratio)  # (b, 2, K/2)
+        views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)  # (b, V, K/V)
         pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8)
         for at, place in enumerate(places.tolist()):
             crop = self._crop(int(rows[place]), draws.crops[at], refused)
@@ -469,7 +469,7 @@ class _Crops(Dataset[_Cut | SourceError]):
 
 
 def _cut_patches(crop: np.ndarray, views: np.ndarray, patch_size: int) -> np.ndarray:
-    """The visible patches of one crop (C, C, 3): (2, K/2, P), each flattened channel first."""
+    """The visible patches of one crop (C, C, 3): (V, K/V, P), each flattened channel first."""
     across = crop.shape[1] // patch_size
     grid = crop.reshape(-1, patch_size, across, patch_size, 3).transpose(0, 2, 4, 1, 3)  # (down, across, 3, p, p)
     return grid[views // across, views % across].reshape(*views.shape, -1)

@@ -1,20 +1,92 @@
-"""Weighted k-nearest-neighbour accuracy on frozen embeddings, the contract of DINO: cosine, k = 20, T = 0.07."""
+"""Weighted k-nearest-neighbour classification of frozen embeddings, the contract of DINO: cosine, T = 0.07."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from micl_zoo.encoder import Encoder, Pool
-from micl_zoo.engines import resolve_precision
-from micl_zoo.errors import SourceError
-from micl_zoo.extract import embed_index
-from micl_zoo.sources import PARQUET_CELL, ImageIndex, index_source
+from micl_zoo.errors import UsageError
+
+from .features import embed_labelled
+from .labelled import LabelledSet
+
+KS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+QUERY_ROWS, BANK_ROWS = 1024, 65_536  # of one matrix of cosines: 268 MB in float32
+
+Bank = Iterable[tuple[np.ndarray, np.ndarray]]  # pieces: rows (n, D) and their class numbers (n,)
+
+
+def knn_predict(
+    bank: Bank,
+    queries: np.ndarray,
+    *,
+    classes: int,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    device: str | torch.device = "cpu",
+) -> dict[int, np.ndarray]:
+    """The class that the k nearest rows of the bank vote for, for several k from one search.
+
+    A neighbour votes exp(cosine / temperature) for its class. The bank may be larger than memory: it is gone through
+    once, and of each piece only the nearest rows stay.
+
+    Args:
+        bank: pieces of any size and scale; rows are L2-normalised here.
+        queries: (N, D), any scale.
+        classes: how many there are; numbers go from 0.
+        ks: neighbours; at most as many as the bank has rows vote.
+        temperature: of the votes.
+        device: that computes.
+
+    Returns:
+        By k: (N,) int64.
+
+    Raises:
+        UsageError: an empty bank, or another width than the queries'.
+    """
+    asked = F.normalize(torch.from_numpy(queries).to(device).float(), dim=1)  # (N, D)
+    cosines, labels = torch.empty(len(asked), 0, device=device), torch.empty(len(asked), 0, dtype=torch.long)
+    labels = labels.to(device)
+    for rows, numbers in _pieces(bank):
+        if rows.shape[1] != asked.shape[1]:
+            raise UsageError(f"the bank has rows of {rows.shape[1]} numbers, the queries of {asked.shape[1]}")
+        piece = F.normalize(torch.from_numpy(rows).to(device).float(), dim=1)
+        cosines, labels = _nearest(asked, piece, torch.from_numpy(numbers).to(device).long(), cosines, labels, max(ks))
+    if not cosines.shape[1]:
+        raise UsageError("the bank has no rows: nothing to look for neighbours among")
+    votes = (cosines.double() / temperature).exp()
+    found = {}
+    for k in ks:
+        ballot = torch.zeros(len(asked), classes, dtype=votes.dtype, device=device)
+        found[k] = ballot.scatter_add_(1, labels[:, :k], votes[:, :k]).argmax(1).cpu().numpy()
+    return found
+
+
+def _pieces(bank: Bank) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    for rows, numbers in bank:
+        for start in range(0, len(rows), BANK_ROWS):
+            yield rows[start : start + BANK_ROWS], numbers[start : start + BANK_ROWS]
+
+
+def _nearest(
+    asked: Tensor, piece: Tensor, numbers: Tensor, cosines: Tensor, labels: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    """The nearest so far, (N, <= most) cosines in falling order and labels, with a piece of the bank added."""
+    best = []
+    for start in range(0, len(asked), QUERY_ROWS):
+        part = slice(start, start + QUERY_ROWS)
+        cosine, place = (asked[part] @ piece.T).topk(min(most, len(piece)))  # (n, <= most)
+        together = torch.cat([cosines[part], cosine], dim=1)
+        named = torch.cat([labels[part], numbers[place]], dim=1)
+        kept, order = together.topk(min(most, together.shape[1]))
+        best.append((kept, named.gather(1, order)))
+    return torch.cat([kept for kept, _ in best]), torch.cat([named for _, named in best])
 
 
 def knn_accuracy(
@@ -24,92 +96,22 @@ def knn_accuracy(
     test_labels: np.ndarray,
     *,
     k: int = 20,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
 ) -> float:
     """Share of test rows whose k nearest training rows vote for their label.
 
-    A neighbour votes exp(cosine / temperature) for its class.
-
     Args:
-        train: (M, D), any scale; rows are L2-normalised here. test: (N, D).
+        train: (M, D), any scale. test: (N, D).
         train_labels: (M,) and test_labels: (N,), whole numbers from 0.
-        k: neighbours, M at most.
+        k: neighbours; all rows vote where there are fewer.
         temperature: of the votes.
     """
-    bank = F.normalize(torch.from_numpy(train).float(), dim=1)  # (M, D)
-    labels, truth = torch.from_numpy(train_labels).long(), torch.from_numpy(test_labels).long()
-    classes, hits = int(labels.max()) + 1, 0
-    for queries, wanted in zip(torch.from_numpy(test).float().split(1024), truth.split(1024), strict=True):
-        cosine, nearest = (F.normalize(queries, dim=1) @ bank.T).topk(min(k, len(bank)))  # (n, k)
-        votes = torch.zeros(len(queries), classes).scatter_add_(1, labels[nearest], (cosine / temperature).exp())
-        hits += int((votes.argmax(1) == wanted).sum())
-    return hits / len(test)
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    found = knn_predict([(train, train_labels)], test, classes=classes, ks=(k,), temperature=temperature)
+    return float((found[k] == test_labels).mean())
 
 
-class Probe(NamedTuple):
-    """A labelled set that a run is measured on while it trains.
-
-    Attributes:
-        name: of its folder.
-        train: images the neighbours are looked for among.
-        test: images asked about.
-    """
-
-    name: str
-    train: ImageIndex
-    test: ImageIndex
-
-    @classmethod
-    def open(cls, folder: Path, images: int) -> Probe:
-        """A folder with train*.parquet and test.parquet or val.parquet, which have the columns image and label.
-
-        Args:
-            folder: of the set.
-            images: of the training part, at most; of the test part a quarter of that.
-
-        Raises:
-            SourceError: files or labels that are missing.
-        """
-        test = next((file for name in ("test", "val") if (file := folder / f"{name}.parquet").is_file()), None)
-        if test is None or not any(folder.glob("train*.parquet")):
-            raise SourceError(
-                f"--knn {str(folder)!r} needs a folder with train*.parquet and test.parquet or val.parquet in it"
-            )
-        train = index_source(sorted(folder.glob("train*.parquet"))).slice(0, images)
-        probe = cls(folder.resolve().name, train, index_source(test).slice(0, max(1, images // 4)))
-        read_labels(probe.train), read_labels(probe.test)  # now and not in the middle of the run
-        return probe
-
-    def measure(self, encoder: Encoder) -> float:
-        """K-NN accuracy, 0 to 1."""
-        return knn_accuracy(*embed_labelled(encoder, self.train), *embed_labelled(encoder, self.test))
-
-
-def embed_labelled(
-    encoder: Encoder, index: ImageIndex, *, batch_size: int = 64, pool: Pool = "cls"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (N, D) and labels (N,) of a parquet index with a `label` column; refused images are left out."""
-    autocast, _ = resolve_precision("auto", encoder.device)
-    labels = dict(zip((entry.id for entry in index.entries()), read_labels(index), strict=True))
-    batches = list(embed_index(encoder, index, batch_size=batch_size, autocast=autocast, pool=pool))
-    ids = [name for batch in batches for name in batch.ids]
-    return np.concatenate([batch.embeddings for batch in batches]), np.array([labels[name] for name in ids])
-
-
-def read_labels(index: ImageIndex) -> list[int]:
-    """The `label` column of the parquet files behind an index, row by row.
-
-    Raises:
-        SourceError: images that are not parquet cells, or a file without the column.
-    """
-    columns: dict[str, list[int]] = {}
-    labels = []
-    for entry in index.entries():
-        if entry.length != PARQUET_CELL:
-            raise SourceError(f"{entry.id!r} has no label: labels are read from the `label` column of parquet files")
-        if entry.uri not in columns:
-            if "label" not in pq.read_schema(entry.uri).names:
-                raise SourceError(f"{entry.uri!r} has no column `label`")
-            columns[entry.uri] = pq.read_table(entry.uri, columns=["label"])["label"].to_pylist()
-        labels.append(columns[entry.uri][entry.offset])
-    return labels
+def measure_knn(encoder: Encoder, labelled: LabelledSet, pool: Pool = "cls") -> float:
+    """K-NN accuracy of one pool's features on a set, k = 20, 0 to 1."""
+    train, test = (embed_labelled(encoder, part, pools=(pool,)) for part in (labelled.train, labelled.test))
+    return knn_accuracy(train.rows[pool], train.labels, test.rows[pool], test.labels)

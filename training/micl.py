@@ -2,7 +2,7 @@
 
 Keep a fifth of an image's patches, split them into two disjoint views, contrast the class tokens over the batch.
 
-Shapes: B images, N patches of the whole image, K patches kept (K/2 a view), D width,
+Shapes: B images, N patches of the whole image, K patches kept, V views (two in the paper; K/V patches each), D width,
 P = 3 * patch_size ** 2 numbers a patch.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from itertools import combinations
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,46 +27,70 @@ class MiCLOutput(NamedTuple):
 
     Attributes:
         loss: () float32.
-        class_tokens: (B, 2, D), after the final norm, not L2-normalised.
+        pooled: (B, V, D), what is contrasted of each view, after the final norm, not L2-normalised.
         accuracy: () float32 without gradient: how often an image's other view is the most similar of the batch.
     """
 
     loss: Tensor
-    class_tokens: Tensor
+    pooled: Tensor
     accuracy: Tensor
 
 
 class MiCL(nn.Module):
     """MiCL over a timm `VisionTransformer`; the ViT's weights are trained in place, under timm's names.
 
-    The position table is replaced by the frozen 2-D sin-cos one; no other weight is touched (see `init_weights`).
+    The position table is replaced by the frozen 2-D sin-cos one, or trained as it is; no other weight is touched (see
+    `init_weights`).
 
     Args:
         vit: with a class token, no other prefix token, and class-token pooling (`num_classes=0`).
-        mask_ratio: share of the patches that neither view sees; K = floor(N * (1 - mask_ratio)) // 2 * 2 are kept.
+        mask_ratio: share of the patches that no view sees; K = floor(N * (1 - mask_ratio)) // V * V are kept.
         kappa: concentration of the T-distributed spherical similarity.
         temperature: divides the similarity.
+        views: V, at least 2.
+        pooled_token: what is contrasted: "cls", the class token, or "mean" of a view's patch tokens.
+        class_position: of the frozen table's row for the class token: "zero", or the "centre" of the grid.
+        positions: "sincos", the frozen table, or "learned", that of the ViT, which has a row for the class token.
 
     Raises:
-        UsageError: a ViT without what is named above, or a mask ratio outside [0, 1).
+        UsageError: a ViT without what is named above, a mask ratio outside [0, 1), fewer than two views, or a
+            class_position beside learned positions.
     """
 
     def __init__(
-        self, vit: VisionTransformer, *, mask_ratio: float, kappa: float = 1 / 64, temperature: float = 0.07
+        self,
+        vit: VisionTransformer,
+        *,
+        mask_ratio: float,
+        kappa: float = 1 / 64,
+        temperature: float = 0.07,
+        views: int = 2,
+        pooled_token: Literal["cls", "mean"] = "cls",
+        class_position: Literal["zero", "centre"] = "zero",
+        positions: Literal["sincos", "learned"] = "sincos",
     ) -> None:
         super().__init__()
         _check_vit(vit)
         if not 0 <= mask_ratio < 1:
             raise UsageError(f"mask_ratio must be at least 0 and below 1, got {mask_ratio}")
+        if views < 2:
+            raise UsageError(f"views must be at least 2, got {views}")
+        if positions == "learned" and class_position != "zero":
+            raise UsageError("class_position must be zero with learned positions: they have a row for the class token")
         self.vit = vit
+        self.views = views
+        self.pooled_token = pooled_token
+        self.class_position = class_position
+        self.positions = positions
         self.mask_ratio = mask_ratio
         self.kappa = kappa
         self.temperature = temperature
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.grid_size: tuple[int, int] = vit.patch_embed.grid_size
-        with torch.no_grad():
-            vit.pos_embed.copy_(position_table(vit.embed_dim, self.grid_size, self.grid_size))
-        vit.pos_embed.requires_grad_(False)
+        if positions == "sincos":
+            with torch.no_grad():
+                vit.pos_embed.copy_(self._sincos(self.grid_size))
+        vit.pos_embed.requires_grad_(positions == "learned")
 
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MiCLOutput:
         """Loss of a batch of whole images; only the visible patches are embedded.
@@ -81,47 +106,54 @@ class MiCL(nn.Module):
         grid = grid_of(pixel_values, self.patch_size)
         if noise is None:
             noise = torch.rand(pixel_values.shape[0], grid[0] * grid[1], device=pixel_values.device)
-        views = draw_views(noise, self.mask_ratio)  # (B, 2, K/2)
+        views = draw_views(noise, self.mask_ratio, self.views)  # (B, V, K/V)
         return self.contrast(gather_patches(pixel_values, views, self.patch_size), views, grid)
 
     def contrast(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> MiCLOutput:
         """Loss of patches that were gathered already.
 
         Args:
-            patches: (B, 2, K/2, P), normalised pixels of the visible patches, flattened channel first.
-            views: (B, 2, K/2), where in the grid each patch is, row by row.
+            patches: (B, V, K/V, P), normalised pixels of the visible patches, flattened channel first.
+            views: (B, V, K/V), where in the grid each patch is, row by row.
             grid: patches down and across the image they came from.
         """
-        class_tokens = self.class_tokens(patches, views, grid)
-        loss, accuracy = contrastive_loss(class_tokens, kappa=self.kappa, temperature=self.temperature)
-        return MiCLOutput(loss, class_tokens, accuracy)
+        pooled = self.pool_views(patches, views, grid)
+        loss, accuracy = contrastive_loss(pooled, kappa=self.kappa, temperature=self.temperature)
+        return MiCLOutput(loss, pooled, accuracy)
 
-    def class_tokens(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The class token of each view after the final norm: (B, 2, D). The arguments are those of `contrast`."""
+    def pool_views(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What is contrasted of each view, after the final norm: (B, V, D). The arguments are those of `contrast`."""
+        if self.pooled_token == "mean":
+            return self.encode_views(patches, views, grid)[:, :, 1:].mean(2)
         return self.vit.norm(self._blocks(patches, views, grid)[:, :, 0])
 
     def encode_views(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens of both views after the final norm, the class token first: (B, 2, K/2 + 1, D)."""
+        """Tokens of all views after the final norm, the class token first: (B, V, K/V + 1, D)."""
         return self.vit.norm(self._blocks(patches, views, grid))
 
     def _blocks(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
-        batch = patches.shape[0]
+        sequences = patches.shape[:2]  # B, V
         positions = self._positions(grid, patches.device)  # (1 + N, D)
         conv = self.vit.patch_embed.proj
-        tokens = F.linear(patches, conv.weight.flatten(1), conv.bias)  # (B, 2, K/2, D)
-        tokens = tokens + positions[1:][views]
-        tokens = tokens.flatten(0, 1)  # (2B, K/2, D)
-        class_token = (self.vit.cls_token + positions[:1]).expand(2 * batch, -1, -1).to(tokens.dtype)
-        tokens = torch.cat([class_token, tokens], dim=1)  # (2B, K/2 + 1, D)
+        tokens = F.linear(patches, conv.weight.flatten(1), conv.bias)  # (B, V, K/V, D)
+        tokens = tokens + F.embedding(views, positions[1:])  # not [views], whose gradient differs from run to run
+        tokens = tokens.flatten(0, 1)  # (VB, K/V, D)
+        class_token = (self.vit.cls_token + positions[:1]).expand(len(tokens), -1, -1).to(tokens.dtype)
+        tokens = torch.cat([class_token, tokens], dim=1)  # (VB, K/V + 1, D)
         tokens = self.vit.norm_pre(tokens)
         for block in self.vit.blocks:
             tokens = checkpoint(block, tokens, use_reentrant=False) if self.vit.grad_checkpointing else block(tokens)
-        return tokens.unflatten(0, (batch, 2))
+        return tokens.unflatten(0, sequences)
 
     def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         if grid == self.grid_size:
             return self.vit.pos_embed[0]
-        return position_table(self.vit.embed_dim, grid, self.grid_size).to(device)
+        if self.positions == "learned":
+            return stretched_positions(self.vit.pos_embed[0], self.grid_size, grid)
+        return self._sincos(grid).to(device)
+
+    def _sincos(self, grid: tuple[int, int]) -> Tensor:
+        return position_table(self.vit.embed_dim, grid, self.grid_size, class_position=self.class_position)
 
 
 def grid_of(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
@@ -136,39 +168,40 @@ def grid_of(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
     return shape[2] // patch_size, shape[3] // patch_size
 
 
-def kept_patches(num_patches: int, mask_ratio: float) -> int:
-    """K, the even number of patches that stay visible, half of them in each view (reference code).
+def kept_patches(num_patches: int, mask_ratio: float, views: int = 2) -> int:
+    """K, the patches that stay visible, as many in each view (reference code, for two views).
 
     Raises:
         UsageError: when a view would be empty.
     """
-    kept = math.floor(num_patches * (1 - mask_ratio)) // 2 * 2
-    if kept < 2:
-        limit = math.floor(1e4 * (1 - 2 / num_patches)) / 1e4
+    kept = math.floor(num_patches * (1 - mask_ratio)) // views * views
+    if not kept:
+        limit = math.floor(1e4 * (1 - views / num_patches) - 1e-6) / 1e4  # less than exact, which a float may exceed
+        count = {2: "two", 3: "three", 4: "four"}.get(views, views)
         raise UsageError(
-            f"mask_ratio {mask_ratio} of {num_patches} patches leaves no patch for two views: use {limit} at most"
+            f"mask_ratio {mask_ratio} of {num_patches} patches leaves no patch for {count} views: use {limit} at most"
         )
     return kept
 
 
-def draw_views(noise: Tensor, mask_ratio: float) -> Tensor:
-    """Two disjoint random sets of patches an image: noise (B, N) -> indices (B, 2, K/2)."""
-    kept = kept_patches(noise.shape[1], mask_ratio)
-    return noise.argsort(dim=1, stable=True)[:, :kept].unflatten(1, (2, kept // 2))
+def draw_views(noise: Tensor, mask_ratio: float, views: int = 2) -> Tensor:
+    """Disjoint random sets of patches, `views` an image: noise (B, N) -> indices (B, V, K/V)."""
+    kept = kept_patches(noise.shape[1], mask_ratio, views)
+    return noise.argsort(dim=1, stable=True)[:, :kept].unflatten(1, (views, -1))
 
 
 def gather_patches(pixel_values: Tensor, views: Tensor, patch_size: int) -> Tensor:
-    """The visible patches only: (B, 3, H, W) at (B, V, K/2) -> (B, V, K/2, P), each flattened channel first."""
+    """The visible patches only: (B, 3, H, W) at (B, V, K/V) -> (B, V, K/V, P), each flattened channel first."""
     down, across = grid_of(pixel_values, patch_size)
     batch = pixel_values.shape[0]
     grid = pixel_values.reshape(batch, 3, down, patch_size, across, patch_size)
     rows = torch.arange(batch, device=views.device)[:, None, None]
-    patches = grid.permute(0, 2, 4, 1, 3, 5)[rows, views // across, views % across]  # (B, V, K/2, 3, p, p)
+    patches = grid.permute(0, 2, 4, 1, 3, 5)[rows, views // across, views % across]  # (B, V, K/V, 3, p, p)
     return patches.flatten(3)
 
 
 def contrastive_loss(
-    class_tokens: Tensor,
+    pooled: Tensor,
     *,
     kappa: float,
     temperature: float,
@@ -177,57 +210,96 @@ def contrastive_loss(
 ) -> tuple[Tensor, Tensor]:
     """Symmetric cross-entropy over tSP similarities, in float32 at least, whatever the autocast dtype.
 
+    With more than two views it is the mean over all pairs of views.
+
     Args:
-        class_tokens: (B, 2, D).
+        pooled: (B, V, D), a vector a view.
         kappa: concentration of the similarity.
         temperature: divides the similarity.
-        all_rows: for negatives from other processes: from the rows of this one, (B, 2, D), to those of all. Only this
+        all_rows: for negatives from other processes: from the rows of this one, (B, V, D), to those of all. Only this
             process's rows of the matrix are computed; the mean over the processes is the loss of the whole batch.
         first_row: where this process's rows begin among all.
 
     Returns:
         The loss () and, without gradient, the contrastive accuracy ().
     """
-    with torch.autocast(class_tokens.device.type, enabled=False):
-        wide = class_tokens if class_tokens.dtype == torch.float64 else class_tokens.float()
-        unit = F.normalize(wide, dim=-1)  # (B, 2, D)
-        first, second = unit.unbind(1)
-        if all_rows is None:
-            cosines = [cosine := first @ second.T, cosine.T]  # (B, B), who asks by who is asked
-        else:
-            every_first, every_second = all_rows(unit).unbind(1)
-            cosines = [first @ every_second.T, second @ every_first.T]  # (B, world * B)
+    with torch.autocast(pooled.device.type, enabled=False):
+        unit = F.normalize(pooled if pooled.dtype == torch.float64 else pooled.float(), dim=-1)  # (B, V, D)
+        every = unit if all_rows is None else all_rows(unit)  # (world * B, V, D)
         target = torch.arange(len(unit), device=unit.device) + first_row
-        logits = [0.5 * (1 + cosine) / (1 + (1 - cosine) * kappa) / temperature for cosine in cosines]
-        loss = (F.cross_entropy(logits[0], target) + F.cross_entropy(logits[1], target)) / 2
-        hits = [(asked.argmax(1) == target).float().mean() for asked in logits]
-    return loss, ((hits[0] + hits[1]) / 2).detach()
+        losses, hits = [], []
+        for first, second in combinations(range(unit.shape[1]), 2):
+            there = unit[:, first] @ every[:, second].T  # (B, world * B), who asks by who is asked
+            back = there.T if all_rows is None else unit[:, second] @ every[:, first].T
+            for cosine in (there, back):
+                logits = 0.5 * (1 + cosine) / (1 + (1 - cosine) * kappa) / temperature
+                losses.append(F.cross_entropy(logits, target))
+                hits.append((logits.argmax(1) == target).float().mean())
+    return torch.stack(losses).mean(), torch.stack(hits).mean()
 
 
-def position_table(embed_dim: int, grid: tuple[int, int], full_grid: tuple[int, int]) -> Tensor:
-    """The fixed 2-D sin-cos positions (reference code), a zero row for the class token first: (1 + N, D) float32.
+def position_table(
+    embed_dim: int,
+    grid: tuple[int, int],
+    full_grid: tuple[int, int],
+    *,
+    class_position: Literal["zero", "centre"] = "zero",
+) -> Tensor:
+    """The fixed 2-D sin-cos positions (reference code), a row for the class token first: (1 + N, D) float32.
 
     The first half of a row encodes the patch's column, the second its row, each as sines then cosines at
     embed_dim / 4 frequencies.
     A grid smaller than `full_grid` is stretched over it: patch centres keep their place in the image.
+
+    Args:
+        embed_dim: D.
+        grid: patches down and across.
+        full_grid: those of the images that the ViT takes.
+        class_position: of the first row: "zero", or the position at the "centre" of the full grid.
 
     Raises:
         UsageError: a width that is no multiple of 4.
     """
     if embed_dim % 4:
         raise UsageError(f"embed_dim must be a multiple of 4 for sin-cos positions, got {embed_dim}")
+    table = _sincos(embed_dim, *(_centres(n, full) for n, full in zip(grid, full_grid, strict=True)))
+    middle = _sincos(embed_dim, *(_centres(1, full) for full in full_grid))
+    return torch.cat([middle if class_position == "centre" else torch.zeros_like(middle), table]).float()
+
+
+def stretched_positions(table: Tensor, full_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """A table (1 + M, D) of a full grid -> (1 + N, D), bilinearly, where `position_table` puts the patches of `grid`.
+
+    The row for the class token, the first, stays.
+    """
+    full = table[1:].unflatten(0, full_grid).permute(2, 0, 1)  # (D, down, across)
+    rows = F.interpolate(full[None], size=grid, mode="bilinear", align_corners=False)[0].flatten(1).T  # (N, D)
+    return torch.cat([table[:1], rows])
+
+
+def _centres(count: int, full: int) -> Tensor:
+    """Where the centres of `count` patches lie that are stretched over `full` of them: (count,) float64."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) * (full / count) - 0.5
+
+
+def _sincos(embed_dim: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Positions of the grid of all rows and columns: (R,) and (C,) -> (R * C, D) float64."""
     frequencies = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
-    axes = [
-        (torch.arange(n, dtype=torch.float64) + 0.5) * (full / n) - 0.5 for n, full in zip(grid, full_grid, strict=True)
-    ]
-    row, column = torch.meshgrid(*axes, indexing="ij")
-    angles = [axis.flatten()[:, None] * frequencies for axis in (column, row)]  # (N, D/4) each
-    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros(1, embed_dim, dtype=torch.float64), table]).float()
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (column, row)]  # (R * C, D/4) each
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
 
 
-def init_weights(vit: VisionTransformer, *, generator: torch.Generator | None = None) -> None:
-    """Initialise as the paper's code does: xavier-uniform Linears (the patch embedding too), class token std 0.02."""
+def init_weights(
+    vit: VisionTransformer, *, learned_positions: bool = False, generator: torch.Generator | None = None
+) -> None:
+    """Initialise as the paper's code does: xavier-uniform Linears (the patch embedding too), class token std 0.02.
+
+    Args:
+        vit: to initialise in place.
+        learned_positions: draw the position table, too, last and with std 0.02.
+        generator: of the draws.
+    """
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -240,6 +312,8 @@ def init_weights(vit: VisionTransformer, *, generator: torch.Generator | None = 
     nn.init.xavier_uniform_(conv.weight.data.flatten(1), generator=generator)
     nn.init.zeros_(conv.bias)
     nn.init.normal_(vit.cls_token, std=0.02, generator=generator)
+    if learned_positions:
+        nn.init.normal_(vit.pos_embed, std=0.02, generator=generator)
 
 
 def _check_vit(vit: VisionTransformer) -> None:

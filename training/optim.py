@@ -12,8 +12,9 @@ from .recipes import Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only, none on biases and norms."""
-    groups = param_groups_weight_decay(model, weight_decay=recipe.weight_decay)
+    """Fused AdamW; weight decay on matrices and the class token, none on biases, norms and learned positions."""
+    without = ["pos_embed"] if recipe.positions == "learned" else []
+    groups = param_groups_weight_decay(model, weight_decay=recipe.weight_decay, no_weight_decay_list=without)
     return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
 
 

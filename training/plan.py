@@ -1,7 +1,7 @@
 """What a run will cost, from its recipe alone: batch, steps, FLOPs, memory, hours, disk. Nothing is trained.
 
-T tokens a view (K/2 patches and the class token), D width, M = mlp_ratio * D hidden width, L blocks, B images that are
-contrasted with each other, P = 3 * patch_size ** 2 numbers a patch. One multiply-add is 2 FLOPs.
+V views, T tokens a view (K/V patches and the class token), D width, M = mlp_ratio * D hidden width, L blocks, B images
+that are contrasted with each other, P = 3 * patch_size ** 2 numbers a patch. One multiply-add is 2 FLOPs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StepFlops(NamedTuple):
         patch_embed: of the visible patches; pixels get no gradient, so the backward pass is 1 x the forward one.
         blocks: the four Linear layers of every block; backward 2 x forward, as for all that follows.
         attention: queries x keys and weights x values.
-        similarity: an image's row of the B x B matrix.
+        similarity: an image's row of the B x B matrix of each pair of views.
     """
 
     patch_embed: float
@@ -85,7 +85,7 @@ class MemoryEstimate(NamedTuple):
         casts: bf16 copies of the matrices, which autocast keeps for the backward pass.
         pixels: visible patches of all images of a step on this GPU, fp32.
         activations: what the images of one forward pass keep for the backward pass.
-        loss: twelve fp32 matrices of similarities: six kept for the backward pass, six being worked on.
+        loss: fp32 matrices of similarities: six a pair of views kept for the backward pass, six being worked on.
     """
 
     weights: float
@@ -145,7 +145,7 @@ class Plan:
         micro_batch: images a forward pass: a share, or in as few equal pieces as `micro_batch` asks for.
         steps_per_epoch: whole batches in the corpus.
         kept: K, visible patches of an image.
-        parameters, frozen: numbers that are trained, and those of the fixed position table.
+        parameters, frozen: numbers that are trained, and those of the position table where it is fixed.
         flops: that the method needs, an image.
         memory: of one GPU.
     """
@@ -207,7 +207,7 @@ class Plan:
     @property
     def view_tokens(self) -> int:
         """T, the class token among them."""
-        return self.kept // 2 + 1
+        return self.kept // self.recipe.views + 1
 
     @property
     def total_flops(self) -> float:
@@ -226,7 +226,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one file: fp32 weights and two moments, 3 x 4 bytes a parameter, and the position table."""
+        """Of one file: fp32 weights and two moments, 3 x 4 bytes a parameter, and fixed positions."""
         return 4 * (3 * self.parameters + self.frozen)
 
     @property
@@ -325,7 +325,7 @@ def images_per_process(recipe: Recipe, world: int) -> int:
 
 
 def step_flops(recipe: Recipe) -> StepFlops:
-    """FLOPs that the method needs for one image: two views of T tokens, forward and backward.
+    """FLOPs that the method needs for one image: its views of T tokens, forward and backward.
 
     What a program computes beyond that is not here: forward passes that are repeated, or the product that fused
     attention computes again in its backward pass. ViT-L/16 at mask ratio 0.8: 40 tokens x 2 x 302 M weights x 3 =
@@ -334,27 +334,32 @@ def step_flops(recipe: Recipe) -> StepFlops:
     Raises:
         UsageError: a mask ratio that leaves no view.
     """
-    kept, width, depth = _kept(recipe), recipe.embed_dim, recipe.depth
-    tokens = kept // 2 + 1
+    kept, width, depth, views = _kept(recipe), recipe.embed_dim, recipe.depth, recipe.views
+    tokens = kept // views + 1
     return StepFlops(
         patch_embed=2 * 2 * kept * 3 * recipe.patch_size**2 * width,
-        blocks=3 * depth * 2 * (2 * tokens) * _block_matrices(recipe),
-        attention=3 * depth * 2 * 2 * (2 * tokens**2 * width),  # 2 views x 2 products of 2 T^2 D each
-        similarity=3 * 2 * recipe.contrast_size * width,
+        blocks=3 * depth * 2 * (views * tokens) * _block_matrices(recipe),
+        attention=3 * depth * views * 2 * (2 * tokens**2 * width),  # V views x 2 products of 2 T^2 D each
+        similarity=3 * math.comb(views, 2) * 2 * recipe.contrast_size * width,
     )
 
 
 def parameter_count(recipe: Recipe) -> int:
-    """Numbers that are trained: all but the position table, see `frozen_count`."""
+    """Numbers that are trained: all but a fixed position table, see `frozen_count`."""
     width = recipe.embed_dim
     biases = 3 * width + width + _hidden(recipe) + width  # of qkv, proj, fc1, fc2
     block = _block_matrices(recipe) + biases + 4 * width  # and two norms
     embed = (3 * recipe.patch_size**2 + 1) * width
-    return embed + width + recipe.depth * block + 2 * width  # the class token before, a norm after
+    learned = _positions(recipe) if recipe.positions == "learned" else 0
+    return embed + width + recipe.depth * block + 2 * width + learned  # the class token before, a norm after
 
 
 def frozen_count(recipe: Recipe) -> int:
-    """Numbers of `pos_embed`, which the ViT holds and files carry but no step changes: (1 + N) D at image_size."""
+    """Numbers of a fixed `pos_embed`, which the ViT holds and files carry but no step changes: (1 + N) D."""
+    return _positions(recipe) if recipe.positions == "sincos" else 0
+
+
+def _positions(recipe: Recipe) -> int:
     return (1 + (recipe.image_size // recipe.patch_size) ** 2) * recipe.embed_dim
 
 
@@ -384,7 +389,7 @@ def memory_estimate(recipe: Recipe, *, images_per_gpu: int, gpus: int) -> Memory
         casts=0 if recipe.precision == "fp32" else 2 * block * recipe.depth,
         pixels=4 * _pixels(recipe) * recipe.batch_size / gpus,
         activations=images_per_gpu * _activation_bytes(recipe),
-        loss=12 * 4 * rows * recipe.contrast_size,
+        loss=6 * (math.comb(recipe.views, 2) + 1) * 4 * rows * recipe.contrast_size,
     )
 
 
@@ -409,7 +414,7 @@ def _activation_bytes(recipe: Recipe) -> int:
     rest = 4 * width + half * (6 * width + 2 * hidden)
     blocks = 4 * width * recipe.depth + rest * (1 if recipe.activation_checkpointing else recipe.depth)
     patches = 0 if recipe.precision == "fp32" else 2 * _pixels(recipe)
-    return (_kept(recipe) + 2) * (blocks + 4 * width) + patches
+    return (_kept(recipe) + recipe.views) * (blocks + 4 * width) + patches
 
 
 def _pixels(recipe: Recipe) -> int:
@@ -419,7 +424,7 @@ def _pixels(recipe: Recipe) -> int:
 def _kept(recipe: Recipe) -> int:
     from .micl import kept_patches  # torch: a second or more, so not before a plan is asked for
 
-    return kept_patches(recipe.num_patches, recipe.mask_ratio)
+    return kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)
 
 
 def _hidden(recipe: Recipe) -> int:
@@ -449,7 +454,7 @@ def _on_card(card: Card, plan: Plan) -> CardPlan:
 
 def _beside_the_paper(plan: Plan) -> PaperRun | None:
     paper = vit_l16_in1k()
-    alike = ("corpus", "patch_size", "embed_dim", "depth", "mlp_ratio", "crop_size", "mask_ratio")
+    alike = ("corpus", "patch_size", "embed_dim", "depth", "mlp_ratio", "crop_size", "mask_ratio", "views")
     if any(getattr(plan.recipe, name) != getattr(paper, name) for name in alike):
         return None
     images = PAPER_EPOCHS * PAPER_IMAGES
@@ -506,12 +511,15 @@ def _length_lines(plan: Plan) -> Lines:
 
 
 def _network_lines(plan: Plan) -> Lines:
-    recipe, flops, kept = plan.recipe, plan.flops, plan.kept
+    recipe, flops, views = plan.recipe, plan.flops, plan.recipe.views
     side = recipe.crop_size // recipe.patch_size
-    patches = f"N = {side} x {side} = {recipe.num_patches}, K = {kept} kept at mask ratio {recipe.mask_ratio:g}"
-    yield "patches", f"{patches}: 2 views x ({kept // 2} + class) = {2 * plan.view_tokens} tokens"
+    patches = f"N = {side} x {side} = {recipe.num_patches}, K = {plan.kept} kept at mask ratio {recipe.mask_ratio:g}"
+    yield "patches", f"{patches}: {views} views x ({plan.kept // views} + class) = {views * plan.view_tokens} tokens"
+    if views > 2:
+        yield "", f"{math.comb(views, 2)} pairs of views are contrasted, the loss is their mean"
     shape = f"width {recipe.embed_dim:,}, depth {recipe.depth}, {recipe.num_heads} heads"
-    yield "network", f"{shape}: {plan.parameters:,} parameters + {plan.frozen:,} fixed positions"
+    positions = f" + {plan.frozen:,} fixed positions" if plan.frozen else ", positions among them"
+    yield "network", f"{shape}: {plan.parameters:,} parameters{positions}"
     size, unit = (1e9, "GFLOP") if flops.total >= 1e8 else (1e6, "MFLOP")
     yield "compute", f"{flops.total / size:.3g} {unit} an image, forward and backward (a multiply-add is 2) ="
     yield "", _terms(flops, size, ".3g", " + ")

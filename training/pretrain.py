@@ -29,7 +29,8 @@ from micl_zoo.stop import StopRequest
 from micl_zoo.workers import default_workers
 
 from .data import Corpus, MemoryCorpus, Share, StreamedCorpus, seeded, steps_per_epoch
-from .knn import Probe
+from .knn import measure_knn
+from .labelled import LabelledSet
 from .micl import MiCL, init_weights, kept_patches
 from .optim import learning_rate, set_learning_rate
 from .plan import images_per_process
@@ -77,7 +78,7 @@ def pretrain(
             shared among its ranks, 16 at most.
         max_steps: stop after that many steps with a checkpoint, for trying things out.
         micro_batch: images a forward pass at most; smaller takes less memory and gives the same gradients.
-        knn: folders with labelled images, see `Probe.open`, measured while the run goes on.
+        knn: folders with labelled images, see `LabelledSet.open`, measured while the run goes on.
         knn_minutes: time between those measurements; there is always one at the end.
         knn_images: training images of each that neighbours are looked for among.
         wandb: project of Weights & Biases that the run is sent to.
@@ -92,11 +93,15 @@ def pretrain(
     """
     name = recipe if isinstance(recipe, str) else recipe.name
     recipe = _resolve(recipe, overrides, smoke)
-    kept_patches(recipe.num_patches, recipe.mask_ratio)  # fails now and not after the corpus has been read
+    kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)  # fails before the corpus is read
     with joined(device) as (ranks, target), StopRequest() as stop:
         _check_compiler(recipe, target)
         images_per_process(recipe, ranks.world)
-        probes = [Probe.open(Path(folder), knn_images) for folder in knn] if ranks.main else []
+        probes = (
+            [LabelledSet.open(folder, train_images=knn_images, test_images=max(1, knn_images // 4)) for folder in knn]
+            if ranks.main
+            else []
+        )
         index = index_source(data)
         steps_per_epoch(recipe, len(index))  # a corpus smaller than one batch starts no run
         paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
@@ -148,7 +153,7 @@ class _Loop:
     index: ImageIndex
     corpus: Corpus
     total_steps: int
-    probes: list[Probe]
+    probes: list[LabelledSet]
     clock: Clock
     trackers: list[Tracker] = field(default_factory=list)
     told: int = 0  # how many of the corpus's refused images the other ranks know of
@@ -286,7 +291,7 @@ class _Loop:
         vit.load_state_dict(state)
         encoder = Encoder(vit, encoder_config(self.recipe), record=None, weights_sha256=None)
         encoder.to(self.step.model.vit.cls_token.device)
-        found = {probe.name: round(probe.measure(encoder), 4) for probe in self.probes}
+        found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
         epoch = round(steps / steps_per_epoch(self.recipe, len(self.corpus)), 4)
         self._log([{"step": steps, "epoch": epoch, "knn": found, "seconds": round(self.clock.seconds(), 1)}])
         self.clock.measured()
@@ -403,14 +408,27 @@ def make_vit(recipe: Recipe) -> VisionTransformer:
     )
 
 
-def make_model(recipe: Recipe, device: torch.device) -> MiCL:
-    """The method with its ViT, initialised from the recipe's seed, on its device, compiled when the recipe says so."""
+def initial_model(recipe: Recipe) -> MiCL:
+    """The method with its ViT, initialised from the recipe's seed, on the CPU: the same weights for every device."""
     vit = make_vit(recipe)
-    init_weights(vit, generator=seeded(recipe.seed, 2))  # on the CPU: the same weights for every device
-    vit.to(device)
-    vit.set_grad_checkpointing(recipe.activation_checkpointing)
-    model = MiCL(vit, mask_ratio=recipe.mask_ratio, kappa=recipe.kappa, temperature=recipe.temperature).train()
-    for block in vit.blocks:
+    init_weights(vit, learned_positions=recipe.positions == "learned", generator=seeded(recipe.seed, 2))
+    return MiCL(
+        vit,
+        mask_ratio=recipe.mask_ratio,
+        kappa=recipe.kappa,
+        temperature=recipe.temperature,
+        views=recipe.views,
+        pooled_token=recipe.pooled_token,
+        class_position=recipe.class_position,
+        positions=recipe.positions,
+    )
+
+
+def make_model(recipe: Recipe, device: torch.device) -> MiCL:
+    """The method as it is at the first step, on its device, compiled when the recipe says so."""
+    model = initial_model(recipe).to(device).train()
+    model.vit.set_grad_checkpointing(recipe.activation_checkpointing)
+    for block in model.vit.blocks:
         block.attn.fused_attn &= device.type != "cpu"  # for 13 to 20 tokens the CPU's fused backward is the slower one
         if recipe.compile:
             block.compile()  # one by one, so that gradients travel while the blocks before still compute theirs

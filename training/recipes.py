@@ -25,6 +25,10 @@ class Recipe:
         image_size: side in pixels of the images the finished encoder takes.
         patch_size, embed_dim, depth, num_heads, mlp_ratio, norm_eps: of the ViT.
         mask_ratio: share of a crop's patches that neither view sees.
+        views: V, disjoint views that the patches kept are split into; the loss is the mean over all pairs of them.
+        pooled_token: what is contrasted: "cls", the class token, or "mean" of a view's patch tokens.
+        class_position: position of the class token: "zero", or "centre", that of the middle of the grid.
+        positions: "sincos", a frozen table, or "learned", one that is drawn at the start and trained without decay.
         kappa, temperature: of the tSP similarity.
         negatives: "local": a batch falls into groups of contrast_batch images that are contrasted among themselves, as
             each GPU of the reference code does; "global": all images of the batch are contrasted with each other.
@@ -44,7 +48,7 @@ class Recipe:
         batch_size: images an optimiser step, over all processes.
         base_lr: learning rate at batch 256; the one used is base_lr * batch_size / 256.
         min_lr: where the half-cycle cosine ends.
-        beta1, beta2, weight_decay: of AdamW; no decay on biases and norms.
+        beta1, beta2, weight_decay: of AdamW; no decay on biases, norms and positions.
         parallel: how several processes share the work: "ddp", each with all weights, or "fsdp", each with a part of
             them and of the optimiser's state.
         activation_checkpointing: compute each block again in the backward pass instead of keeping what it made.
@@ -66,6 +70,10 @@ class Recipe:
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-6
     mask_ratio: float = 0.8
+    views: int = 2
+    pooled_token: Literal["cls", "mean"] = "cls"
+    class_position: Literal["zero", "centre"] = "zero"
+    positions: Literal["sincos", "learned"] = "sincos"
     kappa: float = 1 / 64
     temperature: float = 0.07
     negatives: Literal["local", "global"] = "local"
@@ -133,6 +141,10 @@ class Recipe:
             or (self.contrast_batch >= 2 and self.batch_size % self.contrast_size == 0),
             "keep_epochs must be at least 0": self.keep_epochs >= 0,
             "mask_ratio must be at least 0 and below 1": 0 <= self.mask_ratio < 1,
+            "views must be 2, 3 or 4": 2 <= self.views <= 4,
+            "class_position must be zero with learned positions, which have a row for the class token": self.positions
+            == "sincos"
+            or self.class_position == "zero",
             "temperature must be above 0": self.temperature > 0,
             "epochs must be above 0": self.epochs > 0,
             "crop_scale_min must be above 0 and crop_scale_max at most 1": 0
@@ -262,8 +274,9 @@ def corpus_images(recipe: Recipe) -> int:
 def smoke_twin(recipe: Recipe) -> Recipe:
     """The same recipe at a size that trains in seconds on a CPU: real code paths, a worthless encoder.
 
-    It keeps what the method is made of (mask ratio, similarity, negatives and their groups, colour, cache, parallel)
-    and shrinks the network, the crops and the batch. Its name ends in `.smoke`: nobody takes it for the real one.
+    It keeps what the method is made of (mask ratio, views, similarity, negatives and their groups, colour, cache,
+    parallel) and shrinks the network, the crops and the batch. Its name ends in `.smoke`: nobody takes it for the real
+    one.
     """
     groups = recipe.batch_size // recipe.contrast_size
     return dataclasses.replace(

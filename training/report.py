@@ -1,6 +1,7 @@
 """A run folder as one HTML page: charts of its metrics, what the network saw, and every fact of its record.
 
-Shapes: B images, K/2 patches a view, P = 3 * p * p numbers a patch of side p, G patches along a side of the crop.
+Shapes: B images, V views, K/V patches a view, P = 3 * p * p numbers a patch of side p, G patches along a side of the
+crop.
 """
 
 from __future__ import annotations
@@ -45,25 +46,26 @@ COLUMNS = ("step", "epoch", "loss", "accuracy", "lr", "images_per_second", "data
 
 
 def views_picture(patches: Tensor, views: Tensor, recipe: Recipe) -> Image.Image:
-    """What the network sees of the first eight images of a batch: view 1 above, view 2 below, all else grey.
+    """What the network sees of the first eight images of a batch: view 1 on top, the next below; all else is grey.
 
     Args:
-        patches: (B, 2, K/2, P), normalised, flattened channel first, as `visible_patches` gives them.
-        views: (B, 2, K/2), where in the crop's grid each patch is, row by row.
-        recipe: for the crop, the patch size, and the mean and deviation to undo.
+        patches: (B, V, K/V, P), normalised, flattened channel first, as `visible_patches` gives them.
+        views: (B, V, K/V), where in the crop's grid each patch is, row by row.
+        recipe: for the views, the crop, the patch size, and the mean and deviation to undo.
     """
+    rows = recipe.views
     count, side, grid = min(PICTURE_IMAGES, len(patches)), recipe.patch_size, recipe.crop_size // recipe.patch_size
     mean, std = (torch.tensor(v)[:, None, None] for v in (recipe.pixel_mean, recipe.pixel_std))
     pixels = patches[:count].detach().float().cpu().unflatten(3, (3, side, side)) * std + mean
-    cells = torch.full((count, 2, grid * grid, 3, side, side), HIDDEN, dtype=torch.uint8)
-    image, view = torch.arange(count)[:, None, None], torch.arange(2)[None, :, None]
+    cells = torch.full((count, rows, grid * grid, 3, side, side), HIDDEN, dtype=torch.uint8)
+    image, view = torch.arange(count)[:, None, None], torch.arange(rows)[None, :, None]
     cells[image, view, views[:count].cpu()] = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-    tiles = cells.unflatten(2, (grid, grid)).permute(0, 1, 2, 5, 3, 6, 4).reshape(count, 2, grid * side, -1, 3)
+    tiles = cells.unflatten(2, (grid, grid)).permute(0, 1, 2, 5, 3, 6, 4).reshape(count, rows, grid * side, -1, 3)
     enlarge = max(1, PICTURE_TILE // (grid * side))
     pitch = enlarge * grid * side + PICTURE_GAP
-    sheet = Image.new("RGB", (count * pitch + PICTURE_GAP, 2 * pitch + PICTURE_GAP), (GROUND,) * 3)
-    for column, pair in enumerate(tiles.numpy()):
-        for row, tile in enumerate(pair):
+    sheet = Image.new("RGB", (count * pitch + PICTURE_GAP, rows * pitch + PICTURE_GAP), (GROUND,) * 3)
+    for column, image_views in enumerate(tiles.numpy()):
+        for row, tile in enumerate(image_views):
             shown = Image.fromarray(tile).resize((pitch - PICTURE_GAP,) * 2, Image.Resampling.NEAREST)
             sheet.paste(shown, (PICTURE_GAP + column * pitch, PICTURE_GAP + row * pitch))
     return sheet
@@ -86,7 +88,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = run / "report.html" if out is None else out
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"the report is one HTML page: {str(page)!r} must end in .html")
-    _need_matplotlib()
+    need_matplotlib("the charts of a report need")
     record, recipe = _read_record(run)
     history = _read_history(run / "metrics.jsonl")
     charts = _charts(history, recipe)
@@ -254,9 +256,10 @@ def _charts(history: History, recipe: Recipe) -> list[Chart]:
     loss, accuracy, rate = _curve(history, "loss"), _curve(history, "accuracy", 100), "images_per_second"
     lr, speed, wait = _curve(history, "lr"), _curve(history, rate), _curve(history, "data_wait", 100)
     smooth = "Faint: as measured. Strong: smoothed."
-    pairs = f"How often an image's other view is the most similar of {recipe.contrast_size:,}. {smooth}"
+    other = "an image's other view is" if recipe.views == 2 else "each other view of an image is"
+    pairs = f"How often {other} the most similar of {recipe.contrast_size:,}. {smooth}"
     waiting = f"Share of the time in which the next batch was not ready. {smooth}"
-    frozen = "Accuracy of the frozen encoder's class token, by its nearest neighbours. Named: the last value."
+    frozen = "Accuracy of the frozen encoder, by the nearest neighbours of what it contrasts. Named: the last value."
     return [
         Chart("loss", "Loss", "nats", loss, smooth, "no loss was measured", (chance, blind), from_zero=False),
         Chart("accuracy", "Contrastive accuracy", "percent", accuracy, pairs, "no accuracy was measured"),
@@ -287,13 +290,14 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib(what: str) -> None:
+    """Raise a UsageError that begins with `what`, such as "the charts need", where matplotlib is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it imports may be newer than itself
             import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise UsageError('the charts of a report need matplotlib: pip install "micl-zoo[train]"') from None
+        raise UsageError(f'{what} matplotlib: pip install "micl-zoo[train]"') from None
 
 
 def _draw(chart: Chart, history: History, theme: Theme) -> bytes | None:
@@ -509,12 +513,14 @@ def _views_html(png: bytes | None, recipe: Recipe) -> str:
     title = "What the network sees"
     if png is None:
         return _section(title, _soft("no picture of the views was saved: the run folder has no views.png"))
-    each = kept_patches(recipe.num_patches, recipe.mask_ratio) // 2
+    count = recipe.views
+    each = kept_patches(recipe.num_patches, recipe.mask_ratio, count) // count
+    order = "view 1 above, view 2 below" if count == 2 else f"views 1 to {count} from top to bottom"
     caption = (
-        f"A column is one training image: view 1 above, view 2 below, {each} of its {recipe.num_patches} patches each. "
+        f"A column is one training image: {order}, {each} of its {recipe.num_patches} patches each. "
         "They share no patch; what is grey is hidden."
     )
-    picture = f'<div class="wide views"><img src="{_embedded(png)}" alt="Two views of each of some images"></div>'
+    picture = f'<div class="wide views"><img src="{_embedded(png)}" alt="{count} views of each of some images"></div>'
     return _section(title, f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
 
 

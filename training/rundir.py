@@ -340,6 +340,16 @@ def code_commit() -> str | None:
     return run.stdout.strip() if tracked.returncode == 0 else None
 
 
+def made_with(device: torch.device) -> dict[str, Any]:
+    """What a record of figures says of when, where and by what they were made."""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": code_commit(),
+        "machine": machine(device),
+        "versions": package_versions(),
+    }
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The processor, or the card, in words and numbers."""
     facts: dict[str, Any] = {"device": device.type, "processor": _processor(), "cores": os.cpu_count()}
@@ -359,10 +369,11 @@ def _processor() -> str:
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Fields of recipe and data that keep the two from being one run."""
+    """Fields of recipe and data that keep the two from being one run; one that is not recorded had its default."""
     free = {"checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source"}
-    there, asked = ({**record["recipe"], **record["data"]} for record in (there, asked))
-    asked = json.loads(json.dumps(asked))  # tuples as JSON gives them back
+    defaults = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
+    there, asked = ({**defaults, **record["recipe"], **record["data"]} for record in (there, asked))
+    there, asked = json.loads(json.dumps([there, asked]))  # tuples as JSON gives them back
     keys = [key for key in asked if key not in free]
     return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]
 

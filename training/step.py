@@ -1,11 +1,10 @@
 """One optimiser step on a process's share of a batch: the same gradients on any number of processes, in any pieces.
 
 A share falls into groups of images that are contrasted with each other, taken one after the other (gradient
-accumulation). A group that is too large for the memory is taken in pieces (GradCache, arXiv 2101.06983): all class
-tokens without a graph, the loss and its gradient by class token, then each piece again, with the gradient of its class
-tokens.
+accumulation). A group that is too large for the memory is taken in pieces (GradCache, arXiv 2101.06983): what is
+contrasted without a graph, the loss and its gradient, then each piece again, with its part of that gradient.
 
-Shapes: b images of this process's share, K/2 patches a view, P numbers a patch, D width.
+Shapes: b images of this process's share, V views, K/V patches a view, P numbers a patch, D width.
 """
 
 from __future__ import annotations
@@ -59,15 +58,15 @@ class TrainStep:
         self.groups = 1 if recipe.negatives == "global" else share // recipe.contrast_size
         self.micro_batch = micro_batch or share
         side = recipe.crop_size // recipe.patch_size
-        self._encode = _distribute(_ClassTokens(model, (side, side)), recipe, self.ranks)
+        self._encode = _distribute(_PooledViews(model, (side, side)), recipe, self.ranks)
         self.optimizer = make_optimizer(model.vit, recipe)
 
     def __call__(self, patches: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         """One step.
 
         Args:
-            patches: (b, 2, K/2, P), normalised pixels of the visible patches of this process's share.
-            views: (b, 2, K/2), where in the crop's grid they are.
+            patches: (b, V, K/V, P), normalised pixels of the visible patches of this process's share.
+            views: (b, V, K/V), where in the crop's grid they are.
 
         Returns:
             Loss () and contrastive accuracy () of this share, without gradient and still on the device. Their means
@@ -95,7 +94,7 @@ class TrainStep:
             return loss.detach(), accuracy
         pieces = list(zip(patches.chunk(count), views.chunk(count), strict=True))
         with torch.no_grad():
-            tokens = torch.cat([self._tokens(*piece) for piece in pieces])  # (b, 2, D)
+            tokens = torch.cat([self._tokens(*piece) for piece in pieces])  # (b, V, D)
         tokens.requires_grad_()
         loss, accuracy = self._loss(tokens)
         (loss / self.groups).backward()
@@ -130,7 +129,7 @@ class TrainStep:
         return nullcontext()
 
 
-class _ClassTokens(nn.Module):
+class _PooledViews(nn.Module):
     """The forward pass that DistributedDataParallel and FSDP wrap."""
 
     def __init__(self, model: MiCL, grid: tuple[int, int]) -> None:
@@ -138,7 +137,7 @@ class _ClassTokens(nn.Module):
         self.model, self.grid = model, grid
 
     def forward(self, patches: Tensor, views: Tensor) -> Tensor:
-        return self.model.class_tokens(patches, views, self.grid)
+        return self.model.pool_views(patches, views, self.grid)
 
 
 def fsdp_works_on(device: torch.device) -> bool:
@@ -146,7 +145,7 @@ def fsdp_works_on(device: torch.device) -> bool:
     return device.type != "cpu" or hasattr(torch.cpu.Stream, "record_event")
 
 
-def _distribute(module: _ClassTokens, recipe: Recipe, ranks: Ranks) -> Any:
+def _distribute(module: _PooledViews, recipe: Recipe, ranks: Ranks) -> Any:
     if ranks.world == 1:
         return module
     device = module.model.vit.cls_token.device

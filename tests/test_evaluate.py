@@ -1,0 +1,166 @@
+"""Encoders and stores measured alike, intervals, the record, the table and the picture; the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from conftest import picture
+from micl_zoo.training.evaluate import Protocol, evaluate, evaluate_stores, interval, random_encoder
+from micl_zoo.training.features import store_features
+from micl_zoo.training.knn import knn_accuracy
+from micl_zoo.training.labelled import LabelledSet
+from micl_zoo.training.results import plot, table
+from PIL import Image
+
+import micl_zoo
+from micl_zoo.cli import main
+from micl_zoo.errors import SourceError, StoreError, UsageError
+from micl_zoo.extract import extract
+
+QUICK = Protocol(ks=(1, 3), epochs=2, inverse_penalties=(0.01, 1.0), shots=(1, 2, 30), draws=2)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures that are red or blue, in folders as ImageNet has them."""
+    folder = tmp_path_factory.mktemp("sets") / "colours"
+    for part, count in (("train", 10), ("test", 6)):
+        for name, tint in (("red", (220, 30, 30)), ("blue", (30, 30, 220))):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.blend(picture(number), Image.new("RGB", (48, 40), tint), 0.7)
+                image.save(folder / part / name / f"{part}-{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(colours: Path, encoder_folder: Path) -> dict[str, Any]:
+    encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
+    return evaluate(encoder, [LabelledSet.open(colours)], QUICK, baselines=("random", "pixels"), workers=0, show=False)
+
+
+def test_a_record_has_every_method_for_every_subject(record: dict[str, Any]) -> None:
+    assert list(record["results"]) == ["vit_ti16.tin200", "random", "pixels"]
+    for subject, sets in record["results"].items():
+        found = sets["colours"]
+        assert found["knn"]["3"]["accuracy"] == 100.0, subject  # red and blue
+        assert found["knn"]["3"]["low"] == 100.0
+        pools = ["pixels"] if subject == "pixels" else ["cls", "mean", "cls+mean"]
+        assert list(found["linear"]) == list(found["logreg"]) == pools
+        assert found["logreg"][pools[0]]["C"] in QUICK.inverse_penalties
+        assert len(found["few-shot"]["2"]["draws"]) == 2
+        assert found["few-shot"]["30"] == {
+            "left_out": "30 images a class asked for, but a class has 10 training images"
+        }
+    assert record["data"]["colours"]["train_images"] == 20
+    assert record["protocol"]["ks"] == (1, 3)
+    assert {"commit", "date", "machine", "versions", "minutes"} <= set(record)
+    assert record["results"]["random"] == record["results"]["vit_ti16.tin200"]  # it is one: random weights, seed 0
+
+
+def test_accuracies_are_those_of_the_features(colours: Path, encoder_folder: Path, record: dict[str, Any]) -> None:
+    encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
+    parts = [sorted((colours / part).rglob("*.png")) for part in ("train", "test")]
+    train, test = (encoder.embed(files) for files in parts)
+    labels = [np.array([file.parent.name == "red" for file in files], int) for files in parts]
+    expected = 100 * knn_accuracy(train, labels[0], test, labels[1], k=1)
+    assert record["results"]["vit_ti16.tin200"]["colours"]["knn"]["1"]["accuracy"] == round(expected, 2)
+
+
+def test_stores_give_what_their_images_give(colours: Path, encoder_folder: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "weights": encoder_folder, "devices": "cpu", "precision": "fp32", "workers": 0, "shard_rows": 7,
+        "pool": "cls+mean", "normalize": False,
+    }  # fmt: skip
+    stores = [extract(colours / part, tmp_path / part, **settings).store for part in ("train", "test")]
+    encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
+    mine = evaluate(encoder, [LabelledSet.open(colours)], QUICK, workers=0, show=False)["results"]["vit_ti16.tin200"][
+        "colours"
+    ]
+    theirs = evaluate_stores(*stores, QUICK)
+    assert theirs["results"]["vit_ti16.tin200"]["stores"] == mine
+    streamed = evaluate_stores(*stores, Protocol(methods=("knn",), ks=(1, 3)))
+    assert streamed["results"]["vit_ti16.tin200"]["stores"]["knn"] == mine["knn"]
+    with pytest.raises(SourceError, match="7 of 7 images have no label"):
+        evaluate_stores(*stores, QUICK, labels={"elsewhere.png": "a"})
+    other = extract(colours / "test", tmp_path / "mean", **{**settings, "pool": "mean"}).store
+    with pytest.raises(StoreError, match="the stores differ in pool: 'cls\\+mean' to learn from, 'mean'"):
+        evaluate_stores(stores[0], other, QUICK)
+    alone = evaluate_stores(other, other, QUICK)["results"]["vit_ti16.tin200"]["stores"]
+    assert list(alone["linear"]) == ["mean"]
+    with pytest.raises(UsageError, match="holds the pool 'mean', asked for cls"):
+        store_features(other, {}, ("cls",))
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_images() -> None:
+    hits = np.arange(400) < 120
+    random = np.random.default_rng(3)
+    means = np.sort([random.choice(hits, 400).mean() for _ in range(4000)])
+    low, high = interval(0.3, 400)
+    assert abs(low - means[100]) < 0.006
+    assert abs(high - means[3900]) < 0.006
+    assert interval(1.0, 50) == (1.0, 1.0)
+
+
+def test_random_is_the_network_before_its_first_step(encoder_folder: Path) -> None:
+    encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
+    other = random_encoder(encoder, seed=1)
+    assert not (other.vit.cls_token == encoder.vit.cls_token).all()
+    assert (other.vit.pos_embed == encoder.vit.pos_embed).all()
+
+
+def test_the_table_and_the_picture(record: dict[str, Any], tmp_path: Path) -> None:
+    lines = table(record).splitlines()
+    assert len(lines) == 5
+    assert "1-shot" in lines[0]
+    assert "30-shot" not in lines[0]
+    assert "100.0 ± 0.0" in lines[2]
+    plot(record, tmp_path / "record.png")
+    with Image.open(tmp_path / "record.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
+
+
+def test_a_protocol_that_cannot_be_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown pool 'patch'"):
+        Protocol(pools=("patch",))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="k must be at least 1, got 0"):
+        Protocol(ks=(0,))
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, words)])
+
+
+def test_the_commands(colours: Path, encoder_folder: Path, tmp_path: Path) -> None:
+    result = run(
+        "knn", encoder_folder, "--data", colours, "-k", 1, "--test-images", 4, "-o", tmp_path / "r.json",
+        "--plot", tmp_path / "r.png", "--device", "cpu", "--workers", 0,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "| colours | vit_ti16.tin200 | 100.0 ± 0.0 |" in result.output
+    written = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert written["data"]["colours"]["test_images"] == 4
+    assert (tmp_path / "r.png").exists()
+    printed = run(
+        "few-shot",
+        encoder_folder,
+        "--data",
+        colours,
+        "--shots",
+        2,
+        "--draws",
+        2,
+        "--json",
+        "--device",
+        "cpu",
+        "--workers",
+        0,
+    )
+    assert list(json.loads(printed.stdout)["results"]["vit_ti16.tin200"]["colours"]) == ["few-shot"]
+    assert "give an ENCODER and --data" in run("linear").output
+    assert run("logreg", "--train", "somewhere").exit_code == 2

@@ -1,0 +1,145 @@
+"""Sets in every layout, labels from wherever they stand, subsets that are even, and what is said of a known set."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import picture
+from micl_zoo.training import labelled
+from micl_zoo.training.features import embed_labelled
+from micl_zoo.training.labelled import KnownSet, LabelledSet, balanced_rows, labels_of
+
+import micl_zoo
+from micl_zoo.errors import SourceError
+from micl_zoo.sources import index_source
+
+
+def png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(file: Path, labels: list[int], *, names: list[str] | None = None, broken: int = -1) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cells = [{"bytes": b"broken" if n == broken else png(n), "path": ""} for n in range(len(labels))]
+    table = pa.table({"image": cells, "label": labels})
+    if names:
+        feature = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(feature)})
+    pq.write_table(table, file)
+
+
+def write_folders(folder: Path, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            picture(number).save(folder / name / f"{number}.png")
+
+
+def test_parquet_with_class_names(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data" / "train-0.parquet", [2, 0, 1], names=["ant", "bee", "cat"])
+    write_parquet(tmp_path / "data" / "validation-0.parquet", [1, 1], names=["ant", "bee", "cat"])
+    found = LabelledSet.open(tmp_path)
+    assert found.classes == ("ant", "bee", "cat")
+    assert found.train.labels.tolist() == [2, 0, 1]
+    assert found.test.labels.tolist() == [1, 1]
+    assert found.facts["train_images"] == 3
+    assert set(found.facts["sha256"]) == {"train-0.parquet", "validation-0.parquet"}
+    assert found.facts["known"].startswith("not a known set")
+
+
+def test_folders_as_imagenet_has_them(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", {"n01": 3, "n02": 2})
+    write_folders(tmp_path / "val", {"n01": 1, "n02": 1})
+    (tmp_path / "test").mkdir()
+    picture(0).save(tmp_path / "test" / "unlabelled.png")  # as ImageNet's own test part
+    found = LabelledSet.open(tmp_path)
+    assert found.classes == ("n01", "n02")
+    assert found.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert found.test.labels.tolist() == [0, 1]
+
+
+def test_labels_from_a_csv(tmp_path: Path) -> None:
+    for part, count in (("train", 4), ("test", 2)):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        for number in range(count):
+            picture(number).save(tmp_path / "set" / part / f"{number}.png")
+    file = tmp_path / "labels.csv"
+    file.write_text("id,label\n0.png,b\n1.png,a\n2.png,b\n3.png,a\n", encoding="utf-8")
+    found = LabelledSet.open(tmp_path / "set", labels=file)
+    assert found.classes == ("a", "b")
+    assert found.train.labels.tolist() == [1, 0, 1, 0]
+    file.write_text("id,label\n0.png,b\n", encoding="utf-8")
+    with pytest.raises(SourceError, match=r"3 of 4 images have no label, '1.png' the first"):
+        LabelledSet.open(tmp_path / "set", labels=file)
+    file.write_text("id,kind\n0.png,b\n", encoding="utf-8")
+    with pytest.raises(SourceError, match="one of labels"):
+        LabelledSet.open(tmp_path / "set", labels=file)
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no data set at 'nowhere': give a folder"):
+        LabelledSet.open("nowhere")
+    with pytest.raises(SourceError, match=r"no train part with labels .* expected train\*\.parquet"):
+        LabelledSet.open(tmp_path)
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(SourceError, match="put images into a folder a class"):
+        labels_of(index_source(tmp_path))
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "train.parquet")
+    with pytest.raises(SourceError, match="no column of labels"):
+        LabelledSet.open(tmp_path)
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    write_parquet(tmp_path / "test.parquet", [0, 2])
+    with pytest.raises(SourceError, match="classes that no training image has: 2"):
+        LabelledSet.open(tmp_path)
+
+
+def test_subsets_are_even_and_the_same_each_time() -> None:
+    labels = np.repeat(np.arange(4), [100, 50, 5, 200])
+    rows = balanced_rows(labels, 40)
+    assert np.bincount(labels[rows]).tolist() in ([12, 12, 5, 11], [12, 11, 5, 12], [11, 12, 5, 12])
+    assert rows.tolist() == sorted(rows.tolist())
+    np.testing.assert_array_equal(rows, balanced_rows(labels, 40))
+    assert rows.tolist() != balanced_rows(labels, 40, seed=1).tolist()
+
+
+def test_a_part_of_a_set_keeps_labels_with_their_images(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", {"a": 6, "b": 6})
+    write_folders(tmp_path / "test", {"a": 2, "b": 2})
+    found = LabelledSet.open(tmp_path, train_images=4, test_images=2)
+    ids = [entry.id for entry in found.train.index.entries()]
+    assert [name[0] for name in ids] == ["ab"[label] for label in found.train.labels]
+    assert np.bincount(found.train.labels).tolist() == [2, 2]
+    assert (found.facts["train_images"], found.facts["train_images_there"]) == (4, 12)
+
+
+def test_a_known_set_is_recognised_and_another_one_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cifar10"
+    write_parquet(folder / "train.parquet", [0, 1])
+    write_parquet(folder / "test.parquet", [1])
+    known = LabelledSet.open(folder).facts["known"]
+    assert known.startswith("other than the known set: classes 2, not 10; train 2, not 5000")
+    assert "other bytes in train.parquet" in known
+    mine = KnownSet(2, 2, 1, "test", "mine", LabelledSet.open(folder).facts["sha256"])
+    monkeypatch.setitem(labelled.KNOWN_SETS, "cifar10", mine)
+    assert LabelledSet.open(folder).facts["known"] == "the known set of this name"
+
+
+def test_features_stay_with_their_labels(tmp_path: Path, encoder_folder: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [4, 3, 2, 1, 0], broken=2)
+    write_parquet(tmp_path / "test.parquet", [0, 1])
+    images = LabelledSet.open(tmp_path).train
+    encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
+    found = embed_labelled(encoder, images, pools=("cls", "cls+mean"), batch_size=2, workers=0)
+    assert found.labels.tolist() == [4, 3, 1, 0]
+    assert len(found.refused) == 1
+    assert {pool: rows.shape for pool, rows in found.rows.items()} == {"cls": (4, 32), "cls+mean": (4, 64)}
+    alone = encoder.embed([png(3)], normalize=False)
+    np.testing.assert_allclose(found.rows["cls"][2], alone[0], atol=1e-5)

@@ -1,0 +1,356 @@
+"""What an encoder is worth downstream: k-NN, linear probe, logistic regression and few-shot, with their intervals.
+
+A record says which images, weights, settings and code gave each figure.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from micl_zoo.decode import decode
+from micl_zoo.encoder import Encoder, Pool
+from micl_zoo.engines import resolve_precision
+from micl_zoo.errors import StoreError, UsageError, unknown
+from micl_zoo.progress import progress
+from micl_zoo.sources import Reader
+from micl_zoo.store import Store
+from micl_zoo.transforms import Transform
+
+from .data import seeded
+from .features import Features, embed_labelled, store_features, store_labels
+from .knn import KS, TEMPERATURE, Bank, knn_predict
+from .labelled import LabelledImages, LabelledSet, number_classes
+from .linear import (
+    EPOCHS,
+    FEW_SHOT_C,
+    INVERSE_PENALTIES,
+    LEARNING_RATES,
+    Chosen,
+    few_shot,
+    linear_probe,
+    logistic_regression,
+)
+from .micl import init_weights, position_table
+from .rundir import made_with
+
+Method = Literal["knn", "linear", "logreg", "few-shot"]
+Baseline = Literal["random", "pixels"]
+Results = dict[str, Any]  # of one subject on one set, by method
+
+RESAMPLES = 10_000  # of the test images, for an interval
+POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")
+PIXELS = 32  # side of the images whose pixels are a baseline's features
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Every choice of a measurement.
+
+    Attributes:
+        methods: which are run.
+        pools: features of the linear probe and of logistic regression; k-NN and few-shot take the first.
+        ks: neighbours of k-NN.
+        temperature: of its votes.
+        learning_rates, epochs: of the linear probe.
+        inverse_penalties: C of logistic regression.
+        shots: images a class of few-shot.
+        draws: of those images.
+        few_shot_c: C of few-shot.
+        seed: of the validation split and the order of the linear probe.
+    """
+
+    methods: tuple[Method, ...] = ("knn", "linear", "logreg", "few-shot")
+    pools: tuple[Pool, ...] = POOLS
+    ks: tuple[int, ...] = KS
+    temperature: float = TEMPERATURE
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    epochs: int = EPOCHS
+    inverse_penalties: tuple[float, ...] = INVERSE_PENALTIES
+    shots: tuple[int, ...] = (1, 5, 10)
+    draws: int = 5
+    few_shot_c: float = FEW_SHOT_C
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_names("method", self.methods, get_args(Method))
+        _check_names("pool", self.pools, POOLS)
+        counts = {"k": min(self.ks, default=0), "shots": min(self.shots, default=0), "draws": self.draws}
+        for name, number in (counts | {"epochs": self.epochs}).items():
+            if number < 1:
+                raise UsageError(f"{name} must be at least 1, got {number}")
+
+
+def evaluate(
+    encoder: Encoder,
+    sets: Sequence[LabelledSet],
+    protocol: Protocol | None = None,
+    *,
+    baselines: Sequence[Baseline] = (),
+    batch_size: int = 64,
+    workers: int | None = None,
+    command: str = "",
+    show: bool = True,
+) -> dict[str, Any]:
+    """Measure an encoder on labelled sets. Every image is embedded once, whatever the methods.
+
+    Args:
+        encoder: to measure.
+        sets: to measure it on.
+        protocol: methods and settings.
+        baselines: "random", the same ViT as it is initialised, and "pixels", 32 x 32 of them, measured alike.
+        batch_size: images a forward pass.
+        workers: processes that decode; one a core by default, none for 0.
+        command: that was given, for the record.
+        show: progress bars, on a terminal.
+
+    Returns:
+        The record: `results[subject][set][method]`, accuracies in percent of the test images with 95 % intervals, and
+        everything they depend on.
+    """
+    protocol, started = protocol or Protocol(), time.monotonic()
+    chosen = {encoder.name: encoder} | {name: _baseline(name, encoder) for name in baselines}
+    results: dict[str, dict[str, Results]] = {subject: {} for subject in chosen}
+    refused: dict[str, int] = {}
+
+    def embed(model: Encoder | None, part: LabelledImages, what: str) -> Features:
+        with progress(what, len(part.labels), show=show) as tick:
+            if model is None:
+                return pixel_features(part)
+            return embed_labelled(model, part, pools=protocol.pools, batch_size=batch_size, workers=workers, tick=tick)
+
+    for subject, model in chosen.items():
+        for labelled in sets:
+            where = f"{subject} on {labelled.name}"
+            train = embed(model, labelled.train, f"{where}, training part")
+            test = embed(model, labelled.test, f"{where}, test part")
+            refused[labelled.name] = len(train.refused) + len(test.refused)
+            found = probe(train, test, len(labelled.classes), protocol, device=encoder.device)
+            results[subject][labelled.name] = found
+    data = {labelled.name: labelled.facts | {"refused": refused[labelled.name]} for labelled in sets}
+    subject_facts = {
+        "name": encoder.name,
+        "weights_sha256": encoder.weights_sha256,
+        "transform": encoder.transform.id,
+        "precision": resolve_precision("auto", encoder.device)[1],
+        "backend": encoder.backend,
+    }
+    return _record(subject_facts, data, results, protocol, started, command, encoder.device)
+
+
+def evaluate_stores(
+    train: Store, test: Store, protocol: Protocol | None = None, *, labels: Mapping[str, str] | None = None,
+    name: str = "stores", command: str = "", device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """Measure embeddings that `extract` wrote; no image is opened. The record is that of `evaluate`.
+
+    For k-NN alone the rows of the training store are gone through a part at a time.
+
+    Args:
+        train, test: complete stores of the same encoder.
+        protocol: methods and settings; of a store with one token, that one is the only pool.
+        labels: label by id, for images whose place does not say it.
+        name: of the set, in the record.
+        command: that was given, for the record.
+        device: that computes the classifiers.
+
+    Raises:
+        StoreError: a store that is not complete, or two of different encoders.
+        SourceError: labels that are missing.
+    """
+    protocol, started = protocol or Protocol(), time.monotonic()
+    _check_pair(train, test)
+    stored = train.manifest.pool
+    if stored != "cls+mean":
+        protocol = Protocol(**{**asdict(protocol), "pools": (stored,)})
+    train_labels, test_labels = store_labels(train, labels), store_labels(test, labels)
+    classes, (first, second) = number_classes(list(train_labels.values()), list(test_labels.values()), name)
+    numbers = [
+        dict(zip(ids, part.tolist(), strict=True)) for ids, part in ((train_labels, first), (test_labels, second))
+    ]
+    asked = store_features(test, numbers[1], protocol.pools)
+    if protocol.methods == ("knn",):
+        found = {"knn": _knn(_streamed(train, numbers[0], protocol.pools[0]), asked, len(classes), protocol, device)}
+    else:
+        found = probe(store_features(train, numbers[0], protocol.pools), asked, len(classes), protocol, device=device)
+    manifest = train.manifest
+    facts = {
+        "classes": len(classes),
+        "train_images": len(train), "test_images": len(test),
+        "train_fingerprint": manifest.index_sha256, "test_fingerprint": test.manifest.index_sha256,
+        "refused": sum(1 for store in (train, test) for _ in store.refused()),
+    }  # fmt: skip
+    subject = {
+        "name": manifest.model, "weights_sha256": manifest.weights_sha256, "transform": manifest.transform,
+        "precision": manifest.precision, "normalized": manifest.normalized,
+    }  # fmt: skip
+    return _record(subject, {name: facts}, {manifest.model: {name: found}}, protocol, started, command, device)
+
+
+def probe(
+    train: Features, test: Features, classes: int, protocol: Protocol, *, device: str | torch.device = "cpu"
+) -> Results:
+    """Run the protocol's methods on features; accuracies in percent."""
+    pools = [pool for pool in train.rows if pool in protocol.pools or pool == "pixels"]
+    first, found = pools[0], Results()
+    if "knn" in protocol.methods:
+        found["knn"] = _knn([(train.rows[first], train.labels)], test, classes, protocol, device)
+    if "linear" in protocol.methods:
+        found["linear"] = {
+            pool: _chosen("lr", linear_probe(
+                train.rows[pool], train.labels, test.rows[pool], classes=classes,
+                learning_rates=protocol.learning_rates, epochs=protocol.epochs, seed=protocol.seed, device=device,
+            ), test.labels)
+            for pool in pools
+        }  # fmt: skip
+    if "logreg" in protocol.methods:
+        found["logreg"] = {
+            pool: _chosen("C", logistic_regression(
+                train.rows[pool], train.labels, test.rows[pool], classes=classes,
+                inverse_penalties=protocol.inverse_penalties, seed=protocol.seed, device=device,
+            ), test.labels)
+            for pool in pools
+        }  # fmt: skip
+    if "few-shot" in protocol.methods:
+        found["few-shot"] = dict(_few_shots(train, test, first, classes, protocol, device))
+    return found
+
+
+def _check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
+    if not names:
+        raise UsageError(f"no {kind} given. Valid: {', '.join(valid)}.")
+    for name in names:
+        if name not in valid:
+            raise UsageError(unknown(kind, name, valid))
+
+
+def interval(accuracy: float, images: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval of an accuracy, both 0 to 1.
+
+    Drawing n outcomes of 0 and 1 with replacement gives a binomial count, so that is what is drawn.
+
+    Args:
+        accuracy: share of hits.
+        images: it was measured on.
+    """
+    counts = np.random.default_rng(0).binomial(images, accuracy, RESAMPLES)
+    low, high = np.percentile(counts / images, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def score(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy and its 95 % interval, in percent."""
+    accuracy = float((predictions == labels).mean())
+    low, high = interval(accuracy, len(labels))
+    return {"accuracy": _percent(accuracy), "low": _percent(low), "high": _percent(high)}
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 2)
+
+
+def _knn(
+    bank: Bank, test: Features, classes: int, protocol: Protocol, device: str | torch.device
+) -> dict[str, dict[str, float]]:
+    queries = next(iter(test.rows.values()))
+    found = knn_predict(
+        bank, queries, classes=classes, ks=protocol.ks, temperature=protocol.temperature, device=device
+    )  # fmt: skip
+    return {str(k): score(predictions, test.labels) for k, predictions in found.items()}
+
+
+def _chosen(setting: str, found: Chosen, labels: np.ndarray) -> dict[str, float]:
+    validation = _percent(max(found.validation.values()))
+    return {**score(found.predictions, labels), setting: found.setting, "validation": validation}
+
+
+def _few_shots(
+    train: Features, test: Features, pool: str, classes: int, protocol: Protocol, device: str | torch.device
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Mean and spread over the draws; a class with too few images leaves that number of shots out, with the reason."""
+    for shots in protocol.shots:
+        try:
+            found = few_shot(
+                train.rows[pool], train.labels, test.rows[pool], classes=classes, shots=shots, draws=protocol.draws,
+                inverse_penalty=protocol.few_shot_c, device=device,
+            )  # fmt: skip
+        except UsageError as error:
+            yield str(shots), {"left_out": str(error)}
+            continue
+        draws = [float((predictions == test.labels).mean()) for predictions in found]
+        spread = float(np.std(draws, ddof=1)) if len(draws) > 1 else 0.0
+        yield (
+            str(shots),
+            {"accuracy": _percent(float(np.mean(draws))), "spread": _percent(spread), "draws": [*map(_percent, draws)]},
+        )
+
+
+def _baseline(name: str, encoder: Encoder) -> Encoder | None:
+    if name not in get_args(Baseline):
+        raise UsageError(unknown("baseline", name, get_args(Baseline)))
+    return random_encoder(encoder) if name == "random" else None
+
+
+def random_encoder(encoder: Encoder, seed: int = 0) -> Encoder:
+    """The same ViT as the method initialises it, before any step; the transform stays.
+
+    Raises:
+        UsageError: an encoder that is no torch model.
+    """
+    if not isinstance(encoder, Encoder) or encoder.runtime is not None:
+        raise UsageError("the baseline 'random' needs the encoder in torch: load it with backend='torch'")
+    vit = copy.deepcopy(encoder.vit)
+    init_weights(vit, generator=seeded(seed, 2))
+    with torch.no_grad():
+        vit.pos_embed.copy_(position_table(encoder.embed_dim, encoder.grid, encoder.grid))
+    return Encoder(vit, encoder.config, record=None, weights_sha256=None)
+
+
+def pixel_features(images: LabelledImages) -> Features:
+    """32 x 32 RGB pixels as features: rows {"pixels": (N, 3072)}."""
+    transform, reader = Transform(PIXELS, PIXELS), Reader()
+    pixels = np.stack([transform.pixels(decode(reader.read(entry))) for entry in images.index.entries()])
+    rows = transform.normalise(torch.from_numpy(pixels)).flatten(1).numpy()
+    return Features({"pixels": rows}, images.labels)
+
+
+def _check_pair(train: Store, test: Store) -> None:
+    for store in (train, test):
+        if not store.complete:
+            raise StoreError(f"{str(store.folder)!r} is not complete: run the same extract command again first")
+    same = ("model", "weights_sha256", "transform", "pool", "normalized", "shape")
+    for field in same:
+        mine, theirs = getattr(train.manifest, field), getattr(test.manifest, field)
+        if mine != theirs:
+            raise StoreError(f"the stores differ in {field}: {mine!r} to learn from, {theirs!r} to be asked about")
+
+
+def _streamed(store: Store, numbers: Mapping[str, int], pool: str) -> Bank:
+    """The rows of a store a part at a time, of the pool that k-NN takes."""
+    width = store.manifest.dim // (2 if store.manifest.pool == "cls+mean" and pool != "cls+mean" else 1)
+    start = width if store.manifest.pool == "cls+mean" and pool == "mean" else 0
+    for ids, rows in store.batches():
+        yield rows[:, start : start + width].astype(np.float32), np.array([numbers[name] for name in ids], np.int64)
+
+
+def _record(
+    encoder: dict[str, Any], data: dict[str, Any], results: dict[str, dict[str, Results]], protocol: Protocol,
+    started: float, command: str, device: str | torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "encoder": encoder,
+        "results": results,
+        "unit": "percent of test images; low and high: 95 % bootstrap interval over them; spread: standard deviation "
+        "over draws of training images",
+        "protocol": asdict(protocol),
+        "data": data,
+        "minutes": round((time.monotonic() - started) / 60, 2),
+        "command": command,
+        **made_with(torch.device(device)),
+    }
