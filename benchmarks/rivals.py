@@ -38,25 +38,29 @@ import click
 import numpy as np
 import torch
 from micl_zoo.training.data import MemoryCorpus
-from micl_zoo.training.labelled import labels_of, number_classes
+from micl_zoo.training.evaluate import Protocol, pixel_features, probe
+from micl_zoo.training.features import Features, embed_labelled
+from micl_zoo.training.labelled import LabelledSet, labels_of, number_classes
 from micl_zoo.training.optim import set_learning_rate
+from micl_zoo.training.pretrain import initial_model
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
-from micl_zoo.training.rundir import code_commit, encoder_config, machine
+from micl_zoo.training.rundir import encoder_config, made_with
 from timm.models.vision_transformer import VisionTransformer
 
-from micl_zoo.encoder import resolve_device
-from micl_zoo.errors import TrainingError, UsageError, unknown
+import micl_zoo
+from micl_zoo.encoder import Pool, resolve_device
+from micl_zoo.errors import unknown
 from micl_zoo.files import atomic_path, write_text
 from micl_zoo.progress import progress
 from micl_zoo.sources import index_source
-from micl_zoo.store import package_versions
-from micl_zoo.weights import save_weights
+from micl_zoo.weights import WEIGHTS_FILE, file_sha256, save_weights
 from micl_zoo.workers import default_workers
 
 if TYPE_CHECKING:
     from methods import Method
 
-SOURCE_SIZE = 64  # of the corpus's images
+CORPUS = "tin200/train-*.parquet"
+SOURCE_SIZE = 64  # of its images
 WARM_UP = 0.05  # of the budget
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -65,15 +69,15 @@ ONE_THREAD = {
     "MALLOC_TRIM_THRESHOLD_": "-1",  # spend up to half of their time on page faults
 }
 CURVE_POINTS = 50
-K, TEMPERATURE = 20, 0.07
-TRAIN_IMAGES, TEST_IMAGES = 2_000, 1_000  # of each set, at most: the first so many of the (shuffled) files
-RESAMPLES = 10_000  # of the test images, for the interval
-SETS = {
-    "tin200": ("tin200/train-*.parquet", "tin200/val.parquet"),
-    "caltech101": ("caltech101/train.parquet", "caltech101/test.parquet"),
-    "flowers5": ("flowers5/train.parquet", "flowers5/test.parquet"),
-    "cifar10": ("cifar10/train.parquet", "cifar10/test.parquet"),
-}
+SETS = ("tin200", "caltech101", "flowers5", "cifar10")
+TRAIN_IMAGES, TEST_IMAGES = 2_000, 1_000  # of each set, at most, classes as even as they come
+POOLS: tuple[Pool, ...] = ("cls", "mean")
+K = 20  # neighbours
+PROTOCOL = Protocol(methods=("knn", "logreg"), pools=POOLS, ks=(K,))
+METHODS = {"knn": f"k-NN {K}", "logreg": "logistic regression"}
+REFERENCES = {"random": ":", "pixels": "--"}  # measured, not trained; how the figure draws them
+
+Figures = dict[str, Any]  # of one encoder on one set: by pool, by method
 
 
 class Size(NamedTuple):
@@ -153,14 +157,26 @@ ARMS = {**RIVALS, **ABLATIONS}
 GROUPS = {"rivals": list(RIVALS), "ablations": list(ABLATIONS), "all": list(ARMS)}
 
 
-def recipe_of(name: str, size: Size, seed: int, device: torch.device, base_lr: float | None = None) -> Recipe:
+def frame_recipe(size: Size, seed: int, device: torch.device) -> Recipe:
+    """What all arms have in common."""
+    return dataclasses.replace(
+        vit_ti16_tin200(),
+        **size._asdict(),
+        crop_size=size.image_size,
+        source_size=SOURCE_SIZE,
+        view_color=False,
+        precision="fp32" if device.type == "cpu" else "bf16",
+        compile=False,
+        save_dtype="float32",
+        seed=seed,
+    )
+
+
+def recipe_of(name: str, size: Size, seed: int, device: torch.device, base_lr: float | None) -> Recipe:
     """Every number of an arm; of a method that is not MiCL, those of its ViT, crops, order and optimizer."""
     arm = ARMS[name]
-    frame: dict[str, Any] = {**size._asdict(), "crop_size": size.image_size, "source_size": SOURCE_SIZE}
-    frame |= {"name": f"vit_{size.patch_size}.{name}", "compile": False, "save_dtype": "float32", "seed": seed}
-    frame |= {"precision": "fp32" if device.type == "cpu" else "bf16", "view_color": False}
-    frame |= {"base_lr": arm.base_lr if base_lr is None else base_lr}
-    return dataclasses.replace(vit_ti16_tin200(), **{**frame, **arm.changes})
+    own = {"name": f"vit_{size.patch_size}.{name}", "base_lr": base_lr or arm.base_lr, **arm.changes}
+    return dataclasses.replace(frame_recipe(size, seed, device), **own)
 
 
 @dataclass(frozen=True)
@@ -172,7 +188,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.images is None):
-            raise UsageError("give either --minutes, for equal time, or --images, for equal images")
+            raise click.UsageError("give either --minutes, for equal time, or --images, for equal images")
 
     def used(self, seconds: float, images: float) -> float:
         """The share of it."""
@@ -216,7 +232,7 @@ def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
     """Train arms, each in a process of its own."""
     names = [name for word in arms.split(",") for name in GROUPS.get(word, [word])]
     if wrong := [name for name in names if name not in ARMS]:
-        raise UsageError(unknown("arm", wrong[0], [*GROUPS, *ARMS]))
+        raise click.UsageError(unknown("arm", wrong[0], [*GROUPS, *ARMS]))
     Budget(options["minutes"], options["images"])
     on_cpu = resolve_device(options["device"]).type == "cpu"
     cores: list[int | None] = [None]  # a GPU takes one arm at a time
@@ -224,7 +240,7 @@ def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
         there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * jobs
         cores = list(there[:jobs])
         if len(cores) < jobs:
-            raise UsageError(f"--jobs {jobs} needs as many cores, this process may use {len(cores)}")
+            raise click.UsageError(f"--jobs {jobs} needs as many cores, this process may use {len(cores)}")
     prepare_corpus(data, work)
     free: SimpleQueue[int | None] = SimpleQueue()
     for core in cores:
@@ -232,7 +248,7 @@ def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
     with ThreadPoolExecutor(len(cores)) as pool:
         codes = list(pool.map(lambda name: run_arm(name, work, options, free, on_cpu), dict.fromkeys(names)))
     if failed := [name for name, code in zip(dict.fromkeys(names), codes, strict=True) if code]:
-        raise TrainingError(f"not trained: {', '.join(failed)}. See log.txt in their folders in {str(work)!r}.")
+        raise click.ClickException(f"not trained: {', '.join(failed)}. See log.txt in their folders in {str(work)!r}.")
 
 
 def run_arm(name: str, work: Path, options: dict[str, Any], free: SimpleQueue[int | None], on_cpu: bool) -> int:
@@ -258,22 +274,22 @@ def run_arm(name: str, work: Path, options: dict[str, Any], free: SimpleQueue[in
 def prepare_corpus(data: Path, work: Path) -> None:
     """Decode the corpus once; each arm maps the file into its memory."""
     facts = work / "corpus" / "facts.json"
-    index = index_source(str(data / SETS["tin200"][0]))
+    index = index_source(str(data / CORPUS))
     fingerprint = index.fingerprint()
     if facts.exists():
         if json.loads(facts.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-            raise UsageError(f"{str(work)!r} was made with another corpus: give another --work")
+            raise click.UsageError(f"{str(work)!r} was made with another corpus: give another --work")
         return
     with progress("decoding the corpus", len(index)) as tick:
         corpus = MemoryCorpus.load(index, SOURCE_SIZE, tick=tick)
     told = labels_of(index)
-    _, (numbered, _) = number_classes(told, told, SETS["tin200"][0])
+    _, (numbered, _) = number_classes(told, told, CORPUS)
     labels = torch.from_numpy(numbered)[corpus.rows]
     numbers = {"images": corpus.images, "aspect": corpus.aspect, "rows": corpus.rows, "labels": labels}
     for name, values in numbers.items():
         with atomic_path(facts.with_name(f"{name}.npy")) as temporary, temporary.open("wb") as file:
             np.save(file, values.numpy())
-    said = {"source": SETS["tin200"][0], "images": len(corpus), "refused": len(corpus.refused)}
+    said = {"source": CORPUS, "images": len(corpus), "refused": len(corpus.refused)}
     write_text(facts, json.dumps({**said, "fingerprint": fingerprint}, indent=1) + "\n")
 
 
@@ -314,7 +330,7 @@ def arm(
     file = work / name / "arm.json"
     if file.exists():
         if json.loads(file.read_text(encoding="utf-8"))["settings"] != settings:
-            raise UsageError(f"{str(file.parent)!r} was trained with other settings: give another --work")
+            raise click.UsageError(f"{str(file.parent)!r} was trained with other settings: give another --work")
         click.echo("is there already")
         return
     write_text(file, json.dumps(train_arm(name, work, budget, recipe, settings, target), indent=1) + "\n")
@@ -339,9 +355,8 @@ def train_arm(
         **settings,
         "method_settings": method.settings,
         "data": facts,
-        "commit": code_commit(),
-        "versions": {**package_versions(), "lightly": version("lightly")},
-        "machine": machine(device),
+        "lightly": version("lightly"),
+        **made_with(device),
     }
     for folder, vit in {"encoder": method.vit, **method.extras}.items():
         save_encoder(work / name / folder, vit, recipe, provenance)
@@ -401,7 +416,7 @@ class Run:
     def _tell(self, before: float, used: float) -> None:
         """A line every tenth of the way."""
         if not math.isfinite(self.losses[-1]):
-            raise TrainingError(
+            raise click.ClickException(
                 f"the loss is {self.losses[-1]} at step {len(self.losses)}: try a lower --learning-rate"
             )
         if int(10 * before) != int(10 * used):
@@ -434,6 +449,169 @@ def curve(losses: list[float], batch_size: int) -> list[dict[str, float]]:
     places = np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)
     pieces = [(stop, losses[first:stop]) for first, stop in pairwise(places)]
     return [{"images": int(stop) * batch_size, "loss": round(float(np.mean(piece)), 5)} for stop, piece in pieces]
+
+
+@main.command()
+@data_option
+@work_option
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record; the figure comes beside it.")
+def evaluate(data: Path, work: Path, out: Path) -> None:
+    """Measure every arm of the work folder, the ViT before training, and raw pixels; write record, table and figure."""
+    arms = trained_arms(work)
+    sets = [LabelledSet.open(data / name, train_images=TRAIN_IMAGES, test_images=TEST_IMAGES) for name in SETS]
+    measured = {name: kept_measure(folder, sets) for name, folder in encoders(work, arms).items()}
+    measured["pixels"] = measure(None, sets)
+    record = {
+        "arms": arms,
+        "results": measured,
+        "unit": "percent of test images; low and high: 95 % bootstrap interval over them, which says nothing of seeds",
+        "shown": "of class token and mean of the patch tokens, the one whose logistic regression is better on the "
+        "validation split of the training images",
+        "random": "the ViT that every arm starts from",
+        "protocol": dataclasses.asdict(PROTOCOL),
+        "data": {labelled.name: labelled.facts for labelled in sets},
+        "command": "python benchmarks/rivals.py evaluate --data DATA --work WORK -o RECORD",
+        **made_with(resolve_device("auto")),
+    }
+    write_text(out, json.dumps(record, indent=1) + "\n")
+    figure(measured, out.with_suffix(".png"))
+    for method, title in METHODS.items():
+        click.echo(f"\n{title}, % (95 % interval)\n\n{table(arms, measured, method)}")
+
+
+def trained_arms(work: Path) -> dict[str, dict[str, Any]]:
+    """What arm.json says of each, in the order of this file.
+
+    Raises:
+        click.UsageError: none there, or arms that had not the same budget, seed and ViT.
+    """
+    files = {name: work / name / "arm.json" for name in ARMS}
+    arms = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+    if not arms:
+        raise click.UsageError(f"no arm in {str(work)!r}: train some first")
+    frame = ("seed", "batch_size", *(name for name in Size._fields if name != "mask_ratio"))
+    frames = {
+        name: {"budget": arm["settings"]["budget"], **{key: arm["settings"]["recipe"][key] for key in frame}}
+        for name, arm in arms.items()
+    }
+    first = next(iter(frames))
+    if other := [name for name, frame in frames.items() if frame != frames[first]]:
+        raise click.UsageError(
+            f"{other[0]} was trained with {frames[other[0]]}, {first} with {frames[first]}: those of one work folder "
+            "are compared, so train them alike"
+        )
+    return arms
+
+
+def encoders(work: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Path]:
+    """Folder of every encoder there is; `random` is made on the spot."""
+    found: dict[str, Path] = {}
+    for name in arms:
+        found[name] = work / name / "encoder"
+        if (student := work / name / "student").exists():
+            found[f"{name} (student)"] = student
+    recipe = arms[next(iter(arms))]["settings"]["recipe"]
+    size = Size(**{key: recipe[key] for key in Size._fields})
+    start = dataclasses.replace(frame_recipe(size, recipe["seed"], torch.device("cpu")), name="vit.random")
+    save_encoder(work / "random" / "encoder", initial_model(start).vit, start, {"trained": "not at all"})
+    return {**found, "random": work / "random" / "encoder"}
+
+
+def kept_measure(encoder: Path, sets: list[LabelledSet]) -> dict[str, Figures]:
+    """`measure`, or what it found before for the same weights and images."""
+    kept = encoder.with_name(f"{encoder.name}-figures.json")
+    facts = [PROTOCOL, *(labelled.facts for labelled in sets)]
+    key = [file_sha256(encoder / WEIGHTS_FILE), *map(str, facts)]
+    if kept.exists() and (there := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
+        return dict(there["figures"])
+    found = measure(encoder, sets)
+    write_text(kept, json.dumps({"key": key, "figures": found}, indent=1) + "\n")
+    return found
+
+
+def measure(encoder: Path | None, sets: list[LabelledSet]) -> dict[str, Figures]:
+    """By set, pool and method: accuracy and its 95 % interval, in percent. Without an encoder, of raw pixels."""
+    model = None if encoder is None else micl_zoo.load(weights=encoder)
+    found = {}
+    for labelled in sets:
+        train, test = (
+            pixel_features(part) if model is None else embed_labelled(model, part, pools=POOLS)
+            for part in (labelled.train, labelled.test)
+        )
+        found[labelled.name] = {
+            pool: probe(one_pool(train, pool), one_pool(test, pool), len(labelled.classes), PROTOCOL)
+            for pool in train.rows
+        }
+        click.echo(f"{encoder or 'pixels'}: {labelled.name}", err=True)
+    return found
+
+
+def one_pool(features: Features, pool: str) -> Features:
+    """Nothing but the rows of one pool."""
+    return features._replace(rows={pool: features.rows[pool]})
+
+
+def shown(figures: Figures, method: str) -> dict[str, float]:
+    """The figure of the pool that the training images choose, see `evaluate`."""
+    best = max(figures, key=lambda pool: figures[pool]["logreg"][pool]["validation"])
+    return dict(figures[best]["knn"][str(K)] if method == "knn" else figures[best]["logreg"][best])
+
+
+def table(arms: dict[str, dict[str, Any]], measured: dict[str, dict[str, Figures]], method: str) -> str:
+    """Markdown: a line an arm."""
+    head = ["arm", "images seen", "images/s", "minutes", *SETS, "mean"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for name, sets in measured.items():
+        run = arms.get(name.partition(" ")[0], {}).get("result")
+        facts = [f"{run['images']:,}", f"{run['images_per_second']:,.0f}", f"{run['minutes']:.1f}"] if run else [""] * 3
+        found = [shown(sets[title], method) for title in SETS]
+        cells = [f"{one['accuracy']:.1f} ({one['low']:.1f}..{one['high']:.1f})" for one in found]
+        mean = np.mean([one["accuracy"] for one in found])
+        lines.append("| " + " | ".join([name, *facts, *cells, f"{mean:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def figure(measured: dict[str, dict[str, Figures]], file: Path) -> None:
+    """A panel a set, a line an arm: k-NN full, logistic regression hollow; references are lines through all."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in measured if name not in REFERENCES]
+    rivals = [name for name in names if name.partition(" ")[0] in RIVALS]
+    places = {name: row + 0.6 * (row >= len(rivals)) for row, name in enumerate(names)}  # a gap before the ablations
+    drawn = Figure(figsize=(2.8 * len(SETS) + 1, 0.34 * len(names) + 1.6), dpi=130, layout="constrained")
+    panels = drawn.subplots(1, len(SETS), sharey=True)
+    for panel, title in zip(panels, SETS, strict=True):
+        for reference, style in REFERENCES.items():
+            accuracy = shown(measured[reference][title], "knn")["accuracy"]
+            panel.axvline(accuracy, color="0.5", linestyle=style, linewidth=1, label=f"{reference}, {METHODS['knn']}")
+        for name in names:
+            draw_arm(panel, measured[name][title], places[name], "#D55E00" if is_micl(name) else "#0072B2")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("accuracy, %", fontsize=9)
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    panels[0].set_yticks(list(places.values()), list(places), fontsize=9)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    drawn.legend(once.values(), once.keys(), loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+    drawn.savefig(file)
+
+
+def draw_arm(panel: Any, figures: Figures, place: float, color: str) -> None:
+    """Both figures of an arm on a set with their intervals, one a little above the other."""
+    for method, offset, fill in (("knn", -0.13, color), ("logreg", 0.13, "white")):
+        one = shown(figures, method)
+        margins = [[one["accuracy"] - one["low"]], [one["high"] - one["accuracy"]]]
+        panel.errorbar(
+            one["accuracy"], place + offset, xerr=margins, fmt="o", color=color, markerfacecolor=fill, markersize=4,
+            linewidth=1.2, label=METHODS[method],
+        )  # fmt: skip
+
+
+def is_micl(name: str) -> bool:
+    """Whether an arm trains with MiCL."""
+    return name in ARMS and ARMS[name].method == "micl"
 
 
 if __name__ == "__main__":
