@@ -682,11 +682,10 @@ def _finetuning(trained: Trained) -> str:
         return NOT_MEASURED
     lines = []
     for one in trained.finetunings.values():
-        low, high = (100 * share for share in one["top1_interval"])
         recipe, data = one["recipe"], one["data"]
         lines.append([
-            data["source"], f"{100 * one['top1']:.1f} ({low:.1f} to {high:.1f})",
-            f"{100 * one['top5']:.1f}" if "top5" in one else "-", _part(data, "train"), f"{one['test_images']:,}",
+            data["source"], with_interval(one["top1"]), with_interval(one.get("top5")),
+            _part(data, "train"), f"{one['test_images']:,}",
             f"`{recipe['name']}`", f"{recipe['epochs']:g}", f"{one['steps']:,} x {recipe['batch_size']:,}",
             f"{one['hours']:g}", _machine(one["machine"]),
         ])  # fmt: skip

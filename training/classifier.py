@@ -30,6 +30,7 @@ from micl_zoo.weights import EncoderConfig, save_weights, write_weights
 
 from .augment import Pictures, Resized, drawing
 from .data import RefusedImage, seeded
+from .evaluate import score
 from .optim import make_layered_optimizer
 from .ranks import Ranks
 from .recipes import FineTuneRecipe
@@ -213,10 +214,9 @@ class Tested(NamedTuple):
     top5: np.ndarray
     refused: list[RefusedImage]
 
-    def shares(self, classes: int) -> dict[str, float]:
-        """Accuracy, 0 to 1: top1, and top5 where there are more than ten classes."""
-        found = {"top1": float(self.top1.mean())}
-        return found | ({"top5": float(self.top5.mean())} if classes > 2 * TOP else {})
+    def scores(self, classes: int) -> dict[str, dict[str, float]]:
+        """Accuracy and its interval in percent: top1, and top5 where there are more than ten classes."""
+        return {"top1": score(self.top1)} | ({"top5": score(self.top5)} if classes > 2 * TOP else {})
 
 
 @torch.inference_mode()

@@ -244,10 +244,10 @@ def interval(accuracy: float, images: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def score(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy and its 95 % interval, in percent."""
-    accuracy = float((predictions == labels).mean())
-    low, high = interval(accuracy, len(labels))
+def score(right: np.ndarray) -> dict[str, float]:
+    """Accuracy and its 95 % interval, in percent, of outcomes (N,) that are right or wrong."""
+    accuracy = float(right.mean())
+    low, high = interval(accuracy, len(right))
     return {"accuracy": _percent(accuracy), "low": _percent(low), "high": _percent(high)}
 
 
@@ -262,12 +262,12 @@ def _knn(
     found = knn_predict(
         bank, queries, classes=classes, ks=protocol.ks, temperature=protocol.temperature, device=device
     )  # fmt: skip
-    return {str(k): score(predictions, test.labels) for k, predictions in found.items()}
+    return {str(k): score(predictions == test.labels) for k, predictions in found.items()}
 
 
 def _chosen(setting: str, found: Chosen, labels: np.ndarray) -> dict[str, float]:
     validation = _percent(max(found.validation.values()))
-    return {**score(found.predictions, labels), setting: found.setting, "validation": validation}
+    return {**score(found.predictions == labels), setting: found.setting, "validation": validation}
 
 
 def _few_shots(

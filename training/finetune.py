@@ -34,7 +34,6 @@ from .classifier import (
     save_classifier,
 )
 from .data import RefusedImage, Share, loader_workers, steps_per_epoch
-from .evaluate import interval
 from .labelled import LabelledSet
 from .loop import Clock, Loop, resolve_autocast, weights_of
 from .ranks import joined
@@ -187,9 +186,9 @@ class _Loop(Loop[Pictures]):
         device, share = self.step.model.cls_token.device, Share(self.ranks.rank, self.ranks.world)
         batches = resized_batches(self.images.test, self.transform, share, self.corpus.workers, device)
         found = measure_classifier(self.tested_model, batches, self.transform, self.ranks, autocast=self.step.autocast)
-        shares = {name: round(share, 5) for name, share in found.shares(len(self.images.classes)).items()}
+        shown = {name: one["accuracy"] for name, one in found.scores(len(self.images.classes)).items()}
         seconds = round(self.clock.seconds(), 1)
-        self.log([{"step": steps, "epoch": self.epoch(steps), "test": shares, "seconds": seconds}])
+        self.log([{"step": steps, "epoch": self.epoch(steps), "test": shown, "seconds": seconds}])
         self.clock.measured()
         return found
 
@@ -202,7 +201,7 @@ class _Loop(Loop[Pictures]):
             self._write_weights(weights_of(tensors, "model" if self.ema is None else "ema"))
             result = self._result(found)
             self.folder.record["result"] = {
-                key: result[key] for key in ("top1", "top1_interval", "steps", "images_seen", "hours", "precision")
+                key: result[key] for key in ("top1", "steps", "images_seen", "hours", "precision")
             }
             self.folder.save_record()
             write_text(self.folder.path / RESULT_FILE, json.dumps(result, indent=2) + "\n")  # last: it says finished
@@ -221,8 +220,7 @@ class _Loop(Loop[Pictures]):
         record, count = self.folder.record, len(self.images.classes)
         described = {key: record[key] for key in ("encoder", "recipe", "command", "commit", "versions", "machine")}
         return {
-            **found.shares(count),
-            "top1_interval": list(interval(float(found.top1.mean()), len(found.top1))),
+            **found.scores(count),
             "test_images": len(found.top1),
             "test_refused": [list(image) for image in found.refused],
             "train_refused": record["data"].get("refused", []),
