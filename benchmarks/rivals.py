@@ -70,14 +70,15 @@ ONE_THREAD = {
 }
 CURVE_POINTS = 50
 SETS = ("tin200", "caltech101", "flowers5", "cifar10")
-TRAIN_IMAGES, TEST_IMAGES = 2_000, 1_000  # of each set, at most, classes as even as they come
+TRAIN_IMAGES, TEST_IMAGES = 1_500, 1_000  # of each set, at most, classes as even as they come
 POOLS: tuple[Pool, ...] = ("cls", "mean")
 K = 20  # neighbours
-PROTOCOL = Protocol(methods=("knn", "logreg"), pools=POOLS, ks=(K,))
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression: a third of eval's, as there are many encoders
+PROTOCOL = Protocol(methods=("knn", "logreg"), pools=POOLS, ks=(K,), inverse_penalties=PENALTIES)
 METHODS = {"knn": f"k-NN {K}", "logreg": "logistic regression"}
 REFERENCES = {"random": ":", "pixels": "--"}  # measured, not trained; how the figure draws them
 
-Figures = dict[str, Any]  # of one encoder on one set: by pool, by method
+Figures = dict[str, Any]  # of one encoder on one set, by method; and by pool those of all pools
 
 
 class Size(NamedTuple):
@@ -462,11 +463,11 @@ def evaluate(data: Path, work: Path, out: Path) -> None:
     measured = {name: kept_measure(folder, sets) for name, folder in encoders(work, arms).items()}
     measured["pixels"] = measure(None, sets)
     record = {
-        "arms": arms,
+        "arms": {name: facts(arm) for name, arm in arms.items()},
         "results": measured,
         "unit": "percent of test images; low and high: 95 % bootstrap interval over them, which says nothing of seeds",
-        "shown": "of class token and mean of the patch tokens, the one whose logistic regression is better on the "
-        "validation split of the training images",
+        "pool": "of class token and mean of the patch tokens, the one whose logistic regression is better on the "
+        "validation split of the training images; by_pool has both",
         "random": "the ViT that every arm starts from",
         "protocol": dataclasses.asdict(PROTOCOL),
         "data": {labelled.name: labelled.facts for labelled in sets},
@@ -476,7 +477,15 @@ def evaluate(data: Path, work: Path, out: Path) -> None:
     write_text(out, json.dumps(record, indent=1) + "\n")
     figure(measured, out.with_suffix(".png"))
     for method, title in METHODS.items():
-        click.echo(f"\n{title}, % (95 % interval)\n\n{table(arms, measured, method)}")
+        click.echo(f"\n{title}, % (95 % interval)\n\n{table(record['arms'], measured, method)}")
+
+
+def facts(arm: dict[str, Any]) -> dict[str, Any]:
+    """What a table says of an arm's training, before all else that arm.json says."""
+    run = arm["result"]
+    shown = {key: run[key] for key in ("minutes", "wall_minutes", "clock", "steps", "images_per_second", "data_share")}
+    kept = {key: arm[key] for key in ("trained", "settings", "method_settings", "commit", "machine", "versions")}
+    return {"images_seen": run["images"], **shown, **kept, "loss_curve": run["loss_curve"]}
 
 
 def trained_arms(work: Path) -> dict[str, dict[str, Any]]:
@@ -520,8 +529,7 @@ def encoders(work: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Path]:
 def kept_measure(encoder: Path, sets: list[LabelledSet]) -> dict[str, Figures]:
     """`measure`, or what it found before for the same weights and images."""
     kept = encoder.with_name(f"{encoder.name}-figures.json")
-    facts = [PROTOCOL, *(labelled.facts for labelled in sets)]
-    key = [file_sha256(encoder / WEIGHTS_FILE), *map(str, facts)]
+    key = [file_sha256(encoder / WEIGHTS_FILE), *map(str, [PROTOCOL, *(labelled.facts for labelled in sets)])]
     if kept.exists() and (there := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
         return dict(there["figures"])
     found = measure(encoder, sets)
@@ -530,18 +538,20 @@ def kept_measure(encoder: Path, sets: list[LabelledSet]) -> dict[str, Figures]:
 
 
 def measure(encoder: Path | None, sets: list[LabelledSet]) -> dict[str, Figures]:
-    """By set, pool and method: accuracy and its 95 % interval, in percent. Without an encoder, of raw pixels."""
+    """By set: figures in percent with their 95 % intervals. Without an encoder, of raw pixels."""
     model = None if encoder is None else micl_zoo.load(weights=encoder)
-    found = {}
+    found: dict[str, Figures] = {}
     for labelled in sets:
         train, test = (
             pixel_features(part) if model is None else embed_labelled(model, part, pools=POOLS)
             for part in (labelled.train, labelled.test)
         )
-        found[labelled.name] = {
+        by_pool = {
             pool: probe(one_pool(train, pool), one_pool(test, pool), len(labelled.classes), PROTOCOL)
             for pool in train.rows
         }
+        best = max(by_pool, key=lambda pool: by_pool[pool]["logreg"][pool]["validation"])
+        found[labelled.name] = {"pool": best, **by_pool[best], "by_pool": by_pool}
         click.echo(f"{encoder or 'pixels'}: {labelled.name}", err=True)
     return found
 
@@ -553,8 +563,7 @@ def one_pool(features: Features, pool: str) -> Features:
 
 def shown(figures: Figures, method: str) -> dict[str, float]:
     """The figure of the pool that the training images choose, see `evaluate`."""
-    best = max(figures, key=lambda pool: figures[pool]["logreg"][pool]["validation"])
-    return dict(figures[best]["knn"][str(K)] if method == "knn" else figures[best]["logreg"][best])
+    return dict(figures["knn"][str(K)] if method == "knn" else figures["logreg"][figures["pool"]])
 
 
 def table(arms: dict[str, dict[str, Any]], measured: dict[str, dict[str, Figures]], method: str) -> str:
@@ -562,12 +571,16 @@ def table(arms: dict[str, dict[str, Any]], measured: dict[str, dict[str, Figures
     head = ["arm", "images seen", "images/s", "minutes", *SETS, "mean"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name, sets in measured.items():
-        run = arms.get(name.partition(" ")[0], {}).get("result")
-        facts = [f"{run['images']:,}", f"{run['images_per_second']:,.0f}", f"{run['minutes']:.1f}"] if run else [""] * 3
+        run = arms.get(name.partition(" ")[0])
+        told = (
+            [f"{run['images_seen']:,}", f"{run['images_per_second']:,.0f}", f"{run['minutes']:.1f}"]
+            if run
+            else [""] * 3
+        )
         found = [shown(sets[title], method) for title in SETS]
         cells = [f"{one['accuracy']:.1f} ({one['low']:.1f}..{one['high']:.1f})" for one in found]
         mean = np.mean([one["accuracy"] for one in found])
-        lines.append("| " + " | ".join([name, *facts, *cells, f"{mean:.1f}"]) + " |")
+        lines.append("| " + " | ".join([name, *told, *cells, f"{mean:.1f}"]) + " |")
     return "\n".join(lines)
 
 
