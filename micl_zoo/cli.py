@@ -972,7 +972,8 @@ def card(
     if sum(map(bool, (out, check, record))) > 1 or (record and (measured or hub)):
         raise click.UsageError("-o, --check and --record go alone; a record takes neither --eval nor --hub")
     from micl_zoo.training.card import card as write_card
-    from micl_zoo.training.card import check_card, write_run_record
+    from micl_zoo.training.card import check_card
+    from micl_zoo.training.trained import write_run_record
 
     from .files import write_text
 

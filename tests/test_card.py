@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from micl_zoo.training import card
+from micl_zoo.training import card, trained
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
 from micl_zoo.training.results import merge
 
@@ -120,7 +120,7 @@ def run(tmp_path: Path, twin: Recipe, encoder_folder: Path) -> Path:
 
 
 def published(folder: Path, *, hub: bool = False) -> str:
-    return card.one_card(card.published(NAME, folder), hub=hub)
+    return card.one_card(trained.published(NAME, folder), hub=hub)
 
 
 def section(text: str, title: str) -> str:
@@ -159,17 +159,17 @@ def test_details_and_training_are_the_run_s(records: Callable[..., Path]) -> Non
 
 
 def test_energy_shows_its_arithmetic(records: Callable[..., Path]) -> None:
-    trained = card.published(NAME, records())
+    whole = trained.published(NAME, records())
     watts = card.CORE_WATTS
-    assert f"2.5 h x 3 cores x {watts} W = {2.5 * 3 * watts:.0f} Wh; the watts are assumed" in card.one_card(trained)
-    run = copy.deepcopy(trained.record)
+    assert f"2.5 h x 3 cores x {watts} W = {2.5 * 3 * watts:.0f} Wh; the watts are assumed" in card.one_card(whole)
+    run = copy.deepcopy(whole.record)
     run["run"]["machine"] |= {"card": "NVIDIA H100 80GB HBM3", "card_memory_gib": 79.1}
     run["run"]["processes"] = 4
-    text = card.one_card(dataclasses.replace(trained, record=run))
+    text = card.one_card(dataclasses.replace(whole, record=run))
     assert "2.5 h x 4 GPUs = 10 GPU hours" in text
     assert f"2.5 h x 4 GPUs x 700 W = {2.5 * 4 * 700 / 1000:.1f} kWh" in text
     run["run"]["machine"]["card"] = "Another"
-    assert "no watts to assume for Another" in card.one_card(dataclasses.replace(trained, record=run))
+    assert "no watts to assume for Another" in card.one_card(dataclasses.replace(whole, record=run))
 
 
 def test_figures_are_those_of_the_record(records: Callable[..., Path]) -> None:
@@ -245,7 +245,7 @@ def test_fine_tuning_and_other_methods(records: Callable[..., Path]) -> None:
 def test_a_changed_number_is_found(
     records: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(card, "RECORDS_FOLDER", records())
+    monkeypatch.setattr(trained, "RECORDS_FOLDER", records())
     file = tmp_path / "CARD.md"
     mend = f"micl-zoo card -o {file}"
     missing = invoke("--check", file)
@@ -310,22 +310,22 @@ def test_the_record_of_a_run(run: Path, tmp_path: Path) -> None:
     assert record["run"] == json.loads((run / "run.json").read_text())
     assert [one["step"] for one in record["curve"]] == [0, 50, 100, 119]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in range(51)))
-    assert [one["step"] for one in card.run_record(run)["curve"]] == [0, 50]
+    assert [one["step"] for one in trained.run_record(run)["curve"]] == [0, 50]
 
 
 def test_what_cannot_be_described(run: Path, tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"no run to describe: .* does not exist. Give the folder that `train --out` wrote"
     ):
-        card.of_run(tmp_path)
+        trained.of_run(tmp_path)
     made_by = json.loads((run / "run.json").read_text())
     del made_by["result"]
     (run / "run.json").write_text(json.dumps(made_by))
     with pytest.raises(TrainingError, match="has not come to its end"):
-        card.of_run(run)
+        trained.of_run(run)
     (run / "metrics.jsonl").write_text('{"step": 0, "lo')
     with pytest.raises(TrainingError, match=r"run.json or metrics.jsonl in .* is damaged"):
-        card.of_run(run)
+        trained.of_run(run)
     with pytest.raises(UsageError, match=r"no weights of vit_l16.in1k are published yet"):
         card.card("vit_l16")
     with pytest.raises(UsageError, match="--eval is for a run's folder"):

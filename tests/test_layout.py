@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from micl_zoo.training.card import check_card, published, repository_card
+from micl_zoo.training.card import check_card, repository_card
 from micl_zoo.training.recipes import RECIPES
 from micl_zoo.training.results import merge
+from micl_zoo.training.trained import published
 
 import micl_zoo
 from micl_zoo.zoo import RECORDS

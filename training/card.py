@@ -1,35 +1,29 @@
 """A model card, written from records: what an encoder is, what it is good and bad at, what it cost, what was measured.
 
 Every number comes out of a record; where there is none the card says "not measured". What follows from the images an
-encoder was trained on stands in CORPORA.
+encoder was trained on stands in corpora.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from micl_zoo.errors import TrainingError, UsageError
-from micl_zoo.files import write_text
-from micl_zoo.transforms import Transform
-from micl_zoo.weights import file_sha256, local_weights, not_published
-from micl_zoo.zoo import IN1K, RECORDS, TIN200, Record, find_record, timm_architecture
+from micl_zoo.errors import UsageError
+from micl_zoo.zoo import RECORDS, timm_architecture
 
+from .corpora import PEOPLE
 from .evaluate import PIXELS
 from .labelled import KNOWN_SETS
 from .plan import frozen_count, parameter_count
-from .recipes import Recipe
 from .results import cell, classifier_table, columns, figures, markdown, merge, with_interval
+from .trained import Trained, of_run, published
 
-RECORDS_FOLDER = Path(__file__).parent / "records"
 WIDTH = 120  # of a line of text
-CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
 GLANCE = ("k-NN 20", "linear", "logreg", "5-shot")
 NOT_MEASURED = "Not measured."
 CORE_WATTS = 5  # assumed of a processor's core: server processors are sold with 2 to 8 W a core
@@ -37,261 +31,10 @@ CORE_WATTS = 5  # assumed of a processor's core: server processors are sold with
 CARD_WATTS = {"H200": 700, "H100": 700, "A100": 400, "L40S": 350, "RTX 4090": 450}
 PRECISIONS = ("fp32", "fp16", "int8")  # that `micl-zoo export` writes
 
-Section = tuple[str, str]  # title and text
-Rows = Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What follows from the images that an encoder was trained on.
-
-    Attributes:
-        images: how many; a run on another number of them was on other images, whatever its recipe says.
-        about: what they show, and whose they are.
-        terms: what that means for the weights.
-        uses, limits: what such an encoder is good and bad at.
-        own_sets: measured sets that are parts of the same data, and what that means.
-        hub_dataset, hub_license: their names on the Hugging Face hub.
-    """
-
-    images: int
-    about: str
-    terms: str
-    uses: tuple[str, ...]
-    limits: tuple[str, ...]
-    own_sets: Mapping[str, str]
-    hub_dataset: str
-    hub_license: str
-
-
-IMAGENET_TERMS = (
-    "The file is under Apache-2.0. It was made from images under ImageNet's terms, which allow non-commercial research "
-    "and education; whoever uses the weights judges what that means for them."
-)
-PEOPLE = "It was not tested for social bias and must not be used to judge people, or to tell who somebody is."
-CORPORA = {
-    TIN200: Corpus(
-        images=100_000,
-        about="Tiny ImageNet-200, training part: photographs of 200 of ImageNet's classes, at 64 x 64 pixels. The "
-        "images belong to their owners.",
-        terms=IMAGENET_TERMS,
-        uses=(
-            "Trying the package from end to end.",
-            "Near-duplicates, colour and layout, coarse grouping of small pictures.",
-            "A start for fine-tuning on little data.",
-        ),
-        limits=(
-            "It was trained on few and small pictures. Encoders trained on a thousand times the data are far better at "
-            "telling what is in a photograph; take one of those where that matters.",
-            "It has seen 64 x 64 pixels only: fine texture, text, small objects and faces mean nothing to it.",
-            "It knows the things of 200 ImageNet classes, as photographed by the people who uploaded them: mostly from "
-            f"the web of the 2000s and mostly Western. Other things and places are represented worse. {PEOPLE}",
-        ),
-        own_sets={
-            "tin200": "the validation part of the corpus: the classes of the training, and a few of its images also "
-            "occur in the training part"
-        },
-        hub_dataset="zh-plus/tiny-imagenet",
-        hub_license="apache-2.0",
-    ),
-    IN1K: Corpus(
-        images=1_281_167,
-        about="ImageNet-1k (ILSVRC 2012), training part: photographs of 1,000 classes. The images belong to "
-        "their owners.",
-        terms=IMAGENET_TERMS,
-        uses=(
-            "Retrieval, grouping, near-duplicates and classifiers on frozen features of photographs.",
-            "A start for fine-tuning.",
-        ),
-        limits=(
-            "It knows the things of ImageNet's classes, many of them breeds of dogs and other animals, as photographed "
-            "by the people who uploaded them: mostly from the web of the 2000s and mostly Western. Other things and "
-            "places, drawings, text, medical and satellite images are represented worse.",
-            f"People occur in the images without being asked for, and unevenly. {PEOPLE}",
-        ),
-        own_sets={"imagenet-1k": "the validation part of the corpus: the classes of the training"},
-        hub_dataset="ILSVRC/imagenet-1k",
-        hub_license="apache-2.0",
-    ),
-}
 CROPPED = "Only the centre square of a picture is seen."
 
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained encoder and all that is on record of it.
-
-    Attributes:
-        name: `arch.tag`.
-        record: weights (sha256 and bytes), run (run.json) and curve.
-        file: of the weights, as the card names it.
-        load: the line of Python that loads it, without the hub.
-        transform: of its images.
-        license: of the weights.
-        entry: its row in the table of encoders, of a published one.
-        evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
-        export, upright: records of benchmarks/export.py and benchmarks/upright.py.
-        rivals: record of benchmarks/rivals.py.
-    """
-
-    name: str
-    record: dict[str, Any]
-    file: str
-    load: str
-    transform: Transform
-    license: str
-    entry: Record | None = None
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    finetunings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    export: dict[str, Any] | None = None
-    upright: dict[str, Any] | None = None
-    rivals: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        measured = {file: one["encoder"]["weights_sha256"] for file, one in self.evaluations.items()}
-        measured |= {file: one["encoder"]["encoder_sha256"] for file, one in self.finetunings.items()}
-        measured |= {name: one["weights_sha256"] for name in ("export", "upright") if (one := getattr(self, name))}
-        for file, sha256 in measured.items():
-            if sha256 != self.weights["sha256"]:
-                raise UsageError(
-                    f"{file} is of other weights (sha256 {sha256}) than {self.name} ({self.weights['sha256']}): "
-                    f"measure these, by micl-zoo eval all {self.target} --data SET -o FILE"
-                )
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        """Of the file: sha256 and bytes."""
-        weights: dict[str, Any] = self.record["weights"]
-        return weights
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """What run.json says."""
-        run: dict[str, Any] = self.record["run"]
-        return run
-
-    @property
-    def target(self) -> str:
-        """What a command names it by."""
-        return self.name if self.entry else "RUN"
-
-    @property
-    def corpus(self) -> Corpus | None:
-        """Of a run on the images that its recipe is for; None where the images are the user's own."""
-        corpus = CORPORA.get(self.run["recipe"]["corpus"])
-        return corpus if corpus and corpus.images == self.run["data"]["images"] else None
-
-    @property
-    def recipe(self) -> Recipe:
-        """Of the run, whichever version wrote it."""
-        known = {one.name for one in dataclasses.fields(Recipe)}
-        return Recipe(**{key: value for key, value in self.run["recipe"].items() if key in known})
-
-
-# Reading records.
-
-
-def published(name: str, records: Path | None = None) -> Trained:
-    """A published encoder with the records that come with the package.
-
-    Raises:
-        UsageError: no such name, no weights, or records of other weights.
-    """
-    entry, records = find_record(name), records or RECORDS_FOLDER
-    if entry.training_record is None:
-        raise UsageError(f"there is nothing to say in a card: {not_published(entry)}")
-    embedded = f"micl_zoo/embedded/{entry.embedded}" if entry.embedded else f"model.safetensors of {entry.hub_repo}"
-    return Trained(
-        name=entry.name,
-        record=_read(records / entry.training_record),
-        file=embedded,
-        load=f'micl_zoo.load("{entry.name}")',
-        transform=entry.transform,
-        license=entry.license,
-        entry=entry,
-        evaluations=_read_all(records, f"{entry.name}.eval*.json"),
-        finetunings=_read_all(records, f"{entry.name}.finetune*.json"),
-        export=_read_if_there(records / f"{entry.name}.export.json"),
-        upright=_read_if_there(records / f"{entry.name}.upright.json"),
-        rivals=_read_if_there(records / "rivals.json"),
-    )
-
-
-def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
-    """The encoder of a finished run of one's own.
-
-    Args:
-        run: folder that `train` wrote.
-        measured: records of `micl-zoo eval all`, and the result.json of `eval finetune`.
-
-    Raises:
-        TrainingError: no run, or one that has not come to its end.
-        UsageError: records of other weights.
-    """
-    record, weights = run_record(run), local_weights(run / "encoder")
-    found = {str(file): _read(file) for file in measured}
-    return Trained(
-        name=weights.config.name,
-        record=record,
-        file="encoder/model.safetensors",
-        load=f'micl_zoo.load(weights="{run.as_posix()}/encoder")',
-        transform=weights.config.transform,
-        license=weights.config.license,
-        evaluations={file: one for file, one in found.items() if "results" in one},
-        finetunings={file: one for file, one in found.items() if "results" not in one},
-    )
-
-
-def run_record(run: Path) -> dict[str, Any]:
-    """What a run is kept by: the weights' sha256 and bytes, run.json, and every 50th step of its curve.
-
-    Raises:
-        TrainingError: no run, or one that has not come to its end.
-    """
-    try:
-        made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError as error:
-        raise TrainingError(
-            f"no run to describe: {error.filename!r} does not exist. Give the folder that `train --out` wrote."
-        ) from None
-    except ValueError as error:
-        raise TrainingError(f"run.json or metrics.jsonl in {str(run)!r} is damaged: {error}") from None
-    file = run / "encoder" / "model.safetensors"
-    if "result" not in made_by or not file.exists():
-        raise TrainingError(f"{str(run)!r} has not come to its end: give the command it was started by again, to go on")
-    steps = [line for line in lines if "loss" in line]
-    kept = steps[::CURVE_EVERY] + ([] if (len(steps) - 1) % CURVE_EVERY == 0 else steps[-1:])
-    return {
-        "weights": {"sha256": file_sha256(file), "bytes": file.stat().st_size},
-        "run": made_by,
-        "curve": kept,
-    }
-
-
-def write_run_record(run: Path, file: Path) -> None:
-    """Write `run_record` as it lies in training/records/."""
-    write_text(file, json.dumps(run_record(run), indent=1) + "\n")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no such record: {str(file)!r}") from None
-    except ValueError as error:
-        raise UsageError(f"{str(file)!r} is no record: {error}") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{str(file)!r} is no record: it holds no JSON object")
-    return found
-
-
-def _read_if_there(file: Path) -> dict[str, Any] | None:
-    return _read(file) if file.exists() else None
-
-
-def _read_all(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
-    return {file.name: _read(file) for file in sorted(folder.glob(pattern))}
+Section = tuple[str, str]  # title and text
+Rows = Mapping[str, object]
 
 
 # Whole cards.

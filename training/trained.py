@@ -1,0 +1,196 @@
+"""A trained encoder and all that is on record of it, published with the package or in a run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from micl_zoo.errors import TrainingError, UsageError
+from micl_zoo.files import write_text
+from micl_zoo.transforms import Transform
+from micl_zoo.weights import file_sha256, local_weights, not_published
+from micl_zoo.zoo import Record, find_record
+
+from .corpora import CORPORA, Corpus
+from .recipes import Recipe
+
+RECORDS_FOLDER = Path(__file__).parent / "records"
+CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained encoder and all that is on record of it.
+
+    Attributes:
+        name: `arch.tag`.
+        record: weights (sha256 and bytes), run (run.json) and curve.
+        file: of the weights, as the card names it.
+        load: the line of Python that loads it, without the hub.
+        transform: of its images.
+        license: of the weights.
+        entry: its row in the table of encoders, of a published one.
+        evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
+        export, upright: records of benchmarks/export.py and benchmarks/upright.py.
+        rivals: record of benchmarks/rivals.py.
+    """
+
+    name: str
+    record: dict[str, Any]
+    file: str
+    load: str
+    transform: Transform
+    license: str
+    entry: Record | None = None
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    finetunings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    export: dict[str, Any] | None = None
+    upright: dict[str, Any] | None = None
+    rivals: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        measured = {file: one["encoder"]["weights_sha256"] for file, one in self.evaluations.items()}
+        measured |= {file: one["encoder"]["encoder_sha256"] for file, one in self.finetunings.items()}
+        measured |= {name: one["weights_sha256"] for name in ("export", "upright") if (one := getattr(self, name))}
+        for file, sha256 in measured.items():
+            if sha256 != self.weights["sha256"]:
+                raise UsageError(
+                    f"{file} is of other weights (sha256 {sha256}) than {self.name} ({self.weights['sha256']}): "
+                    f"measure these, by micl-zoo eval all {self.target} --data SET -o FILE"
+                )
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Of the file: sha256 and bytes."""
+        weights: dict[str, Any] = self.record["weights"]
+        return weights
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What run.json says."""
+        run: dict[str, Any] = self.record["run"]
+        return run
+
+    @property
+    def target(self) -> str:
+        """What a command names it by."""
+        return self.name if self.entry else "RUN"
+
+    @property
+    def corpus(self) -> Corpus | None:
+        """Of a run on the images that its recipe is for; None where the images are the user's own."""
+        corpus = CORPORA.get(self.run["recipe"]["corpus"])
+        return corpus if corpus and corpus.images == self.run["data"]["images"] else None
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the run, whichever version wrote it."""
+        known = {one.name for one in dataclasses.fields(Recipe)}
+        return Recipe(**{key: value for key, value in self.run["recipe"].items() if key in known})
+
+
+def published(name: str, records: Path | None = None) -> Trained:
+    """A published encoder with the records that come with the package.
+
+    Raises:
+        UsageError: no such name, no weights, or records of other weights.
+    """
+    entry, records = find_record(name), records or RECORDS_FOLDER
+    if entry.training_record is None:
+        raise UsageError(f"there is nothing to say in a card: {not_published(entry)}")
+    embedded = f"micl_zoo/embedded/{entry.embedded}" if entry.embedded else f"model.safetensors of {entry.hub_repo}"
+    return Trained(
+        name=entry.name,
+        record=_read(records / entry.training_record),
+        file=embedded,
+        load=f'micl_zoo.load("{entry.name}")',
+        transform=entry.transform,
+        license=entry.license,
+        entry=entry,
+        evaluations=_read_all(records, f"{entry.name}.eval*.json"),
+        finetunings=_read_all(records, f"{entry.name}.finetune*.json"),
+        export=_read_if_there(records / f"{entry.name}.export.json"),
+        upright=_read_if_there(records / f"{entry.name}.upright.json"),
+        rivals=_read_if_there(records / "rivals.json"),
+    )
+
+
+def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
+    """The encoder of a finished run of one's own.
+
+    Args:
+        run: folder that `train` wrote.
+        measured: records of `micl-zoo eval all`, and the result.json of `eval finetune`.
+
+    Raises:
+        TrainingError: no run, or one that has not come to its end.
+        UsageError: records of other weights.
+    """
+    record, weights = run_record(run), local_weights(run / "encoder")
+    found = {str(file): _read(file) for file in measured}
+    return Trained(
+        name=weights.config.name,
+        record=record,
+        file="encoder/model.safetensors",
+        load=f'micl_zoo.load(weights="{run.as_posix()}/encoder")',
+        transform=weights.config.transform,
+        license=weights.config.license,
+        evaluations={file: one for file, one in found.items() if "results" in one},
+        finetunings={file: one for file, one in found.items() if "results" not in one},
+    )
+
+
+def run_record(run: Path) -> dict[str, Any]:
+    """What a run is kept by: the weights' sha256 and bytes, run.json, and every 50th step of its curve.
+
+    Raises:
+        TrainingError: no run, or one that has not come to its end.
+    """
+    try:
+        made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError as error:
+        raise TrainingError(
+            f"no run to describe: {error.filename!r} does not exist. Give the folder that `train --out` wrote."
+        ) from None
+    except ValueError as error:
+        raise TrainingError(f"run.json or metrics.jsonl in {str(run)!r} is damaged: {error}") from None
+    file = run / "encoder" / "model.safetensors"
+    if "result" not in made_by or not file.exists():
+        raise TrainingError(f"{str(run)!r} has not come to its end: give the command it was started by again, to go on")
+    steps = [line for line in lines if "loss" in line]
+    kept = steps[::CURVE_EVERY] + ([] if (len(steps) - 1) % CURVE_EVERY == 0 else steps[-1:])
+    return {
+        "weights": {"sha256": file_sha256(file), "bytes": file.stat().st_size},
+        "run": made_by,
+        "curve": kept,
+    }
+
+
+def write_run_record(run: Path, file: Path) -> None:
+    """Write `run_record` as it lies in training/records/."""
+    write_text(file, json.dumps(run_record(run), indent=1) + "\n")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"no such record: {str(file)!r}") from None
+    except ValueError as error:
+        raise UsageError(f"{str(file)!r} is no record: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{str(file)!r} is no record: it holds no JSON object")
+    return found
+
+
+def _read_if_there(file: Path) -> dict[str, Any] | None:
+    return _read(file) if file.exists() else None
+
+
+def _read_all(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
+    return {file.name: _read(file) for file in sorted(folder.glob(pattern))}
