@@ -450,7 +450,7 @@ Examples:
 @_SEED
 @click.option("--epochs", type=click.IntRange(1), default=50, show_default=True, help="Over the training part.")
 def eval_linear(**options: Any) -> None:
-    """A linear probe on frozen features, thirteen learning rates at once.
+    """A linear probe on frozen features, fifteen learning rates at once.
 
     A fifth of the training part chooses the learning rate; the test part is classified once.
     """
