@@ -36,7 +36,7 @@ class Trained:
         entry: its row in the table of encoders, of a published one.
         evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
         export, upright: records of benchmarks/export.py and benchmarks/upright.py.
-        rivals: record of benchmarks/rivals.py.
+        rivals: records of benchmarks/rivals.py, by file.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Trained:
     finetunings: dict[str, dict[str, Any]] = field(default_factory=dict)
     export: dict[str, Any] | None = None
     upright: dict[str, Any] | None = None
-    rivals: dict[str, Any] | None = None
+    rivals: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         measured = {file: one["encoder"]["weights_sha256"] for file, one in self.evaluations.items()}
@@ -115,7 +115,7 @@ def published(name: str, records: Path | None = None) -> Trained:
         finetunings=_read_all(records, f"{entry.name}.finetune*.json"),
         export=_read_if_there(records / f"{entry.name}.export.json"),
         upright=_read_if_there(records / f"{entry.name}.upright.json"),
-        rivals=_read_if_there(records / "rivals.json"),
+        rivals=_read_all(records, "rivals*.json"),
     )
 
 
