@@ -391,9 +391,9 @@ def _upright(trained: Trained) -> Iterator[str]:
 def _rivals(records: Mapping[str, Mapping[str, Any]]) -> str:
     """The same ViT trained by several methods, from benchmarks/rivals.py; by file."""
     said = (
-        "Not the published encoder: the same small ViT, trained by each method on the same images and machine. Accuracy "
-        "in percent of the test images, ± half of the 95 % interval, of class token or mean of the patch tokens, "
-        "whichever the training images choose. One seed each: the interval is of the test images alone."
+        "Not the published encoder: the same small ViT, trained by each method on the same images and machine. "
+        "Accuracy in percent of the test images, ± half of the 95 % interval, of class token or mean of the patch "
+        "tokens, whichever the training images choose. One seed each: the interval is of the test images alone."
     )
     tables = [part for record in records.values() for part in _rival_tables(record)]
     made = "\n".join(["```sh", *dict.fromkeys(record["command"] for record in records.values()), "```"])
