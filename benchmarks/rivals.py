@@ -463,7 +463,6 @@ def evaluate(data: Path, work: Path, out: Path) -> None:
     measured = {name: kept_measure(folder, sets) for name, folder in encoders(work, arms).items()}
     measured["pixels"] = measure(None, sets)
     record = {
-        "title": same_for_all(next(iter(arms.values()))),
         "arms": {name: facts(arm) for name, arm in arms.items()},
         "results": measured,
         "unit": "percent of test images; low and high: 95 % bootstrap interval over them, which says nothing of seeds",
@@ -479,15 +478,6 @@ def evaluate(data: Path, work: Path, out: Path) -> None:
     figure(measured, out.with_suffix(".png"))
     for method, title in METHODS.items():
         click.echo(f"\n{title}, % (95 % interval)\n\n{table(record['arms'], measured, method)}")
-
-
-def same_for_all(arm: dict[str, Any]) -> str:
-    """What all arms had alike."""
-    budget, clock = arm["settings"]["budget"], arm["result"]["clock"]
-    if budget["images"]:
-        return f"Equal images: {budget['images']:,} for each method"
-    where = "one processor core" if clock == "processor" else arm["machine"]["card"]
-    return f"Equal time: {budget['minutes']:g} minutes of {where} for each method"
 
 
 def facts(arm: dict[str, Any]) -> dict[str, Any]:

@@ -226,15 +226,18 @@ def test_fine_tuning_and_other_methods(records: Callable[..., Path]) -> None:
     }  # fmt: skip
     rivals = {
         "results": {"mae": whole["results"][NAME], "simclr": whole["results"]["random"]}, "data": whole["data"],
-        "arms": {"mae": {"minutes": 60.04, "images_seen": 12_345, "images_per_second": 99.9}},
-        "command": "python benchmarks/rivals.py it", "title": "Equal time: 60 minutes each", **MADE,
+        "arms": {"mae": {
+            "minutes": 60.04, "images_seen": 12_345, "images_per_second": 99.9, "clock": "processor",
+            "settings": {"budget": {"minutes": 60.0, "images": None}},
+        }},
+        "command": "python benchmarks/rivals.py it", **MADE,
     }  # fmt: skip
     folder = records(**{"NAME__finetune-caltech101": tuned, "rivals": rivals})
     text = published(folder)
     assert "| caltech101 | 71.2 (68.0 to 74.1) | -       | 1,234 of 3,000" in section(text, "Fine-tuning")
     assert "micl-zoo eval finetune it" in section(text, "Reproduce")
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
-    assert "**Equal time: 60 minutes each**" in text
+    assert "**Equal time: 60 minutes of one processor core for each method**" in text
     assert ["mae", "60.0", "12,345", "100", "60.2 ± 2.0", "62.2 ± 2.0"] in cells
     assert ["simclr", "-", "-", "-", "20.2 ± 2.0", "22.2 ± 2.0"] in cells
     whole_card = card.repository_card(folder)

@@ -132,8 +132,14 @@ class Hub(Ranges):
         if path in ("/api/datasets/micl/tiny", "/api/datasets/micl/tiny/revision/main"):
             self.answer({"id": "micl/tiny", "sha": "0" * 40})
         elif path.startswith("/api/datasets/micl/tiny/tree/main"):
-            folder = path.removeprefix("/api/datasets/micl/tiny/tree/main") or "/"
-            self.answer(self.infos(Path(self.translate_path(folder)).iterdir()))
+            folder = Path(self.translate_path(path.removeprefix("/api/datasets/micl/tiny/tree/main") or "/"))
+            if folder.is_dir():
+                self.answer(self.infos(folder.iterdir()))
+            else:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
         else:
             self.path = self.path.replace("/datasets/micl/tiny/resolve/main/", "/")
             super().do_GET()

@@ -402,7 +402,7 @@ def _rivals(records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _rival_tables(record: Mapping[str, Any]) -> Iterator[str]:
-    yield f"**{record['title']}**"
+    yield f"**{_alike(next(iter(record['arms'].values())))}**"
     for heading, find in columns(record):
         if heading in GLANCE[:3]:
             lines = [
@@ -411,6 +411,15 @@ def _rival_tables(record: Mapping[str, Any]) -> Iterator[str]:
             ]
             table = markdown(["method", "minutes", "images seen", "images/s", *record["data"]], lines)
             yield f"{heading}:\n\n{table}"
+
+
+def _alike(arm: Mapping[str, Any]) -> str:
+    """What all arms of a record had alike."""
+    budget = arm["settings"]["budget"]
+    if budget["images"]:
+        return f"Equal images: {budget['images']:,} for each method"
+    where = "one processor core" if arm["clock"] == "processor" else arm["machine"]["card"]
+    return f"Equal time: {budget['minutes']:g} minutes of {where} for each method"
 
 
 def _arm(record: Mapping[str, Any], subject: str) -> list[str]:
