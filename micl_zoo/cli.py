@@ -639,11 +639,10 @@ def eval_finetune(encoder: str, data: str, out: Path, as_json: bool, **options: 
 
 
 def _finetuned(found: dict[str, Any], out: Path) -> str:
-    low, high = (f"{100 * share:.1f}" for share in found["top1_interval"])
-    top5 = f", top-5 {100 * found['top5']:.1f} %" if "top5" in found else ""
+    top1, top5 = found["top1"], f", top-5 {found['top5']['accuracy']:.1f} %" if "top5" in found else ""
     left_out = f", {len(found['test_refused'])} left out: see result.json" if found["test_refused"] else ""
     return (
-        f"Top-1 {100 * found['top1']:.1f} % (95 % interval {low} to {high}){top5} "
+        f"Top-1 {top1['accuracy']:.1f} % (95 % interval {top1['low']:.1f} to {top1['high']:.1f}){top5} "
         f"on {found['test_images']:,} test images{left_out}.\n"
         f'The classifier is in {out / "classifier"}: timm.create_model("local-dir:{out / "classifier"}", '
         f"pretrained=True). The encoder is in {out / 'encoder'}."
