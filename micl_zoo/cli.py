@@ -6,8 +6,9 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -16,6 +17,7 @@ from .errors import MiclZooError
 from .zoo import DEFAULT, RECORDS, Record, find_record
 
 REFUSED_EXIT_CODE = 3
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
@@ -172,6 +174,34 @@ def extract(
         sys.exit(REFUSED_EXIT_CODE)
 
 
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in their order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_RANKS = _together(
+    click.option("--gpus", type=click.IntRange(1), help="Processes on this machine, one a GPU (or CPU processes)."),
+    click.option(
+        "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines; start all of them alike."
+    ),
+    click.option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: one of them."),
+    click.option(
+        "--restarts", type=click.IntRange(0), default=0, show_default=True, help="After a process has failed."
+    ),
+    click.option(
+        "--micro-batch", type=click.IntRange(1), help="Images a forward pass: less memory, the same gradients."
+    ),
+    click.option("--max-steps", type=click.IntRange(1), help="Stop with a checkpoint after that many steps."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+)
+
+
 @main.command(
     epilog="""\b
 Examples:
@@ -191,20 +221,12 @@ Examples:
 @click.option(
     "--plan", is_flag=True, help="Print what the run takes (steps, FLOPs, memory, hours, disk); train nothing."
 )
-@click.option("--gpus", type=click.IntRange(1), help="Processes on this machine, one a GPU (or CPU processes).")
-@click.option(
-    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines; start all of them alike."
-)
-@click.option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: one of them.")
-@click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, help="After a process has failed.")
-@click.option("--micro-batch", type=click.IntRange(1), help="Images a forward pass: less memory, the same gradients.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_RANKS
 @click.option(
     "--workers",
     type=click.IntRange(0),
     help="Processes that decode for each GPU, with cache=none.  [default: the cores, shared; 16 at most]",
 )
-@click.option("--max-steps", type=click.IntRange(1), help="Stop with a checkpoint after that many steps.")
 @click.option(
     "--knn",
     multiple=True,
@@ -375,39 +397,33 @@ def eval_() -> None:
     """Measure an encoder on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning."""
 
 
-def _eval_options(command: Any) -> Any:
-    """What `knn`, `linear`, `logreg`, `few-shot` and `all` have in common."""
-    options = [
-        click.argument("encoder", required=False),
-        click.option(
-            "--data",
-            multiple=True,
-            help="A set: a folder with train*.parquet and test*.parquet or val…, or with train/CLASS/ and test/ or "
-            "val/; a URI; or OWNER/NAME on the hub. May be repeated.",
-        ),
-        click.option("--train", "train_store", help="Instead of ENCODER and --data: a store to learn from."),
-        click.option("--test", "test_store", help="And one of the same encoder to be asked about."),
-        click.option("--labels", type=click.Path(path_type=Path), help="A csv of id and label."),
-        click.option("--train-images", type=click.IntRange(1), help="At most so many of each set, classes even."),
-        click.option("--test-images", type=click.IntRange(1), help="At most so many of each set, classes even."),
-        click.option(
-            "--baseline",
-            "baselines",
-            multiple=True,
-            type=click.Choice(["random", "pixels"]),
-            help="Measure the same ViT without training, or raw pixels, beside it. May be repeated.",
-        ),
-        click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of a forward pass."),
-        click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core]"),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
-        click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the record, a .json."),
-        click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write a picture: .png, .svg or .pdf."),
-        click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
+_MEASURED = _together(  # of knn, linear, logreg, few-shot and all
+    click.argument("encoder", required=False),
+    click.option(
+        "--data",
+        multiple=True,
+        help="A set: a folder with train*.parquet and test*.parquet or val…, or with train/CLASS/ and test/ or "
+        "val/; a URI; or OWNER/NAME on the hub. May be repeated.",
+    ),
+    click.option("--train", "train_store", help="Instead of ENCODER and --data: a store to learn from."),
+    click.option("--test", "test_store", help="And one of the same encoder to be asked about."),
+    click.option("--labels", type=click.Path(path_type=Path), help="A csv of id and label."),
+    click.option("--train-images", type=click.IntRange(1), help="At most so many of each set, classes even."),
+    click.option("--test-images", type=click.IntRange(1), help="At most so many of each set, classes even."),
+    click.option(
+        "--baseline",
+        "baselines",
+        multiple=True,
+        type=click.Choice(["random", "pixels"]),
+        help="Measure the same ViT without training, or raw pixels, beside it. May be repeated.",
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of a forward pass."),
+    click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core]"),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
+    click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the record, a .json."),
+    click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write a picture: .png, .svg or .pdf."),
+    click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table."),
+)
 
 _POOLS = click.option(
     "--pool",
@@ -426,10 +442,12 @@ Examples:
   micl-zoo eval knn vit_ti16.tin200 --data caltech101
   micl-zoo eval knn --train embeddings-train --test embeddings-val -o knn.json""",
 )
-@_eval_options
+@_MEASURED
 @_POOLS
 @click.option("-k", "ks", multiple=True, type=click.IntRange(1), help="Neighbours.  [default: 10, 20, 100, 200]")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=0.07, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0, min_open=True), default=0.07, show_default=True, help="Of the votes."
+)
 def eval_knn(**options: Any) -> None:
     """Weighted k-nearest neighbours: nothing is trained, nothing is chosen.
 
@@ -445,7 +463,7 @@ Examples:
   micl-zoo eval linear vit_ti16.tin200 --data caltech101 --pool cls --pool cls+mean
   micl-zoo eval linear --train embeddings-train --test embeddings-val --epochs 20""",
 )
-@_eval_options
+@_MEASURED
 @_POOLS
 @_SEED
 @click.option("--epochs", type=click.IntRange(1), default=50, show_default=True, help="Over the training part.")
@@ -464,7 +482,7 @@ Examples:
   micl-zoo eval logreg vit_ti16.tin200 --data caltech101
   micl-zoo eval logreg --train embeddings-train --test embeddings-val""",
 )
-@_eval_options
+@_MEASURED
 @_POOLS
 @_SEED
 def eval_logreg(**options: Any) -> None:
@@ -482,7 +500,7 @@ Examples:
   micl-zoo eval few-shot vit_ti16.tin200 --data caltech101
   micl-zoo eval few-shot vit_ti16.tin200 --data caltech101 --shots 2 --shots 20 --draws 10""",
 )
-@_eval_options
+@_MEASURED
 @_POOLS
 @click.option("--shots", multiple=True, type=click.IntRange(1), help="Images a class.  [default: 1, 5, 10]")
 @click.option("--draws", type=click.IntRange(1), default=5, show_default=True, help="Of those images.")
@@ -498,7 +516,7 @@ Examples:
   micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
   micl-zoo eval all runs/first --data imagenet --baseline random --baseline pixels""",
 )
-@_eval_options
+@_MEASURED
 @_POOLS
 @_SEED
 def eval_all(**options: Any) -> None:
@@ -592,20 +610,12 @@ Examples:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one number of the recipe. May be repeated."
 )
 @click.option("--smoke", is_flag=True, help="Two epochs on 64 images, to see that all of it works.")
-@click.option("--gpus", type=click.IntRange(1), help="Processes on this machine, one a GPU (or CPU processes).")
-@click.option(
-    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines; start all of them alike."
-)
-@click.option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: one of them.")
-@click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, help="After a process has failed.")
-@click.option("--micro-batch", type=click.IntRange(1), help="Images a forward pass: less memory, the same gradients.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_RANKS
 @click.option(
     "--workers",
     type=click.IntRange(0),
     help="Processes that decode for each GPU.  [default: the cores, shared; 16 at most]",
 )
-@click.option("--max-steps", type=click.IntRange(1), help="Stop with a checkpoint after that many steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def eval_finetune(encoder: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fine-tune ENCODER and a linear head on the training part of a labelled set, and test on its test part.

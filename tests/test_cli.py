@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -27,13 +28,22 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-@pytest.mark.parametrize("name", ["", *main.commands])
+def every_command() -> dict[str, click.Command]:
+    """By what is typed behind `micl-zoo`."""
+    found: dict[str, click.Command] = {"": main, **main.commands}
+    for name, group in main.commands.items():
+        if isinstance(group, click.Group):
+            found |= {f"{name} {below}": command for below, command in group.commands.items()}
+    return found
+
+
+@pytest.mark.parametrize("name", every_command())
 def test_every_command_has_help_with_an_example(name: str) -> None:
-    result = run(*([name] if name else []), "--help")
+    result = run(*name.split(), "--help")
     assert result.exit_code == 0
     assert "Example" in result.output
     assert f"micl-zoo {name}".strip() in result.output
-    for parameter in (main.commands[name] if name else main).params:
+    for parameter in every_command()[name].params:
         if parameter.param_type_name == "option":
             assert getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
 

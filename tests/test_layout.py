@@ -61,7 +61,7 @@ def test_who_imports_whom() -> None:
 
 @in_checkout
 def test_the_command_line_imports_lightly() -> None:
-    light = {"__future__", "dataclasses", "json", "shlex", "sys", "pathlib", "typing", "click"}
+    light = {"__future__", "collections", "dataclasses", "json", "shlex", "sys", "pathlib", "typing", "click"}
     outside = {name for name, inside in imports(ROOT / "micl_zoo" / "cli.py", "micl_zoo") if not inside}
     own = ("micl_zoo._version.", "micl_zoo.errors.", "micl_zoo.zoo.")
     assert not [name for name in outside if not name.startswith(own) and name.split(".")[0] not in light]
