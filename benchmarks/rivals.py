@@ -547,7 +547,7 @@ def measure(encoder: Path | None, sets: list[LabelledSet]) -> dict[str, Figures]
             for part in (labelled.train, labelled.test)
         )
         by_pool = {
-            pool: probe(one_pool(train, pool), one_pool(test, pool), len(labelled.classes), PROTOCOL)
+            pool: probe(one_pool(train, pool), one_pool(test, pool), classes=len(labelled.classes), protocol=PROTOCOL)
             for pool in train.rows
         }
         best = max(by_pool, key=lambda pool: by_pool[pool]["logreg"][pool]["validation"])

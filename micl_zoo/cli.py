@@ -420,7 +420,7 @@ _MEASURED = _together(  # of knn, linear, logreg, few-shot and all
     click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of a forward pass."),
     click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core]"),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
-    click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the record, a .json."),
+    click.option("-o", "--out", type=click.Path(path_type=Path), help="The record; the same command again goes on."),
     click.option("--plot", "picture", type=click.Path(path_type=Path), help="Write a picture: .png, .svg or .pdf."),
     click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table."),
 )
@@ -534,7 +534,7 @@ def _measure(methods: tuple[str, ...], options: dict[str, Any]) -> None:
     names = ("pools", "ks", "temperature", "epochs", "shots", "draws", "seed")
     given = {name: value for name in names if (value := options.pop(name, None)) not in (None, ())}
     out, picture, as_json = options.pop("out"), options.pop("picture"), options.pop("as_json")
-    record = _evaluated(Protocol(methods=methods, **given), **options)
+    record = _evaluated(Protocol(methods=methods, **given), out, **options)
     text = json.dumps(record, indent=1)
     if out is not None:
         write_text(out, text + "\n")
@@ -547,6 +547,7 @@ def _measure(methods: tuple[str, ...], options: dict[str, Any]) -> None:
 
 def _evaluated(
     protocol: Any,
+    out: Path | None,
     *,
     encoder: str | None,
     data: tuple[str, ...],
@@ -582,7 +583,7 @@ def _evaluated(
     loaded = load(weights.pop("model", DEFAULT), **weights, device=device)
     chosen: Any = baselines
     how = {"batch_size": batch_size, "workers": workers, "command": command}
-    return evaluate(loaded, sets, protocol, baselines=chosen, **how)
+    return evaluate(loaded, sets, protocol, out=out, baselines=chosen, **how)
 
 
 @eval_.command(

@@ -58,7 +58,7 @@ def test_a_record_has_every_method_for_every_subject(record: dict[str, Any]) -> 
             "left_out": "30 images a class asked for, but a class has 10 training images"
         }
     assert record["data"]["colours"]["train_images"] == 20
-    assert record["protocol"]["ks"] == (1, 3)
+    assert record["protocol"]["ks"] == [1, 3]
     assert {"commit", "date", "machine", "versions", "minutes"} <= set(record)
     assert record["results"]["random"] == record["results"]["vit_ti16.tin200"]  # it is one: random weights, seed 0
 
@@ -95,6 +95,31 @@ def test_stores_give_what_their_images_give(colours: Path, encoder_folder: Path,
     assert list(alone["linear"]) == ["mean"]
     with pytest.raises(UsageError, match="holds the pool 'mean', asked for cls"):
         store_features(other, {}, ("cls",))
+
+
+def test_a_record_goes_on_where_it_was(
+    colours: Path, encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, out = micl_zoo.load(weights=encoder_folder, device="cpu"), tmp_path / "record.json"
+    settings: dict[str, Any] = {"workers": 0, "show": False, "out": out}
+    knn, sets = Protocol(methods=("knn",), ks=(1,)), [LabelledSet.open(colours)]
+    first = evaluate(encoder, sets, knn, **settings)
+    assert json.loads(out.read_text(encoding="utf-8")) == first
+    with monkeypatch.context() as patch:
+        patch.setattr("micl_zoo.training.evaluate.embed_labelled", None)  # nothing is embedded again
+        whole = evaluate(encoder, sets, knn, baselines=("pixels",), command="again", **settings)
+    assert list(whole["results"]) == ["vit_ti16.tin200", "pixels"]
+    assert whole["results"]["vit_ti16.tin200"] == first["results"]["vit_ti16.tin200"]
+    assert whole["resumed"][0]["command"] == "again"
+    with pytest.raises(UsageError, match=r"another evaluation: ks is \[1\] there, \[3\] asked for. Give another file"):
+        evaluate(encoder, sets, Protocol(methods=("knn",), ks=(3,)), **settings)
+    with pytest.raises(UsageError, match="colours, test_fingerprint is"):
+        evaluate(encoder, [LabelledSet.open(colours, test_images=4)], knn, **settings)
+    with pytest.raises(UsageError, match="two sets are called colours"):
+        evaluate(encoder, sets * 2, knn, **settings)
+    out.write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match="no record of an evaluation"):
+        evaluate(encoder, sets, knn, **settings)
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_images() -> None:

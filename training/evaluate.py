@@ -6,18 +6,22 @@ A record says which images, weights, settings and code gave each figure.
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from micl_zoo.decode import decode
+from micl_zoo.decode import Refused, decode
 from micl_zoo.encoder import Encoder, Pool
 from micl_zoo.engines import resolve_precision
 from micl_zoo.errors import StoreError, UsageError, unknown
+from micl_zoo.files import write_text
 from micl_zoo.progress import progress
 from micl_zoo.sources import Reader
 from micl_zoo.store import Store
@@ -46,6 +50,7 @@ Results = dict[str, Any]  # of one subject on one set, by method
 
 RESAMPLES = 10_000  # of the test images, for an interval
 POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")
+SAME_IMAGES = ("sha256", "train_fingerprint", "test_fingerprint", "classes")  # of a set's facts
 PIXELS = 32  # side of the images whose pixels are a baseline's features
 
 
@@ -92,6 +97,7 @@ def evaluate(
     sets: Sequence[LabelledSet],
     protocol: Protocol | None = None,
     *,
+    out: Path | None = None,
     baselines: Sequence[Baseline] = (),
     batch_size: int = 64,
     workers: int | None = None,
@@ -102,8 +108,9 @@ def evaluate(
 
     Args:
         encoder: to measure.
-        sets: to measure it on.
+        sets: to measure it on, of different names.
         protocol: methods and settings.
+        out: file of the record, which is written after every set; what is in it already is not measured again.
         baselines: "random", the same ViT as it is initialised, and "pixels", 32 x 32 of them, measured alike.
         batch_size: images a forward pass.
         workers: processes that decode; one a core by default, none for 0.
@@ -113,35 +120,59 @@ def evaluate(
     Returns:
         The record: `results[subject][set][method]`, accuracies in percent of the test images with 95 % intervals, and
         everything they depend on.
+
+    Raises:
+        UsageError: two sets of one name, or a record in `out` of another encoder, protocol or other images.
     """
-    protocol, started = protocol or Protocol(), time.monotonic()
+    protocol, places = protocol or Protocol(), [labelled.name for labelled in sets]
+    if twice := {name for name in places if places.count(name) > 1}:
+        raise UsageError(f"two sets are called {', '.join(sorted(twice))}: rename a folder, a record goes by the names")
+    record = _begun(out, _record(_described(encoder), protocol, command, encoder.device), sets)
     chosen = {encoder.name: encoder} | {name: _baseline(name, encoder) for name in baselines}
-    results: dict[str, dict[str, Results]] = {subject: {} for subject in chosen}
-    refused: dict[str, int] = {}
+    for subject, labelled in product(chosen, sets):
+        there, started = record["results"].setdefault(subject, {}), time.monotonic()
+        if labelled.name in there:
+            continue
+        features = []
+        for part, images in (("training part", labelled.train), ("test part", labelled.test)):
+            with progress(f"{subject} on {labelled.name}, {part}", len(images.labels), show=show) as tick:
+                model, how = chosen[subject], {"batch_size": batch_size, "workers": workers, "tick": tick}
+                features.append(_features(model, images, protocol, **how))
+        refused = sum(len(one.refused) for one in features)
+        record["data"].setdefault(labelled.name, labelled.facts | {"refused": refused})
+        there[labelled.name] = probe(*features, classes=len(labelled.classes), protocol=protocol, device=encoder.device)
+        record["minutes"] = round(record["minutes"] + (time.monotonic() - started) / 60, 2)
+        if out is not None:
+            write_text(out, json.dumps(record, indent=1) + "\n")
+    return record
 
-    def embed(model: Encoder | None, part: LabelledImages, what: str) -> Features:
-        with progress(what, len(part.labels), show=show) as tick:
-            if model is None:
-                return pixel_features(part)
-            return embed_labelled(model, part, pools=protocol.pools, batch_size=batch_size, workers=workers, tick=tick)
 
-    for subject, model in chosen.items():
-        for labelled in sets:
-            where = f"{subject} on {labelled.name}"
-            train = embed(model, labelled.train, f"{where}, training part")
-            test = embed(model, labelled.test, f"{where}, test part")
-            refused[labelled.name] = len(train.refused) + len(test.refused)
-            found = probe(train, test, len(labelled.classes), protocol, device=encoder.device)
-            results[subject][labelled.name] = found
-    data = {labelled.name: labelled.facts | {"refused": refused[labelled.name]} for labelled in sets}
-    subject_facts = {
-        "name": encoder.name,
-        "weights_sha256": encoder.weights_sha256,
-        "transform": encoder.transform.id,
-        "precision": resolve_precision("auto", encoder.device)[1],
-        "backend": encoder.backend,
-    }
-    return _record(subject_facts, data, results, protocol, started, command, encoder.device)
+def _features(model: Encoder | None, images: LabelledImages, protocol: Protocol, **how: Any) -> Features:
+    return pixel_features(images) if model is None else embed_labelled(model, images, pools=protocol.pools, **how)
+
+
+def _begun(out: Path | None, asked: dict[str, Any], sets: Sequence[LabelledSet]) -> dict[str, Any]:
+    """The record in a file, to go on with, or the one asked for."""
+    if out is None or not out.exists():
+        return asked
+    try:
+        there: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        before = {key: dict(there[key]) for key in ("encoder", "protocol", "data", "results")}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{str(out)!r} is there and no record of an evaluation: give another file") from None
+    pairs = [
+        (key, before[part].get(key), value) for part in ("encoder", "protocol") for key, value in asked[part].items()
+    ]
+    for labelled in sets:
+        if labelled.name in before["data"]:
+            known = before["data"][labelled.name]
+            pairs += [(f"{labelled.name}, {key}", known.get(key), labelled.facts[key]) for key in SAME_IMAGES]
+    if differences := [f"{key} is {mine!r} there, {value!r} asked for" for key, mine, value in pairs if mine != value]:
+        raise UsageError(f"{str(out)!r} holds another evaluation: {'; '.join(differences)}. Give another file.")
+    there.setdefault("resumed", []).append(
+        {key: asked[key] for key in ("command", "date", "commit", "machine", "versions")}
+    )
+    return there
 
 
 def evaluate_stores(
@@ -178,7 +209,8 @@ def evaluate_stores(
     if protocol.methods == ("knn",):
         found = {"knn": _knn(_streamed(train, numbers[0], protocol.pools[0]), asked, len(classes), protocol, device)}
     else:
-        found = probe(store_features(train, numbers[0], protocol.pools), asked, len(classes), protocol, device=device)
+        features = store_features(train, numbers[0], protocol.pools)
+        found = probe(features, asked, classes=len(classes), protocol=protocol, device=device)
     manifest = train.manifest
     facts = {
         "classes": len(classes),
@@ -190,11 +222,13 @@ def evaluate_stores(
         "name": manifest.model, "weights_sha256": manifest.weights_sha256, "transform": manifest.transform,
         "precision": manifest.precision, "normalized": manifest.normalized,
     }  # fmt: skip
-    return _record(subject, {name: facts}, {manifest.model: {name: found}}, protocol, started, command, device)
+    record = _record(subject, protocol, command, device)
+    minutes = round((time.monotonic() - started) / 60, 2)
+    return record | {"results": {manifest.model: {name: found}}, "data": {name: facts}, "minutes": minutes}
 
 
 def probe(
-    train: Features, test: Features, classes: int, protocol: Protocol, *, device: str | torch.device = "cpu"
+    train: Features, test: Features, *, classes: int, protocol: Protocol, device: str | torch.device = "cpu"
 ) -> Results:
     """Run the protocol's methods on features; accuracies in percent."""
     pools = [pool for pool in train.rows if pool in protocol.pools or pool == "pixels"]
@@ -315,9 +349,15 @@ def random_encoder(encoder: Encoder, seed: int = 0) -> Encoder:
 def pixel_features(images: LabelledImages) -> Features:
     """32 x 32 RGB pixels as features: rows {"pixels": (N, 3072)}."""
     transform, reader = Transform(PIXELS, PIXELS), Reader()
-    pixels = np.stack([transform.pixels(decode(reader.read(entry))) for entry in images.index.entries()])
-    rows = transform.normalise(torch.from_numpy(pixels)).flatten(1).numpy()
-    return Features({"pixels": rows}, images.labels)
+    pixels, kept, refused = list[np.ndarray](), list[int](), list[str]()
+    for row, entry in enumerate(images.index.entries()):
+        try:
+            pixels.append(transform.pixels(decode(reader.read(entry))))
+            kept.append(row)
+        except Refused:
+            refused.append(entry.id)
+    rows = transform.normalise(torch.from_numpy(np.stack(pixels))).flatten(1).numpy()
+    return Features({"pixels": rows}, images.labels[kept], tuple(refused))
 
 
 def _check_pair(train: Store, test: Store) -> None:
@@ -339,18 +379,26 @@ def _streamed(store: Store, numbers: Mapping[str, int], pool: str) -> Bank:
         yield rows[:, start : start + width].astype(np.float32), np.array([numbers[name] for name in ids], np.int64)
 
 
-def _record(
-    encoder: dict[str, Any], data: dict[str, Any], results: dict[str, dict[str, Results]], protocol: Protocol,
-    started: float, command: str, device: str | torch.device,
-) -> dict[str, Any]:  # fmt: skip
+def _described(encoder: Encoder) -> dict[str, Any]:
+    return {
+        "name": encoder.name,
+        "weights_sha256": encoder.weights_sha256,
+        "transform": encoder.transform.id,
+        "precision": resolve_precision("auto", encoder.device)[1],
+        "backend": encoder.backend,
+    }
+
+
+def _record(encoder: dict[str, Any], protocol: Protocol, command: str, device: str | torch.device) -> dict[str, Any]:
+    """A record without figures."""
     return {
         "encoder": encoder,
-        "results": results,
+        "results": {},
         "unit": "percent of test images; low and high: 95 % bootstrap interval over them; spread: standard deviation "
         "over draws of training images",
-        "protocol": asdict(protocol),
-        "data": data,
-        "minutes": round((time.monotonic() - started) / 60, 2),
+        "protocol": json.loads(json.dumps(asdict(protocol))),  # as it comes back from a file
+        "data": {},
+        "minutes": 0.0,
         "command": command,
         **made_with(torch.device(device)),
     }
