@@ -524,8 +524,8 @@ def eval_all(**options: Any) -> None:
     _measure(("knn", "linear", "logreg", "few-shot"), options)
 
 
-def _measure(methods: tuple[str, ...], options: dict[str, Any]) -> None:
-    """Run, print, write the record and the picture."""
+def _measure(methods: Any, options: dict[str, Any]) -> None:
+    """Run, print, write the record and the picture; `methods` are those of a `Protocol`."""
     from micl_zoo.training.evaluate import Protocol
     from micl_zoo.training.results import plot, table
 
@@ -577,13 +577,22 @@ def _evaluated(
         return evaluate_stores(*stores, protocol, labels=given, command=command, device=str(resolve_device(device)))
     if encoder is None or not data:
         raise click.UsageError("give an ENCODER and --data, or two stores by --train and --test")
-    limits = {"labels": labels, "train_images": train_images, "test_images": test_images}
-    sets = [LabelledSet.open(place, **limits) for place in data]
+    sets = [
+        LabelledSet.open(place, labels=labels, train_images=train_images, test_images=test_images) for place in data
+    ]
     weights = _encoder_of(encoder)
     loaded = load(weights.pop("model", DEFAULT), **weights, device=device)
     chosen: Any = baselines
-    how = {"batch_size": batch_size, "workers": workers, "command": command}
-    return evaluate(loaded, sets, protocol, out=out, baselines=chosen, **how)
+    return evaluate(
+        loaded,
+        sets,
+        protocol,
+        out=out,
+        baselines=chosen,
+        batch_size=batch_size,
+        workers=workers,
+        command=command,
+    )
 
 
 @eval_.command(
