@@ -28,7 +28,7 @@ from micl_zoo.store import Store
 from micl_zoo.transforms import Transform
 
 from .data import seeded
-from .features import Features, embed_labelled, store_features, store_labels
+from .features import POOLS, Features, check_names, embed_labelled, split_pools, store_features, store_labels
 from .knn import KS, TEMPERATURE, Bank, knn_predict
 from .labelled import LabelledImages, LabelledSet, number_classes
 from .linear import (
@@ -49,7 +49,6 @@ Baseline = Literal["random", "pixels"]
 Results = dict[str, Any]  # of one subject on one set, by method
 
 RESAMPLES = 10_000  # of the test images, for an interval
-POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")
 SAME_IMAGES = ("sha256", "train_fingerprint", "test_fingerprint", "classes")  # of a set's facts
 PIXELS = 32  # side of the images whose pixels are a baseline's features
 
@@ -84,8 +83,8 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_names("method", self.methods, get_args(Method))
-        _check_names("pool", self.pools, POOLS)
+        check_names("method", self.methods, get_args(Method))
+        check_names("pool", self.pools, POOLS)
         counts = {"k": min(self.ks, default=0), "shots": min(self.shots, default=0), "draws": self.draws}
         for name, number in (counts | {"epochs": self.epochs}).items():
             if number < 1:
@@ -256,14 +255,6 @@ def probe(
     return found
 
 
-def _check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
-    if not names:
-        raise UsageError(f"no {kind} given. Valid: {', '.join(valid)}.")
-    for name in names:
-        if name not in valid:
-            raise UsageError(unknown(kind, name, valid))
-
-
 def interval(accuracy: float, images: int) -> tuple[float, float]:
     """The 95 % bootstrap interval of an accuracy, both 0 to 1.
 
@@ -371,12 +362,11 @@ def _check_pair(train: Store, test: Store) -> None:
             raise StoreError(f"the stores differ in {field}: {mine!r} to learn from, {theirs!r} to be asked about")
 
 
-def _streamed(store: Store, numbers: Mapping[str, int], pool: str) -> Bank:
+def _streamed(store: Store, numbers: Mapping[str, int], pool: Pool) -> Bank:
     """The rows of a store a part at a time, of the pool that k-NN takes."""
-    width = store.manifest.dim // (2 if store.manifest.pool == "cls+mean" and pool != "cls+mean" else 1)
-    start = width if store.manifest.pool == "cls+mean" and pool == "mean" else 0
     for ids, rows in store.batches():
-        yield rows[:, start : start + width].astype(np.float32), np.array([numbers[name] for name in ids], np.int64)
+        chosen = split_pools(rows, store.manifest.pool, (pool,))[pool]
+        yield chosen.astype(np.float32), np.array([numbers[name] for name in ids], np.int64)
 
 
 def _described(encoder: Encoder) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from micl_zoo.store import Store
 
 from .labelled import Label, LabelledImages, labels_of
 
+POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")  # of one row an image
+
 
 class Features(NamedTuple):
     """What a probe sees of a part: frozen features and classes.
@@ -52,7 +54,7 @@ def embed_labelled(
         workers: processes that decode; one a core by default, none for 0.
         tick: called with the number of images, as they are done.
     """
-    _check_pools(pools)
+    check_names("pool", pools, POOLS)
     autocast, _ = resolve_precision("auto", encoder.device)
     both: Pool = "cls+mean" if set(pools) != {"cls"} else "cls"
     pieces, ids = [], list[str]()
@@ -75,19 +77,19 @@ def embed_labelled(
     kept = set(ids)
     refused = tuple(name for name in names if name not in kept)
     labels = np.array([number[name] for name in ids], np.int64)
-    return Features(_split(np.concatenate(pieces), both, pools), labels, refused)
+    return Features(split_pools(np.concatenate(pieces), both, pools), labels, refused)
 
 
-def _check_pools(pools: Sequence[str]) -> None:
-    valid = ("cls", "mean", "cls+mean")
-    if not pools:
-        raise UsageError(f"no pool given: {', '.join(valid)}")
-    for pool in pools:
-        if pool not in valid:
-            raise UsageError(unknown("pool", pool, valid))
+def check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
+    """Raise a UsageError unless there are names and all of them are valid."""
+    if not names:
+        raise UsageError(f"no {kind} given. Valid: {', '.join(valid)}.")
+    for name in names:
+        if name not in valid:
+            raise UsageError(unknown(kind, name, valid))
 
 
-def _split(rows: np.ndarray, stored: str, pools: Sequence[str]) -> dict[str, np.ndarray]:
+def split_pools(rows: np.ndarray, stored: str, pools: Sequence[str]) -> dict[str, np.ndarray]:
     """The wanted pools out of rows that hold one, or both tokens side by side."""
     if stored != "cls+mean":
         return {stored: rows}
@@ -121,7 +123,7 @@ def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Poo
         UsageError: a store of patch tokens, or pools that it does not hold.
     """
     stored = store.manifest.pool
-    held = ("cls", "mean", "cls+mean") if stored == "cls+mean" else (stored,)
+    held = POOLS if stored == "cls+mean" else (stored,)
     if stored == "patches" or (pools and not set(pools) <= set(held)):
         raise UsageError(
             f"{str(store.folder)!r} holds the pool {stored!r}, asked for {', '.join(pools or ['one row an image'])}: "
@@ -130,4 +132,4 @@ def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Poo
     rows = store.embeddings.astype(np.float32, copy=False)
     labels = np.array([numbers[name] for name in store.ids], np.int64)
     refused = tuple(row.id for row in store.refused())
-    return Features(_split(rows, stored, pools or held), labels, refused)
+    return Features(split_pools(rows, stored, pools or held), labels, refused)
