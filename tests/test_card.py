@@ -228,20 +228,27 @@ def test_fine_tuning_and_other_methods(records: Callable[..., Path]) -> None:
         "results": {"mae": whole["results"][NAME], "simclr": whole["results"]["random"]}, "data": whole["data"],
         "arms": {"mae": {
             "minutes": 60.04, "images_seen": 12_345, "images_per_second": 99.9, "clock": "processor",
-            "settings": {"budget": {"minutes": 60.0, "images": None}},
+            "settings": {"budget": {"minutes": 60.0, "images": None}, "recipe": {"seed": 3}},
+            "trained": "masked pixels",
         }},
         "command": "python benchmarks/rivals.py it", **MADE,
     }  # fmt: skip
-    folder = records(**{"NAME__finetune-caltech101": tuned, "rivals": rivals})
+    mae = rivals["arms"]["mae"]
+    ablations = rivals | {"arms": {"no-color": mae | {"clock": "wall", "machine": {"card": "a GPU"}}}}
+    folder = records(**{"NAME__finetune-caltech101": tuned, "rivals": rivals, "ablations-seed3": ablations})
     text = published(folder)
     assert "| caltech101 | 71.2 (68.0 to 74.1) | -       | 1,234 of 3,000" in section(text, "Fine-tuning")
     assert "micl-zoo eval finetune it" in section(text, "Reproduce")
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
-    assert "**Equal time: 60 minutes of one processor core for each method**" in text
-    assert ["mae", "60.0", "12,345", "100", "60.2 ± 2.0", "62.2 ± 2.0"] in cells
-    assert ["simclr", "-", "-", "-", "20.2 ± 2.0", "22.2 ± 2.0"] in cells
+    beside, changed = section(text, "MiCL beside other methods"), section(text, "MiCL with one thing changed")
+    assert "**Equal time: 60 minutes of one processor core for each, seed 3**" in beside
+    assert "- `mae`: masked pixels" in beside
+    assert "**Equal time: 60 minutes of a GPU for each, seed 3**" in changed
+    assert "- `no-color`: masked pixels" in changed
+    assert ["mae", "60.0", "12,345", "100", "60.2 ± 2.0", "62.2 ± 2.0", "61.2"] in cells
+    assert ["simclr", "-", "-", "-", "20.2 ± 2.0", "22.2 ± 2.0", "21.2"] in cells
     whole_card = card.repository_card(folder)
-    assert whole_card.count("beside other methods") == 1
+    assert [whole_card.count(title) for title in ("beside other methods", "one thing changed\n")] == [1, 1]
     waiting = whole_card.partition("## Not published yet")[2]
     assert all((f"`{name}`" in waiting) != entry.published for name, entry in RECORDS.items())
 

@@ -31,6 +31,8 @@ from micl_zoo.training.labelled import LabelledSet
 from micl_zoo.training.optim import make_layered_optimizer
 from micl_zoo.training.ranks import Ranks
 from micl_zoo.training.recipes import FINETUNE_RECIPES, FineTuneRecipe, finetune_recipe_for, get_finetune_recipe
+from micl_zoo.training.report import write_report
+from micl_zoo.training.trained import of_run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -116,6 +118,9 @@ def test_a_run_learns_and_leaves_what_is_promised(
     trained = load_file(sorted((run / "checkpoints").glob("*.safetensors"))[-1])
     assert torch.equal(trained["model.head.weight"], model.head.weight)
     assert header(run / "classifier" / "model.safetensors")["provenance"]["recipe"]["pool"] == pool
+    for describe in (write_report, of_run):
+        with pytest.raises(TrainingError, match=r"a fine-tuning run, by recipe small.*result\.json"):
+            describe(run)
 
 
 def test_an_interrupted_run_goes_on_to_the_bit_with_any_number_of_workers(

@@ -73,10 +73,10 @@ def repository_card(records: Path | None = None) -> str:
         ),
     ]
     for trained in cards:
-        alone = dataclasses.replace(trained, rivals={})  # once for all, below
+        alone = dataclasses.replace(trained, rivals={}, ablations={})  # once for all, below
         parts += [f"## {trained.name}", _headed(_sections(alone), "###")]
-    if cards and cards[0].rivals:
-        parts += ["## MiCL beside other methods", _rivals(cards[0].rivals)]
+    if cards:
+        parts += [f"## {title}\n\n{text}" for title, text in _comparisons(cards[0])]
     waiting = [
         f"`{entry.name}`: {entry.summary.removesuffix('; no weights published yet')}"
         for entry in entries
@@ -147,8 +147,7 @@ def _sections(trained: Trained, *, hub: bool = False) -> Iterator[Section]:
     yield "Training", _training(trained)
     yield "Compute and energy", _compute(trained)
     yield "Evaluation", _evaluation(trained)
-    if trained.rivals:
-        yield "MiCL beside other methods", _rivals(trained.rivals)
+    yield from _comparisons(trained)
     yield "Fine-tuning", _finetuning(trained)
     yield "As ONNX", _onnx(trained)
     yield "Reproduce", _reproduce(trained)
@@ -388,46 +387,57 @@ def _upright(trained: Trained) -> Iterator[str]:
         )
 
 
-def _rivals(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """The same ViT trained by several methods, from benchmarks/rivals.py; by file."""
+def _comparisons(trained: Trained) -> Iterator[Section]:
+    """The same ViT trained by several methods, and by MiCL with one thing changed, from benchmarks/rivals.py."""
+    if trained.rivals:
+        yield "MiCL beside other methods", _compared("other methods", trained.rivals)
+    if trained.ablations:
+        yield "MiCL with one thing changed", _compared("one thing changed", trained.ablations)
+
+
+def _compared(what: str, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of records, by file, and what their arms are."""
     said = (
-        "Not the published encoder: the same small ViT, trained by each method on the same images and machine. "
+        "Not the published encoder: the same small ViT, trained in each way on the same images and machine. "
         "Accuracy in percent of the test images, ± half of the 95 % interval, of class token or mean of the patch "
-        "tokens, whichever the training images choose. One seed each: the interval is of the test images alone."
+        "tokens, whichever the training images choose. The interval is of the test images alone, not of seeds."
     )
-    tables = [part for record in records.values() for part in _rival_tables(record)]
+    arms = {name: arm["trained"] for record in records.values() for name, arm in record["arms"].items()}
+    tables = [part for record in records.values() for part in _compared_tables(record)]
     made = "\n".join(["```sh", *dict.fromkeys(record["command"] for record in records.values()), "```"])
-    rows = [_provenance("other methods", file, record) for file, record in records.items()]
-    return "\n\n".join([_text(said), *tables, made, _plain_table(PROVENANCE, rows)])
+    rows = [_provenance(what, file, record) for file, record in records.items()]
+    parts = [_text(said), _list(f"`{name}`: {text}" for name, text in arms.items()), *tables, made]
+    return "\n\n".join([*parts, _plain_table(PROVENANCE, rows)])
 
 
-def _rival_tables(record: Mapping[str, Any]) -> Iterator[str]:
+def _compared_tables(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"**{_alike(next(iter(record['arms'].values())))}**"
     for heading, find in columns(record):
         if heading in GLANCE[:3]:
-            lines = [
-                [subject, *_arm(record, subject), *[cell(find(found.get(name, {}))) for name in record["data"]]]
-                for subject, found in record["results"].items()
-            ]
-            table = markdown(["method", "minutes", "images seen", "images/s", *record["data"]], lines)
+            lines = []
+            for subject, found in record["results"].items():
+                row = [find(found.get(name, {})) for name in record["data"]]
+                mean = f"{sum(one['accuracy'] for one in row if one) / len(row):.1f}" if all(row) else "-"
+                lines.append([subject, *_arm(record, subject), *map(cell, row), mean])
+            table = markdown(["method", "minutes", "images seen", "images/s", *record["data"], "mean"], lines)
             yield f"{heading}:\n\n{table}"
 
 
 def _alike(arm: Mapping[str, Any]) -> str:
     """What all arms of a record had alike."""
-    budget = arm["settings"]["budget"]
+    budget, seed = arm["settings"]["budget"], f"seed {arm['settings']['recipe']['seed']}"
     if budget["images"]:
-        return f"Equal images: {budget['images']:,} for each method"
+        return f"Equal images: {budget['images']:,} for each, {seed}"
     where = "one processor core" if arm["clock"] == "processor" else arm["machine"]["card"]
-    return f"Equal time: {budget['minutes']:g} minutes of {where} for each method"
+    return f"Equal time: {budget['minutes']:g} minutes of {where} for each, {seed}"
 
 
 def _arm(record: Mapping[str, Any], subject: str) -> list[str]:
     arm = record["arms"].get(subject, {})
-    return [_amount(arm.get(key), digits) for key, digits in RIVAL_FACTS.items()]
+    return [_amount(arm.get(key), digits) for key, digits in ARM_FACTS.items()]
 
 
-RIVAL_FACTS = {"minutes": 1, "images_seen": 0, "images_per_second": 0}  # digits
+ARM_FACTS = {"minutes": 1, "images_seen": 0, "images_per_second": 0}  # digits
 
 
 def _amount(value: float | None, digits: int) -> str:

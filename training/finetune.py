@@ -103,7 +103,6 @@ def finetune(
         with RunDir.open(Path(out), record) if ranks.main else RunDir(Path(out), record) as folder:
             if finished := ranks.first(_finished(folder)):
                 return finished
-            folder.keep_steps = round(recipe.keep_epochs * per_epoch)
             autocast, count = resolve_autocast(recipe, target), loader_workers(workers)
             step = ClassifierStep(
                 make_classifier(encoder, recipe, len(images.classes)).to(target),
@@ -122,7 +121,6 @@ def finetune(
                 optimizer=step.optimizer,
                 ema=step.ema and step.ema.module,
                 steps_per_epoch=per_epoch,
-                total_steps=max(1, round(recipe.epochs * per_epoch)),
                 step=step,
                 images=images,
                 facts=facts,

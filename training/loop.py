@@ -66,10 +66,14 @@ class Loop(ABC, Generic[Batch]):
     optimizer: torch.optim.Optimizer
     ema: nn.Module | None = None
     steps_per_epoch: int
-    total_steps: int
+    total_steps: int = field(init=False)
     trackers: list[Tracker] = field(default_factory=list)
     told: int = 0
     logged: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __post_init__(self) -> None:
+        self.total_steps = max(1, round(self.recipe.epochs * self.steps_per_epoch))
+        self.folder.keep_steps = round(self.recipe.keep_epochs * self.steps_per_epoch)
 
     @abstractmethod
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:

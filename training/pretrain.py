@@ -112,7 +112,6 @@ def pretrain(
 
             corpus = _read_corpus(index, recipe, target, workers, ranks)
             per_epoch = steps_per_epoch(recipe, len(corpus))
-            folder.keep_steps = round(recipe.keep_epochs * per_epoch)
             autocast = resolve_autocast(recipe, target)
             step = TrainStep(make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch)
             loop = _Loop(
@@ -124,7 +123,6 @@ def pretrain(
                 model=step.model.vit,
                 optimizer=step.optimizer,
                 steps_per_epoch=per_epoch,
-                total_steps=max(1, round(recipe.epochs * per_epoch)),
                 step=step,
                 index=index,
                 corpus=corpus,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from micl_zoo.errors import UsageError, unknown
+from micl_zoo.errors import TrainingError, UsageError, unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -131,32 +131,20 @@ class Recipe:
             raise UsageError(f"recipe {self.name}: {wrong[0]} must be at least 1, got {getattr(self, wrong[0])}")
         must = {
             "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
-            "seed must be at least 0": self.seed >= 0,
-            f"warmup_epochs must be from 0 to epochs {self.epochs:g}": 0 <= self.warmup_epochs <= self.epochs,
             f"crop_size must be a multiple of patch_size {self.patch_size}": self.crop_size % self.patch_size == 0,
             f"image_size must be a multiple of patch_size {self.patch_size}": self.image_size % self.patch_size == 0,
             f"embed_dim must be a multiple of num_heads {self.num_heads}": self.embed_dim % self.num_heads == 0,
             "batch_size must be at least 2: each image needs a negative": self.batch_size >= 2,
             "contrast_batch must be 0, or at least 2 and divide batch_size": self.contrast_batch == 0
             or (self.contrast_batch >= 2 and self.batch_size % self.contrast_size == 0),
-            "keep_epochs must be at least 0": self.keep_epochs >= 0,
             "mask_ratio must be at least 0 and below 1": 0 <= self.mask_ratio < 1,
             "views must be 2, 3 or 4": 2 <= self.views <= 4,
             "class_position must be zero with learned positions, which have a row for the class token": self.positions
             == "sincos"
             or self.class_position == "zero",
             "temperature must be above 0": self.temperature > 0,
-            "epochs must be above 0": self.epochs > 0,
-            "crop_scale_min must be above 0 and crop_scale_max at most 1": 0
-            < self.crop_scale_min
-            <= self.crop_scale_max
-            <= 1,
         }
-        if broken := [rule for rule, kept in must.items() if not kept]:
-            raise UsageError(f"recipe {self.name}: " + "; ".join(f"{rule}, got {self._got(rule)}" for rule in broken))
-
-    def _got(self, rule: str) -> object:
-        return getattr(self, rule.split()[0])
+        _hold(self, must)
 
 
 @dataclass(frozen=True)
@@ -233,9 +221,6 @@ class FineTuneRecipe:
         if wrong := [name for name in (*shares, "flip_probability") if not 0 <= getattr(self, name) <= 1]:
             raise UsageError(f"recipe {self.name}: {wrong[0]} must be from 0 to 1, got {getattr(self, wrong[0])}")
         must = {
-            "seed must be at least 0": self.seed >= 0,
-            "epochs must be above 0": self.epochs > 0,
-            f"warmup_epochs must be from 0 to epochs {self.epochs:g}": 0 <= self.warmup_epochs <= self.epochs,
             "batch_size must be even and at least 2: mixup pairs its images": self.batch_size >= 2
             and self.batch_size % 2 == 0,
             "layer_decay must be above 0 and at most 1": 0 < self.layer_decay <= 1,
@@ -244,19 +229,44 @@ class FineTuneRecipe:
             "mixup must be at least 0": self.mixup >= 0,
             "cutmix must be at least 0": self.cutmix >= 0,
             "eval_epochs must be at least 0": self.eval_epochs >= 0,
-            "keep_epochs must be at least 0": self.keep_epochs >= 0,
-            "crop_scale_min must be above 0 and crop_scale_max at most 1": 0
-            < self.crop_scale_min
-            <= self.crop_scale_max
-            <= 1,
         }
-        if broken := [rule for rule, kept in must.items() if not kept]:
-            got = (f"{rule}, got {getattr(self, rule.split()[0])}" for rule in broken)
-            raise UsageError(f"recipe {self.name}: " + "; ".join(got))
+        _hold(self, must)
 
 
 AnyRecipe = Recipe | FineTuneRecipe
 R = TypeVar("R", Recipe, FineTuneRecipe)
+
+
+def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run.json, whichever version wrote it.
+
+    Raises:
+        TrainingError: a fine-tuning run's.
+    """
+    there, known = record["recipe"], {one.name for one in dataclasses.fields(Recipe)}
+    if "layer_decay" in there:
+        raise TrainingError(
+            f"that is a fine-tuning run, by recipe {there.get('name')}: its figures are in its result.json and "
+            "metrics.jsonl. Give the folder of a pre-training run, which `train --out` wrote."
+        )
+    return Recipe(**{key: value for key, value in there.items() if key in known})
+
+
+def _hold(recipe: AnyRecipe, rules: dict[str, bool]) -> None:
+    """Raise what is broken of a kind's own rules and of those that both kinds have; a rule begins with its field."""
+    must = {
+        "seed must be at least 0": recipe.seed >= 0,
+        "epochs must be above 0": recipe.epochs > 0,
+        f"warmup_epochs must be from 0 to epochs {recipe.epochs:g}": 0 <= recipe.warmup_epochs <= recipe.epochs,
+        "keep_epochs must be at least 0": recipe.keep_epochs >= 0,
+        "crop_scale_min must be above 0 and crop_scale_max at most 1": 0
+        < recipe.crop_scale_min
+        <= recipe.crop_scale_max
+        <= 1,
+        **rules,
+    }
+    if broken := [f"{rule}, got {getattr(recipe, rule.split()[0])}" for rule, kept in must.items() if not kept]:
+        raise UsageError(f"recipe {recipe.name}: {'; '.join(broken)}")
 
 
 def vit_b16_in1k() -> Recipe:

@@ -13,7 +13,6 @@ import math
 import warnings
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import atomic_path, write_text
 
 from .micl import kept_patches
-from .recipes import Recipe
+from .recipes import Recipe, recorded_recipe
 
 PICTURE_IMAGES = 8  # shown of a batch
 PICTURE_TILE = 112  # pixels that a view is at least wide: small crops are enlarged by a whole number
@@ -155,8 +154,7 @@ def _read_record(run: Path) -> tuple[dict[str, Any], Recipe]:
         raise TrainingError(f"no run to report on: {str(run)!r} {found}. {hint}")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(Recipe)}
-        return record, Recipe(**{key: value for key, value in record["recipe"].items() if key in known})
+        return record, recorded_recipe(record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(
             f"no run to report on: {str(file)!r} is not what a run of this package writes "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from micl_zoo.weights import file_sha256, local_weights, not_published
 from micl_zoo.zoo import Record, find_record
 
 from .corpora import CORPORA, Corpus
-from .recipes import Recipe
+from .recipes import Recipe, recorded_recipe
 
 RECORDS_FOLDER = Path(__file__).parent / "records"
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
@@ -36,7 +35,7 @@ class Trained:
         entry: its row in the table of encoders, of a published one.
         evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
         export, upright: records of benchmarks/export.py and benchmarks/upright.py.
-        rivals: records of benchmarks/rivals.py, by file.
+        rivals, ablations: records of benchmarks/rivals.py, by file.
     """
 
     name: str
@@ -51,6 +50,7 @@ class Trained:
     export: dict[str, Any] | None = None
     upright: dict[str, Any] | None = None
     rivals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ablations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         measured = {file: one["encoder"]["weights_sha256"] for file, one in self.evaluations.items()}
@@ -89,8 +89,7 @@ class Trained:
     @property
     def recipe(self) -> Recipe:
         """Of the run, whichever version wrote it."""
-        known = {one.name for one in dataclasses.fields(Recipe)}
-        return Recipe(**{key: value for key, value in self.run["recipe"].items() if key in known})
+        return recorded_recipe(self.run)
 
 
 def published(name: str, records: Path | None = None) -> Trained:
@@ -116,6 +115,7 @@ def published(name: str, records: Path | None = None) -> Trained:
         export=_read_if_there(records / f"{entry.name}.export.json"),
         upright=_read_if_there(records / f"{entry.name}.upright.json"),
         rivals=_read_all(records, "rivals*.json"),
+        ablations=_read_all(records, "ablations*.json"),
     )
 
 
@@ -148,7 +148,7 @@ def run_record(run: Path) -> dict[str, Any]:
     """What a run is kept by: the weights' sha256 and bytes, run.json, and every 50th step of its curve.
 
     Raises:
-        TrainingError: no run, or one that has not come to its end.
+        TrainingError: no run, one that has not come to its end, or one of fine-tuning.
     """
     try:
         made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -159,6 +159,7 @@ def run_record(run: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise TrainingError(f"run.json or metrics.jsonl in {str(run)!r} is damaged: {error}") from None
+    recorded_recipe(made_by)  # of fine-tuning there is no card
     file = run / "encoder" / "model.safetensors"
     if "result" not in made_by or not file.exists():
         raise TrainingError(f"{str(run)!r} has not come to its end: give the command it was started by again, to go on")
@@ -193,4 +194,4 @@ def _read_if_there(file: Path) -> dict[str, Any] | None:
 
 
 def _read_all(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
-    return {file.name: _read(file) for file in sorted(folder.glob(pattern))}
+    return {file.name: _read(file) for file in sorted(folder.glob(pattern), key=lambda file: file.stem)}
