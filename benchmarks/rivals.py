@@ -2,7 +2,7 @@
 
     python benchmarks/rivals.py train --data data --work work --minutes 60 --arms rivals --jobs 2
     python benchmarks/rivals.py train --data data --work work --minutes 60 --arms ablations --jobs 2
-    python benchmarks/rivals.py evaluate --data data --work work -o benchmarks/records/rivals.json
+    python benchmarks/rivals.py evaluate --data data --work work -o record.json --jobs 2
 
 Needs `pip install lightly` for `train`. The data folder holds tin200/{train-*,val}.parquet and
 {caltech101,flowers5,cifar10}/{train,test}.parquet, with the columns image and label.
@@ -26,10 +26,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -456,12 +458,16 @@ def curve(losses: list[float], batch_size: int) -> list[dict[str, float]]:
 @data_option
 @work_option
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record; the figure comes beside it.")
-def evaluate(data: Path, work: Path, out: Path) -> None:
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Encoders at once.")
+def evaluate(data: Path, work: Path, out: Path, jobs: int) -> None:
     """Measure every arm of the work folder, the ViT before training, and raw pixels; write record, table and figure."""
     arms = trained_arms(work)
     sets = [LabelledSet.open(data / name, train_images=TRAIN_IMAGES, test_images=TEST_IMAGES) for name in SETS]
-    measured = {name: kept_measure(folder, sets) for name, folder in encoders(work, arms).items()}
-    measured["pixels"] = measure(None, sets)
+    folders: dict[str, Path | None] = {**encoders(work, arms), "pixels": None}
+    share_cores = partial(torch.set_num_threads, max(1, torch.get_num_threads() // jobs))
+    with ProcessPoolExecutor(jobs, get_context("spawn"), share_cores) as pool:  # fork breaks a torch that has threads
+        found = pool.map(kept_measure, folders.values(), repeat(sets))
+        measured = dict(zip(folders, found, strict=True))
     record = {
         "arms": {name: facts(arm) for name, arm in arms.items()},
         "results": measured,
@@ -526,8 +532,10 @@ def encoders(work: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Path]:
     return {**found, "random": work / "random" / "encoder"}
 
 
-def kept_measure(encoder: Path, sets: list[LabelledSet]) -> dict[str, Figures]:
+def kept_measure(encoder: Path | None, sets: list[LabelledSet]) -> dict[str, Figures]:
     """`measure`, or what it found before for the same weights and images."""
+    if encoder is None:
+        return measure(None, sets)
     kept = encoder.with_name(f"{encoder.name}-figures.json")
     key = [file_sha256(encoder / WEIGHTS_FILE), *map(str, [PROTOCOL, *(labelled.facts for labelled in sets)])]
     if kept.exists() and (there := json.loads(kept.read_text(encoding="utf-8")))["key"] == key:
