@@ -84,7 +84,7 @@ Figures = dict[str, Any]  # of one encoder on one set, by method; and by pool th
 
 
 class Size(NamedTuple):
-    """The ViT and its images, for one kind of device.
+    """The ViT and its images.
 
     Attributes:
         image_size: side in pixels of the crops and of what the encoder takes.
@@ -104,6 +104,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "cpu": Size(64, 8, 192, 4, 3, batch_size=128, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
+    "ti16": Size(112, 16, 192, 12, 3, batch_size=128, mask_ratio=0.5),  # 24 of 49 patches, as vit_ti16.tin200
     "gpu": Size(112, 16, 384, 12, 6, batch_size=1024, mask_ratio=0.5),  # 24 of 49 patches, as vit_s16.tin200
 }
 
@@ -143,6 +144,8 @@ ABLATIONS = {
     "mask-0.5": micl("half of the patches kept", mask_ratio=0.5),
     "mask-0.75": micl("a quarter kept", mask_ratio=0.75),
     "mask-0.8": micl("a fifth kept, with colour changes", mask_ratio=0.8),
+    "mask-0.8-views-3": micl("a fifth kept, in three views", mask_ratio=0.8, views=3),
+    "mask-0.8-temperature-0.03": micl("a fifth kept, temperature 0.03", mask_ratio=0.8, temperature=0.03),
     "mask-0.9": micl("a tenth kept", mask_ratio=0.9),
     "no-color": micl("no colour change", view_color=False),
     "temperature-0.2": micl("temperature 0.2", temperature=0.2),
@@ -216,7 +219,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--images", type=int, help="Of each arm, in the place of minutes."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order and every draw."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        click.option("--size", type=click.Choice(list(SIZES)), help="Of the ViT.  [default: that of the device]"),
+        click.option("--size", type=click.Choice(list(SIZES)), help="Of the ViT.  [default: cpu or gpu, by the device]"),
         click.option("--learning-rate", type=float, help="Peak at batch 256.  [default: each arm's own]"),
     ):
         command = option(command)
