@@ -219,7 +219,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--images", type=int, help="Of each arm, in the place of minutes."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order and every draw."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        click.option("--size", type=click.Choice(list(SIZES)), help="Of the ViT.  [default: cpu or gpu, by the device]"),
+        click.option("--size", type=click.Choice(list(SIZES)), help="Of the ViT.  [default: the device's]"),
         click.option("--learning-rate", type=float, help="Peak at batch 256.  [default: each arm's own]"),
     ):
         command = option(command)
