@@ -415,7 +415,7 @@ _MEASURED = _together(  # of knn, linear, logreg, few-shot and all
         "baselines",
         multiple=True,
         type=click.Choice(["random", "pixels"]),
-        help="Measure the same ViT without training, or raw pixels, beside it. May be repeated.",
+        help="Measure the same ViT without training, or raw pixels (k-NN), beside it. May be repeated.",
     ),
     click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of a forward pass."),
     click.option("--workers", type=click.IntRange(0), help="Processes that decode.  [default: one a core]"),

@@ -152,6 +152,22 @@ _RECORDS = [
         transform=Transform(224, 256),
     ),
     Record(
+        name="vit_b16.in1k-color",
+        summary="ViT-B/16, 86 M parameters, the paper's recipe with colour changes; no weights published yet",
+        recipe="vit_b16.in1k-color",
+        corpus=IN1K,
+        license=RECIPE_TERMS,
+        transform=Transform(224, 256),
+    ),
+    Record(
+        name="vit_l16.in1k-color",
+        summary="ViT-L/16, 303 M parameters, the paper's recipe with colour changes; no weights published yet",
+        recipe="vit_l16.in1k-color",
+        corpus=IN1K,
+        license=RECIPE_TERMS,
+        transform=Transform(224, 256),
+    ),
+    Record(
         name="vit_b16.tin200",
         summary="ViT-B/16, 86 M parameters, for 25 minutes of one GPU; no weights published yet",
         recipe="vit_b16.tin200",

@@ -228,7 +228,10 @@ def test_fine_tuning_and_other_methods(records: Callable[..., Path]) -> None:
         "results": {"mae": whole["results"][NAME], "simclr": whole["results"]["random"]}, "data": whole["data"],
         "arms": {"mae": {
             "minutes": 60.04, "images_seen": 12_345, "images_per_second": 99.9, "clock": "processor",
-            "settings": {"budget": {"minutes": 60.0, "images": None}, "recipe": {"seed": 3}},
+            "settings": {
+                "budget": {"minutes": 60.0, "images": None},
+                "recipe": {"seed": 3, "crop_size": 64, "patch_size": 8, "depth": 4, "embed_dim": 192},
+            },
             "trained": "masked pixels",
         }},
         "command": "python benchmarks/rivals.py it", **MADE,
@@ -241,9 +244,12 @@ def test_fine_tuning_and_other_methods(records: Callable[..., Path]) -> None:
     assert "micl-zoo eval finetune it" in section(text, "Reproduce")
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
     beside, changed = section(text, "MiCL beside other methods"), section(text, "MiCL with one thing changed")
-    assert "**Equal time: 60 minutes of one processor core for each, seed 3**" in beside
+    assert (
+        "**Equal time: 60 minutes of one processor core for a ViT of 4 blocks 192 wide on 64 patches, seed 3**"
+        in beside
+    )
     assert "- `mae`: masked pixels" in beside
-    assert "**Equal time: 60 minutes of a GPU for each, seed 3**" in changed
+    assert "**Equal time: 60 minutes of a GPU for a ViT of 4 blocks" in changed
     assert "- `no-color`: masked pixels" in changed
     assert ["mae", "60.0", "12,345", "100", "60.2 ± 2.0", "62.2 ± 2.0", "61.2"] in cells
     assert ["simclr", "-", "-", "-", "20.2 ± 2.0", "22.2 ± 2.0", "21.2"] in cells

@@ -425,11 +425,15 @@ def _compared_tables(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _alike(arm: Mapping[str, Any]) -> str:
     """What all arms of a record had alike."""
-    budget, seed = arm["settings"]["budget"], f"seed {arm['settings']['recipe']['seed']}"
+    budget, recipe = arm["settings"]["budget"], arm["settings"]["recipe"]
+    patches = (recipe["crop_size"] // recipe["patch_size"]) ** 2
+    what = (
+        f"for a ViT of {recipe['depth']} blocks {recipe['embed_dim']} wide on {patches} patches, seed {recipe['seed']}"
+    )
     if budget["images"]:
-        return f"Equal images: {budget['images']:,} for each, {seed}"
+        return f"Equal images: {budget['images']:,} {what}"
     where = "one processor core" if arm["clock"] == "processor" else arm["machine"]["card"]
-    return f"Equal time: {budget['minutes']:g} minutes of {where} for each, {seed}"
+    return f"Equal time: {budget['minutes']:g} minutes of {where} {what}"
 
 
 def _arm(record: Mapping[str, Any], subject: str) -> list[str]:
