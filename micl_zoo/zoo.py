@@ -128,6 +128,14 @@ _RECORDS = [
         metrics={"tin200": 3.27, "caltech101": 25.27, "flowers5": 48.5, "cifar10": 40.93},
     ),
     Record(
+        name="vit_ti16.tin200-m80",
+        summary="ViT-Ti/16, 5.5 M parameters, four fifths of the patches masked; no weights published yet",
+        recipe="vit_ti16.tin200-m80",
+        corpus=TIN200,
+        license=RECIPE_TERMS,
+        transform=Transform(224, 224),
+    ),
+    Record(
         name="vit_s16.tin200",
         summary="ViT-S/16, 22 M parameters, for 25 minutes of one GPU; no weights published yet",
         recipe="vit_s16.tin200",
