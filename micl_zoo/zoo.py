@@ -103,6 +103,14 @@ class Record:
 RECIPE_TERMS = "Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)"
 IN1K, TIN200 = "ImageNet-1k train, 1,281,167 images", "Tiny ImageNet-200 train, 100,000 images of 64 x 64"
 
+
+def _unpublished(name: str, summary: str, corpus: str) -> Record:
+    """Of a recipe that has the encoder's name."""
+    transform = Transform(224, 224 if corpus == TIN200 else 256)  # small pictures have no margin to cut off
+    said = f"{summary}; no weights published yet"
+    return Record(name, said, recipe=name, corpus=corpus, license=RECIPE_TERMS, transform=transform)
+
+
 _RECORDS = [
     Record(
         name="vit_ti16.tin200",
@@ -127,62 +135,13 @@ _RECORDS = [
         ),
         metrics={"tin200": 3.27, "caltech101": 25.27, "flowers5": 48.5, "cifar10": 40.93},
     ),
-    Record(
-        name="vit_ti16.tin200-m80",
-        summary="ViT-Ti/16, 5.5 M parameters, four fifths of the patches masked; no weights published yet",
-        recipe="vit_ti16.tin200-m80",
-        corpus=TIN200,
-        license=RECIPE_TERMS,
-        transform=Transform(224, 224),
-    ),
-    Record(
-        name="vit_s16.tin200",
-        summary="ViT-S/16, 22 M parameters, for 25 minutes of one GPU; no weights published yet",
-        recipe="vit_s16.tin200",
-        corpus=TIN200,
-        license=RECIPE_TERMS,
-        transform=Transform(224, 224),
-    ),
-    Record(
-        name="vit_b16.in1k",
-        summary="ViT-B/16, 86 M parameters, the paper's recipe; no weights published yet",
-        recipe="vit_b16.in1k",
-        corpus=IN1K,
-        license=RECIPE_TERMS,
-        transform=Transform(224, 256),
-    ),
-    Record(
-        name="vit_l16.in1k",
-        summary="ViT-L/16, 303 M parameters, the paper's recipe; no weights published yet",
-        recipe="vit_l16.in1k",
-        corpus=IN1K,
-        license=RECIPE_TERMS,
-        transform=Transform(224, 256),
-    ),
-    Record(
-        name="vit_b16.in1k-color",
-        summary="ViT-B/16, 86 M parameters, the paper's recipe with colour changes; no weights published yet",
-        recipe="vit_b16.in1k-color",
-        corpus=IN1K,
-        license=RECIPE_TERMS,
-        transform=Transform(224, 256),
-    ),
-    Record(
-        name="vit_l16.in1k-color",
-        summary="ViT-L/16, 303 M parameters, the paper's recipe with colour changes; no weights published yet",
-        recipe="vit_l16.in1k-color",
-        corpus=IN1K,
-        license=RECIPE_TERMS,
-        transform=Transform(224, 256),
-    ),
-    Record(
-        name="vit_b16.tin200",
-        summary="ViT-B/16, 86 M parameters, for 25 minutes of one GPU; no weights published yet",
-        recipe="vit_b16.tin200",
-        corpus=TIN200,
-        license=RECIPE_TERMS,
-        transform=Transform(224, 224),
-    ),
+    _unpublished("vit_ti16.tin200-m80", "ViT-Ti/16, 5.5 M parameters, four fifths of the patches masked", TIN200),
+    _unpublished("vit_s16.tin200", "ViT-S/16, 22 M parameters, for 25 minutes of one GPU", TIN200),
+    _unpublished("vit_b16.in1k", "ViT-B/16, 86 M parameters, the paper's recipe", IN1K),
+    _unpublished("vit_l16.in1k", "ViT-L/16, 303 M parameters, the paper's recipe", IN1K),
+    _unpublished("vit_b16.in1k-color", "ViT-B/16, 86 M parameters, the paper's recipe with colour changes", IN1K),
+    _unpublished("vit_l16.in1k-color", "ViT-L/16, 303 M parameters, the paper's recipe with colour changes", IN1K),
+    _unpublished("vit_b16.tin200", "ViT-B/16, 86 M parameters, for 25 minutes of one GPU", TIN200),
 ]
 RECORDS = {record.name: record for record in _RECORDS}
 
