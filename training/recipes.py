@@ -433,9 +433,10 @@ def small() -> FineTuneRecipe:
     """ViT-Ti or ViT-S on some thousands of images, on a CPU or one GPU.
 
     Command: `micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers --recipe small`
-    Our own, from no paper, and not tuned. Measured once, with epochs=5: 59.4 % on flowers5, where logistic regression on
-    the frozen encoder has 58.2 %, within the interval (MODEL_CARD.md); 15 epochs were not. Against MAE's: a short run, small batches, no
-    mixing, no erasing, a milder augmentation, larger crops: few steps of a small network are not enough to overfit.
+    Our own, from no paper, and not tuned. Measured once, with epochs=5: 59.4 % on flowers5, where logistic regression
+    on the frozen encoder has 58.2 %, within the interval (MODEL_CARD.md). All 15 epochs were not measured.
+    Against MAE's: a short run, small batches, no mixing, no erasing, a milder augmentation, larger crops: few steps of
+    a small network are not enough to overfit.
     """
     return FineTuneRecipe(
         name="small",
