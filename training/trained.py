@@ -153,13 +153,13 @@ def run_record(run: Path) -> dict[str, Any]:
     try:
         made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        recorded_recipe(made_by)  # of fine-tuning there is no card
     except FileNotFoundError as error:
         raise TrainingError(
             f"no run to describe: {error.filename!r} does not exist. Give the folder that `train --out` wrote."
         ) from None
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"run.json or metrics.jsonl in {str(run)!r} is damaged: {error}") from None
-    recorded_recipe(made_by)  # of fine-tuning there is no card
     file = run / "encoder" / "model.safetensors"
     if "result" not in made_by or not file.exists():
         raise TrainingError(f"{str(run)!r} has not come to its end: give the command it was started by again, to go on")
