@@ -329,7 +329,7 @@ def _protocol(whole: Mapping[str, Any], trained: Trained) -> str:
     how, precisions = whole["protocol"], {one["encoder"]["precision"] for one in trained.evaluations.values()}
     baselines = {
         "random": '"random" is the same ViT as it is initialised, before any step',
-        "pixels": f'"pixels" are the images\' own, at {PIXELS} x {PIXELS}, by k-NN alone',
+        "pixels": f'"pixels" are the images\' own, at {PIXELS} x {PIXELS}',
     }
     beside = "; ".join(text for name, text in baselines.items() if name in whole["results"])
     said = [
