@@ -146,6 +146,9 @@ ABLATIONS = {
     "mask-0.8": micl("a fifth kept, with colour changes", mask_ratio=0.8),
     "mask-0.8-views-3": micl("a fifth kept, in three views", mask_ratio=0.8, views=3),
     "mask-0.8-temperature-0.03": micl("a fifth kept, temperature 0.03", mask_ratio=0.8, temperature=0.03),
+    "mask-0.8-views-3-temperature-0.03": micl(
+        "a fifth kept, in three views, temperature 0.03", mask_ratio=0.8, views=3, temperature=0.03
+    ),
     "mask-0.9": micl("a tenth kept", mask_ratio=0.9),
     "no-color": micl("no colour change", view_color=False),
     "temperature-0.2": micl("temperature 0.2", temperature=0.2),
