@@ -124,6 +124,7 @@ def examine(*, offline: bool = False) -> Report:
         "hub": lambda: hub(offline=offline),
         "disk": disks,
         "weights": embedded_weights,
+        "embeddings": golden_embeddings,
     }
     findings: list[Finding] = []
     for name, section in sections.items():
@@ -593,6 +594,24 @@ def embedded_weights() -> Iterator[Finding]:
             yield _embedded(f"weights of {record.name}", record.embedded, lambda of: record_weights(of).sha256, record)
         if record.onnx:
             yield _embedded(f"ONNX of {record.name}", record.onnx.file, lambda of: record_onnx(of)[1], record)
+
+
+def golden_embeddings() -> Iterator[Finding]:
+    """Whether the encoders that come with the package give the published embeddings on this machine."""
+    from .encoder import load
+    from .golden import TOLERANCE, golden_difference, golden_file
+    from .zoo import RECORDS
+
+    for record in RECORDS.values():
+        if record.published and record.embedded:
+            encoder = load(record.name)
+            name, difference = f"embeddings of {record.name}", golden_difference(encoder, golden_file(record))
+            found = f"of 4 generated images on {encoder.device.type}: {difference:.1g} from the published ones at most"
+            if difference <= TOLERANCE:
+                yield Finding(name, "ok", found)
+            else:
+                text = f"{found}, where {TOLERANCE:g} is sound: torch does not compute as it should here"
+                yield Finding(name, "problem", text, torch_again())
 
 
 def _embedded(name: str, file: str, sha256: Callable[[Record], str], record: Record) -> Finding:

@@ -284,7 +284,7 @@ def test_the_command_line() -> None:
     assert {"micl-zoo", "python", "torch", "timm", "cpu", "onnxruntime", "hub", "cache", "working folder"} <= set(
         states
     )
-    assert states["weights of vit_ti16.tin200"] == "ok"
+    assert states["weights of vit_ti16.tin200"] == states["embeddings of vit_ti16.tin200"] == "ok"
     assert said["problems"] == sum(state == "problem" for state in states.values())
     assert result.exit_code == (1 if said["problems"] else 0)
 
@@ -294,7 +294,7 @@ def test_a_section_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
         yield Finding("cpu", "ok", "2 cores")
         raise ValueError("what is\nthis")
 
-    for section in ("versions", "onnxruntime", "hub", "embedded_weights"):
+    for section in ("versions", "onnxruntime", "hub", "embedded_weights", "golden_embeddings"):
         monkeypatch.setattr(doctor, section, lambda **options: [])
     monkeypatch.setattr(doctor, "devices", fails)
     found = examine(offline=True)
