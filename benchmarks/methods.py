@@ -9,10 +9,12 @@ Shapes: B images, V views, N patches, K of them visible, D width, C numbers a he
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,7 @@ from micl_zoo.training.recipes import Recipe
 from micl_zoo.training.step import TrainStep
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -51,6 +54,8 @@ DINO = {
     "frozen_share": 0.05,  # of the run without gradients for the last layer: its first epoch, in a run of many
     "local_views": 4,
 }
+LAST_SHARE, LAST_MASK_RATIO = 0.15, 0.5  # of a run's end with more patches
+MEAN_DECAY = 0.998  # of the running mean of the weights: of about 500 steps
 MAE_MASK_RATIO = 0.75
 MAE_DECODER_DEPTH, MAE_HEAD_WIDTH = 2, 32  # the paper's decoder has 8 blocks 512 wide, in heads of 32
 
@@ -80,21 +85,36 @@ class Method(Protocol):
 
 
 class MiCLMethod:
-    """The step that `micl-zoo train` takes, on the batches that it takes it on."""
+    """The step that `micl-zoo train` takes, on the batches that it takes it on.
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.recipe = recipe
+    Args:
+        last: share of the budget, at its end, that is trained at LAST_MASK_RATIO; with it, a running mean of the
+            weights is kept, too, the encoder `mean`.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, *, last: float = 0.0) -> None:
+        self.recipe, self._last, self._used = recipe, last, 0.0
         self._step = TrainStep(make_model(recipe, device), recipe, autocast=resolve_autocast(recipe, device))
         self.vit, self.optimizer = self._step.model.vit, self._step.optimizer
         self.settings: dict[str, Any] = {}
         self.extras: dict[str, VisionTransformer] = {}
+        self._mean = ModelEmaV3(self.vit, decay=MEAN_DECAY) if last else None
+        if self._mean is not None:
+            self.settings = {"last_share": last, "last_mask_ratio": LAST_MASK_RATIO, "mean_decay": MEAN_DECAY}
+            self.extras = {"mean": cast(VisionTransformer, self._mean.module)}
 
     def batches(self, corpus: MemoryCorpus, labels: Tensor, workers: int) -> Iterator[Any]:
         """Crops are cut on the device: neither labels nor workers are of use."""
-        return corpus.batches(self.recipe, 0, FOREVER)
+        last = dataclasses.replace(self.recipe, mask_ratio=LAST_MASK_RATIO)
+        for step in range(FOREVER):
+            recipe = last if self._used > 1 - self._last else self.recipe
+            yield from corpus.batches(recipe, step, step + 1)
 
     def gradients(self, batch: Any, used: float) -> Tensor:
         """See `Method`."""
+        self._used = used
+        if self._mean is not None:  # with the weights of the step before
+            self._mean.update(self.vit)
         return self._step.accumulate(batch.patches, batch.views)[0]
 
 
@@ -254,6 +274,7 @@ def make_method(name: str, recipe: Recipe, device: torch.device, classes: int) -
         return Supervised(recipe, device, classes)
     makers: dict[str, Callable[[Recipe, torch.device], Method]] = {
         "micl": MiCLMethod,
+        "micl-last": partial(MiCLMethod, last=LAST_SHARE),
         "simclr": SimCLR,
         "mae": MAE,
         "dino": SelfDistillation,

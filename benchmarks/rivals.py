@@ -125,9 +125,9 @@ class Arm(NamedTuple):
     changes: dict[str, Any]
 
 
-def micl(says: str, **changes: Any) -> Arm:
-    """An arm that is this package's MiCL but for the changes."""
-    return Arm(says, "micl", 5e-4, {"view_color": True, **changes})  # the base_lr of recipe vit_ti16.tin200
+def micl(says: str, method: str = "micl", base_lr: float = 5e-4, **changes: Any) -> Arm:
+    """An arm that is this package's MiCL but for the changes; the base_lr is that of recipe vit_ti16.tin200."""
+    return Arm(says, method, base_lr, {"view_color": True, **changes})
 
 
 RIVALS = {
@@ -162,8 +162,16 @@ ABLATIONS = {
     "class-centre": micl("the class token at the image's centre", class_position="centre"),
     "positions-learned": micl("learned positions", positions="learned"),
 }
-ARMS = {**RIVALS, **ABLATIONS}
-GROUPS = {"rivals": list(RIVALS), "ablations": list(ABLATIONS), "all": list(ARMS)}
+SHARP: dict[str, Any] = {"mask_ratio": 0.8, "temperature": 0.03}  # the best of the ablations, and what may better it
+BEYOND = {
+    "sharp": micl("a fifth kept, temperature 0.03", **SHARP),
+    "sharp-last": micl("more patches at the end, and a running mean of the weights", "micl-last", **SHARP),
+    "sharp-crop-0.08": micl("crops from 8 % of the image on", crop_scale_min=0.08, **SHARP),
+    "sharp-color-0.8": micl("twice the colour changes", color_gain=0.8, color_bias=0.8, **SHARP),
+    "sharp-rate-1e-3": micl("twice the learning rate", base_lr=1e-3, **SHARP),
+}
+ARMS = {**RIVALS, **ABLATIONS, **BEYOND}
+GROUPS = {"rivals": list(RIVALS), "ablations": list(ABLATIONS), "beyond": list(BEYOND), "all": list(ARMS)}
 
 
 def frame_recipe(size: Size, seed: int, device: torch.device) -> Recipe:
@@ -355,7 +363,7 @@ def train_arm(
     np.random.seed(recipe.seed)  # noqa: NPY002 - lightly's transforms draw from it
     corpus, labels, facts = open_corpus(work, device)
     method = make_method(ARMS[name].method, recipe, device, int(labels.max()) + 1)
-    if ARMS[name].method == "micl":
+    if is_micl(name):
         corpus.images = corpus.images.to(device)
     run = Run(method, recipe, budget, device)
     run.train(corpus, labels)
@@ -529,8 +537,9 @@ def encoders(work: Path, arms: dict[str, dict[str, Any]]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in arms:
         found[name] = work / name / "encoder"
-        if (student := work / name / "student").exists():
-            found[f"{name} (student)"] = student
+        for extra in ("student", "mean"):  # other encoders that the run left, see `methods.Method`
+            if (folder := work / name / extra).exists():
+                found[f"{name} ({extra})"] = folder
     recipe = arms[next(iter(arms))]["settings"]["recipe"]
     size = Size(**{key: recipe[key] for key in Size._fields})
     start = dataclasses.replace(frame_recipe(size, recipe["seed"], torch.device("cpu")), name="vit.random")
@@ -637,8 +646,8 @@ def draw_arm(panel: Any, figures: Figures, place: float, color: str) -> None:
 
 
 def is_micl(name: str) -> bool:
-    """Whether an arm trains with MiCL."""
-    return name in ARMS and ARMS[name].method == "micl"
+    """Whether an encoder was trained with MiCL."""
+    return (arm := ARMS.get(name.partition(" ")[0])) is not None and arm.method.startswith("micl")
 
 
 if __name__ == "__main__":
