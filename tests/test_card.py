@@ -215,6 +215,33 @@ def test_records_of_other_weights_are_refused(records: Callable[..., Path]) -> N
         published(records(NAME__eval=evaluation("abc")))
 
 
+def test_the_recipe_with_another_seed(records: Callable[..., Path]) -> None:
+    recipe, weights = dataclasses.replace(vit_ti16_tin200(), seed=1), {"sha256": "f" * 64, "bytes": 7}
+    again = {"weights": weights, "run": run_json(recipe), "curve": [line(0)]}
+    ours, theirs = evaluation(RECORDS[NAME].sha256 or ""), evaluation("f" * 64)
+    theirs["results"][NAME]["tin200"]["knn"]["20"] = {"accuracy": 57.0, "low": 55.0, "high": 59.0}
+
+    def all_of(**changed: dict[str, Any]) -> Path:
+        return records(NAME__eval=ours, **{"NAME__seed1": again, "NAME__seed1__eval": theirs, **changed})
+
+    assert "With another seed" not in published(records(NAME__eval=ours))
+    text = published(all_of())
+    found = section(text, "With another seed")
+    assert "1 of 6 figures lie inside" in found  # k-NN on caltech101; those of the classifiers have odd intervals
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in found.splitlines() if row.startswith("| ")]
+    tin200 = ["k-NN 20", "tin200", "60.2 (58.5 to 62.5)", "1", "57.0 (55.0 to 59.0)", "-3.2, outside"]
+    assert tin200 in cells
+    assert "one seed: for another, see below" in section(text, "Evaluation").replace("\n", " ")
+    assert "NAME.seed1.json".replace("NAME", NAME) in section(text, "Reproduce")
+    with pytest.raises(
+        UsageError, match=r"seed1.eval.json is of other weights \(sha256 abc\) than .*seed1.json \(ffff"
+    ):
+        published(all_of(NAME__seed1__eval=evaluation("abc")))
+    other = again | {"run": run_json(dataclasses.replace(recipe, epochs=3))}
+    with pytest.raises(UsageError, match=r"seed1.json is no repetition with another seed: it differs in epochs"):
+        published(all_of(NAME__seed1=other))
+
+
 def test_fine_tuning_and_other_methods(records: Callable[..., Path]) -> None:
     sha256 = RECORDS[NAME].sha256 or ""
     whole = evaluation(sha256)

@@ -147,6 +147,7 @@ def _sections(trained: Trained, *, hub: bool = False) -> Iterator[Section]:
     yield "Training", _training(trained)
     yield "Compute and energy", _compute(trained)
     yield "Evaluation", _evaluation(trained)
+    yield from _again(trained)
     yield from _comparisons(trained)
     yield "Fine-tuning", _finetuning(trained)
     yield "As ONNX", _onnx(trained)
@@ -333,7 +334,8 @@ def _protocol(whole: Mapping[str, Any], trained: Trained) -> str:
     }
     beside = "; ".join(text for name, text in baselines.items() if name in whole["results"])
     said = [
-        "Accuracy in percent of the test images, with 95 % bootstrap intervals over them. One training run, one seed.",
+        "Accuracy in percent of the test images, with 95 % bootstrap intervals over them. One training run, one seed"
+        + (": for another, see below." if trained.repeats else "."),
         *([f"{beside}."] if beside else []),
         f"k-NN: cosine of class tokens, votes weighted with temperature {how['temperature']:g}.",
         f"Linear: a linear layer, {how['epochs']} epochs at each of {len(how['learning_rates'])} learning rates. "
@@ -385,6 +387,30 @@ def _upright(trained: Trained) -> Iterator[str]:
             f"{one['mean_pairwise_cosine']:.4f}, against {one['highest_cosine_to_another']:.4f} at most to any other "
             f"of {one['other_images']} photographs."
         )
+
+
+def _again(trained: Trained) -> Iterator[Section]:
+    """The same recipe with other seeds, figure by figure."""
+    if not (trained.repeats and trained.evaluations):
+        return
+    ours, lines, inside = _figures(trained), [], []
+    for repeat in trained.repeats:
+        theirs = repeat.evaluation["results"][trained.name]
+        for heading, find in columns(ours):
+            for name, found in ours["results"][trained.name].items():
+                first, again = find(found), find(theirs.get(name, {}))
+                if heading in GLANCE[:3] and first and again:
+                    inside.append(first["low"] <= again["accuracy"] <= first["high"])
+                    verdict = f"{again['accuracy'] - first['accuracy']:+.1f}, {'inside' if inside[-1] else 'outside'}"
+                    seed = str(repeat.run["recipe"]["seed"])
+                    lines.append([heading, name, with_interval(first), seed, with_interval(again), verdict])
+    said = (
+        "Trained again by the same recipe, from another start and in another order, and measured alike: what a "
+        f"repetition may be expected to give. {sum(inside)} of {len(inside)} figures lie inside the interval of the "
+        "published encoder's, which is one over test images alone."
+    )
+    head = ["", "data", f"published, seed {trained.recipe.seed}", "seed", "again", "difference"]
+    yield "With another seed", "\n\n".join([_text(said), markdown(head, lines)])
 
 
 def _comparisons(trained: Trained) -> Iterator[Section]:
@@ -505,6 +531,8 @@ def _reproduce(trained: Trained) -> str:
     run_file = trained.entry.training_record or "" if trained.entry else "run.json"
     made: list[tuple[str, str, Mapping[str, Any]]] = [("training", run_file, trained.run)]
     made += [("evaluation", file, one) for file, one in trained.evaluations.items()]
+    for again in trained.repeats:
+        made += [("training again", again.file, again.run), ("evaluation", again.evaluation_file, again.evaluation)]
     made += [("fine-tuning", file, one) for file, one in trained.finetunings.items()]
     made += [("ONNX", f"{trained.name}.export.json", trained.export)] if trained.export else []
     made += [("orientations", f"{trained.name}.upright.json", trained.upright)] if trained.upright else []

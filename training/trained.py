@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import write_text
@@ -21,6 +21,28 @@ RECORDS_FOLDER = Path(__file__).parent / "records"
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
 
 
+class Repeat(NamedTuple):
+    """The same recipe trained again with another seed, and measured alike.
+
+    Attributes:
+        file: of the run's record.
+        record: as that of the encoder.
+        evaluation_file: of its figures.
+        evaluation: record of `micl-zoo eval all`.
+    """
+
+    file: str
+    record: dict[str, Any]
+    evaluation_file: str
+    evaluation: dict[str, Any]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What run.json says."""
+        run: dict[str, Any] = self.record["run"]
+        return run
+
+
 @dataclass(frozen=True)
 class Trained:
     """A trained encoder and all that is on record of it.
@@ -33,6 +55,7 @@ class Trained:
         transform: of its images.
         license: of the weights.
         entry: its row in the table of encoders, of a published one.
+        repeats: the recipe trained again with other seeds.
         evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
         export, upright: records of benchmarks/export.py and benchmarks/upright.py.
         rivals, ablations: records of benchmarks/rivals.py, by file.
@@ -45,6 +68,7 @@ class Trained:
     transform: Transform
     license: str
     entry: Record | None = None
+    repeats: tuple[Repeat, ...] = ()
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     finetunings: dict[str, dict[str, Any]] = field(default_factory=dict)
     export: dict[str, Any] | None = None
@@ -62,6 +86,8 @@ class Trained:
                     f"{file} is of other weights (sha256 {sha256}) than {self.name} ({self.weights['sha256']}): "
                     f"measure these, by micl-zoo eval all {self.target} --data SET -o FILE"
                 )
+        for repeat in self.repeats:
+            _check_repeat(repeat, self.run)
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -110,6 +136,7 @@ def published(name: str, records: Path | None = None) -> Trained:
         transform=entry.transform,
         license=entry.license,
         entry=entry,
+        repeats=tuple(_read_repeats(records, entry.name)),
         evaluations=_read_all(records, f"{entry.name}.eval*.json"),
         finetunings=_read_all(records, f"{entry.name}.finetune*.json"),
         export=_read_if_there(records / f"{entry.name}.export.json"),
@@ -175,6 +202,26 @@ def run_record(run: Path) -> dict[str, Any]:
 def write_run_record(run: Path, file: Path) -> None:
     """Write `run_record` as it lies in training/records/."""
     write_text(file, json.dumps(run_record(run), indent=1) + "\n")
+
+
+def _read_repeats(folder: Path, name: str) -> Iterator[Repeat]:
+    for measured in sorted(folder.glob(f"{name}.seed*.eval.json")):
+        run = measured.with_name(measured.name.removesuffix(".eval.json") + ".json")
+        yield Repeat(run.name, _read(run), measured.name, _read(measured))
+
+
+def _check_repeat(repeat: Repeat, run: dict[str, Any]) -> None:
+    """It is the run's recipe on the run's images, and the figures are of its weights.
+
+    Raises:
+        UsageError: it is not.
+    """
+    ours, theirs = ({**one["recipe"], "seed": None, "images": one["data"]["fingerprint"]} for one in (run, repeat.run))
+    if differing := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
+        raise UsageError(f"{repeat.file} is no repetition with another seed: it differs in {', '.join(differing)}")
+    wanted, found = repeat.record["weights"]["sha256"], repeat.evaluation["encoder"]["weights_sha256"]
+    if wanted != found:
+        raise UsageError(f"{repeat.evaluation_file} is of other weights (sha256 {found}) than {repeat.file} ({wanted})")
 
 
 def _read(file: Path) -> dict[str, Any]:
