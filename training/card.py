@@ -278,11 +278,14 @@ def _compute(trained: Trained) -> str:
         used = hours * count * watts
         shown = f"{used / 1000:,.1f} kWh" if used >= 1000 else f"{used:,.0f} Wh"
         energy = f"{devices} x {watts} W = {shown}; the watts are assumed, the rest of the machine is left out"
+    rate = "not measured, the run took seconds"  # hours are recorded to a thousandth
+    if hours:
+        rate = f"{result['images_seen']:,} / ({hours:g} x 3,600 s) = {result['images_seen'] / (hours * 3600):,.0f}"
+        rate += ", over the whole run"
     rows = {
         "hardware": f"{_machine(run['machine'])}; processes: {run.get('processes', 1)}",
         "device hours": f"{devices} = {hours * count:,.4g} {device} hours",
-        "images a second": f"{result['images_seen']:,} / ({hours:g} x 3,600 s) = "
-        f"{result['images_seen'] / (hours * 3600):,.0f}, over the whole run",
+        "images a second": rate,
         "energy": f"not measured. Estimate: {energy}",
     }
     return _table(rows)
