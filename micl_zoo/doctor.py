@@ -592,7 +592,7 @@ def embedded_weights() -> Iterator[Finding]:
     for record in RECORDS.values():
         if record.published and record.embedded:
             yield _embedded(f"weights of {record.name}", record.embedded, lambda of: record_weights(of).sha256, record)
-        if record.onnx:
+        if record.onnx and record.embedded:
             yield _embedded(f"ONNX of {record.name}", record.onnx.file, lambda of: record_onnx(of)[1], record)
 
 

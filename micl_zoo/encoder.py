@@ -24,7 +24,7 @@ from .decode import MIN_SIDE, Refused, decode, to_rgb
 from .errors import UsageError, WeightsError, unknown
 from .transforms import Transform
 from .weights import EncoderConfig, Weights, local_weights, record_weights
-from .zoo import ARCHS, DEFAULT, Record, find_record
+from .zoo import ARCHS, DEFAULT, Record, find_record, is_name, record_of
 
 if TYPE_CHECKING:
     from .openvino_backend import OpenVinoViT
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         vit: the timm model, for fine-tuning.
         config: what it was built from.
         transform: from an image to pixel_values; the only right one for these weights.
-        record: its row of the table, or None for weights of your own.
+        record: its row of the table, found by the sha256 of a file; None for weights that are in none.
         name: `arch.tag`.
         weights_sha256: of the file it came from, or None for random weights.
         embed_dim: D, numbers a token.
@@ -256,7 +256,7 @@ def pooled(cls: Tensor, patches: Tensor, pool: Pool) -> Tensor:
 
 
 def load(
-    name: str = DEFAULT,
+    name: str | os.PathLike[str] = DEFAULT,
     *,
     weights: str | os.PathLike[str] | None = None,
     pretrained: bool = True,
@@ -268,7 +268,8 @@ def load(
     """Load an encoder, ready to embed.
 
     Args:
-        name: `arch.tag`, or a bare arch for its best published tag. See `list_models`.
+        name: `arch.tag`, or a bare arch for its best published tag, see `list_models`; or a path, which then stands for
+            `weights`: an os.PathLike, or a text that is no name and where something is.
         weights: a .safetensors file, or a folder with `model.safetensors` and `config.json`, of your own; for backend
             "onnx" the .onnx file that `micl-zoo export` wrote, or its folder.
         pretrained: False gives random weights, and only False does.
@@ -284,7 +285,8 @@ def load(
         UsageError: a name or an argument that does not exist.
         WeightsError: weights that are not published, not reachable, or not the right ones.
     """
-    if weights is not None and not pretrained:
+    name, path = _name_and_path(name, weights)
+    if path is not None and not pretrained:
         raise UsageError("weights= and pretrained=False contradict each other: give one")
     _check_backend(backend, device, dtype)
     if providers is not None and backend != "onnx":
@@ -294,11 +296,11 @@ def load(
 
         if not pretrained:
             raise UsageError("backend onnx runs exported files: export random weights first, or take backend torch")
-        return load_onnx(name, None if weights is None else Path(weights), device, providers)
+        return load_onnx(name, path, device, providers)
     target, kind = resolve_device("cpu" if backend == "openvino" else device), _resolve_dtype(dtype)
-    if weights is not None:
-        found = local_weights(Path(weights))
-        encoder = _build(found.config, found, None)
+    if path is not None:
+        found = local_weights(path)
+        encoder = _build(found.config, found, record_of(found.sha256))
         check_arch(name, found.config)
     else:
         record = find_record(name)
@@ -315,6 +317,15 @@ def load(
 
         encoder.runtime = OpenVinoViT(encoder.vit)
     return encoder.to(target, kind)
+
+
+def _name_and_path(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
+    """The name asked for, and where weights lie on this machine, if they do."""
+    if isinstance(name, str) and (not name or is_name(name) or not Path(name).exists()):
+        return name, None if weights is None else Path(weights)
+    if weights is not None:
+        raise UsageError(f"weights of two places were asked for, {str(name)!r} and {str(weights)!r}: give one")
+    return DEFAULT, Path(name)
 
 
 def _build(config: EncoderConfig, weights: Weights | None, record: Record | None) -> Encoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,24 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which takes its place when the block ends well, and else is removed."""
+    path = path.absolute()
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old.tmp"))
+    for left_over in (temporary, old):  # by a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+    finally:
+        for done_with in (temporary, old):
+            shutil.rmtree(done_with, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from .encoder import Backend, Encoder, Features, Pool, check_arch
 from .errors import MiclZooError, UsageError, WeightsError
 from .transforms import Transform
 from .weights import EncoderConfig, file_sha256, record_onnx
-from .zoo import Record, find_record
+from .zoo import Record, find_record, record_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -181,10 +181,8 @@ def load_onnx(name: str, weights: Path | None, device: str, providers: Sequence[
         UsageError: no ONNX Runtime, or it cannot run on what was asked for.
         WeightsError: no such file, not the published bytes, or not one that `micl-zoo export` wrote.
     """
-    record = None
     if weights is None:
-        record = find_record(name)
-        file, sha256 = record_onnx(record)
+        file, sha256 = record_onnx(find_record(name))
     else:
         file = local_onnx(weights)
         sha256 = file_sha256(file)
@@ -193,8 +191,9 @@ def load_onnx(name: str, weights: Path | None, device: str, providers: Sequence[
         raise WeightsError(
             f"{str(file)!r} has the transform inside, for use without micl-zoo: export one without --with-preprocess"
         )
-    check_arch(name, card.config)
-    return OnnxEncoder(session, card, record=record, sha256=sha256)
+    if weights is not None:
+        check_arch(name, card.config)
+    return OnnxEncoder(session, card, record=record_of(sha256), sha256=sha256)
 
 
 def local_onnx(path: Path) -> Path:

@@ -211,7 +211,7 @@ def record_weights(record: Record) -> Weights:
         file = embedded_file(record.embedded)
         found = file_sha256(file)
     elif record.hub_repo and record.hub_commit:
-        file, found = _from_hub(record, record.hub_repo)
+        file, found = _from_hub(record, WEIGHTS_FILE, record.sha256)
     else:
         raise WeightsError(not_published(record))
     if found != record.sha256:
@@ -225,22 +225,26 @@ def record_weights(record: Record) -> Weights:
 
 
 def record_onnx(record: Record) -> tuple[Path, str]:
-    """The ONNX file of a row of the table, which comes with the package, and its sha256, checked on every load.
+    """The ONNX file of a row of the table, from where its weights are, and its sha256, checked on every load.
 
     Raises:
-        WeightsError: there is none, or not the right bytes.
+        WeightsError: there is none, not reachable, or not the right bytes.
     """
     if record.onnx is None:
         raise WeightsError(
             f"no ONNX file of {record.name} comes with micl-zoo: micl-zoo export {record.name} -o DIR, and then "
             'micl_zoo.load(weights="DIR", backend="onnx")'
         )
-    file = embedded_file(record.onnx.file)
-    found = file_sha256(file)
+    if record.embedded:
+        file, mend = embedded_file(record.onnx.file), "Reinstall micl-zoo."
+        found = file_sha256(file)
+    else:
+        file, found = _from_hub(record, record.onnx.file, record.onnx.sha256)
+        mend = f"Delete {file.name} where it lies ({file.parent}) and load again."
     if found != record.onnx.sha256:
         raise WeightsError(
             f"the ONNX file of {record.name} is not the published one: sha256 {found}, expected {record.onnx.sha256}. "
-            "Reinstall micl-zoo."
+            + mend
         )
     return file, found
 
@@ -268,24 +272,25 @@ def not_published(record: Record) -> str:
     )
 
 
-def _from_hub(record: Record, repo: str) -> tuple[Path, str]:
-    """Download or find in the cache; a cached file with wrong bytes is fetched once more."""
+def _from_hub(record: Record, name: str, sha256: str | None) -> tuple[Path, str]:
+    """Download a file or find it in the cache, by full commit; a cached one with wrong bytes is fetched once more."""
     from huggingface_hub import hf_hub_download
 
-    found, file = "", Path()
+    assert record.hub_repo is not None
+    repo, found, file = record.hub_repo, "", Path()
     for force in (False, True):
         try:
-            name = hf_hub_download(repo, WEIGHTS_FILE, revision=record.hub_commit, force_download=force)
+            file_name = hf_hub_download(repo, name, revision=record.hub_commit, force_download=force)
         except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
             if found:
                 break
             raise WeightsError(
                 f"cannot fetch {record.name} from {repo} at {record.hub_commit}: {error}. "
-                "Without a network, put model.safetensors in a folder and give "
-                f'micl_zoo.load("{record.name}", weights="FOLDER").'
+                f"Without a network, run micl-zoo download {record.name} --to FOLDER where there is one, bring FOLDER "
+                f'here and give micl_zoo.load("{record.name}", weights="FOLDER").'
             ) from error
-        file = Path(name)
+        file = Path(file_name)
         found = file_sha256(file)
-        if found == record.sha256:
+        if found == sha256:
             break
     return file, found

@@ -34,10 +34,10 @@ ARCHS = {
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """An exported encoder that comes with the package.
+    """An exported encoder, kept where its weights are.
 
     Attributes:
-        file: in the package.
+        file: in the package, or in the hub repository.
         precision: of its arithmetic.
         sha256, bytes: of the file.
     """
@@ -101,6 +101,7 @@ class Record:
 
 
 RECIPE_TERMS = "Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)"
+FILE_TERMS = "Apache-2.0 for the file; ImageNet's terms for its images (non-commercial research and education)"
 IN1K, TIN200 = "ImageNet-1k train, 1,281,167 images", "Tiny ImageNet-200 train, 100,000 images of 64 x 64"
 
 
@@ -117,7 +118,7 @@ _RECORDS = [
         summary="ViT-Ti/16, 5.5 M parameters, trained on 100,000 small images: the default, comes with the package",
         recipe="vit_ti16.tin200",
         corpus=TIN200,
-        license="Apache-2.0 for the file; ImageNet's terms for its images (non-commercial research and education)",
+        license=FILE_TERMS,
         embedded="vit_ti16.tin200.safetensors",
         sha256="e04a8b713e804944b002c1782272640be24c2b38a2949c31848ea36beab028e8",
         bytes=11064376,
@@ -167,6 +168,16 @@ def find_record(name: str) -> Record:
     if not tags:
         raise UsageError(unknown("model", name, [*RECORDS, *{record.arch for record in RECORDS.values()}]))
     return next((record for record in tags if record.published), tags[0])
+
+
+def is_name(text: str) -> bool:
+    """`find_record` takes it."""
+    return text in RECORDS or any(record.arch == text for record in RECORDS.values())
+
+
+def record_of(sha256: str) -> Record | None:
+    """The row of a published file, weights or ONNX; None for a file of somebody's own."""
+    return next((one for one in RECORDS.values() if sha256 in (one.sha256, one.onnx and one.onnx.sha256)), None)
 
 
 def timm_architecture(

@@ -5,28 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from conftest import picture
+from hub import Hub, environment_for, hub_on_loopback
 from safetensors.torch import load_file
 
 import micl_zoo
 from micl_zoo import weights as weights_module
+from micl_zoo.cli import main
+from micl_zoo.download import download
 from micl_zoo.errors import UsageError, WeightsError
-from micl_zoo.weights import file_sha256, header
+from micl_zoo.weights import embedded_file, file_sha256, header
 from micl_zoo.zoo import ARCHS, DEFAULT, RECORDS, find_record, timm_architecture
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -114,6 +114,84 @@ def test_a_folder_or_a_file_of_your_own(encoder_folder: Path, tmp_path: Path) ->
         assert torch.equal(encoder(pixels), micl_zoo.load(weights=alone, device="cpu")(pixels))
 
 
+def test_a_path_in_the_place_of_a_name(encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sha256 = file_sha256(encoder_folder / "model.safetensors")
+    for path in (encoder_folder, str(encoder_folder), encoder_folder / "model.safetensors"):
+        assert micl_zoo.load(path, device="cpu").weights_sha256 == sha256
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(encoder_folder, "vit_l16")
+    with pytest.raises(WeightsError, match="no weights of vit_l16"):
+        micl_zoo.load("vit_l16")  # a name is a name, whatever lies around
+    assert micl_zoo.load(Path("vit_l16"), device="cpu").weights_sha256 == sha256
+    assert micl_zoo.load("./vit_l16", device="cpu").weights_sha256 == sha256
+    with pytest.raises(UsageError, match=r"unknown model 'vit_l61'\. Did you mean vit_l16"):
+        micl_zoo.load("vit_l61")
+    with pytest.raises(UsageError, match=r"unknown model ''\. Valid"):
+        micl_zoo.load("")
+    with pytest.raises(WeightsError, match="no weights at 'nowhere'"):
+        micl_zoo.load(Path("nowhere"))
+    with pytest.raises(UsageError, match=r"weights of two places were asked for, './vit_l16' and 'other': give one"):
+        micl_zoo.load("./vit_l16", weights="other")
+    with pytest.raises(UsageError, match="contradict each other"):
+        micl_zoo.load("./vit_l16", pretrained=False)
+    with pytest.raises(WeightsError, match='load it with backend="onnx"'):
+        micl_zoo.load(embedded_file(str(getattr(RECORDS[DEFAULT].onnx, "file", ""))))
+
+
+def test_a_published_encoder_in_a_folder(tmp_path: Path) -> None:
+    record, folder = RECORDS[DEFAULT], tmp_path / "encoder"
+    placed = download(DEFAULT, folder)
+    assert {one.path.name: one.kept for one in placed} == {"model.safetensors": False, "config.json": False}
+    assert {one.path.name for one in placed} == {file.name for file in folder.iterdir()}
+    assert placed[0].sha256 == file_sha256(folder / "model.safetensors") == record.sha256
+    encoder = micl_zoo.load(folder, device="cpu")
+    assert encoder.record is record
+    config = json.loads((folder / "config.json").read_text())
+    assert config == header(folder / "model.safetensors")["config"]
+    images = [picture(0, 300, 200), picture(1, 200, 300)]
+    rows = encoder.embed(images, normalize=False)
+    oracle = timm.create_model(config["architecture"], num_classes=0, **config["model_args"]).eval()
+    oracle.load_state_dict(load_file(folder / "model.safetensors"))
+    with torch.inference_mode():
+        pixels = torch.stack([encoder.transform(image) for image in images])
+        np.testing.assert_allclose(rows, oracle(pixels).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_download_goes_on_and_replaces_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    download(DEFAULT, tmp_path)
+    (tmp_path / "config.json").unlink()
+    monkeypatch.setattr("micl_zoo.download.record_weights", lambda record: pytest.fail("it is there already"))
+    assert [one.kept for one in download(DEFAULT, tmp_path)] == [True, False]
+    assert [one.kept for one in download(DEFAULT, tmp_path)] == [True, True]
+    monkeypatch.undo()
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"model.safetensors' is there with other bytes: sha256 .* published e04a8b71"):
+        download(DEFAULT, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+    assert [one.kept for one in download(DEFAULT, tmp_path, overwrite=True)] == [False, True]
+    with pytest.raises(WeightsError, match=r"no weights of vit_l16.in1k are published yet. Three ways on"):
+        download("vit_l16", tmp_path / "other")
+    with pytest.raises(UsageError, match="Did you mean vit_ti16"):
+        download("vit_tii16", tmp_path / "other")
+    monkeypatch.setitem(RECORDS, DEFAULT, dataclasses.replace(RECORDS[DEFAULT], onnx=None))
+    with pytest.raises(WeightsError, match=r"no ONNX file of vit_ti16.tin200 is published"):
+        download(DEFAULT, tmp_path / "other", onnx=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_download_command(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    words = ["download", DEFAULT, "--to", str(folder)]
+    said = CliRunner().invoke(main, [*words, "--onnx"], catch_exceptions=False).output
+    assert (
+        f"{folder / 'model.safetensors'}: {RECORDS[DEFAULT].bytes:,} bytes, sha256 {RECORDS[DEFAULT].sha256}\n" in said
+    )
+    assert f"micl_zoo.load(weights={str(folder)!r})." in said
+    assert f'micl_zoo.load(weights={str(folder)!r}, backend="onnx")' in said
+    assert file_sha256(folder / "model.onnx") == getattr(RECORDS[DEFAULT].onnx, "sha256", None)
+    assert CliRunner().invoke(main, words).output.count("was there already") == 2
+
+
 def test_equal_to_timm_on_the_same_weights(encoder_folder: Path) -> None:
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
     config = json.loads((encoder_folder / "config.json").read_text())
@@ -182,43 +260,12 @@ def test_wrong_files_are_refused(encoder_folder: Path, tmp_path: Path) -> None:
         micl_zoo.load(weights=encoder_folder, device="cuda:99")
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of a hub as a download by commit needs."""
-
-    content: ClassVar[bytes] = b""
-    requests: ClassVar[list[str]] = []
-
-    def answer(self, *, body: bool) -> None:
-        type(self).requests.append(f"{self.command} {self.path}")
-        found = self.path == f"/micl/tiny/resolve/{COMMIT}/model.safetensors"
-        self.send_response(200 if found else 404)
-        content = self.content if found else b""
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(encoder_folder: Path) -> Iterator[str]:
-    Hub.content = (encoder_folder / "model.safetensors").read_bytes()
-    Hub.requests = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+def hub(encoder_folder: Path) -> Iterator[Hub]:
+    """With an encoder in it."""
+    with hub_on_loopback() as hub:
+        hub.put("micl/tiny", COMMIT, {"model.safetensors": (encoder_folder / "model.safetensors").read_bytes()})
+        yield hub
 
 
 LOAD_FROM_HUB = """
@@ -240,17 +287,11 @@ for line in sys.stdin:
 
 
 @contextmanager
-def loads_from_hub(endpoint: str, cache: Path, **environment: str) -> Iterator[Callable[[str], dict[str, object]]]:
+def loads_from_hub(hub: Hub, cache: Path, **environment: str) -> Iterator[Callable[[str], dict[str, object]]]:
     """A process with hub settings of its own, which hold from its import on: loads what should have a sha256."""
-    settings = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(cache),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
     with subprocess.Popen(
         [sys.executable, "-c", LOAD_FROM_HUB, COMMIT],
-        env={**os.environ, **settings, **environment},
+        env={**environment_for(hub, cache), **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -265,8 +306,9 @@ def loads_from_hub(endpoint: str, cache: Path, **environment: str) -> Iterator[C
         yield loaded
 
 
-def test_the_hub_by_commit_offline_damaged_wrong_and_nowhere(hub: str, tmp_path: Path) -> None:
-    right, wrong = hashlib.sha256(Hub.content).hexdigest(), hashlib.sha256(b"something else").hexdigest()
+def test_the_hub_by_commit_offline_damaged_wrong_and_nowhere(hub: Hub, tmp_path: Path) -> None:
+    content = hub.commits["micl/tiny", COMMIT]["model.safetensors"]
+    right, wrong = hashlib.sha256(content).hexdigest(), hashlib.sha256(b"something else").hexdigest()
     good = {"dim": 32, "sha256": right}
     with (
         loads_from_hub(hub, tmp_path) as online,
@@ -274,17 +316,18 @@ def test_the_hub_by_commit_offline_damaged_wrong_and_nowhere(hub: str, tmp_path:
         loads_from_hub(hub, tmp_path / "other", HF_HUB_OFFLINE="1") as nowhere,
     ):
         assert online(right) == good
-        assert all(COMMIT in request for request in Hub.requests)
-        before = len(Hub.requests)
+        assert all(COMMIT in request for request in hub.requests)
+        before = len(hub.requests)
         assert offline(right) == good
-        assert len(Hub.requests) == before
+        assert len(hub.requests) == before
         blob = next(path for path in tmp_path.rglob("model.safetensors")).resolve()
-        blob.write_bytes(Hub.content[:-7] + b"garbage")
+        blob.write_bytes(content[:-7] + b"garbage")
         assert "are not the published ones" in str(offline(right)["error"])
         assert online(right) == good
         assert f"sha256 {right}, expected {wrong}" in str(online(wrong)["error"])
         error = str(nowhere(right)["error"])
     assert "cannot fetch vit_ti16.hub from micl/tiny" in error
+    assert "micl-zoo download vit_ti16.hub --to FOLDER" in error
     assert 'micl_zoo.load("vit_ti16.hub", weights="FOLDER")' in error
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from micl_zoo.errors import UsageError
+from micl_zoo.weights import WEIGHTS_FILE
 from micl_zoo.zoo import RECORDS, timm_architecture
 
 from .corpora import PEOPLE
@@ -86,10 +87,17 @@ def repository_card(records: Path | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def one_card(trained: Trained, *, hub: bool = False) -> str:
-    """The card of one encoder, with the hub's front matter or without."""
+def one_card(trained: Trained, *, hub: bool = False, repo: str | None = None) -> str:
+    """The card of one encoder, with the hub's front matter or without.
+
+    Args:
+        trained: what to describe.
+        hub: it is for the hub, and loads from there.
+        repo: OWNER/NAME of the repository there; None is that of the table, if it says one.
+    """
     head = [front_matter(trained)] if hub else []
-    parts = [*head, f"# Model card: {trained.name}", _headed(_sections(trained, hub=hub), "##")]
+    repo = (repo or (trained.entry and trained.entry.hub_repo) or "OWNER/NAME") if hub else None
+    parts = [*head, f"# Model card: {trained.name}", _headed(_sections(trained, repo), "##")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -140,9 +148,10 @@ def front_matter(trained: Trained) -> str:
 # The sections of a card.
 
 
-def _sections(trained: Trained, *, hub: bool = False) -> Iterator[Section]:
-    yield "Details", _details(trained, hub=hub)
-    yield "Load it", _loading(trained, hub=hub)
+def _sections(trained: Trained, repo: str | None = None) -> Iterator[Section]:
+    """Of a card, or with `repo` of that repository's card on the hub."""
+    yield "Details", _details(trained, repo)
+    yield "Load it", _loading(trained, repo)
     yield from _judgement(trained)
     yield "Training", _training(trained)
     yield "Compute and energy", _compute(trained)
@@ -154,7 +163,7 @@ def _sections(trained: Trained, *, hub: bool = False) -> Iterator[Section]:
     yield "Reproduce", _reproduce(trained)
 
 
-def _details(trained: Trained, *, hub: bool) -> str:
+def _details(trained: Trained, repo: str | None) -> str:
     recipe, transform = trained.recipe, trained.transform
     shape = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     architecture, changed = timm_architecture(**{key: getattr(recipe, key) for key in shape})
@@ -171,8 +180,7 @@ def _details(trained: Trained, *, hub: bool) -> str:
         f"{_numbers(transform.std)} of pixels in 0..1",
         "output": f"class token, {width} numbers; mean of the {patches} patch tokens, {width}; both, {2 * width}; or "
         "every token",
-        "file": f"`{'model.safetensors' if hub else trained.file}`, {recipe.save_dtype}, "
-        f"{trained.weights['bytes']:,} bytes",
+        "file": f"`{WEIGHTS_FILE if repo else trained.file}`, {recipe.save_dtype}, {trained.weights['bytes']:,} bytes",
         "sha256": f"`{trained.weights['sha256']}`",
         "method": "MiCL, masked image contrastive learning ([arXiv 2411.09858](https://arxiv.org/abs/2411.09858), also "
         "called OCL), in an implementation of its own",
@@ -181,10 +189,9 @@ def _details(trained: Trained, *, hub: bool) -> str:
     return _table(rows)
 
 
-def _loading(trained: Trained, *, hub: bool) -> str:
+def _loading(trained: Trained, repo: str | None) -> str:
     lines = ["import micl_zoo", "", f"encoder = {trained.load}"]
-    if hub:
-        repo = (trained.entry.hub_repo if trained.entry else None) or "OWNER/NAME"  # of this repository on the hub
+    if repo:
         lines = ["import timm", "", f'encoder = timm.create_model("hf-hub:{repo}", pretrained=True)  # (B, 3, S, S)']
         lines += ["", "import micl_zoo  # with the transform, files and folders of images, ONNX"]
         lines += ["from huggingface_hub import snapshot_download", ""]
@@ -279,11 +286,14 @@ def _compute(trained: Trained) -> str:
         used = hours * count * watts
         shown = f"{used / 1000:,.1f} kWh" if used >= 1000 else f"{used:,.0f} Wh"
         energy = f"{devices} x {watts} W = {shown}; the watts are assumed, the rest of the machine is left out"
+    rate = "not measured, the run took seconds"  # hours are recorded to a thousandth
+    if hours:
+        rate = f"{result['images_seen']:,} / ({hours:g} x 3,600 s) = {result['images_seen'] / (hours * 3600):,.0f}"
+        rate += ", over the whole run"
     rows = {
         "hardware": f"{_machine(run['machine'])}; processes: {run.get('processes', 1)}",
         "device hours": f"{devices} = {hours * count:,.4g} {device} hours",
-        "images a second": f"{result['images_seen']:,} / ({hours:g} x 3,600 s) = "
-        f"{result['images_seen'] / (hours * 3600):,.0f}, over the whole run",
+        "images a second": rate,
         "energy": f"not measured. Estimate: {energy}",
     }
     return _table(rows)
@@ -493,14 +503,14 @@ def _finetuning(trained: Trained) -> str:
 
 
 def _onnx(trained: Trained) -> str:
-    made, record = trained.entry.onnx if trained.entry else None, trained.export
+    made, record = trained.onnx, trained.export
     parts = [
         _text(f"`micl-zoo export {trained.target} -o DIR` writes a file for ONNX Runtime and compares it with PyTorch.")
     ]
     if made:
         parts = [
             _text(
-                f"`micl_zoo/embedded/{made.file}` holds the same weights for ONNX Runtime, in {made.precision}: "
+                f"`{trained.onnx_file}` holds the same weights for ONNX Runtime, in {made.precision}: "
                 f"{made.bytes:,} bytes, sha256 `{made.sha256}`."
             )
         ]
@@ -528,8 +538,7 @@ def _onnx_line(record: Mapping[str, Any], precision: str) -> list[str]:
 
 def _reproduce(trained: Trained) -> str:
     """Every command, and with which code, on what and when it ran."""
-    run_file = trained.entry.training_record or "" if trained.entry else "run.json"
-    made: list[tuple[str, str, Mapping[str, Any]]] = [("training", run_file, trained.run)]
+    made: list[tuple[str, str, Mapping[str, Any]]] = [("training", trained.run_file, trained.run)]
     made += [("evaluation", file, one) for file, one in trained.evaluations.items()]
     for again in trained.repeats:
         made += [("training again", again.file, again.run), ("evaluation", again.evaluation_file, again.evaluation)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from micl_zoo.zoo import IN1K, TIN200
+from micl_zoo.zoo import FILE_TERMS, IN1K, TIN200
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Corpus:
         uses, limits: what such an encoder is good and bad at.
         own_sets: measured sets that are parts of the same data, and what that means.
         hub_dataset, hub_license: their names on the Hugging Face hub.
+        license: of the weights, in the table of encoders.
     """
 
     images: int
@@ -29,6 +30,7 @@ class Corpus:
     own_sets: Mapping[str, str]
     hub_dataset: str
     hub_license: str
+    license: str = FILE_TERMS
 
 
 IMAGENET_TERMS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import write_text
 from micl_zoo.transforms import Transform
-from micl_zoo.weights import file_sha256, local_weights, not_published
-from micl_zoo.zoo import Record, find_record
+from micl_zoo.weights import WEIGHTS_FILE, file_sha256, local_weights, not_published
+from micl_zoo.zoo import OnnxFile, Record, find_record
 
 from .corpora import CORPORA, Corpus
 from .recipes import Recipe, recorded_recipe
@@ -52,10 +53,12 @@ class Trained:
         record: weights (sha256 and bytes), run (run.json) and curve.
         file: of the weights, as the card names it.
         load: the line of Python that loads it, without the hub.
+        run_file: the record of its training, as the card names it.
         transform: of its images.
         license: of the weights.
         entry: its row in the table of encoders, of a published one.
         repeats: the recipe trained again with other seeds.
+        onnx: the same weights as an ONNX file that is published with them, and onnx_file: where, as the card names it.
         evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
         export, upright: records of benchmarks/export.py and benchmarks/upright.py.
         rivals, ablations: records of benchmarks/rivals.py, by file.
@@ -67,8 +70,11 @@ class Trained:
     load: str
     transform: Transform
     license: str
+    run_file: str = "run.json"
     entry: Record | None = None
     repeats: tuple[Repeat, ...] = ()
+    onnx: OnnxFile | None = None
+    onnx_file: str = ""
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     finetunings: dict[str, dict[str, Any]] = field(default_factory=dict)
     export: dict[str, Any] | None = None
@@ -127,16 +133,19 @@ def published(name: str, records: Path | None = None) -> Trained:
     entry, records = find_record(name), records or RECORDS_FOLDER
     if entry.training_record is None:
         raise UsageError(f"there is nothing to say in a card: {not_published(entry)}")
-    embedded = f"micl_zoo/embedded/{entry.embedded}" if entry.embedded else f"model.safetensors of {entry.hub_repo}"
+    at = "micl_zoo/embedded/{}" if entry.embedded else f"{{}} of {entry.hub_repo}"
     return Trained(
         name=entry.name,
         record=_read(records / entry.training_record),
-        file=embedded,
+        file=at.format(entry.embedded or WEIGHTS_FILE),
         load=f'micl_zoo.load("{entry.name}")',
         transform=entry.transform,
         license=entry.license,
+        run_file=entry.training_record,
         entry=entry,
         repeats=tuple(_read_repeats(records, entry.name)),
+        onnx=entry.onnx,
+        onnx_file=at.format(entry.onnx.file) if entry.onnx else "",
         evaluations=_read_all(records, f"{entry.name}.eval*.json"),
         finetunings=_read_all(records, f"{entry.name}.finetune*.json"),
         export=_read_if_there(records / f"{entry.name}.export.json"),
@@ -159,7 +168,7 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
     """
     record, weights = run_record(run), local_weights(run / "encoder")
     found = {str(file): _read(file) for file in measured}
-    return Trained(
+    trained = Trained(
         name=weights.config.name,
         record=record,
         file="encoder/model.safetensors",
@@ -169,6 +178,9 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
         evaluations={file: one for file, one in found.items() if "results" in one},
         finetunings={file: one for file, one in found.items() if "results" not in one},
     )
+    if trained.license == "unknown" and trained.corpus:
+        return dataclasses.replace(trained, license=trained.corpus.license)
+    return trained
 
 
 def run_record(run: Path) -> dict[str, Any]:
