@@ -171,6 +171,7 @@ ABLATIONS = {
 BEYOND = {  # mask-0.8-views-3-temperature-0.03, and what may better it
     "sharp-last": sharp("more patches at the end; and the running mean of the weights", "micl-last"),
     "sharp-color-0.8": sharp("twice the colour changes", color_gain=0.8, color_bias=0.8),
+    "sharp-color-0.2": sharp("half the colour changes", color_gain=0.2, color_bias=0.2),
     "sharp-rate-1e-3": sharp("twice the learning rate", base_lr=1e-3),
     "sharp-temperature-0.02": sharp("a lower temperature", temperature=0.02),
     "sharp-crop-0.08": sharp("crops from 8 % of the image on", crop_scale_min=0.08),
