@@ -6,13 +6,15 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torch.multiprocessing as mp
 from click.testing import CliRunner
 from conftest import picture
 from micl_zoo.training.card import CARD_WATTS
@@ -55,7 +59,7 @@ PUBLISH_IS_MISSING = "publish" not in main.commands
 
 # How the document's commands are changed, by the words that they begin with: (pattern, replacement), in this order.
 CPU = [(r"--workers \d+", ""), (r"$", " --device cpu --workers 0")]
-ONE_PROCESS = (r" --gpus 4", "")  # the two lines with --smoke start two processes, which takes ten seconds each
+TWO = (r"(--smoke) --gpus 4", r"\1 --gpus 2")  # of the dry run; the same lines without --smoke run in one process
 SMALL = {
     "md5sum": [(r"[0-9a-f]{32}", "MD5")],  # of the archives that the test made
     "micl-zoo doctor": [(r"$", " --offline")],
@@ -66,18 +70,18 @@ SMALL = {
     "micl-zoo train": [
         (r"--max-steps 100", "--max-steps 2"),
         (r"--max-steps 110", "--max-steps 3"),
-        (r"(--smoke) --gpus 4", r"\1 --gpus 2"),
-        ONE_PROCESS,
+        TWO,
+        (r" --gpus 4", ""),
         (r"^((?!.*--smoke).*)$", r"\1 --smoke"),
         *CPU,
     ],
     "micl-zoo eval finetune": [
-        (r"(--smoke) --gpus 4", r"\1 --gpus 2"),
-        ONE_PROCESS,
+        TWO,
+        (r" --gpus 4", ""),
         (r"^((?!.*--smoke).*)$", r"\1 --smoke"),
         *CPU,
     ],
-    "micl-zoo eval": CPU,
+    "micl-zoo eval": [(r"--train-images 10000", "--train-images 16"), *CPU],
 }
 
 
@@ -125,18 +129,35 @@ def in_small(command: str, folder: Path) -> str:
     return re.sub(r"MD5  (\S+)", lambda m: f"{hashlib.md5((folder / m[1]).read_bytes()).hexdigest()}  {m[1]}", command)
 
 
-def run(command: Command, folder: Path, environment: dict[str, str]) -> str:
+def run(command: Command, folder: Path, environment: dict[str, str], patch: pytest.MonkeyPatch) -> str:
     """What it says; fails when it fails."""
     text = in_small(command.flat, folder)
-    words = shlex.split(text) if text.startswith("micl-zoo") else []
-    if words and ("--gpus" not in words or "--plan" in words):
-        result = CliRunner().invoke(main, words[1:])
+    if text.startswith("micl-zoo"):
+        patch.setattr(sys, "argv", shlex.split(text))
+        result = CliRunner().invoke(main, sys.argv[1:])
         assert result.exit_code == 0, f"{text}\n{result.output}\n{result.exception!r}"
         return result.output
-    line = [sys.executable, "-m", "micl_zoo", *words[1:]] if words else ["bash", "-e", "-o", "pipefail", "-c", text]
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    shell = ["bash", "-e", "-o", "pipefail", "-c", text]
+    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def launch(words: Sequence[str], *, gpus: int, **_: object) -> None:
+    """In the place of torchrun's agent: the same words in as many processes, forked, so that torch is imported once."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["micl_zoo.training.finetune", "micl_zoo.training.pretrain"])
+    words = list(words) if words[0] == "eval" else ["train", *words]
+    mp.start_processes(one_rank, (gpus, port, words), nprocs=gpus, start_method="forkserver")
+
+
+def one_rank(rank: int, world: int, port: int, words: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    main(words, standalone_mode=False)
 
 
 # ImageNet-1k as it is given out, with 4 classes.
@@ -234,9 +255,10 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     said = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("micl_zoo.training.ranks.launch", launch)
         for command in commands():
             if not skipped(command):
-                said[command.flat] = run(command, other if command.instead else folder, environment)
+                said[command.flat] = run(command, other if command.instead else folder, environment, patch)
         yield Played(folder, other, said)
 
 
@@ -423,7 +445,7 @@ def test_hours_energy_and_fine_tuning_are_arithmetic() -> None:
         f"x {tuning.epochs:g} = {steps:,}, x {tuning.batch_size:,} = {steps * tuning.batch_size / 1e6:.1f} M images",
         f"{rate:,.0f} images/s, which the cores must decode",
         f"is {tuning.batch_size // 4} images a GPU, of {tokens} tokens each: about {activations + fixed:.0f} GiB by "
-        f"the plan's way to count, {activations:.1f} of them",
+        f"the plan's way to count, {activations:.0f} of them",
         f"`--micro-batch 128`: about {activations / 2 + fixed:.0f} GiB",
         f"batch {tuning.batch_size:,}, a peak rate of {tuning.lr * 1e3:g}e-3, layer decay {tuning.layer_decay:g}, "
         f"drop path {tuning.drop_path:g}, {tuning.epochs:g} epochs of which {tuning.warmup_epochs:g} warm-up, "
