@@ -368,7 +368,8 @@ def test_the_choices_cost_what_the_plan_says() -> None:
         hours, _, micro_batch = on_card(plan)
         fits = "fits" if micro_batch == plan.share else f"`--micro-batch {micro_batch}`"
         tokens = plan.recipe.views * plan.view_tokens
-        pace = f"{PAPER_HOURS * plan.total_flops / whole:.1f} h"
+        computed = planned(*changes, micro_batch=micro_batch).total_flops
+        pace = f"{PAPER_HOURS * computed / whole:.1f} h"
         assert cells[3:] == [str(tokens), f"{hours:.1f} h", pace, fits], row
         assert any(all(f"--set {change}" in command.text for change in changes) for command in commands())
     held(f"{planned('base_lr=1.5e-4').recipe.lr * 1e3:.2f}e-3", f"{planned().recipe.lr * 1e3:.2f}e-3 at the peak")
@@ -447,8 +448,8 @@ def test_hours_energy_and_fine_tuning_are_arithmetic() -> None:
         f"is {tuning.batch_size // 4} images a GPU, of {tokens} tokens each: about {activations + fixed:.0f} GiB by "
         f"the plan's way to count, {activations:.0f} of them",
         f"`--micro-batch 128`: about {activations / 2 + fixed:.0f} GiB",
-        f"batch {tuning.batch_size:,}, a peak rate of {tuning.lr * 1e3:g}e-3, layer decay {tuning.layer_decay:g}, "
-        f"drop path {tuning.drop_path:g}, {tuning.epochs:g} epochs of which {tuning.warmup_epochs:g} warm-up, "
+        f"batch {tuning.batch_size:,}, base_lr {tuning.base_lr} ({tuning.lr * 1e3:g}e-3 at the peak), "
+        f"layer decay {tuning.layer_decay:g}, drop path {tuning.drop_path:g}, {tuning.epochs:g} epochs of which {tuning.warmup_epochs:g} warm-up, "
         f"mixup {tuning.mixup:g}, cutmix {tuning.cutmix:.1f}, erasing {tuning.erase_probability:g}, "
         f"pool `{tuning.pool}`",
     )
