@@ -449,7 +449,8 @@ def test_hours_energy_and_fine_tuning_are_arithmetic() -> None:
         f"the plan's way to count, {activations:.0f} of them",
         f"`--micro-batch 128`: about {activations / 2 + fixed:.0f} GiB",
         f"batch {tuning.batch_size:,}, base_lr {tuning.base_lr} ({tuning.lr * 1e3:g}e-3 at the peak), "
-        f"layer decay {tuning.layer_decay:g}, drop path {tuning.drop_path:g}, {tuning.epochs:g} epochs of which {tuning.warmup_epochs:g} warm-up, "
+        f"layer decay {tuning.layer_decay:g}, drop path {tuning.drop_path:g}, "
+        f"{tuning.epochs:g} epochs of which {tuning.warmup_epochs:g} warm-up, "
         f"mixup {tuning.mixup:g}, cutmix {tuning.cutmix:.1f}, erasing {tuning.erase_probability:g}, "
         f"pool `{tuning.pool}`",
     )
