@@ -66,6 +66,16 @@ def test_folders_as_imagenet_has_them(tmp_path: Path) -> None:
     assert found.test.labels.tolist() == [0, 1]
 
 
+def test_a_test_part_without_labels_gives_way_to_the_validation_part(tmp_path: Path) -> None:
+    names = ["ant", "bee", "cat"]  # as ImageNet-1k lies on the hub: -1 must not be taken for the last class
+    write_parquet(tmp_path / "data" / "train-0.parquet", [2, 0, 1], names=names)
+    write_parquet(tmp_path / "data" / "test-0.parquet", [-1, -1], names=names)
+    with pytest.raises(SourceError, match=r"no label for 2 of 2 images: its column 'label' is empty or -1"):
+        LabelledSet.open(tmp_path)
+    write_parquet(tmp_path / "data" / "validation-0.parquet", [1], names=names)
+    assert LabelledSet.open(tmp_path).test.labels.tolist() == [1]
+
+
 def test_labels_from_a_csv(tmp_path: Path) -> None:
     for part, count in (("train", 4), ("test", 2)):
         (tmp_path / "set" / part).mkdir(parents=True)
@@ -132,7 +142,10 @@ def test_a_known_set_is_recognised_and_another_one_told_apart(tmp_path: Path, mo
     assert LabelledSet.open(folder).facts["known"] == "the known set of this name"
 
 
-def test_features_stay_with_their_labels(tmp_path: Path, encoder_folder: Path) -> None:
+def test_features_stay_with_their_labels(
+    tmp_path: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("micl_zoo.engines.bf16_is_fast", lambda device: False)  # the same in fp32 everywhere
     write_parquet(tmp_path / "train.parquet", [4, 3, 2, 1, 0], broken=2)
     write_parquet(tmp_path / "test.parquet", [0, 1])
     images = LabelledSet.open(tmp_path).train

@@ -307,6 +307,11 @@ def _label_column(uri: str) -> list[Label]:
             f"{', '.join(file.schema_arrow.names)}"
         )
     labels: list[Label] = file.read(columns=[column])[column].to_pylist()
+    if none := sum(label is None or (isinstance(label, int) and label < 0) for label in labels):
+        raise SourceError(
+            f"{uri!r} has no label for {none:,} of {len(labels):,} images: its column {column!r} is empty or -1 there, "
+            "which is how parts without labels are kept"
+        )
     names = _class_names(file.schema_arrow, column)
     return [names[label] for label in labels] if names else labels  # type: ignore[index]  # a ClassLabel is a number
 
