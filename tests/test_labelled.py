@@ -142,9 +142,7 @@ def test_a_known_set_is_recognised_and_another_one_told_apart(tmp_path: Path, mo
     assert LabelledSet.open(folder).facts["known"] == "the known set of this name"
 
 
-def test_features_stay_with_their_labels(
-    tmp_path: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_stay_with_their_labels(tmp_path: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("micl_zoo.engines.bf16_is_fast", lambda device: False)  # the same in fp32 everywhere
     write_parquet(tmp_path / "train.parquet", [4, 3, 2, 1, 0], broken=2)
     write_parquet(tmp_path / "test.parquet", [0, 1])
