@@ -174,6 +174,8 @@ BEYOND = {  # mask-0.8-views-3-temperature-0.03, and what may better it
     "sharp-color-0.2": sharp("half the colour changes", color_gain=0.2, color_bias=0.2),
     "sharp-rate-1e-3": sharp("twice the learning rate", base_lr=1e-3),
     "sharp-temperature-0.02": sharp("a lower temperature", temperature=0.02),
+    "sharp-batch-256": sharp("batches of 256", batch_size=256),
+    "sharp-batch-512": sharp("batches of 512", batch_size=512),
     "sharp-crop-0.08": sharp("crops from 8 % of the image on", crop_scale_min=0.08),
 }
 ARMS = {**RIVALS, **ABLATIONS, **BEYOND}
@@ -524,7 +526,7 @@ def trained_arms(work: Path) -> dict[str, dict[str, Any]]:
     arms = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
     if not arms:
         raise click.UsageError(f"no arm in {str(work)!r}: train some first")
-    frame = ("seed", "batch_size", *(name for name in Size._fields if name != "mask_ratio"))
+    frame = ("seed", *(name for name in Size._fields if name not in ("mask_ratio", "batch_size")))
     frames = {
         name: {"budget": arm["settings"]["budget"], **{key: arm["settings"]["recipe"][key] for key in frame}}
         for name, arm in arms.items()
