@@ -37,7 +37,7 @@ from micl_zoo.weights import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_RECIPES = ("vit_b16.in1k", "vit_l16.in1k")
-TRAIN_RECIPES = ("vit_s16.tin200", "vit_b16.tin200")
+TRAIN_RECIPES = ("vit_s16.tin200", "vit_b16.tin200", "vit_l16.tin200")
 KNN_SETS = ("caltech101", "cifar10")
 COPY_BYTES = {"cuda": 2**32, "cpu": 2**27}
 

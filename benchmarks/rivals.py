@@ -105,7 +105,7 @@ class Size(NamedTuple):
 SIZES = {
     "cpu": Size(64, 8, 192, 4, 3, batch_size=128, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
     "ti16": Size(112, 16, 192, 12, 3, batch_size=128, mask_ratio=0.5),  # 24 of 49 patches, as vit_ti16.tin200
-    "gpu": Size(112, 16, 384, 12, 6, batch_size=1024, mask_ratio=0.5),  # 24 of 49 patches, as vit_s16.tin200
+    "gpu": Size(112, 16, 384, 12, 6, batch_size=1024, mask_ratio=0.5),  # the same patches of a ViT-S
 }
 
 

@@ -137,12 +137,13 @@ _RECORDS = [
         metrics={"tin200": 3.27, "caltech101": 25.27, "flowers5": 48.5, "cifar10": 40.93},
     ),
     _unpublished("vit_ti16.tin200-m80", "ViT-Ti/16, 5.5 M parameters, four fifths of the patches masked", TIN200),
-    _unpublished("vit_s16.tin200", "ViT-S/16, 22 M parameters, for 25 minutes of one GPU", TIN200),
+    _unpublished("vit_s16.tin200", "ViT-S/16, 22 M parameters, for ten minutes of one GPU", TIN200),
     _unpublished("vit_b16.in1k", "ViT-B/16, 86 M parameters, the paper's recipe", IN1K),
     _unpublished("vit_l16.in1k", "ViT-L/16, 303 M parameters, the paper's recipe", IN1K),
     _unpublished("vit_b16.in1k-color", "ViT-B/16, 86 M parameters, the paper's recipe with colour changes", IN1K),
     _unpublished("vit_l16.in1k-color", "ViT-L/16, 303 M parameters, the paper's recipe with colour changes", IN1K),
-    _unpublished("vit_b16.tin200", "ViT-B/16, 86 M parameters, for 25 minutes of one GPU", TIN200),
+    _unpublished("vit_b16.tin200", "ViT-B/16, 86 M parameters, for ten minutes of one GPU", TIN200),
+    _unpublished("vit_l16.tin200", "ViT-L/16, 303 M parameters, for ten minutes of one GPU", TIN200),
 ]
 RECORDS = {record.name: record for record in _RECORDS}
 
