@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,7 +10,16 @@ from pathlib import Path
 
 from .errors import UsageError, WeightsError
 from .files import atomic_path
-from .weights import CONFIG_FILE, WEIGHTS_FILE, file_sha256, header, not_published, record_onnx, record_weights
+from .weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    config_text,
+    file_sha256,
+    header,
+    not_published,
+    record_onnx,
+    record_weights,
+)
 from .zoo import find_record
 
 ONNX_FILE = "model.onnx"
@@ -58,7 +66,7 @@ def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, o
     wanted = {weights: record.sha256} | ({exported: record.onnx.sha256} if onnx and record.onnx else {})
     kept = {file: _is_there(file, sha256, overwrite) for file, sha256 in wanted.items()}  # raises before any download
     sources = {weights: weights if kept[weights] else record_weights(record).path}
-    text = (json.dumps(header(sources[weights])["config"], indent=2) + "\n").encode()  # as it is on the hub
+    text = config_text(header(sources[weights])["config"]).encode()  # as it is on the hub
     wanted[config] = hashlib.sha256(text).hexdigest()
     kept[config] = _is_there(config, wanted[config], overwrite)
     if onnx:

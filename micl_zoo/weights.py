@@ -60,7 +60,7 @@ class EncoderConfig:
             },
             "micl_zoo": {"name": self.name},
         }
-        return json.dumps(body, indent=2) + "\n"
+        return config_text(body)
 
     @classmethod
     def from_json(cls, body: dict[str, Any], *, where: str) -> EncoderConfig:
@@ -118,6 +118,11 @@ def save_weights(
     return write_weights(folder, state, json.loads(config.to_json()), provenance, dtype)
 
 
+def config_text(config: dict[str, Any]) -> str:
+    """The text of a `config.json`: the same bytes wherever it is written."""
+    return json.dumps(config, indent=2) + "\n"
+
+
 def write_weights(
     folder: Path,
     state: dict[str, Tensor],
@@ -135,7 +140,7 @@ def write_weights(
     entry = json.dumps({"config": config, "provenance": provenance})
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, {HEADER_KEY: entry})
-    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, config_text(config))
     return folder / WEIGHTS_FILE
 
 
