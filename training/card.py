@@ -10,6 +10,7 @@ import dataclasses
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -403,17 +404,11 @@ def _again(trained: Trained) -> Iterator[Section]:
     """The same recipe with other seeds, figure by figure."""
     if not (trained.repeats and trained.evaluations):
         return
-    ours, lines, inside = _figures(trained), [], []
-    for repeat in trained.repeats:
-        theirs = repeat.evaluation["results"][trained.name]
-        for heading, find in columns(ours):
-            for name, found in ours["results"][trained.name].items():
-                first, again = find(found), find(theirs.get(name, {}))
-                if heading in GLANCE[:3] and first and again:
-                    inside.append(first["low"] <= again["accuracy"] <= first["high"])
-                    verdict = f"{again['accuracy'] - first['accuracy']:+.1f}, {'inside' if inside[-1] else 'outside'}"
-                    seed = str(repeat.run["recipe"]["seed"])
-                    lines.append([heading, name, with_interval(first), seed, with_interval(again), verdict])
+    lines, inside = [], []
+    for heading, name, first, seed, again in _pairs(trained):
+        inside.append(first["low"] <= again["accuracy"] <= first["high"])
+        verdict = f"{again['accuracy'] - first['accuracy']:+.1f}, {'inside' if inside[-1] else 'outside'}"
+        lines.append([heading, name, with_interval(first), str(seed), with_interval(again), verdict])
     said = (
         "Trained again by the same recipe, from another start and in another order, and measured alike: what a "
         f"repetition may be expected to give. {sum(inside)} of {len(inside)} figures lie inside the interval of the "
@@ -421,6 +416,18 @@ def _again(trained: Trained) -> Iterator[Section]:
     )
     head = ["", "data", f"published, seed {trained.recipe.seed}", "seed", "again", "difference"]
     yield "With another seed", "\n\n".join([_text(said), markdown(head, lines)])
+
+
+def _pairs(trained: Trained) -> Iterator[tuple[str, str, dict[str, Any], int, dict[str, Any]]]:
+    """Column, set, the encoder's figure, and a repetition's seed and figure, where there are both."""
+    ours = _figures(trained)
+    glance = [column for column in columns(ours) if column[0] in GLANCE[:3]]
+    for repeat in trained.repeats:
+        theirs, seed = repeat.evaluation["results"][trained.name], repeat.run["recipe"]["seed"]
+        for (heading, find), (name, found) in product(glance, ours["results"][trained.name].items()):
+            first, again = find(found), find(theirs.get(name, {}))
+            if first and again:
+                yield heading, name, first, seed, again
 
 
 def _comparisons(trained: Trained) -> Iterator[Section]:
