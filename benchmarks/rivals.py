@@ -104,7 +104,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "cpu": Size(64, 8, 192, 4, 3, batch_size=128, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
-    "ti16": Size(112, 16, 192, 12, 3, batch_size=128, mask_ratio=0.5),  # 24 of 49 patches, as vit_ti16.tin200
+    "ti16": Size(112, 16, 192, 12, 3, batch_size=128, mask_ratio=0.5),  # 24 of 49 patches
     "gpu": Size(112, 16, 384, 12, 6, batch_size=1024, mask_ratio=0.5),  # the same patches of a ViT-S
 }
 
@@ -126,7 +126,7 @@ class Arm(NamedTuple):
 
 
 def micl(says: str, method: str = "micl", base_lr: float = 5e-4, **changes: Any) -> Arm:
-    """An arm that is this package's MiCL but for the changes; the base_lr is that of recipe vit_ti16.tin200."""
+    """An arm that is MiCL with a colour change per view, but for the changes."""
     return Arm(says, method, base_lr, {"view_color": True, **changes})
 
 
@@ -140,7 +140,7 @@ RIVALS = {
     "micl-paper": micl(
         "MiCL as in the paper: a fifth of the patches, no colour change", mask_ratio=0.8, view_color=False
     ),
-    "micl-ours": micl("MiCL as this package trains it: more patches, a colour change per view"),
+    "micl-ours": micl("MiCL with more patches and a colour change per view"),
     "simclr": Arm("SimCLR on whole crops", "simclr", 5e-4, {}),  # no AdamW value of its authors: that of DINO
     "mae": Arm("MAE, a quarter visible", "mae", 1.5e-4, {}),  # arXiv 2111.06377, appendix A.1, base learning rate
     "dino": Arm("DINO, the teacher", "dino", 5e-4, {}),  # arXiv 2104.14294, section 3.2: 0.0005 * batch / 256
@@ -187,6 +187,8 @@ def frame_recipe(size: Size, seed: int, device: torch.device) -> Recipe:
     return dataclasses.replace(
         vit_ti16_tin200(),
         **size._asdict(),
+        views=2,
+        temperature=0.07,
         crop_size=size.image_size,
         source_size=SOURCE_SIZE,
         view_color=False,

@@ -267,8 +267,8 @@ def _placed(store: Store, found: Sequence[Sequence[_Found]]) -> list[list[Hit]]:
     return [[Hit(rank, hit.cosine, *next(entries)) for rank, hit in enumerate(line, 1)] for line in found]
 
 
-# The contact sheet. Lengths in pixels.
-TILE, QUERY_TILE, GAP, COLUMNS = 168, 224, 16, 5
+# The contact sheet: lengths in pixels, and the most hits of a line.
+TILE, QUERY_TILE, GAP, COLUMNS = 168, 224, 16, 6
 LINE, LABEL_LINES = 17, 3  # under a tile: rank and cosine, and two lines of the id
 PAPER, MOUNT, GREY, INK, SOFT, RULE = "#ffffff", "#f3f3f1", "#c9c9c5", "#1c1c1a", "#6a6a66", "#dcdcd8"
 
@@ -281,11 +281,12 @@ def _source(reader: Reader, entry: Entry) -> bytes | Refused:
 
 
 def _contact_sheet(queries: Sequence[_Query], hits: Sequence[Sequence[Hit]]) -> Image.Image:
-    """Each query at left, what it found at right, COLUMNS a line; as many bands as queries."""
+    """Each query at left, what it found at right, on lines of equal length; as many bands as queries."""
     cell = TILE + LINE * LABEL_LINES + GAP
-    lines = [max(1, math.ceil(len(line) / COLUMNS)) for line in hits]
+    most = max(1, *map(len, hits))
+    columns = math.ceil(most / math.ceil(most / COLUMNS))
+    lines = [max(1, math.ceil(len(line) / columns)) for line in hits]
     heights = [max(QUERY_TILE + LINE * LABEL_LINES + GAP, count * cell) + GAP for count in lines]
-    columns = min(COLUMNS, max(map(len, hits)))
     width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP)
     sheet = Image.new("RGB", (width, sum(heights)), PAPER)
     draw, reader, top = ImageDraw.Draw(sheet), Reader(), 0
@@ -294,7 +295,7 @@ def _contact_sheet(queries: Sequence[_Query], hits: Sequence[Sequence[Hit]]) -> 
             draw.line((GAP, top, width - GAP, top), RULE)
         _draw_tile(sheet, (GAP, top + GAP), QUERY_TILE, query.data, "query", query.label)
         for place, hit in enumerate(line):
-            row, column = divmod(place, COLUMNS)
+            row, column = divmod(place, columns)
             corner = (QUERY_TILE + 3 * GAP + column * (TILE + GAP), top + GAP + row * cell)
             _draw_tile(sheet, corner, TILE, _source(reader, hit.entry), f"{hit.rank}   {hit.cosine:.4f}", hit.id)
         top += height

@@ -136,7 +136,6 @@ _RECORDS = [
         ),
         metrics={"tin200": 3.27, "caltech101": 25.27, "flowers5": 48.5, "cifar10": 40.93},
     ),
-    _unpublished("vit_ti16.tin200-m80", "ViT-Ti/16, 5.5 M parameters, four fifths of the patches masked", TIN200),
     _unpublished("vit_s16.tin200", "ViT-S/16, 22 M parameters, for ten minutes of one GPU", TIN200),
     _unpublished("vit_b16.in1k", "ViT-B/16, 86 M parameters, the paper's recipe", IN1K),
     _unpublished("vit_l16.in1k", "ViT-L/16, 303 M parameters, the paper's recipe", IN1K),
@@ -186,11 +185,10 @@ def timm_architecture(
 ) -> tuple[str, dict[str, Any]]:
     """Timm's name for a shape, and the arguments by which the shape departs from it.
 
-    A shape with no name of its own is the base model with every argument given.
+    A shape with no name of its own, but for the size of the images, is the base model with every argument given.
     """
-    asked = Arch("", embed_dim, depth, num_heads, patch_size, image_size, mlp_ratio)
     for arch in ARCHS.values():
-        if Arch("", *list(vars(arch).values())[1:]) == asked:
-            return arch.timm_name, {}
-    args = {key: value for key, value in vars(asked).items() if key not in ("timm_name", "image_size")}
-    return "vit_base_patch16_224", {"img_size": image_size, **args}
+        if arch == Arch(arch.timm_name, embed_dim, depth, num_heads, patch_size, arch.image_size, mlp_ratio):
+            return arch.timm_name, {} if image_size == arch.image_size else {"img_size": image_size}
+    asked = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    return "vit_base_patch16_224", {"img_size": image_size, **asked, "mlp_ratio": mlp_ratio}

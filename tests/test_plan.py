@@ -267,7 +267,7 @@ def test_plans_that_cannot_be() -> None:
         make_plan(recipe, images=1000, mfu=50)
     with pytest.raises(SourceError, match="the corpus has 100 usable images"):
         make_plan(recipe, images=100)
-    with pytest.raises(UsageError, match="leaves no patch for two views"):
+    with pytest.raises(UsageError, match="leaves no patch for three views"):
         make_plan(get_recipe("vit_ti16.tin200", ["mask_ratio=0.99"]), images=1000)
 
 
