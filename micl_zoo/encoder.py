@@ -24,7 +24,7 @@ from .decode import MIN_SIDE, Refused, decode, to_rgb
 from .errors import UsageError, WeightsError, unknown
 from .transforms import Transform
 from .weights import EncoderConfig, Weights, local_weights, record_weights
-from .zoo import ARCHS, DEFAULT, Record, find_record, is_name, record_of
+from .zoo import ARCHS, DEFAULT, Record, find_record, is_name, record_of, timm_architecture
 
 if TYPE_CHECKING:
     from .openvino_backend import OpenVinoViT
@@ -308,8 +308,9 @@ def load(
             found = record_weights(record)
             encoder = _build(found.config, found, record)
         else:
+            architecture, model_args = timm_architecture(**record.shape.sizes)
             config = EncoderConfig(
-                record.name, record.shape.timm_name, {}, record.shape.embed_dim, record.transform, record.license
+                record.name, architecture, model_args, record.shape.embed_dim, record.transform, record.license
             )
             encoder = _build(config, None, record)
     if backend == "openvino":

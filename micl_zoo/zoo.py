@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,11 @@ class Arch:
     patch_size: int = 16
     image_size: int = 224
     mlp_ratio: float = 4.0
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """All but the name, as `timm_architecture` takes them."""
+        return {key: value for key, value in vars(self).items() if key != "timm_name"}
 
 
 ARCHS = {
@@ -96,8 +102,8 @@ class Record:
 
     @property
     def shape(self) -> Arch:
-        """The ViT's shape."""
-        return ARCHS[self.arch]
+        """The ViT's shape, for images of the transform's size."""
+        return dataclasses.replace(ARCHS[self.arch], image_size=self.transform.size)
 
 
 RECIPE_TERMS = "Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)"
@@ -107,7 +113,7 @@ IN1K, TIN200 = "ImageNet-1k train, 1,281,167 images", "Tiny ImageNet-200 train, 
 
 def _unpublished(name: str, summary: str, corpus: str) -> Record:
     """Of a recipe that has the encoder's name."""
-    transform = Transform(224, 224 if corpus == TIN200 else 256)  # small pictures have no margin to cut off
+    transform = Transform(112, 112) if corpus == TIN200 else Transform(224, 256)  # small ones have no margin to cut off
     said = f"{summary}; no weights published yet"
     return Record(name, said, recipe=name, corpus=corpus, license=RECIPE_TERMS, transform=transform)
 

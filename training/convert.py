@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import re
 import zipfile
@@ -72,7 +71,7 @@ def import_checkpoint(
         "epoch": found.epoch,
         "args": found.args,
         "license": license,
-        "shape": {**_sizes(shape), "num_heads_from": heads_from},
+        "shape": {**shape.sizes, "num_heads_from": heads_from},
         "left_out": left_out,
         "versions": package_versions(),
     }
@@ -213,13 +212,9 @@ def _expected(shape: Arch) -> dict[str, tuple[int, ...]]:
     return expected | {"norm.weight": (width,), "norm.bias": (width,)}
 
 
-def _sizes(shape: Arch) -> dict[str, Any]:
-    return {key: value for key, value in dataclasses.asdict(shape).items() if key != "timm_name"}
-
-
 def _config(shape: Arch, name: str | None, license: str) -> EncoderConfig:
     """How to build it, with the evaluation transform of the authors' code."""
-    architecture, model_args = timm_architecture(**_sizes(shape))
+    architecture, model_args = timm_architecture(**shape.sizes)
     known = next((arch for arch in ARCHS if ARCHS[arch].timm_name == architecture and not model_args), None)
     name = name or f"{known or f'vit_{shape.embed_dim}x{shape.depth}'}.imported"
     arch, _, tag = name.partition(".")

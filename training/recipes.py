@@ -326,8 +326,8 @@ def vit_ti16_tin200() -> Recipe:
     Command: `micl-zoo train vit_ti16.tin200 --data "tin200/train-*.parquet" --out runs/vit_ti16.tin200`
     Hardware: 2 CPU cores with bf16. The weights in the package are those of the settings before: k-NN 25.3 % on
     caltech101, 40.9 % on cifar10, 48.5 % on flowers5 and 3.3 % on tin200 (MODEL_CARD.md).
-    Differs from the paper: images and crops of 112, three views of 5 of 49 patches, temperature 0.03, colour changes per
-    view.
+    Differs from the paper: images and crops of 112, three views of 5 of 49 patches, temperature 0.03, colour changes
+    per view.
     """
     return Recipe(
         name="vit_ti16.tin200",

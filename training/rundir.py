@@ -309,7 +309,7 @@ def encoder_config(recipe: Recipe) -> EncoderConfig:
     )
     transform = Transform(recipe.image_size, recipe.image_size, "bicubic", recipe.pixel_mean, recipe.pixel_std)
     record = RECORDS.get(recipe.name)
-    if record and record.shape.image_size == recipe.image_size:
+    if record and record.transform.size == recipe.image_size:
         transform = record.transform
     return EncoderConfig(recipe.name, architecture, model_args, recipe.embed_dim, transform)
 
