@@ -12,6 +12,7 @@ from .errors import UsageError, WeightsError
 from .files import atomic_path
 from .weights import (
     CONFIG_FILE,
+    ONNX_FILE,
     WEIGHTS_FILE,
     config_text,
     file_sha256,
@@ -21,8 +22,6 @@ from .weights import (
     record_weights,
 )
 from .zoo import find_record
-
-ONNX_FILE = "model.onnx"
 
 
 @dataclass(frozen=True)

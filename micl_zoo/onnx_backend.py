@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .encoder import Backend, Encoder, Features, Pool, check_arch
 from .errors import MiclZooError, UsageError, WeightsError
 from .transforms import Transform
-from .weights import EncoderConfig, file_sha256, record_onnx
+from .weights import ONNX_FILE, EncoderConfig, file_sha256, record_onnx
 from .zoo import Record, find_record, record_of
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def local_onnx(path: Path) -> Path:
     if path.is_file() and path.suffix == ".onnx":
         return path
     found = sorted(path.glob("*.onnx")) if path.is_dir() else []
-    chosen = [file for file in found if file.name == "model.onnx"] or found
+    chosen = [file for file in found if file.name == ONNX_FILE] or found
     if len(chosen) == 1:
         return chosen[0]
     several = f": give one of {', '.join(file.name for file in found)}" if found else ""

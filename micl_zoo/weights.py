@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+ONNX_FILE = "model.onnx"
 # Config and provenance in the safetensors header: one entry, as the library shuffles several.
 HEADER_KEY = "micl_zoo"
 

@@ -163,6 +163,8 @@ def test_energy_shows_its_arithmetic(records: Callable[..., Path]) -> None:
     watts = card.CORE_WATTS
     assert f"2.5 h x 3 cores x {watts} W = {2.5 * 3 * watts:.0f} Wh; the watts are assumed" in card.one_card(whole)
     run = copy.deepcopy(whole.record)
+    run["run"]["machine"] |= {"threads": 1}
+    assert "2.5 h x 1 core = 2.5 core hours" in card.one_card(dataclasses.replace(whole, record=run))
     run["run"]["machine"] |= {"card": "NVIDIA H100 80GB HBM3", "card_memory_gib": 79.1}
     run["run"]["processes"] = 4
     text = card.one_card(dataclasses.replace(whole, record=run))
@@ -238,7 +240,7 @@ def test_the_recipe_with_another_seed(records: Callable[..., Path]) -> None:
     ):
         published(all_of(NAME__seed1__eval=evaluation("abc")))
     other = again | {"run": run_json(dataclasses.replace(recipe, epochs=3))}
-    with pytest.raises(UsageError, match=r"seed1.json is no repetition with another seed: it differs in epochs"):
+    with pytest.raises(UsageError, match=r"seed1.json is no repetition with another seed .epochs: 3 there"):
         published(all_of(NAME__seed1=other))
 
 

@@ -305,7 +305,8 @@ def _devices(run: Mapping[str, Any]) -> tuple[str, int, int | None]:
     machine = run["machine"]
     if gpu := machine.get("card"):
         return "GPU", run.get("processes", 1), next((watts for name, watts in CARD_WATTS.items() if name in gpu), None)
-    return "core", machine["cores"], CORE_WATTS
+    threads = machine.get("threads", machine["cores"]) * run.get("processes", 1)  # older records do not say
+    return "core", min(threads, machine["cores"]), CORE_WATTS
 
 
 def _figures(trained: Trained) -> dict[str, Any]:

@@ -18,11 +18,10 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from micl_zoo.download import ONNX_FILE
 from micl_zoo.encoder import load
 from micl_zoo.errors import ExportError, UsageError, WeightsError
 from micl_zoo.files import atomic_folder, write_text
-from micl_zoo.weights import CONFIG_FILE, WEIGHTS_FILE, file_sha256
+from micl_zoo.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, file_sha256
 from micl_zoo.zoo import IN1K, RECORDS, TIN200, OnnxFile, Record
 
 from .card import one_card

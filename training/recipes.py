@@ -252,6 +252,24 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
     return Recipe(**{key: value for key, value in there.items() if key in known})
 
 
+def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
+    """Fields of recipe, data and encoder that keep two runs from being one; an unrecorded one had its default.
+
+    Args:
+        there, asked: what their run.json say.
+        free: fields that may differ beside those that change no number.
+    """
+    free = {*free, "checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source"}
+    kind = Recipe if "corpus" in asked["recipe"] else FineTuneRecipe
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    there, asked = (
+        {**defaults, **record["recipe"], **record["data"], **record.get("encoder", {})} for record in (there, asked)
+    )
+    there, asked = json.loads(json.dumps([there, asked]))  # tuples as JSON gives them back
+    keys = [key for key in asked if key not in free]
+    return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]
+
+
 def _hold(recipe: AnyRecipe, rules: dict[str, bool]) -> None:
     """Raise what is broken of a kind's own rules and of those that both kinds have; a rule begins with its field."""
     must = {

@@ -29,7 +29,7 @@ from micl_zoo.weights import WEIGHTS_FILE, EncoderConfig, file_sha256, save_weig
 from micl_zoo.zoo import RECORDS, timm_architecture
 
 from .plan import KEPT_CHECKPOINTS
-from .recipes import AnyRecipe, FineTuneRecipe, Recipe
+from .recipes import AnyRecipe, Recipe, record_differences
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -75,7 +75,7 @@ class RunDir:
         file = path / "run.json"
         if file.exists():
             there = json.loads(file.read_text(encoding="utf-8"))
-            if differences := _differences(there, record):
+            if differences := record_differences(there, record):
                 raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
             run = cls(path, there)
             run.lock()
@@ -360,6 +360,7 @@ def made_with(device: torch.device) -> dict[str, Any]:
 def machine(device: torch.device) -> dict[str, Any]:
     """The processor, or the card, in words and numbers."""
     facts: dict[str, Any] = {"device": device.type, "processor": _processor(), "cores": os.cpu_count()}
+    facts["threads"] = torch.get_num_threads()
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         facts |= {"card": card.name, "card_memory_gib": round(card.total_memory / 2**30, 1)}
@@ -373,19 +374,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Fields of recipe, data and encoder that keep the two from being one run; an unrecorded one had its default."""
-    free = {"checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source"}
-    kind = Recipe if "corpus" in asked["recipe"] else FineTuneRecipe
-    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
-    there, asked = (
-        {**defaults, **record["recipe"], **record["data"], **record.get("encoder", {})} for record in (there, asked)
-    )
-    there, asked = json.loads(json.dumps([there, asked]))  # tuples as JSON gives them back
-    keys = [key for key in asked if key not in free]
-    return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]
 
 
 def _before(line: dict[str, Any], step: int) -> bool:

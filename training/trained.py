@@ -16,7 +16,7 @@ from micl_zoo.weights import WEIGHTS_FILE, file_sha256, local_weights, not_publi
 from micl_zoo.zoo import OnnxFile, Record, find_record
 
 from .corpora import CORPORA, Corpus
-from .recipes import Recipe, recorded_recipe
+from .recipes import Recipe, record_differences, recorded_recipe
 
 RECORDS_FOLDER = Path(__file__).parent / "records"
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
@@ -228,9 +228,8 @@ def _check_repeat(repeat: Repeat, run: dict[str, Any]) -> None:
     Raises:
         UsageError: it is not.
     """
-    ours, theirs = ({**one["recipe"], "seed": None, "images": one["data"]["fingerprint"]} for one in (run, repeat.run))
-    if differing := [key for key in ours | theirs if ours.get(key) != theirs.get(key)]:
-        raise UsageError(f"{repeat.file} is no repetition with another seed: it differs in {', '.join(differing)}")
+    if differences := record_differences(repeat.run, run, free=["seed"]):
+        raise UsageError(f"{repeat.file} is no repetition with another seed ({'; '.join(differences)})")
     wanted, found = repeat.record["weights"]["sha256"], repeat.evaluation["encoder"]["weights_sha256"]
     if wanted != found:
         raise UsageError(f"{repeat.evaluation_file} is of other weights (sha256 {found}) than {repeat.file} ({wanted})")
