@@ -24,6 +24,10 @@ from micl_zoo.weights import save_weights
 TWIN = (
     "image_size=32",
     "crop_size=32",
+    "mask_ratio=0.5",
+    "views=2",
+    "temperature=0.07",
+    "base_lr=5e-4",
     "patch_size=8",
     "embed_dim=32",
     "depth=2",

@@ -6,8 +6,9 @@ import ast
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from micl_zoo.training.card import check_card, repository_card
@@ -16,7 +17,7 @@ from micl_zoo.training.results import merge
 from micl_zoo.training.trained import published
 
 import micl_zoo
-from micl_zoo.zoo import RECORDS
+from micl_zoo.zoo import DEFAULT, RECORDS
 
 ROOT = Path(__file__).parent.parent
 TRAINING = ROOT / "training" / "records"
@@ -91,6 +92,12 @@ def test_the_readme_s_tree_is_the_repository() -> None:
     assert not gone, f"in the README's tree but not there: {sorted(gone)}"
 
 
+def knn(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of the encoder and its baselines, accuracy of 20 neighbours by set."""
+    results = merge(evaluations)["results"]
+    return {who: {data: row["knn"]["20"]["accuracy"] for data, row in sets.items()} for who, sets in results.items()}
+
+
 @in_checkout
 def test_every_number_of_the_table_is_in_its_record() -> None:
     for record in RECORDS.values():
@@ -99,17 +106,23 @@ def test_every_number_of_the_table_is_in_its_record() -> None:
             continue
         kept = json.loads((TRAINING / record.training_record).read_text(encoding="utf-8"))
         assert kept["weights"] == {"sha256": record.sha256, "bytes": record.bytes}
-        found = published(record.name)
-        measured = merge(found.evaluations)["results"]
-        figures = {
-            subject: {data: row["knn"]["20"]["accuracy"] for data, row in sets.items()}
-            for subject, sets in measured.items()
-        }
+        figures = knn(published(record.name).evaluations)
         assert record.metrics == figures[record.name]
         baselines = [figures[subject] for subject in figures if subject != record.name]
         assert all(record.metrics[data] > row[data] for row in baselines for data in record.metrics)
         says = " ".join(str(RECIPES[record.recipe].__doc__).split())
         assert all(f"{accuracy:.1f} % on {data}" in says for data, accuracy in record.metrics.items()), says
+
+
+@in_checkout
+def test_the_default_encoder_is_worth_loading() -> None:
+    found = published(DEFAULT)
+    first, *repeats = knn(found.evaluations), *(knn({one.evaluation_file: one.evaluation}) for one in found.repeats)
+    assert repeats, "one seed shows nothing"
+    for figures in (first, *repeats):
+        ours = figures[DEFAULT]
+        assert all(ours[data] >= first["random"][data] + 15 for data in ("caltech101", "cifar10"))
+        assert all(ours[data] > first["pixels"][data] for data in ("tin200", "caltech101", "flowers5", "cifar10"))
 
 
 @in_checkout

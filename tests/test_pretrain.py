@@ -440,5 +440,5 @@ def test_a_corpus_smaller_than_a_batch_trains_nothing(image_folder: Callable[...
 
 
 def test_a_ratio_that_leaves_no_view_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="leaves no patch for two views"):
+    with pytest.raises(UsageError, match="leaves no patch for three views"):
         pretrain(RECIPE, "nowhere", tmp_path / "r", overrides=["mask_ratio=0.97"], device="cpu")

@@ -479,7 +479,7 @@ def test_what_to_expect_follows_from_the_recipe_and_from_records() -> None:
         f"below {worst:.2f} and falling",
         *days,
     )
-    curve = json.loads((ROOT / "training/records/vit_ti16.tin200.json").read_text(encoding="utf-8"))["curve"]
+    curve = json.loads((ROOT / "training/records/superseded/vit_ti16.tin200.json").read_text(encoding="utf-8"))["curve"]
     first, middle, last = (curve[place]["accuracy"] for place in (0, len(curve) // 2, -1))
     assert middle - first > (last - first) / 2
     assert curve[0]["loss"] < math.log(512)
