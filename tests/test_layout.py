@@ -119,10 +119,12 @@ def test_the_default_encoder_is_worth_loading() -> None:
     found = published(DEFAULT)
     first, *repeats = knn(found.evaluations), *(knn({one.evaluation_file: one.evaluation}) for one in found.repeats)
     assert repeats, "one seed shows nothing"
+    intervals = merge(found.evaluations)["results"][DEFAULT]
     for figures in (first, *repeats):
         ours = figures[DEFAULT]
         assert all(ours[data] >= first["random"][data] + 15 for data in ("caltech101", "cifar10"))
         assert all(ours[data] > first["pixels"][data] for data in ("tin200", "caltech101", "flowers5", "cifar10"))
+        assert all(ours[data] >= row["knn"]["20"]["low"] for data, row in intervals.items()), "not reproduced"
 
 
 @in_checkout

@@ -165,7 +165,7 @@ def test_a_download_goes_on_and_replaces_nothing_unasked(tmp_path: Path, monkeyp
     assert [one.kept for one in download(DEFAULT, tmp_path)] == [True, True]
     monkeypatch.undo()
     (tmp_path / "model.safetensors").write_bytes(b"mine")
-    with pytest.raises(UsageError, match=r"model.safetensors' is there with other bytes: sha256 .* published e04a8b71"):
+    with pytest.raises(UsageError, match=rf"is there with other bytes: sha256 .* published {RECORDS[DEFAULT].sha256}"):
         download(DEFAULT, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
     assert [one.kept for one in download(DEFAULT, tmp_path, overwrite=True)] == [False, True]

@@ -448,6 +448,8 @@ def _compared(what: str, records: Mapping[str, Mapping[str, Any]], more: str = "
         "tokens, whichever the training images choose. The interval is of the test images alone, not of seeds."
     )
     arms = {name: arm["trained"] for record in records.values() for name, arm in record["arms"].items()}
+    if "micl-ours" in arms:
+        more += " Arms are described as on the day of their record; the encoder above has a later recipe."
     tables = [part for record in records.values() for part in _compared_tables(record)]
     made = "\n".join(["```sh", *dict.fromkeys(record["command"] for record in records.values()), "```"])
     rows = [_provenance(what, file, record) for file, record in records.items()]

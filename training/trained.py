@@ -50,7 +50,7 @@ class Trained:
 
     Attributes:
         name: `arch.tag`.
-        record: weights (sha256 and bytes), run (run.json) and curve.
+        record: weights (sha256 and bytes), run (run.json), curve, and knn, measured on the way.
         file: of the weights, as the card names it.
         load: the line of Python that loads it, without the hub.
         run_file: the record of its training, as the card names it.
@@ -184,7 +184,7 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
 
 
 def run_record(run: Path) -> dict[str, Any]:
-    """What a run is kept by: the weights' sha256 and bytes, run.json, and every 50th step of its curve.
+    """What a run is kept by: the weights' sha256 and bytes, run.json, every 50th step of its curve, and its k-NN.
 
     Raises:
         TrainingError: no run, one that has not come to its end, or one of fine-tuning.
@@ -208,6 +208,7 @@ def run_record(run: Path) -> dict[str, Any]:
         "weights": {"sha256": file_sha256(file), "bytes": file.stat().st_size},
         "run": made_by,
         "curve": kept,
+        "knn": [line for line in lines if "knn" in line],
     }
 
 
