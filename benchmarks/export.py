@@ -248,10 +248,10 @@ def accuracies(folder: Path, encoder: Encoder, opened: dict[str, Encoder]) -> di
 
 
 def int8_note() -> str:
-    """What decides whether int8 is the faster one here."""
+    """What the rate of int8 has to do with here."""
     flags = [flag for flag in cpu_flags() if "vnni" in flag or flag == "amx_int8"]
     if flags:
-        return f"this processor multiplies bytes by {', '.join(flags)}: int8 should be the faster one"
+        return f"this processor multiplies bytes by {', '.join(flags)}"
     return (
         "this processor has no VNNI: it multiplies bytes in steps that take as long as float32, and quantising "
         "activations comes on top, so that int8 saves memory here and no time"
