@@ -696,8 +696,8 @@ def info(name: str, as_json: bool) -> None:
     rows = {
         "name": record.name,
         "summary": record.summary,
-        "shape": f"{shape.embed_dim} wide, {shape.depth} blocks, {shape.num_heads} heads, images of {shape.image_size}, "
-        f"timm's {shape.timm_name}",
+        "shape": f"{shape.embed_dim} wide, {shape.depth} blocks, {shape.num_heads} heads, "
+        f"images of {shape.image_size} x {shape.image_size}, timm's {shape.timm_name}",
         "weights": _where(record) + (f", {record.bytes:,} bytes, sha256 {record.sha256}" if record.sha256 else ""),
         "ONNX": _onnx(record),
         "transform": record.transform.id,
