@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from micl_zoo.errors import UsageError
@@ -22,7 +23,16 @@ from .corpora import PEOPLE
 from .evaluate import PIXELS
 from .labelled import KNOWN_SETS
 from .plan import frozen_count, parameter_count
-from .results import cell, classifier_table, columns, figures, markdown, merge, with_interval
+from .results import (
+    cell,
+    classifier_table,
+    columns,
+    figures,
+    further_run,
+    markdown,
+    merge,
+    with_interval,
+)
 from .trained import Trained, of_run, published
 
 WIDTH = 120  # of a line of text
@@ -347,7 +357,7 @@ def _protocol(whole: Mapping[str, Any], trained: Trained) -> str:
     beside = "; ".join(text for name, text in baselines.items() if name in whole["results"])
     said = [
         "Accuracy in percent of the test images, with 95 % bootstrap intervals over them. One training run, one seed"
-        + (": for another, see below." if trained.repeats else "."),
+        + (": for others, see below." if trained.repeats else "."),
         *([f"{beside}."] if beside else []),
         f"k-NN: cosine of class tokens, votes weighted with temperature {how['temperature']:g}.",
         f"Linear: a linear layer, {how['epochs']} epochs at each of {len(how['learning_rates'])} learning rates. "
@@ -405,30 +415,63 @@ def _again(trained: Trained) -> Iterator[Section]:
     """The same recipe with other seeds, figure by figure."""
     if not (trained.repeats and trained.evaluations):
         return
-    lines, inside = [], []
-    for heading, name, first, seed, again in _pairs(trained):
-        inside.append(first["low"] <= again["accuracy"] <= first["high"])
-        verdict = f"{again['accuracy'] - first['accuracy']:+.1f}, {'inside' if inside[-1] else 'outside'}"
-        lines.append([heading, name, with_interval(first), str(seed), with_interval(again), verdict])
+    found = list(_repeated(trained))
+    outside = [[not first["low"] <= one["accuracy"] <= first["high"] for one in again] for *_, (first, *again) in found]
     said = (
-        "Trained again by the same recipe, from another start and in another order, and measured alike: what a "
-        f"repetition may be expected to give. {sum(inside)} of {len(inside)} figures lie inside the interval of the "
-        "published encoder's, which is one over test images alone."
+        "Trained again by the same recipe, from another start and in another order, and measured on the same images. "
+        f"{sum(map(sum, outside))} of {sum(map(len, outside))} figures of the repetitions lie outside the interval of "
+        "the published encoder's, which is one over test images alone."
     )
-    head = ["", "data", f"published, seed {trained.recipe.seed}", "seed", "again", "difference"]
-    yield "With another seed", "\n\n".join([_text(said), markdown(head, lines)])
+    head = ["", "data", f"published, seed {trained.recipe.seed}"]
+    head += [f"seed {again.run['recipe']['seed']}" for again in trained.repeats]
+    lines = []
+    for (heading, name, runs), marked in zip(found, outside, strict=True):
+        accuracies = [one["accuracy"] for one in runs]
+        again = [f"{one:.1f}{', outside' * mark}" for one, mark in zip(accuracies[1:], marked, strict=True)]
+        lines.append([heading, name, with_interval(runs[0]), *again])
+        if expected := further_run(accuracies):
+            spread = f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}"
+            lines[-1] += [spread, f"{expected[0]:.1f} to {expected[1]:.1f}"]
+    if any(len(line) > len(head) for line in lines):
+        head += ["mean ± deviation", "a further run"]
+        said += (
+            " The last column is for whoever trains it once more: where that run's figure lies in 95 of 100 cases, if "
+            f"runs are spread as a normal distribution (Student's t).{_foretold(found)}"
+        )
+    yield "With other seeds", "\n\n".join([_text(said), markdown(head, lines)])
 
 
-def _pairs(trained: Trained) -> Iterator[tuple[str, str, dict[str, Any], int, dict[str, Any]]]:
-    """Column, set, the encoder's figure, and a repetition's seed and figure, where there are both."""
+Repeated = tuple[str, str, list[dict[str, Any]]]
+
+
+def _repeated(trained: Trained) -> Iterator[Repeated]:
+    """Column, set, and the figures of the encoder and of each repetition, where all have one.
+
+    Raises:
+        UsageError: a repetition was measured on other images, or with other settings.
+    """
+    again = {repeat.evaluation_file: {**repeat.evaluation, "results": {}} for repeat in trained.repeats}
+    merge({**trained.evaluations, **again})
     ours = _figures(trained)
     glance = [column for column in columns(ours) if column[0] in GLANCE[:3]]
-    for repeat in trained.repeats:
-        theirs, seed = repeat.evaluation["results"][trained.name], repeat.run["recipe"]["seed"]
-        for (heading, find), (name, found) in product(glance, ours["results"][trained.name].items()):
-            first, again = find(found), find(theirs.get(name, {}))
-            if first and again:
-                yield heading, name, first, seed, again
+    theirs = [repeat.evaluation["results"][trained.name] for repeat in trained.repeats]
+    for (heading, find), (name, found) in product(glance, ours["results"][trained.name].items()):
+        runs = [one for results in (found, *(each.get(name, {}) for each in theirs)) if (one := find(results))]
+        if len(runs) == 1 + len(theirs):
+            yield heading, name, runs
+
+
+def _foretold(found: Iterable[Repeated]) -> str:
+    """How often a run's figure lies where the other runs say, of each run in turn."""
+    held = []
+    for *_, runs in found:
+        accuracies = [one["accuracy"] for one in runs]
+        for at, one in enumerate(accuracies):
+            if expected := further_run(accuracies[:at] + accuracies[at + 1 :]):
+                held.append(expected[0] <= one <= expected[1])
+    if not held:
+        return ""
+    return f" Asked of each run in turn, by the others, this holds for {sum(held)} of {len(held)} figures."
 
 
 def _comparisons(trained: Trained) -> Iterator[Section]:
@@ -464,8 +507,8 @@ def _compared_tables(record: Mapping[str, Any]) -> Iterator[str]:
             lines = []
             for subject, found in record["results"].items():
                 row = [find(found.get(name, {})) for name in record["data"]]
-                mean = f"{sum(one['accuracy'] for one in row if one) / len(row):.1f}" if all(row) else "-"
-                lines.append([subject, *_arm(record, subject), *map(cell, row), mean])
+                over_sets = f"{sum(one['accuracy'] for one in row if one) / len(row):.1f}" if all(row) else "-"
+                lines.append([subject, *_arm(record, subject), *map(cell, row), over_sets])
             table = markdown(["method", "minutes", "images seen", "images/s", *record["data"], "mean"], lines)
             yield f"{heading}:\n\n{table}"
 
