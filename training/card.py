@@ -28,6 +28,7 @@ from .results import (
     classifier_table,
     columns,
     figures,
+    foretold,
     further_run,
     markdown,
     merge,
@@ -415,7 +416,7 @@ def _again(trained: Trained) -> Iterator[Section]:
     """The same recipe with other seeds, figure by figure."""
     if not (trained.repeats and trained.evaluations):
         return
-    found = list(_repeated(trained))
+    found = list(repeated(trained))
     outside = [[not first["low"] <= one["accuracy"] <= first["high"] for one in again] for *_, (first, *again) in found]
     said = (
         "Trained again by the same recipe, from another start and in another order, and measured on the same images. "
@@ -424,7 +425,8 @@ def _again(trained: Trained) -> Iterator[Section]:
     )
     head = ["", "data", f"published, seed {trained.recipe.seed}"]
     head += [f"seed {again.run['recipe']['seed']}" for again in trained.repeats]
-    lines = []
+    lines: list[list[str]] = []
+    held: list[bool] = []
     for (heading, name, runs), marked in zip(found, outside, strict=True):
         accuracies = [one["accuracy"] for one in runs]
         again = [f"{one:.1f}{', outside' * mark}" for one, mark in zip(accuracies[1:], marked, strict=True)]
@@ -432,19 +434,19 @@ def _again(trained: Trained) -> Iterator[Section]:
         if expected := further_run(accuracies):
             spread = f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}"
             lines[-1] += [spread, f"{expected[0]:.1f} to {expected[1]:.1f}"]
+            held += foretold(accuracies)
     if any(len(line) > len(head) for line in lines):
         head += ["mean ± deviation", "a further run"]
         said += (
             " The last column is for whoever trains it once more: where that run's figure lies in 95 of 100 cases, if "
-            f"runs are spread as a normal distribution (Student's t).{_foretold(found)}"
+            "runs are spread as a normal distribution (Student's t)."
         )
+    if held:
+        said += f" Asked of each run in turn, by the others, this holds for {sum(held)} of {len(held)} figures."
     yield "With other seeds", "\n\n".join([_text(said), markdown(head, lines)])
 
 
-Repeated = tuple[str, str, list[dict[str, Any]]]
-
-
-def _repeated(trained: Trained) -> Iterator[Repeated]:
+def repeated(trained: Trained) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """Column, set, and the figures of the encoder and of each repetition, where all have one.
 
     Raises:
@@ -459,19 +461,6 @@ def _repeated(trained: Trained) -> Iterator[Repeated]:
         runs = [one for results in (found, *(each.get(name, {}) for each in theirs)) if (one := find(results))]
         if len(runs) == 1 + len(theirs):
             yield heading, name, runs
-
-
-def _foretold(found: Iterable[Repeated]) -> str:
-    """How often a run's figure lies where the other runs say, of each run in turn."""
-    held = []
-    for *_, runs in found:
-        accuracies = [one["accuracy"] for one in runs]
-        for at, one in enumerate(accuracies):
-            if expected := further_run(accuracies[:at] + accuracies[at + 1 :]):
-                held.append(expected[0] <= one <= expected[1])
-    if not held:
-        return ""
-    return f" Asked of each run in turn, by the others, this holds for {sum(held)} of {len(held)} figures."
 
 
 def _comparisons(trained: Trained) -> Iterator[Section]:

@@ -343,7 +343,7 @@ def vit_ti16_tin200() -> Recipe:
 
     Command: `micl-zoo train vit_ti16.tin200 --data "tin200/train-*.parquet" --out runs/vit_ti16.tin200`
     Hardware: one CPU core with bf16. Hours: 1.1. Score: k-NN 35.1 % on caltech101, 51.6 % on cifar10, 62.6 % on
-    flowers5 and 8.2 % on tin200 (MODEL_CARD.md, with those of seed 1).
+    flowers5 and 8.2 % on tin200 (MODEL_CARD.md, with those of other seeds).
     Differs from the paper: images and crops of 112, three views of 5 of 49 patches, temperature 0.03, colour changes
     per view.
     """

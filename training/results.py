@@ -143,6 +143,12 @@ def further_run(accuracies: Sequence[float]) -> tuple[float, float] | None:
     return mean(accuracies) - half, mean(accuracies) + half
 
 
+def foretold(accuracies: Sequence[float]) -> list[bool]:
+    """Of each run in turn: whether it lies where the others say that a further run does. Of fewer than four, none."""
+    others = [further_run([*accuracies[:at], *accuracies[at + 1 :]]) for at in range(len(accuracies))]
+    return [where[0] <= one <= where[1] for one, where in zip(accuracies, others, strict=True) if where]
+
+
 # Many records as one.
 
 CHOICES = ("methods", "pools", "ks", "shots")  # of a protocol: which figures there are, and not how they were made
