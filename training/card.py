@@ -24,6 +24,7 @@ from .evaluate import PIXELS
 from .labelled import KNOWN_SETS
 from .plan import frozen_count, parameter_count
 from .results import (
+    RUNS_TO_PREDICT,
     cell,
     classifier_table,
     columns,
@@ -416,26 +417,27 @@ def _again(trained: Trained) -> Iterator[Section]:
     """The same recipe with other seeds, figure by figure."""
     if not (trained.repeats and trained.evaluations):
         return
-    found = list(repeated(trained))
-    outside = [[not first["low"] <= one["accuracy"] <= first["high"] for one in again] for *_, (first, *again) in found]
-    said = (
-        "Trained again by the same recipe, from another start and in another order, and measured on the same images. "
-        f"{sum(map(sum, outside))} of {sum(map(len, outside))} figures of the repetitions lie outside the interval of "
-        "the published encoder's, which is one over test images alone."
-    )
-    head = ["", "data", f"published, seed {trained.recipe.seed}"]
-    head += [f"seed {again.run['recipe']['seed']}" for again in trained.repeats]
     lines: list[list[str]] = []
+    outside: list[bool] = []
     held: list[bool] = []
-    for (heading, name, runs), marked in zip(found, outside, strict=True):
-        accuracies = [one["accuracy"] for one in runs]
-        again = [f"{one:.1f}{', outside' * mark}" for one, mark in zip(accuracies[1:], marked, strict=True)]
-        lines.append([heading, name, with_interval(runs[0]), *again])
+    for heading, name, (first, *again) in repeated(trained):
+        accuracies = [first["accuracy"], *(one["accuracy"] for one in again)]
+        left = [not first["low"] <= one <= first["high"] for one in accuracies[1:]]
+        shown = [f"{one:.1f}{', outside' * out}" for one, out in zip(accuracies[1:], left, strict=True)]
+        lines.append([heading, name, with_interval(first), *shown])
         if expected := further_run(accuracies):
             spread = f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}"
             lines[-1] += [spread, f"{expected[0]:.1f} to {expected[1]:.1f}"]
-            held += foretold(accuracies)
-    if any(len(line) > len(head) for line in lines):
+        outside += left
+        held += foretold(accuracies)
+    said = (
+        "Trained again by the same recipe, from another start and in another order, and measured on the same images. "
+        f"{sum(outside)} of {len(outside)} figures of the repetitions lie outside the interval of the published "
+        "encoder's, which is one over test images alone."
+    )
+    head = ["", "data", f"published, seed {trained.recipe.seed}"]
+    head += [f"seed {repeat.run['recipe']['seed']}" for repeat in trained.repeats]
+    if 1 + len(trained.repeats) >= RUNS_TO_PREDICT:
         head += ["mean ± deviation", "a further run"]
         said += (
             " The last column is for whoever trains it once more: where that run's figure lies in 95 of 100 cases, if "
