@@ -20,16 +20,16 @@ import click
 import numpy as np
 import timm
 import torch
-from micl_zoo.training.rundir import code_commit, machine
 from PIL import Image, ImageDraw
 
 import micl_zoo
-import micl_zoo.decode
-from micl_zoo.decode import Decoding, decode_pixels
-from micl_zoo.encoder import Encoder
+import micl_zoo.images.decode
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.files import write_text
-from micl_zoo.store import package_versions
-from micl_zoo.transforms import Transform
+from micl_zoo.images.decode import Decoding, decode_pixels
+from micl_zoo.images.transform import Transform
+from micl_zoo.training.run.provenance import code_commit, machine
 
 MARGINS = (1.0, 1.5, 2.0)
 WIDTH, HEIGHT = 4000, 3000
@@ -58,7 +58,7 @@ def main(photos: Path, rounds: int, out: Path) -> None:
             encoder.name: cosines(files, drawn, encoder.transform, embedder(encoder)),
             "timm vit_base_patch16_224, random": cosines(files, drawn, random_transform, random_vit),
         },
-        "margin_in_use": micl_zoo.decode.FAST_MARGIN,
+        "margin_in_use": micl_zoo.images.decode.FAST_MARGIN,
         "weights_sha256": encoder.weights_sha256,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": f"python benchmarks/decode.py PHOTOS --rounds {rounds}",
@@ -137,21 +137,21 @@ def _jpeg(picture: Image.Image) -> bytes:
 
 def pixels_of(data: bytes, transform: Transform, margin: float | None) -> np.ndarray:
     """(size, size, 3) uint8; exact without a margin."""
-    micl_zoo.decode.FAST_MARGIN = margin or micl_zoo.decode.FAST_MARGIN
+    micl_zoo.images.decode.FAST_MARGIN = margin or micl_zoo.images.decode.FAST_MARGIN
     return decode_pixels(data, transform, Decoding(fast=margin is not None))
 
 
 def rates(files: dict[str, bytes], transform: Transform, rounds: int) -> dict[str, float]:
     """Images a second of processor time of each way, the best of some rounds in turn."""
     best = dict.fromkeys((None, *MARGINS), math.inf)
-    in_use = micl_zoo.decode.FAST_MARGIN
+    in_use = micl_zoo.images.decode.FAST_MARGIN
     for _ in range(rounds):
         for margin in best:
             start = time.process_time()
             for data in files.values():
                 pixels_of(data, transform, margin)
             best[margin] = min(best[margin], time.process_time() - start)
-    micl_zoo.decode.FAST_MARGIN = in_use
+    micl_zoo.images.decode.FAST_MARGIN = in_use
     return {_name(margin): round(len(files) / seconds, 1) for margin, seconds in best.items()}
 
 
@@ -165,7 +165,7 @@ def cosines(files: dict[str, bytes], drawn: dict[str, bytes], transform: Transfo
     rows: dict[bytes, np.ndarray] = {}  # by pixels: where nothing is scaled, all margins give the same
     exact = _rows(both, transform, None, embed, rows)
     found: dict[str, object] = {}
-    in_use = micl_zoo.decode.FAST_MARGIN
+    in_use = micl_zoo.images.decode.FAST_MARGIN
     for margin in MARGINS:
         cosine = (exact * _rows(both, transform, margin, embed, rows)).sum(axis=1)
         of_files = cosine[: len(files)]
@@ -176,7 +176,7 @@ def cosines(files: dict[str, bytes], drawn: dict[str, bytes], transform: Transfo
             "drawings": {name: round(float(value), 6) for name, value in zip(drawn, cosine[len(files) :], strict=True)},
         }
         click.echo(f"{_name(margin)}: {found[_name(margin)]}", err=True)
-    micl_zoo.decode.FAST_MARGIN = in_use
+    micl_zoo.images.decode.FAST_MARGIN = in_use
     return found
 
 

@@ -24,21 +24,21 @@ import numpy as np
 import onnx
 import torch
 from extract import IMAGE_SUFFIXES, cpu_flags, optional_versions, ratio
-from micl_zoo.export import quantize, write
-from micl_zoo.export.check import BOUNDS, measure, photographs
-from micl_zoo.export.graph import encoder_graph
-from micl_zoo.training.knn import measure_knn
-from micl_zoo.training.labelled import LabelledSet
-from micl_zoo.training.rundir import code_commit, machine
 from PIL import Image
 
 import micl_zoo
-from micl_zoo.decode import decode
-from micl_zoo.encoder import Encoder
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.encoder import Encoder
+from micl_zoo.encoders.zoo import DEFAULT
+from micl_zoo.export import quantize, write
+from micl_zoo.export.check import BOUNDS, measure, photographs
+from micl_zoo.export.graph import encoder_graph
 from micl_zoo.files import write_text
+from micl_zoo.images.decode import decode
 from micl_zoo.progress import progress
-from micl_zoo.store import package_versions
-from micl_zoo.zoo import DEFAULT
+from micl_zoo.training.evaluation.knn import measure_knn
+from micl_zoo.training.evaluation.labelled import LabelledSet
+from micl_zoo.training.run.provenance import code_commit, machine
 
 OPSET = write.OPSET
 KNN_IMAGES = 10_000  # to search, of each set
@@ -187,7 +187,7 @@ def contenders(encoder: Encoder) -> dict[str, Callable[[np.ndarray], object]]:
         "torch bf16": lambda pixels: encoder.embed_pixels(pixels, autocast=torch.bfloat16),
     }
     if find_spec("openvino"):
-        from micl_zoo.openvino_backend import OpenVinoViT
+        from micl_zoo.encoders.openvino_model import OpenVinoViT
 
         twin = Encoder(encoder.vit, encoder.config, record=None, weights_sha256=None)
         twin.runtime = OpenVinoViT(encoder.vit)

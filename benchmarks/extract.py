@@ -27,17 +27,17 @@ from typing import Any
 import click
 import torch
 from memory import tree_bytes
-from micl_zoo.training.rundir import code_commit, machine
 
 import micl_zoo
-from micl_zoo.encoder import bf16_is_fast, precision_advice, resolve_device
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.device import bf16_is_fast, resolve_device, usable_cores
+from micl_zoo.encoders.encoder import precision_advice
+from micl_zoo.encoders.weights import EncoderConfig, save_weights
+from micl_zoo.encoders.zoo import find_record
 from micl_zoo.errors import UsageError, unknown
 from micl_zoo.files import write_text
 from micl_zoo.progress import progress
-from micl_zoo.store import package_versions
-from micl_zoo.weights import EncoderConfig, save_weights
-from micl_zoo.workers import usable_cores
-from micl_zoo.zoo import find_record
+from micl_zoo.training.run.provenance import code_commit, machine
 
 LOOPS, LIGHTLY = (Path(__file__).with_name(name) for name in ("loops.py", "lightly_embed.py"))
 EXTRACT = [sys.executable, "-m", "micl_zoo", "extract"]

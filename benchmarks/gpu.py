@@ -24,16 +24,17 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from micl_zoo.training.bench import device_name, matrix_rate, timed
-from micl_zoo.training.pretrain import make_vit
-from micl_zoo.training.recipes import get_recipe
-from micl_zoo.training.rundir import code_commit, encoder_config, machine
 from PIL import Image
 
-from micl_zoo.encoder import resolve_device
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.device import resolve_device
+from micl_zoo.encoders.weights import save_weights
 from micl_zoo.files import write_text
-from micl_zoo.store import package_versions
-from micl_zoo.weights import save_weights
+from micl_zoo.training.pretraining.bench import device_name, matrix_rate, timed
+from micl_zoo.training.pretraining.pretrain import make_vit
+from micl_zoo.training.recipes import get_recipe
+from micl_zoo.training.run.provenance import code_commit, machine
+from micl_zoo.training.run.rundir import encoder_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_RECIPES = ("vit_b16.in1k", "vit_l16.in1k")

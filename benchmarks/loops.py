@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import micl_zoo
-from micl_zoo.encoder import Backend
+from micl_zoo.encoders.encoder import Backend
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -109,7 +109,7 @@ def export(weights: Path, file: Path) -> None:
 @click.option("--seconds", type=click.FloatRange(0), default=20, show_default=True)
 def model(weights: Path, device: str, precision: str, batch_size: int, backend: Backend, seconds: float) -> None:
     """The encoder alone, on random pixels in memory; and the matrix rate of the device before and after it."""
-    from micl_zoo.training.bench import matrix_rate, settle
+    from micl_zoo.training.pretraining.bench import matrix_rate, settle
 
     encoder = micl_zoo.load(weights=weights, device=device, backend=backend)
     size, kind = encoder.transform.size, DTYPES[precision]

@@ -28,18 +28,19 @@ from lightly.models.modules import (
 )
 from lightly.models.modules.masked_vision_transformer_timm import init_weights as init_lightly
 from lightly.transforms import DINOTransform, MAETransform, SimCLRTransform
-from micl_zoo.training.data import MemoryCorpus, batch_rows
-from micl_zoo.training.loop import resolve_autocast
-from micl_zoo.training.micl import position_table
-from micl_zoo.training.optim import make_optimizer
-from micl_zoo.training.pretrain import make_model
-from micl_zoo.training.recipes import Recipe
-from micl_zoo.training.step import TrainStep
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from micl_zoo.training.micl import position_table
+from micl_zoo.training.pretraining.data import MemoryCorpus, batch_rows
+from micl_zoo.training.pretraining.pretrain import make_model
+from micl_zoo.training.pretraining.step import TrainStep
+from micl_zoo.training.recipes import Recipe
+from micl_zoo.training.run.loop import resolve_autocast
+from micl_zoo.training.run.optim import make_optimizer
 
 FOREVER = 10**9  # steps; the budget ends a run
 SIMCLR = {"temperature": 0.1, "hidden_dim": 2048, "output_dim": 128}  # lightly's ImageNet benchmark

@@ -39,24 +39,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import numpy as np
 import torch
-from micl_zoo.training.data import MemoryCorpus
-from micl_zoo.training.evaluate import Protocol, pixel_features, probe
-from micl_zoo.training.features import Features, embed_labelled
-from micl_zoo.training.labelled import LabelledSet, labels_of, number_classes
-from micl_zoo.training.optim import set_learning_rate
-from micl_zoo.training.pretrain import initial_model
-from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
-from micl_zoo.training.rundir import encoder_config, made_with
 from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
-from micl_zoo.encoder import Pool, resolve_device
+from micl_zoo.encoders.device import default_workers, resolve_device
+from micl_zoo.encoders.encoder import Pool
+from micl_zoo.encoders.weights import WEIGHTS_FILE, save_weights
 from micl_zoo.errors import unknown
-from micl_zoo.files import atomic_path, write_text
+from micl_zoo.files import atomic_path, file_sha256, write_text
 from micl_zoo.progress import progress
-from micl_zoo.sources import index_source
-from micl_zoo.weights import WEIGHTS_FILE, file_sha256, save_weights
-from micl_zoo.workers import default_workers
+from micl_zoo.sources.listing import index_source
+from micl_zoo.training.evaluation.evaluate import Protocol, pixel_features, probe
+from micl_zoo.training.evaluation.features import Features, embed_labelled
+from micl_zoo.training.evaluation.labelled import LabelledSet, labels_of, number_classes
+from micl_zoo.training.pretraining.data import MemoryCorpus
+from micl_zoo.training.pretraining.pretrain import initial_model
+from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
+from micl_zoo.training.run.optim import set_learning_rate
+from micl_zoo.training.run.provenance import made_with
+from micl_zoo.training.run.rundir import encoder_config
 
 if TYPE_CHECKING:
     from methods import Method

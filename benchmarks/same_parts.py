@@ -25,14 +25,15 @@ from typing import Any
 import click
 import torch
 from memory import own_bytes, tree, tree_bytes
-from micl_zoo.training.pretrain import make_vit
-from micl_zoo.training.recipes import get_recipe
-from micl_zoo.training.rundir import code_commit, encoder_config, machine
 
 import micl_zoo
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.weights import save_weights
 from micl_zoo.files import write_text
-from micl_zoo.store import package_versions
-from micl_zoo.weights import save_weights
+from micl_zoo.training.pretraining.pretrain import make_vit
+from micl_zoo.training.recipes import get_recipe
+from micl_zoo.training.run.provenance import code_commit, machine
+from micl_zoo.training.run.rundir import encoder_config
 
 SAMPLE_SECONDS = 0.25
 SMALL = ("name=vit_ti8.random", "image_size=64", "crop_size=64", "patch_size=8", "depth=4")

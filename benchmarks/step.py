@@ -17,22 +17,22 @@ from pathlib import Path
 
 import click
 import torch
-from micl_zoo.training.bench import at_a_size_that_fits, device_name, matrix_rate, timed
-from micl_zoo.training.data import draw, normalise
-from micl_zoo.training.loop import resolve_autocast
-from micl_zoo.training.micl import contrastive_loss, draw_views, gather_patches
-from micl_zoo.training.optim import set_learning_rate
-from micl_zoo.training.plan import step_flops
-from micl_zoo.training.pretrain import make_model
-from micl_zoo.training.recipes import Recipe, get_recipe
-from micl_zoo.training.rundir import code_commit, machine
-from micl_zoo.training.step import TrainStep
 from torch import Tensor
 
-from micl_zoo.encoder import resolve_device
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.device import resolve_device
 from micl_zoo.files import write_text
 from micl_zoo.progress import progress
-from micl_zoo.store import package_versions
+from micl_zoo.training.micl import contrastive_loss, draw_views, gather_patches
+from micl_zoo.training.pretraining.bench import at_a_size_that_fits, device_name, matrix_rate, timed
+from micl_zoo.training.pretraining.data import draw, normalise
+from micl_zoo.training.pretraining.plan import step_flops
+from micl_zoo.training.pretraining.pretrain import make_model
+from micl_zoo.training.pretraining.step import TrainStep
+from micl_zoo.training.recipes import Recipe, get_recipe
+from micl_zoo.training.run.loop import resolve_autocast
+from micl_zoo.training.run.optim import set_learning_rate
+from micl_zoo.training.run.provenance import code_commit, machine
 
 LEARNING_RATE = 1e-6
 WARM_UP_STEPS = 3

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import click
 import numpy as np
-from micl_zoo.training.rundir import code_commit
 
 import micl_zoo
 from micl_zoo.files import write_text
+from micl_zoo.training.run.provenance import code_commit
 
 
 @click.command()

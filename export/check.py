@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from micl_zoo.decode import Refused, decode
-from micl_zoo.encoder import Encoder, pooled
-from micl_zoo.errors import ExportError, UsageError
-from micl_zoo.onnx_backend import OnnxCard, Output, choose_providers, open_session
-from micl_zoo.sources import Reader, SourceLike, index_source
+from micl_zoo.encoders.encoder import Encoder, pooled
+from micl_zoo.encoders.onnx_session import OnnxCard, Output, choose_providers, open_session
+from micl_zoo.errors import ExportError, Refused, UsageError
+from micl_zoo.images.decode import decode
+from micl_zoo.sources.listing import Reader, SourceLike, index_source
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 BATCHES = (1, 2, 7)  # sizes to run, the last one over and over: a batch frozen at the exporter's example fails

@@ -13,10 +13,10 @@ import torch
 from onnx import ModelProto, checker, compose, parser
 from torch import Tensor, nn
 
-from micl_zoo.encoder import Encoder
+from micl_zoo.encoders.encoder import Encoder
+from micl_zoo.encoders.onnx_session import Output
 from micl_zoo.errors import ExportError
-from micl_zoo.onnx_backend import Output
-from micl_zoo.transforms import MAX_ASPECT, Transform
+from micl_zoo.images.transform import MAX_ASPECT, Transform
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

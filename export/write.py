@@ -12,15 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from micl_zoo.encoder import Encoder, load
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.encoder import Encoder, load
+from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, Output, Precision, runtime
+from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import ExportError, UsageError, unknown
-from micl_zoo.files import atomic_path, write_text
-from micl_zoo.onnx_backend import INSTALL, OnnxCard, Output, Precision, runtime
+from micl_zoo.files import atomic_path, file_sha256, write_text
 from micl_zoo.progress import progress
-from micl_zoo.sources import SourceLike
-from micl_zoo.store import package_versions
-from micl_zoo.weights import file_sha256
-from micl_zoo.zoo import DEFAULT
+from micl_zoo.sources.listing import SourceLike
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -16,32 +16,32 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .encoder import Encoder, Features, load
+    from .encoders.encoder import Encoder, Features, load
+    from .encoders.zoo import Record, list_models
     from .errors import ExportError, MiclZooError, SourceError, StoreError, TrainingError, UsageError, WeightsError
-    from .sources import ImageIndex, index_source, list_source
-    from .store import Store, open_store
-    from .transforms import Transform
-    from .zoo import Record, list_models
+    from .images.transform import Transform
+    from .sources.listing import ImageIndex, index_source, list_source
+    from .stores.store import Store, open_store
 
 _HOME = {
-    "Encoder": "encoder",
+    "Encoder": "encoders.encoder",
     "ExportError": "errors",
-    "Features": "encoder",
-    "ImageIndex": "sources",
+    "Features": "encoders.encoder",
+    "ImageIndex": "sources.listing",
     "MiclZooError": "errors",
-    "Record": "zoo",
+    "Record": "encoders.zoo",
     "SourceError": "errors",
-    "Store": "store",
+    "Store": "stores.store",
     "StoreError": "errors",
     "TrainingError": "errors",
-    "Transform": "transforms",
+    "Transform": "images.transform",
     "UsageError": "errors",
     "WeightsError": "errors",
-    "index_source": "sources",
-    "list_models": "zoo",
-    "list_source": "sources",
-    "load": "encoder",
-    "open_store": "store",
+    "index_source": "sources.listing",
+    "list_models": "encoders.zoo",
+    "list_source": "sources.listing",
+    "load": "encoders.encoder",
+    "open_store": "stores.store",
 }
 
 __all__ = [

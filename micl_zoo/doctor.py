@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-    from .zoo import Record
+    from .encoders.zoo import Record
 
 State = Literal["ok", "note", "problem"]
 
@@ -225,7 +225,7 @@ def devices() -> Iterator[Finding]:
     """The devices of torch, and a GPU that it does not use."""
     import torch
 
-    from .workers import usable_cores
+    from .encoders.device import usable_cores
 
     cores = f"{usable_cores()} usable cores, torch computes in {torch.get_num_threads()} threads"
     yield Finding("cpu", "ok", f"{cores}; {_bf16(torch.device('cpu'))}")
@@ -246,7 +246,7 @@ def devices() -> Iterator[Finding]:
 
 def _bf16(device: torch.device) -> str:
     try:
-        from .encoder import bf16_is_fast
+        from .encoders.device import bf16_is_fast
 
         return "bf16 is fast" if bf16_is_fast(device) else "bf16 is not fast, fp32 is taken"
     except Exception as error:
@@ -586,8 +586,8 @@ def _free(name: str, folder: Path, advice: str) -> Finding:
 
 def embedded_weights() -> Iterator[Finding]:
     """Whether the weights and ONNX files that come with the package are the published ones."""
-    from .weights import record_onnx, record_weights
-    from .zoo import RECORDS
+    from .encoders.weights import record_onnx, record_weights
+    from .encoders.zoo import RECORDS
 
     for record in RECORDS.values():
         if record.published and record.embedded:
@@ -598,9 +598,9 @@ def embedded_weights() -> Iterator[Finding]:
 
 def golden_embeddings() -> Iterator[Finding]:
     """Whether the encoders that come with the package give the published embeddings on this machine."""
-    from .encoder import load
-    from .golden import TOLERANCE, golden_difference, golden_file
-    from .zoo import RECORDS
+    from .encoders.encoder import load
+    from .encoders.golden import TOLERANCE, golden_difference, golden_file
+    from .encoders.zoo import RECORDS
 
     for record in RECORDS.values():
         if record.published and record.embedded:

@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
+
+Reason = Literal[
+    "unreadable",
+    "empty",
+    "not_an_image",
+    "truncated",
+    "damaged",
+    "too_small",
+    "too_large",
+    "unsupported",
+    "crashed",
+    "timeout",
+]
 
 
 class MiclZooError(Exception):
@@ -54,3 +68,20 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(names)}."
+
+
+class Refused(Exception):
+    """Why one image cannot be embedded: an answer, one line in the ledger, not a failure.
+
+    Attributes:
+        reason: one word out of `Reason`, for machines.
+        detail: one sentence, for people.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason: Reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[Refused], tuple[Reason, str]]:
+        return Refused, (self.reason, self.detail)  # so that it crosses from a worker process whole

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from .errors import StoreError
+
+if TYPE_CHECKING:
+    pass
 
 try:
     import fcntl
@@ -177,3 +181,12 @@ class Folder:
 
     def _remote(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+def file_sha256(file: Path) -> str:
+    """Of the whole file, read in pieces."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -12,7 +12,7 @@ from conftest import picture
 
 import micl_zoo
 from micl_zoo import Store
-from micl_zoo.extract import extract
+from micl_zoo.extraction.extract import extract
 
 ODD_NAME = 'a line\nbreak, \u00fc and a "quote".jpg'
 

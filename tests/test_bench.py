@@ -14,11 +14,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import TWIN
-from micl_zoo.training.bench import bench_data, bench_step, matrix_rate
-from micl_zoo.training.plan import step_flops
-from micl_zoo.training.recipes import get_recipe
 
 from micl_zoo.cli import main
+from micl_zoo.training.pretraining.bench import bench_data, bench_step, matrix_rate
+from micl_zoo.training.pretraining.plan import step_flops
+from micl_zoo.training.recipes import get_recipe
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RECIPE = "vit_ti16.tin200"

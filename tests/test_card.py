@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from micl_zoo.training import card, trained
-from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
-from micl_zoo.training.results import merge
 
 from micl_zoo.cli import main
+from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import TrainingError, UsageError
-from micl_zoo.weights import file_sha256
-from micl_zoo.zoo import RECORDS
+from micl_zoo.files import file_sha256
+from micl_zoo.training.evaluation.tables import merge
+from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
+from micl_zoo.training.release import card, trained
 
 NAME = "vit_ti16.tin200"
 MADE = {

@@ -16,10 +16,10 @@ from conftest import TWIN
 
 from micl_zoo import __version__
 from micl_zoo.cli import main
-from micl_zoo.engines import Work
-from micl_zoo.runner import Event, Times
-from micl_zoo.store import Rows, Store
-from micl_zoo.zoo import RECORDS
+from micl_zoo.encoders.zoo import RECORDS
+from micl_zoo.extraction.engines import Work
+from micl_zoo.extraction.runner import Event, Times
+from micl_zoo.stores.store import Rows, Store
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -101,7 +101,7 @@ def test_shards_that_failed_are_said(
                 store.write_part(shard, rows)
                 yield Event(shard, len(index), 0, True, Times())
 
-    monkeypatch.setattr("micl_zoo.engines.run_here", fails)
+    monkeypatch.setattr("micl_zoo.extraction.engines.run_here", fails)
     result = run("extract", image_folder(5), "-o", tmp_path / "s", "--weights", encoder_folder, "--shard-rows", 2)
     assert result.exit_code == 1
     assert "3 of 5 images embedded" in result.output

@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 from conftest import picture
 
-from micl_zoo import __version__, cluster
-from micl_zoo.cluster import Cluster, Embedder, _connect, _cores_a_gpu, _cores_a_process
-from micl_zoo.decode import Decoding
-from micl_zoo.encoder import Encoder
-from micl_zoo.engines import Engine, Job, Work
+from micl_zoo import __version__
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
-from micl_zoo.extract import extract
-from micl_zoo.runner import Event
-from micl_zoo.store import Store, open_store
+from micl_zoo.extraction import cluster
+from micl_zoo.extraction.cluster import Cluster, Embedder, _connect, _cores_a_gpu, _cores_a_process
+from micl_zoo.extraction.engines import Engine, Job, Work
+from micl_zoo.extraction.extract import extract
+from micl_zoo.extraction.runner import Event
+from micl_zoo.images.decode import Decoding
+from micl_zoo.stores.store import Store, open_store
 
 # What older Ray leaves open: the logs of its processes, and those until they are collected.
 pytestmark = [

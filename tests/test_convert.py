@@ -15,8 +15,6 @@ import timm
 import torch
 from click.testing import CliRunner
 from conftest import small_vit
-from micl_zoo.training.convert import _expected, import_checkpoint
-from micl_zoo.training.micl import init_weights, position_table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -24,9 +22,12 @@ from torch import Tensor
 
 import micl_zoo
 from micl_zoo.cli import main
+from micl_zoo.encoders.weights import header
+from micl_zoo.encoders.zoo import ARCHS, Arch
 from micl_zoo.errors import UsageError, WeightsError
-from micl_zoo.weights import file_sha256, header
-from micl_zoo.zoo import ARCHS, Arch
+from micl_zoo.files import file_sha256
+from micl_zoo.training.micl import init_weights, position_table
+from micl_zoo.training.release.import_checkpoint import _expected, import_checkpoint
 
 REFERENCE = Path(__file__).parent / "reference"
 State = dict[str, Any]

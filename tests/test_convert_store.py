@@ -17,8 +17,8 @@ from stores import ODD_NAME, make_store, reopened, rewrite_part
 import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
-from micl_zoo.convert import Converted, convert
 from micl_zoo.errors import StoreError, UsageError
+from micl_zoo.stores.convert import Converted, convert
 
 NAMES = ["x.npy", "x.safetensors", "base/x.lance", "base.lancedb"]
 

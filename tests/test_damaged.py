@@ -21,9 +21,10 @@ from damaged import NO_CHECKSUM, Damaged, bombs, corpus, encoded, png, whole_fil
 from PIL import Image
 
 import micl_zoo
-from micl_zoo.decode import Decoding, Refused, decode, decode_pixels
-from micl_zoo.extract import extract
-from micl_zoo.transforms import Transform
+from micl_zoo.errors import Refused
+from micl_zoo.extraction.extract import extract
+from micl_zoo.images.decode import Decoding, decode, decode_pixels
+from micl_zoo.images.transform import Transform
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::Warning:PIL.Image")
 
@@ -136,7 +137,7 @@ def _odd_entries(folder: Path) -> dict[str, str]:
 EXTRACT = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))  # what reads without end must not take the machine with it
-from micl_zoo.extract import extract
+from micl_zoo.extraction.extract import extract
 print(extract(sys.argv[1], sys.argv[2], weights=sys.argv[3], workers=2, batch_size=4).embedded)
 """
 
@@ -163,7 +164,8 @@ def test_what_is_no_regular_file_is_left_out_or_refused(
 MEMORY = """
 import resource, sys, warnings
 from pathlib import Path
-from micl_zoo.decode import Refused, decode
+from micl_zoo.errors import Refused
+from micl_zoo.images.decode import decode
 warnings.simplefilter("ignore")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):

@@ -20,14 +20,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import picture
-from micl_zoo.training import data
-from micl_zoo.training.data import (
+from PIL import Image
+from torch import Tensor
+
+from micl_zoo.errors import SourceError
+from micl_zoo.images.decode import decode
+from micl_zoo.sources.listing import ImageIndex, Reader, index_source
+from micl_zoo.training.micl import draw_views
+from micl_zoo.training.pretraining import data
+from micl_zoo.training.pretraining.data import (
     CROP_DRAWS,
     CROP_TRIES,
     WHOLE,
     Batch,
     MemoryCorpus,
-    RefusedImage,
     Seen,
     Share,
     StreamedCorpus,
@@ -38,17 +44,10 @@ from micl_zoo.training.data import (
     index_blocks,
     normalise,
     resample,
-    steps_per_epoch,
     visible_patches,
 )
-from micl_zoo.training.micl import draw_views
 from micl_zoo.training.recipes import Recipe
-from PIL import Image
-from torch import Tensor
-
-from micl_zoo.decode import decode
-from micl_zoo.errors import SourceError
-from micl_zoo.sources import ImageIndex, Reader, index_source
+from micl_zoo.training.run.order import RefusedImage, steps_per_epoch
 
 CPU = torch.device("cpu")
 
@@ -421,7 +420,7 @@ def test_a_signal_to_all_processes_ends_no_worker(image_folder: Callable[..., Pa
 
 LEAVES_A_WORKER = """
 import multiprocessing, os, signal, sys, threading, time
-from micl_zoo.training.data import lifeline, settle_worker
+from micl_zoo.training.pretraining.data import lifeline, settle_worker
 
 def work(ready, pipe):
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # as libraries do: takes any signal

@@ -12,10 +12,10 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-from micl_zoo import decode as module
-from micl_zoo.decode import MAX_PIXELS, Decoding, Refused, decode, decode_crop, decode_pixels
-from micl_zoo.errors import UsageError
-from micl_zoo.transforms import Transform
+from micl_zoo.errors import Refused, UsageError
+from micl_zoo.images import decode as module
+from micl_zoo.images.decode import MAX_PIXELS, Decoding, decode, decode_crop, decode_pixels
+from micl_zoo.images.transform import Transform
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -13,8 +13,9 @@ from conftest import picture
 from safetensors.torch import load_file
 
 import micl_zoo
-from micl_zoo import encoder as encoder_module
-from micl_zoo.encoder import Encoder, Pool, bf16_is_fast, precision_advice
+from micl_zoo.encoders import encoder as encoder_module
+from micl_zoo.encoders.device import bf16_is_fast
+from micl_zoo.encoders.encoder import Encoder, Pool, precision_advice
 from micl_zoo.errors import UsageError
 
 SHAPES: dict[Pool, tuple[int, ...]] = {"cls": (32,), "mean": (32,), "cls+mean": (64,), "patches": (4, 4, 32)}

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import picture
-from micl_zoo.training.evaluate import Protocol, evaluate, evaluate_stores, interval, random_encoder
-from micl_zoo.training.features import store_features
-from micl_zoo.training.knn import knn_accuracy
-from micl_zoo.training.labelled import LabelledSet
-from micl_zoo.training.results import plot, table
 from PIL import Image
 
 import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.errors import SourceError, StoreError, UsageError
-from micl_zoo.extract import extract
+from micl_zoo.extraction.extract import extract
+from micl_zoo.training.evaluation.evaluate import Protocol, evaluate, evaluate_stores, random_encoder
+from micl_zoo.training.evaluation.features import store_features
+from micl_zoo.training.evaluation.knn import knn_accuracy
+from micl_zoo.training.evaluation.labelled import LabelledSet
+from micl_zoo.training.evaluation.tables import interval, plot, table
 
 QUICK = Protocol(ks=(1, 3), epochs=2, inverse_penalties=(0.01, 1.0), shots=(1, 2, 30), draws=2)
 
@@ -115,7 +115,7 @@ def test_a_record_goes_on_where_it_was(
     first = evaluate(encoder, sets, knn, **settings)
     assert json.loads(out.read_text(encoding="utf-8")) == first
     with monkeypatch.context() as patch:
-        patch.setattr("micl_zoo.training.evaluate.embed_labelled", None)  # nothing is embedded again
+        patch.setattr("micl_zoo.training.evaluation.evaluate.embed_labelled", None)  # nothing is embedded again
         whole = evaluate(encoder, sets, knn, baselines=("pixels",), command="again", **settings)
     assert list(whole["results"]) == ["vit_ti16.tin200", "pixels"]
     assert whole["results"]["vit_ti16.tin200"] == first["results"]["vit_ti16.tin200"]

@@ -17,9 +17,9 @@ from conftest import picture
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoder import Encoder
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import ExportError, UsageError
-from micl_zoo.transforms import Transform
+from micl_zoo.images.transform import Transform
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -21,17 +21,19 @@ from conftest import picture
 from PIL import Image
 
 import micl_zoo
-from micl_zoo import engines, workers
-from micl_zoo.decode import decode_pixels
-from micl_zoo.encoder import Encoder
-from micl_zoo.engines import Local, Work, resolve_precision
+from micl_zoo.encoders.device import resolve_precision
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
-from micl_zoo.extract import _backend as chosen_backend
-from micl_zoo.extract import extract
+from micl_zoo.extraction import decoders as workers
+from micl_zoo.extraction import engines
+from micl_zoo.extraction.engines import Local, Work
+from micl_zoo.extraction.extract import _backend as chosen_backend
+from micl_zoo.extraction.extract import extract
+from micl_zoo.extraction.runner import Event
 from micl_zoo.files import Folder
-from micl_zoo.runner import Event
-from micl_zoo.sources import ImageIndex
-from micl_zoo.store import Store
+from micl_zoo.images.decode import decode_pixels
+from micl_zoo.sources.listing import ImageIndex
+from micl_zoo.stores.store import Store
 
 
 def files(store: Path) -> dict[str, bytes]:
@@ -418,7 +420,7 @@ def test_an_error_in_the_middle_of_the_source_keeps_what_came_before(
         yield index.slice(4, 2)
         raise SourceError("the tar is damaged")
 
-    monkeypatch.setattr("micl_zoo.extract.list_source", pieces)
+    monkeypatch.setattr("micl_zoo.extraction.extract.list_source", pieces)
     with pytest.raises(SourceError, match="the tar is damaged"):
         extract("x", out, weights=encoder_folder, workers=0, shard_rows=2)
     assert len(micl_zoo.open_store(out)) == 6
@@ -542,8 +544,8 @@ def test_a_full_disk_is_said_in_a_line(
 
 
 def test_openvino_is_taken_where_it_is_and_can_be_used(monkeypatch: pytest.MonkeyPatch, encoder_folder: Path) -> None:
-    monkeypatch.setattr("micl_zoo.extract.find_spec", lambda name: name == "openvino")
-    monkeypatch.setattr("micl_zoo.extract.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("micl_zoo.extraction.extract.find_spec", lambda name: name == "openvino")
+    monkeypatch.setattr("micl_zoo.extraction.extract.bf16_is_fast", lambda device: False)
     assert chosen_backend("x", "auto", "cpu", "fp32", compile=False) == "openvino"
     assert chosen_backend("x", "auto", "cpu", "fp32", compile=True) == "torch"
     assert chosen_backend("x", "auto", "cpu", "bf16", compile=False) == "torch"
@@ -551,9 +553,9 @@ def test_openvino_is_taken_where_it_is_and_can_be_used(monkeypatch: pytest.Monke
     assert chosen_backend("x", "torch", "cpu", "fp32", compile=False) == "torch"
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
     assert chosen_backend(encoder, "auto", "cpu", "fp32", compile=False) == "torch"  # as it was loaded
-    monkeypatch.setattr("micl_zoo.extract.bf16_is_fast", lambda device: True)
+    monkeypatch.setattr("micl_zoo.extraction.extract.bf16_is_fast", lambda device: True)
     assert chosen_backend("x", "auto", "cpu", "bf16", compile=False) == "openvino"
-    monkeypatch.setattr("micl_zoo.extract.find_spec", lambda name: None)
+    monkeypatch.setattr("micl_zoo.extraction.extract.find_spec", lambda name: None)
     assert chosen_backend("x", "auto", "cpu", "fp32", compile=False) == "torch"
     with pytest.raises(UsageError, match="unknown backend 'tensorrt'"):
         chosen_backend("x", "tensorrt", "cpu", "fp32", compile=False)

@@ -22,25 +22,25 @@ import timm
 import torch
 import torch.multiprocessing as mp
 from click.testing import CliRunner
-from micl_zoo.training import finetune as module
-from micl_zoo.training.augment import AugmentedCorpus, Pictures, drawing, share_places
-from micl_zoo.training.classifier import ClassifierStep, make_classifier
-from micl_zoo.training.data import Share
-from micl_zoo.training.finetune import finetune
-from micl_zoo.training.labelled import LabelledSet
-from micl_zoo.training.optim import make_layered_optimizer
-from micl_zoo.training.ranks import Ranks
-from micl_zoo.training.recipes import FINETUNE_RECIPES, FineTuneRecipe, finetune_recipe_for, get_finetune_recipe
-from micl_zoo.training.report import write_report
-from micl_zoo.training.trained import of_run
 from PIL import Image
 from safetensors.torch import load_file
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoder import Encoder
+from micl_zoo.encoders.encoder import Encoder
+from micl_zoo.encoders.weights import header
 from micl_zoo.errors import Interrupted, SourceError, TrainingError, UsageError
-from micl_zoo.weights import header
+from micl_zoo.training.evaluation.labelled import LabelledSet
+from micl_zoo.training.finetuning import finetune as module
+from micl_zoo.training.finetuning.augment import AugmentedCorpus, Pictures, drawing, share_places
+from micl_zoo.training.finetuning.classifier import ClassifierStep, make_classifier
+from micl_zoo.training.finetuning.finetune import finetune
+from micl_zoo.training.pretraining.data import Share
+from micl_zoo.training.pretraining.report import write_report
+from micl_zoo.training.recipes import FINETUNE_RECIPES, FineTuneRecipe, finetune_recipe_for, get_finetune_recipe
+from micl_zoo.training.release.trained import of_run
+from micl_zoo.training.run.optim import make_layered_optimizer
+from micl_zoo.training.run.ranks import Ranks
 
 CPU = torch.device("cpu")
 COLORS = {"blue": (30, 60, 200), "green": (40, 170, 60), "red": (200, 40, 40)}
@@ -175,7 +175,7 @@ def test_two_processes_train_and_test_as_one(colors: Path, encoder_folder: Path,
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["micl_zoo.training.finetune"])
+    multiprocessing.set_forkserver_preload(["micl_zoo.training.finetuning.finetune"])
     mp.start_processes(one_rank, (port, colors, tmp_path, encoder_folder), nprocs=2, start_method="forkserver")
     one = tune(colors, tmp_path / "one", encoder_folder, *RANDOM)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
@@ -200,7 +200,7 @@ def test_the_command_starts_two_processes(colors: Path, encoder_folder: Path, tm
 
 def test_processes_are_started_with_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
     started = list[tuple[list[str], dict[str, Any]]]()
-    monkeypatch.setattr("micl_zoo.training.ranks.launch", lambda words, **how: started.append((words, how)))
+    monkeypatch.setattr("micl_zoo.training.run.ranks.launch", lambda words, **how: started.append((words, how)))
     words = ["eval", "finetune", "runs/a", "--data", "b", "--out", "c", "--set", "epochs=1"]
     monkeypatch.setattr(sys, "argv", ["micl-zoo", *words, "--gpus", "4", "--restarts=1"])
     result = CliRunner().invoke(main, sys.argv[1:])

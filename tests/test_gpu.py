@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TWIN, picture, small_vit
-from micl_zoo.training.data import MemoryCorpus
-from micl_zoo.training.micl import MiCL
-from micl_zoo.training.pretrain import pretrain
-from micl_zoo.training.recipes import Recipe
 
 import micl_zoo
-from micl_zoo.extract import extract
-from micl_zoo.sources import index_source
+from micl_zoo.extraction.extract import extract
+from micl_zoo.sources.listing import index_source
+from micl_zoo.training.micl import MiCL
+from micl_zoo.training.pretraining.data import MemoryCorpus
+from micl_zoo.training.pretraining.pretrain import pretrain
+from micl_zoo.training.recipes import Recipe
 
 DEVICE = "cuda"
 pytestmark = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from micl_zoo.training import knn
-from micl_zoo.training.knn import knn_accuracy, knn_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 from micl_zoo.errors import UsageError
+from micl_zoo.training.evaluation import knn
+from micl_zoo.training.evaluation.knn import knn_accuracy, knn_predict
 
 
 def rows_of(random: np.random.Generator, count: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import picture
-from micl_zoo.training import labelled
-from micl_zoo.training.features import embed_labelled
-from micl_zoo.training.labelled import KnownSet, LabelledSet, balanced_rows, labels_of
 
 import micl_zoo
 from micl_zoo.errors import SourceError
-from micl_zoo.sources import index_source
+from micl_zoo.sources.listing import index_source
+from micl_zoo.training.evaluation import labelled
+from micl_zoo.training.evaluation.features import embed_labelled
+from micl_zoo.training.evaluation.labelled import KnownSet, LabelledSet, balanced_rows, labels_of
 
 
 def png(seed: int) -> bytes:
@@ -143,7 +143,7 @@ def test_a_known_set_is_recognised_and_another_one_told_apart(tmp_path: Path, mo
 
 
 def test_features_stay_with_their_labels(tmp_path: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micl_zoo.engines.bf16_is_fast", lambda device: False)  # the same in fp32 everywhere
+    monkeypatch.setattr("micl_zoo.extraction.engines.bf16_is_fast", lambda device: False)  # the same in fp32 everywhere
     write_parquet(tmp_path / "train.parquet", [4, 3, 2, 1, 0], broken=2)
     write_parquet(tmp_path / "test.parquet", [0, 1])
     images = LabelledSet.open(tmp_path).train

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from micl_zoo.training import linear
-from micl_zoo.training.linear import (
+from sklearn.linear_model import LogisticRegression
+
+from micl_zoo.errors import UsageError
+from micl_zoo.training.evaluation import linear
+from micl_zoo.training.evaluation.linear import (
     few_shot,
     fit_logistic,
     linear_probe,
@@ -15,9 +18,6 @@ from micl_zoo.training.linear import (
     standardise,
     validation_split,
 )
-from sklearn.linear_model import LogisticRegression
-
-from micl_zoo.errors import UsageError
 
 
 def clouds(count: int, classes: int = 5, noise: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_vit
+from safetensors import safe_open
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from micl_zoo.errors import UsageError
 from micl_zoo.training.micl import (
     MiCL,
     contrastive_loss,
@@ -19,11 +24,6 @@ from micl_zoo.training.micl import (
     position_table,
     stretched_positions,
 )
-from safetensors import safe_open
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
-
-from micl_zoo.errors import UsageError
 
 REFERENCE = Path(__file__).parent / "reference"
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

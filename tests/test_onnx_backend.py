@@ -16,16 +16,17 @@ from click.testing import CliRunner
 from conftest import picture
 
 import micl_zoo
-from micl_zoo import onnx_backend, zoo
 from micl_zoo.cli import main
-from micl_zoo.encoder import Encoder, Pool
+from micl_zoo.encoders import onnx_session as onnx_backend
+from micl_zoo.encoders import zoo
+from micl_zoo.encoders.encoder import Encoder, Pool
+from micl_zoo.encoders.onnx_session import choose_providers, local_onnx, open_session
 from micl_zoo.errors import MiclZooError, UsageError, WeightsError
-from micl_zoo.extract import extract
-from micl_zoo.onnx_backend import choose_providers, local_onnx, open_session
-from micl_zoo.runner import Model
-from micl_zoo.search import search
-from micl_zoo.store import open_store
-from micl_zoo.verify import verify
+from micl_zoo.extraction.extract import extract
+from micl_zoo.extraction.runner import Model
+from micl_zoo.stores.search import search
+from micl_zoo.stores.store import open_store
+from micl_zoo.stores.verify import verify
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

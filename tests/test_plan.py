@@ -11,26 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from micl_zoo.encoders.weights import save_weights
+from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.training.micl import MiCL, draw_views, init_weights
-from micl_zoo.training.plan import (
+from micl_zoo.training.pretraining.plan import (
     CARDS,
     GIB,
     format_plan,
     frozen_count,
-    images_per_process,
     make_plan,
     memory_estimate,
     parameter_count,
     step_flops,
 )
-from micl_zoo.training.pretrain import make_vit
+from micl_zoo.training.pretraining.pretrain import make_vit
 from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, smoke_twin
-from micl_zoo.training.rundir import encoder_config
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-
-from micl_zoo.errors import SourceError, UsageError
-from micl_zoo.weights import save_weights
+from micl_zoo.training.run.order import images_per_process
+from micl_zoo.training.run.rundir import encoder_config
 
 IMAGENET = 1_281_167
 SMALL = (
@@ -284,5 +284,5 @@ def test_every_recipe_s_plan_is_one_narrow_screen(name: str, small: bool) -> Non
 
 
 def test_importing_a_plan_is_light() -> None:
-    code = "import sys, micl_zoo.training.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, micl_zoo.training.pretraining.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -24,19 +24,19 @@ import pytest
 import timm
 import torch
 from conftest import TWIN, picture
-from micl_zoo.training import pretrain as module
-from micl_zoo.training import rundir
-from micl_zoo.training.micl import position_table
-from micl_zoo.training.pretrain import pretrain
-from micl_zoo.training.recipes import RECIPES, get_recipe
-from micl_zoo.training.step import fsdp_works_on
 from PIL import Image
 from safetensors.torch import load_file
 
 import micl_zoo
+from micl_zoo.encoders.weights import header
+from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import SourceError, TrainingError, UsageError
-from micl_zoo.weights import header
-from micl_zoo.zoo import DEFAULT
+from micl_zoo.training.micl import position_table
+from micl_zoo.training.pretraining import pretrain as module
+from micl_zoo.training.pretraining.pretrain import pretrain
+from micl_zoo.training.pretraining.step import fsdp_works_on
+from micl_zoo.training.recipes import RECIPES, get_recipe
+from micl_zoo.training.run import rundir
 
 RECIPE = "vit_ti16.tin200"
 

@@ -17,20 +17,20 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import TWIN, picture
 from hub import OWNER, TOKEN, Hub, environment_for, hub_on_loopback
-from micl_zoo.training import publish as module
-from micl_zoo.training.card import check_card
-from micl_zoo.training.pretrain import pretrain
-from micl_zoo.training.publish import LoadedBack, publish, row_text
-from micl_zoo.training.trained import run_record
 from test_card import evaluation
 
 import micl_zoo
-from micl_zoo import zoo
 from micl_zoo.cli import main
+from micl_zoo.encoders import zoo
+from micl_zoo.encoders.zoo import RECORDS, OnnxFile, Record
 from micl_zoo.errors import ExportError, TrainingError, UsageError
-from micl_zoo.transforms import Transform
-from micl_zoo.weights import file_sha256
-from micl_zoo.zoo import RECORDS, OnnxFile, Record
+from micl_zoo.files import file_sha256
+from micl_zoo.images.transform import Transform
+from micl_zoo.training.pretraining.pretrain import pretrain
+from micl_zoo.training.release import publish as module
+from micl_zoo.training.release.card import check_card
+from micl_zoo.training.release.publish import LoadedBack, publish, row_text
+from micl_zoo.training.release.trained import run_record
 
 NAME, REPO = "vit_ti16.mine", f"{OWNER}/tiny-mine"
 PLAIN = {"README.md", "config.json", "model.safetensors"}
@@ -97,14 +97,14 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from PIL import Image
 import micl_zoo
-from micl_zoo import zoo
-from micl_zoo.download import download
-from micl_zoo.weights import file_sha256
+from micl_zoo.encoders import zoo
+from micl_zoo.encoders.hub import download
+from micl_zoo.files import file_sha256
 row, folder, picture = sys.argv[1:]
 record = eval(row.strip().removesuffix(","), vars(zoo))
 zoo.RECORDS[record.name] = record
 file = hf_hub_download(record.hub_repo, "model.safetensors", revision=record.hub_commit)
-assert file_sha256(micl_zoo.weights.Path(file)) == record.sha256
+assert file_sha256(Path(file)) == record.sha256
 encoder = micl_zoo.load(record.name, device="cpu")
 assert encoder.record is record
 placed = download(record.name, folder, onnx=True)

@@ -13,15 +13,15 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import small_vit
-from micl_zoo.training.data import WHOLE, Share
-from micl_zoo.training.micl import MiCL, contrastive_loss
-from micl_zoo.training.ranks import Ranks, joined, launch
-from micl_zoo.training.recipes import Recipe
-from micl_zoo.training.step import TrainStep, fsdp_works_on
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from micl_zoo.errors import UsageError
+from micl_zoo.training.micl import MiCL, contrastive_loss
+from micl_zoo.training.pretraining.data import WHOLE, Share
+from micl_zoo.training.pretraining.step import TrainStep, fsdp_works_on
+from micl_zoo.training.recipes import Recipe
+from micl_zoo.training.run.ranks import Ranks, joined, launch
 
 BATCH = 16
 FSDP = fsdp_works_on(torch.device("cpu"))
@@ -84,7 +84,7 @@ def on_ranks(world: int, cases: list[Case], out: Path) -> list[tuple[float, floa
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     # Forked from a server: torch is imported once and not by each of them, which takes longer than all they compute.
-    multiprocessing.set_forkserver_preload(["micl_zoo.training.step"])
+    multiprocessing.set_forkserver_preload(["micl_zoo.training.pretraining.step"])
     mp.start_processes(one_rank, (world, port, cases, str(out)), nprocs=world, start_method="forkserver")
     return torch.load(out, weights_only=True)
 

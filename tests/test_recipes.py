@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from micl_zoo.training.optim import learning_rate, make_optimizer
-from micl_zoo.training.pretrain import initial_model, make_vit
-from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, smoke_twin
 
+from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import UsageError
-from micl_zoo.zoo import RECORDS
+from micl_zoo.training.pretraining.pretrain import initial_model, make_vit
+from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, smoke_twin
+from micl_zoo.training.run.optim import learning_rate, make_optimizer
 
 
 def test_the_paper_recipes_have_the_numbers_of_its_sources() -> None:

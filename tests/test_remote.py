@@ -24,14 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import picture
-from micl_zoo.training.labelled import LabelledSet
 
-from micl_zoo import remote
-from micl_zoo.decode import Refused
-from micl_zoo.errors import SourceError, StoreError
-from micl_zoo.extract import extract
-from micl_zoo.sources import Entry, Reader, index_source, list_source
-from micl_zoo.store import open_store
+from micl_zoo.errors import Refused, SourceError, StoreError
+from micl_zoo.extraction.extract import extract
+from micl_zoo.sources import remote
+from micl_zoo.sources.listing import Entry, Reader, index_source, list_source
+from micl_zoo.stores.store import open_store
+from micl_zoo.training.evaluation.labelled import LabelledSet
 
 BUCKET = "pictures"
 
@@ -384,7 +383,7 @@ def test_a_remote_file_seeks_and_reads_like_any_other(tree: Path) -> None:
 
 def test_local_sources_import_nothing_remote(tree: Path) -> None:
     code = (
-        "import sys; from micl_zoo.sources import *\n"
+        "import sys; from micl_zoo.sources.listing import *\n"
         "for entry in index_source(sys.argv[1:]).entries(): Reader().read(entry)\n"
         "print([name for name in ('fsspec', 's3fs', 'aiohttp') if name in sys.modules])"
     )

@@ -19,24 +19,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import picture
-from micl_zoo.training.micl import draw_views, gather_patches
-from micl_zoo.training.recipes import Recipe
-from micl_zoo.training.report import (
-    CHART_POINTS,
-    GROUND,
-    HIDDEN,
-    PICTURE_GAP,
-    _read_history,
-    _smooth,
-    _thin,
-    views_picture,
-    write_report,
-)
-from micl_zoo.training.trackers import open_trackers, scalars, wandb_id
 from PIL import Image
 
 from micl_zoo.cli import main
 from micl_zoo.errors import TrainingError, UsageError
+from micl_zoo.training.micl import draw_views, gather_patches
+from micl_zoo.training.pretraining.report import CHART_POINTS, _read_history, _smooth, _thin, write_report
+from micl_zoo.training.pretraining.views import GROUND, HIDDEN, PICTURE_GAP, views_picture
+from micl_zoo.training.recipes import Recipe
+from micl_zoo.training.run.trackers import open_trackers, scalars, wandb_id
 
 CHARTS = ("loss", "accuracy", "knn", "lr", "rate", "wait")
 

@@ -26,14 +26,15 @@ import torch
 import torch.multiprocessing as mp
 from click.testing import CliRunner
 from conftest import picture
-from micl_zoo.training.card import CARD_WATTS
-from micl_zoo.training.evaluate import interval
-from micl_zoo.training.labelled import KNOWN_SETS, LabelledSet
-from micl_zoo.training.plan import GIB, KEPT_CHECKPOINTS, PAPER_HOURS, Plan, make_plan, memory_estimate
-from micl_zoo.training.pretrain import COLLAPSE, COLLAPSE_STEPS
-from micl_zoo.training.recipes import get_finetune_recipe, get_recipe
 
 from micl_zoo.cli import main
+from micl_zoo.training.evaluation.labelled import KNOWN_SETS, LabelledSet
+from micl_zoo.training.evaluation.tables import interval
+from micl_zoo.training.pretraining.plan import GIB, PAPER_HOURS, Plan, make_plan, memory_estimate
+from micl_zoo.training.pretraining.pretrain import COLLAPSE, COLLAPSE_STEPS
+from micl_zoo.training.recipes import get_finetune_recipe, get_recipe
+from micl_zoo.training.release.card import CARD_WATTS
+from micl_zoo.training.run.rundir import KEPT_CHECKPOINTS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "reproduce.md"
@@ -146,7 +147,9 @@ def launch(words: Sequence[str], *, gpus: int, **_: object) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["micl_zoo.training.finetune", "micl_zoo.training.pretrain"])
+    multiprocessing.set_forkserver_preload(
+        ["micl_zoo.training.finetuning.finetune", "micl_zoo.training.pretraining.pretrain"]
+    )
     words = list(words) if words[0] == "eval" else ["train", *words]
     mp.start_processes(one_rank, (gpus, port, words), nprocs=gpus, start_method="forkserver")
 
@@ -253,7 +256,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     said = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("micl_zoo.training.ranks.launch", launch)
+        patch.setattr("micl_zoo.training.run.ranks.launch", launch)
         for command in commands():
             if not skipped(command):
                 said[command.flat] = run(command, other if command.instead else folder, environment, patch)

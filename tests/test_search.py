@@ -17,7 +17,7 @@ import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.errors import UsageError, WeightsError
-from micl_zoo.search import _faiss, _nearest, search
+from micl_zoo.stores.search import _faiss, _nearest, search
 
 try:
     import faiss

@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import picture
 
-from micl_zoo import sources
-from micl_zoo.decode import Refused, decode
-from micl_zoo.errors import SourceError, UsageError
-from micl_zoo.extract import Summary, extract
-from micl_zoo.sources import Entry, Fingerprint, ImageIndex, Reader, index_source, list_source
+from micl_zoo.errors import Refused, SourceError, UsageError
+from micl_zoo.extraction.extract import Summary, extract
+from micl_zoo.images.decode import decode
+from micl_zoo.sources import listing as sources
+from micl_zoo.sources.listing import Entry, Fingerprint, ImageIndex, Reader, index_source, list_source
 
 
 def jpeg(seed: int) -> bytes:
@@ -247,7 +247,7 @@ def test_a_name_with_braces_is_a_name(image_folder: Callable[..., Path]) -> None
 
 
 def test_a_reader_keeps_few_archives_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micl_zoo.reader.OPEN_ARCHIVES", 2)
+    monkeypatch.setattr("micl_zoo.sources.reader.OPEN_ARCHIVES", 2)
     for n in range(4):
         tar(tmp_path / f"{n}.tar", {"a.jpg": jpeg(n)})
     index, reader = index_source(tmp_path), Reader()
@@ -577,7 +577,7 @@ def test_a_damaged_member_of_a_zip_is_refused(tmp_path: Path, monkeypatch: pytes
         Reader().read(first)
     path.write_bytes(data)
     assert Reader().read(bomb) == bytes(100_000)
-    monkeypatch.setattr("micl_zoo.reader.MAX_BYTES", 99_999)
+    monkeypatch.setattr("micl_zoo.sources.reader.MAX_BYTES", 99_999)
     with pytest.raises(Refused, match=r"^too_large: "):
         Reader().read(bomb)
 

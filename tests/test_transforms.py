@@ -9,7 +9,7 @@ from conftest import picture
 from PIL import Image
 from timm.data import create_transform
 
-from micl_zoo.transforms import Transform
+from micl_zoo.images.transform import Transform
 
 
 @pytest.mark.parametrize("size", [(48, 40), (40, 48), (333, 500), (224, 224), (64, 64), (301, 300)])

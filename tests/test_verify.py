@@ -16,11 +16,11 @@ from stores import ODD_NAME, make_store, reopened, rewrite_part
 import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
-from micl_zoo.convert import convert
+from micl_zoo.encoders.zoo import DEFAULT, RECORDS
 from micl_zoo.errors import UsageError, WeightsError
-from micl_zoo.search import search
-from micl_zoo.verify import account, verify
-from micl_zoo.zoo import DEFAULT, RECORDS
+from micl_zoo.stores.convert import convert
+from micl_zoo.stores.search import search
+from micl_zoo.stores.verify import account, verify
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import pytest
 from conftest import picture
 
 import micl_zoo
-from micl_zoo.decode import Decoding, decode
 from micl_zoo.errors import MiclZooError
-from micl_zoo.sources import Entry
-from micl_zoo.transforms import Transform
-from micl_zoo.workers import Batch, Decoders
+from micl_zoo.extraction.decoders import Batch, Decoders
+from micl_zoo.images.decode import Decoding, decode
+from micl_zoo.images.transform import Transform
+from micl_zoo.sources.listing import Entry
 
 TRANSFORM = Transform(32, 32)
 

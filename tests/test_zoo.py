@@ -22,12 +22,13 @@ from hub import Hub, environment_for, hub_on_loopback
 from safetensors.torch import load_file
 
 import micl_zoo
-from micl_zoo import weights as weights_module
 from micl_zoo.cli import main
-from micl_zoo.download import download
+from micl_zoo.encoders import weights as weights_module
+from micl_zoo.encoders.hub import download
+from micl_zoo.encoders.weights import embedded_file, header
+from micl_zoo.encoders.zoo import ARCHS, DEFAULT, RECORDS, find_record, timm_architecture
 from micl_zoo.errors import UsageError, WeightsError
-from micl_zoo.weights import embedded_file, file_sha256, header
-from micl_zoo.zoo import ARCHS, DEFAULT, RECORDS, find_record, timm_architecture
+from micl_zoo.files import file_sha256
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,7 +99,7 @@ def test_changed_embedded_bytes_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp
     data[-1] ^= 1
     (tmp_path / "embedded").mkdir()
     (tmp_path / "embedded" / source.name).write_bytes(data)
-    monkeypatch.setattr(weights_module, "__file__", str(tmp_path / "weights.py"))
+    monkeypatch.setattr(weights_module, "__file__", str(tmp_path / "encoders" / "weights.py"))
     with pytest.raises(WeightsError, match="are not the published ones: sha256"):
         micl_zoo.load()
 
@@ -160,7 +161,7 @@ def test_a_published_encoder_in_a_folder(tmp_path: Path) -> None:
 def test_a_download_goes_on_and_replaces_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     download(DEFAULT, tmp_path)
     (tmp_path / "config.json").unlink()
-    monkeypatch.setattr("micl_zoo.download.record_weights", lambda record: pytest.fail("it is there already"))
+    monkeypatch.setattr("micl_zoo.encoders.hub.record_weights", lambda record: pytest.fail("it is there already"))
     assert [one.kept for one in download(DEFAULT, tmp_path)] == [True, False]
     assert [one.kept for one in download(DEFAULT, tmp_path)] == [True, True]
     monkeypatch.undo()
@@ -271,7 +272,7 @@ def hub(encoder_folder: Path) -> Iterator[Hub]:
 LOAD_FROM_HUB = """
 import dataclasses, json, sys
 import micl_zoo
-from micl_zoo.zoo import RECORDS
+from micl_zoo.encoders.zoo import RECORDS
 for line in sys.stdin:
     RECORDS["vit_ti16.hub"] = dataclasses.replace(
         RECORDS["vit_ti16.tin200"],

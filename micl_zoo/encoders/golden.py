@@ -1,0 +1,72 @@
+"""What a published encoder makes of four generated images, to hold an installation and a machine against.
+
+The images are made of whole numbers, the same everywhere, and have the size that the encoder takes, so that no resize
+comes between.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import write_text
+from .weights import embedded_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .encoder import Encoder
+    from .zoo import Record
+
+NUMBERS = 64  # of each embedding, its first
+DIGITS = 7
+TOLERANCE = 1e-4  # of each number, in fp32
+
+
+def golden_file(record: Record) -> Path:
+    """Where that of a row of the table lies; only encoders that come with the package have one."""
+    return embedded_file(f"{record.name}.golden.json")
+
+
+def golden_images(size: int) -> dict[str, np.ndarray]:
+    """The images, by name: (size, size, 3) uint8."""
+    import numpy as np
+
+    down, across = np.mgrid[:size, :size]
+    radius = (2 * down - size) ** 2 + (2 * across - size) ** 2
+    squares = (down // 16 + across // 16) % 2
+    words = np.random.PCG64(0).random_raw((size, size, 3))  # the generator's own bits, which no release may change
+    planes = {
+        "gradient": [255 * down // size, 255 * across // size, 255 - 255 * down // size],
+        "rings": [radius // 256 % 256, radius // 512 % 256, radius // 1024 % 256],
+        "squares": [230 * squares, 40 + 90 * squares, 200 - 160 * squares],
+    }
+    images = {name: np.stack(channels, axis=-1).astype(np.uint8) for name, channels in planes.items()}
+    return {**images, "noise": (words >> np.uint64(56)).astype(np.uint8)}
+
+
+def make_golden(encoder: Encoder) -> dict[str, Any]:
+    """What the golden file of an encoder holds: the sha256 of the weights and, by image, the first NUMBERS numbers."""
+    images = golden_images(encoder.transform.size)
+    rows = encoder.embed(list(images.values()))
+    numbers = {name: [round(float(n), DIGITS) for n in row[:NUMBERS]] for name, row in zip(images, rows, strict=True)}
+    return {"encoder": encoder.name, "weights_sha256": encoder.weights_sha256, "embeddings": numbers}
+
+
+def write_golden(encoder: Encoder, file: Path) -> None:
+    """Write a golden file, an image a line."""
+    made = make_golden(encoder)
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in made.pop("embeddings").items())
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in made.items())
+    write_text(file, f'{{\n{head} "embeddings": {{\n{lines}\n }}\n}}\n')
+
+
+def golden_difference(encoder: Encoder, file: Path) -> float:
+    """The largest difference of a number to the golden file's; sound is TOLERANCE at most, in fp32.
+
+    The encoder may run the same weights in another backend.
+    """
+    wanted = json.loads(file.read_text(encoding="utf-8"))["embeddings"]
+    made = make_golden(encoder)["embeddings"]
+    return max(abs(one - other) for name in wanted for one, other in zip(wanted[name], made[name], strict=True))

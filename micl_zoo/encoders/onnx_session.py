@@ -1,0 +1,298 @@
+"""An exported encoder in ONNX Runtime, with the same `embed`. Optional: micl-zoo[onnx]."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MiclZooError, UsageError, WeightsError
+from ..files import file_sha256
+from ..images.transform import Transform
+from .encoder import Backend, Encoder, Features, Pool, check_arch
+from .weights import ONNX_FILE, EncoderConfig, record_onnx
+from .zoo import Record, find_record, record_of
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+Precision = Literal["fp32", "fp16", "int8"]
+Output = Literal["cls", "mean", "patches"]
+FORMAT = "1"  # of the metadata
+INSTALL = "pip install 'micl-zoo[onnx]'"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+GPU = (CUDA, TENSORRT)
+
+
+@dataclass(frozen=True)
+class OnnxCard:
+    """What an exported file says of itself, in its metadata.
+
+    Attributes:
+        config: of the encoder it was made from, with the transform of this file.
+        weights_sha256: of the safetensors it was made from, or None for random weights.
+        precision: of its arithmetic.
+        outputs: "cls" and "mean", one after the other in `embedding`, and "patches" in an output of that name.
+        grid: (h, w), patches down and across.
+        preprocess: it takes uint8 images of any size, and has the transform inside.
+        versions: of the packages that wrote it.
+    """
+
+    config: EncoderConfig
+    weights_sha256: str | None
+    precision: Precision
+    outputs: tuple[Output, ...]
+    grid: tuple[int, int]
+    preprocess: bool
+    versions: dict[str, str]
+
+    @property
+    def pooled(self) -> list[Output]:
+        """What is in `embedding`, one after the other."""
+        return [name for name in self.outputs if name != "patches"]
+
+    def to_metadata(self) -> dict[str, str]:
+        """As ONNX keeps it: texts by name."""
+        return {
+            "micl_zoo": FORMAT,
+            "name": self.config.name,
+            "license": self.config.license,
+            "weights_sha256": self.weights_sha256 or "",
+            "precision": self.precision,
+            "pooling": "+".join(self.pooled),
+            "outputs": ",".join(self.outputs),
+            "grid": json.dumps(self.grid),
+            "preprocess": json.dumps(self.preprocess),
+            "transform": json.dumps(dataclasses.asdict(self.config.transform)),
+            "transform_id": self.config.transform.id,
+            "config": self.config.to_json(),
+            "versions": json.dumps(self.versions),
+        }
+
+    @classmethod
+    def from_metadata(cls, found: dict[str, str], *, where: str) -> OnnxCard:
+        """Read it.
+
+        Raises:
+            WeightsError: it was not written by `micl-zoo export`, or by a newer one.
+        """
+        if found.get("micl_zoo") != FORMAT:
+            said = f"has format {found['micl_zoo']}" if "micl_zoo" in found else "does not say which encoder it holds"
+            raise WeightsError(f"{where} {said}: this version runs files written by `micl-zoo export`, format {FORMAT}")
+        config = EncoderConfig.from_json(json.loads(found["config"]), where=where)
+        transform = json.loads(found["transform"])
+        mean, std = (tuple(transform.pop(name)) for name in ("mean", "std"))
+        return cls(
+            config=dataclasses.replace(config, transform=Transform(**transform, mean=mean, std=std)),
+            weights_sha256=found["weights_sha256"] or None,
+            precision=cast(Precision, found["precision"]),
+            outputs=cast("tuple[Output, ...]", tuple(found["outputs"].split(","))),
+            grid=tuple(json.loads(found["grid"])),
+            preprocess=json.loads(found["preprocess"]),
+            versions=json.loads(found["versions"]),
+        )
+
+
+class OnnxEncoder(Encoder):
+    """An exported file as an encoder: the same `embed`, no gradients and no `vit`. Made by `load`.
+
+    Attributes:
+        card: what the file says of itself.
+        session: ONNX Runtime's.
+    """
+
+    def __init__(self, session: InferenceSession, card: OnnxCard, *, record: Record | None, sha256: str) -> None:
+        nn.Module.__init__(self)
+        self.session, self.card = session, card
+        self._describe(card.config, record, sha256)
+        self.precision = card.precision
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "vit":
+            raise AttributeError("an exported file has no torch model: load the encoder with backend='torch' for one")
+        return super().__getattr__(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where pixels and embeddings are: ONNX Runtime takes them from the host and brings them back."""
+        return torch.device("cpu")
+
+    @property
+    def backend(self) -> Backend:
+        """What computes the tokens."""
+        return "onnx"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), patches down and across."""
+        return self.card.grid
+
+    def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
+        """Normalised images (B, 3, S, S) to embeddings (B, *row_shape(pool)) float32, see `Encoder.forward`.
+
+        Raises:
+            UsageError: the file has not the outputs for that pool, or gradients are asked for.
+        """
+        self.row_shape(pool)  # raises
+        found = self._run(pixel_values, cast("list[Output]", pool.split("+")))
+        return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+
+    def features(self, pixel_values: Tensor) -> Features:
+        """Normalised images (B, 3, S, S) -> class tokens (B, D) and patch tokens (B, h, w, D)."""
+        return Features(*self._run(pixel_values, ("cls", "patches")))
+
+    def _run(self, pixel_values: Tensor, wanted: Sequence[Output]) -> list[Tensor]:
+        """The outputs asked for; the mean is taken from the patches where the file has none."""
+        self._check_pixels(pixel_values)
+        if torch.is_grad_enabled():
+            raise UsageError("backend onnx computes no gradients: call it under torch.no_grad(), or take backend torch")
+        has = self.card.outputs
+        sources = ["patches" if one == "mean" and one not in has else one for one in wanted]
+        if missing := sorted(set(sources) - set(has)):
+            raise UsageError(
+                f"{self.name}'s ONNX file gives {', '.join(has)} and not {', '.join(missing)}: "
+                f"export it with --outputs {','.join(dict.fromkeys([*has, *missing]))}"
+            )
+        names = sorted({"patches" if one == "patches" else "embedding" for one in sources})
+        images = pixel_values.detach().float().contiguous().numpy()
+        try:
+            arrays = self.session.run(names, {"pixel_values": images})
+        except Exception as error:  # ONNX Runtime has a class of its own for each kind, all of them private
+            if "allocate memory" in str(error):
+                raise MemoryError(str(error)) from None  # as the others say it
+            raise MiclZooError(f"ONNX Runtime failed on {len(images)} images: {error}") from error
+        found = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+        if "embedding" in found:
+            found |= dict(zip(self.card.pooled, found["embedding"].split(self.embed_dim, dim=1), strict=True))
+        pairs = zip(wanted, sources, strict=True)
+        return [found[source] if one == source else found[source].flatten(1, 2).mean(1) for one, source in pairs]
+
+
+def load_onnx(name: str, weights: Path | None, device: str, providers: Sequence[str] | None) -> OnnxEncoder:
+    """See `micl_zoo.load` with backend "onnx".
+
+    Raises:
+        UsageError: no ONNX Runtime, or it cannot run on what was asked for.
+        WeightsError: no such file, not the published bytes, or not one that `micl-zoo export` wrote.
+    """
+    if weights is None:
+        file, sha256 = record_onnx(find_record(name))
+    else:
+        file = local_onnx(weights)
+        sha256 = file_sha256(file)
+    session, card = open_session(file, choose_providers(device, providers))
+    if card.preprocess:
+        raise WeightsError(
+            f"{str(file)!r} has the transform inside, for use without micl-zoo: export one without --with-preprocess"
+        )
+    if weights is not None:
+        check_arch(name, card.config)
+    return OnnxEncoder(session, card, record=record_of(sha256), sha256=sha256)
+
+
+def local_onnx(path: Path) -> Path:
+    """The .onnx file at a path, or the one in a folder.
+
+    Raises:
+        WeightsError: there is none, or several and none is model.onnx.
+    """
+    if path.is_file() and path.suffix == ".onnx":
+        return path
+    found = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    chosen = [file for file in found if file.name == ONNX_FILE] or found
+    if len(chosen) == 1:
+        return chosen[0]
+    several = f": give one of {', '.join(file.name for file in found)}" if found else ""
+    raise WeightsError(
+        f"backend onnx needs an .onnx file that `micl-zoo export` wrote, {str(path)!r} is not one" + several
+    )
+
+
+def choose_providers(device: str, providers: Sequence[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """ONNX Runtime's names of what is to compute, with their settings, first choice first.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        providers: see `micl_zoo.load`.
+
+    Raises:
+        UsageError: this ONNX Runtime has not what was asked for.
+    """
+    kind, _, number = device.partition(":")
+    if providers is None and kind not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"backend onnx takes the devices auto, cpu, cuda and cuda:N, or providers; got {device!r}")
+    has = runtime().get_available_providers()
+    if providers is None and kind == "auto" and torch.cuda.is_available() and CUDA not in has:
+        logging.getLogger(__name__).warning(
+            "there is a GPU, but ONNX Runtime has no CUDAExecutionProvider: running on the CPU. "
+            "`micl-zoo doctor` says how to mend it"
+        )
+    on_gpu = kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and CUDA in has)
+    names = {one.removesuffix(tail).lower(): one for one in has for tail in ("", "ExecutionProvider")}
+    chosen = []
+    for asked in providers or (["cuda"] if on_gpu else ["cpu"]):
+        name = names.get(asked.lower())
+        if name is None:
+            raise UsageError(
+                f"this ONNX Runtime has no {asked} provider, it has {', '.join(has)}. For NVIDIA GPUs: {INSTALL}; "
+                "`micl-zoo doctor` says what is installed and how to mend it"
+            )
+        chosen.append((name, _settings(name, number or "0")))
+    return chosen
+
+
+def _settings(provider: str, number: str) -> dict[str, Any]:
+    if provider == CUDA:
+        return {"device_id": number, "use_tf32": "0"}  # else fp32 has 10 bits of mantissa, unlike torch's by default
+    return {"device_id": number} if provider == TENSORRT else {}
+
+
+def runtime() -> Any:
+    """The module onnxruntime.
+
+    Raises:
+        UsageError: it is not installed, or broken.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UsageError(f"backend onnx needs ONNX Runtime ({error}): {INSTALL}") from None
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise UsageError("onnxruntime is installed in part only: `micl-zoo doctor` says how to mend it")
+    return onnxruntime
+
+
+def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tuple[Any, OnnxCard]:
+    """A session that runs on the first of the providers, and not on the CPU in its place; and what the file says.
+
+    Raises:
+        UsageError: ONNX Runtime fell back to another provider.
+        WeightsError: it cannot open the file, or `micl-zoo export` did not write it.
+    """
+    onnxruntime = runtime()
+    if providers[0][0] != CPU and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries, where torch or NVIDIA's packages have them
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors; what it warns of is not for the user to mend
+    names = [name for name, _ in providers]
+    try:
+        session = onnxruntime.InferenceSession(
+            str(file), options, providers=[*providers, *([CPU] if CPU not in names else [])]
+        )
+    except Exception as error:  # ONNX Runtime has a class of its own for each kind, all of them private
+        raise WeightsError(f"ONNX Runtime cannot open {str(file)!r}: {str(error).splitlines()[0]}") from None
+    if names[0] not in session.get_providers():
+        raise UsageError(
+            f"{names[0]} was asked for, but ONNX Runtime fell back to {', '.join(session.get_providers())}: the "
+            "libraries it needs could not be loaded, or there is no such device. `micl-zoo doctor` says which; "
+            'device="cpu" runs it there'
+        )
+    return session, OnnxCard.from_metadata(session.get_modelmeta().custom_metadata_map, where=repr(str(file)))

@@ -1,0 +1,317 @@
+"""Processes that read and decode: pixels come back through shared memory, and a dead or hung process costs one image.
+
+Not torch's DataLoader, which ends the whole run with the first worker that dies, cannot say which image it died of, and
+waits for ever for one that hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pickle
+import tempfile
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import MiclZooError, Refused
+from ..images.decode import Decoding, decode_pixels
+from ..images.transform import Transform
+from ..sources.listing import Entry, Reader
+from .processes import CAN_START, Child, parent_pipe, wait_for_message
+
+TRIES = 2  # of an image by itself, after the process that had it among others was lost
+CHUNK = 8  # images a message: few enough that all processes work on the batch that is needed next
+QUEUED_BYTES = 1 << 16  # of messages that a process has not answered: less than any pipe holds, so sending never waits
+STARTS = 3  # of processes that do not come to work, and there is something wrong with all of them
+BATCHES_AHEAD = 3  # decoded or being decoded; each has its place in the shared memory
+
+
+class Batch(NamedTuple):
+    """Images that were read and decoded, or refused.
+
+    Attributes:
+        tag: what came with the entries.
+        entries: the images asked for, in order.
+        pixels: (n, size, size, 3) uint8 of those that were not refused, in order; good until the next batch is taken.
+        refused: by place in `entries`.
+        read_seconds, decode_seconds: that the processes took, all together.
+    """
+
+    tag: Any
+    entries: Sequence[Entry]
+    pixels: np.ndarray
+    refused: dict[int, Refused]
+    read_seconds: float
+    decode_seconds: float
+
+
+class Outcome(NamedTuple):
+    """What became of a chunk: refusals by place in it, and the seconds it took."""
+
+    refused: dict[int, Refused]
+    read_seconds: float
+    decode_seconds: float
+
+
+@dataclass
+class _Pending:
+    """A batch on its way."""
+
+    tag: Any
+    entries: Sequence[Entry]
+    slot: int
+    left: int
+    refused: dict[int, Refused] = field(default_factory=dict)
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+@dataclass
+class _Chunk:
+    batch: _Pending
+    at: int
+    entries: Sequence[Entry]
+    alone: int = 0  # times a process died or hung over it and it alone
+
+    def message(self) -> bytes:
+        return pickle.dumps((self.batch.slot, self.at, list(self.entries)), pickle.HIGHEST_PROTOCOL)
+
+
+class _Process(Child):
+    """One process, and the chunks that it was given and has not answered, oldest first."""
+
+    def __init__(self, job: bytes, memory: int) -> None:
+        super().__init__("micl_zoo.extraction.decoders:work", files=[memory])
+        self.chunks: deque[tuple[_Chunk, int]] = deque()
+        self.queued = 0
+        self.connection.send_bytes(job)
+
+    def give(self, chunk: _Chunk) -> bool:
+        """Send a chunk, unless so much waits already that sending could block."""
+        message = chunk.message()
+        if self.chunks and self.queued + len(message) > QUEUED_BYTES:
+            return False
+        if not self.chunks:
+            self.since = time.monotonic()
+        self.chunks.append((chunk, len(message)))
+        self.queued += len(message)
+        with contextlib.suppress(OSError):  # it has died, which is seen when its answers are read
+            self.connection.send_bytes(message)
+        return True
+
+    def answered(self) -> _Chunk:
+        """Take the oldest chunk off."""
+        chunk, size = self.chunks.popleft()
+        self.queued -= size
+        self.since = time.monotonic()
+        return chunk
+
+
+class Decoders:
+    """Reads and decodes batches ahead of whoever takes them, in processes of its own or, with none, in this one.
+
+    A process that dies or hangs is replaced. The images that it had are tried again one by one; the one that takes a
+    process along TRIES times is refused.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        decoding: Decoding,
+        *,
+        workers: int,
+        batch_size: int,
+        image_timeout: float = 120.0,
+    ) -> None:
+        """Start the processes.
+
+        Args:
+            transform, decoding: from bytes to pixels.
+            workers: processes; 0 reads and decodes in this one, without a guard against crashes and hangs.
+            batch_size: images in the largest batch.
+            image_timeout: seconds a process may take over one image, or a chunk of CHUNK.
+        """
+        self.transform, self.decoding, self.image_timeout = transform, decoding, image_timeout
+        shape = (BATCHES_AHEAD, batch_size, transform.size, transform.size, 3)
+        self._file = _unnamed_file()
+        self._file.truncate(int(np.prod(shape)))
+        self._memory = mmap.mmap(self._file.fileno(), int(np.prod(shape)))
+        self.slots = np.frombuffer(self._memory, np.uint8).reshape(shape)
+        self._job = pickle.dumps((transform, decoding, shape))
+        self._reader = Reader()
+        count = workers if CAN_START else 0
+        self._processes = [_Process(self._job, self._file.fileno()) for _ in range(count)]
+        self._backlog: deque[_Chunk] = deque()
+        self._stillborn = 0  # processes in a row that died before they came to work
+
+    def __enter__(self) -> Decoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.process.kill()
+        for process in self._processes:
+            process.end()
+        self._file.close()
+
+    def batches(self, source: Iterable[tuple[Any, Sequence[Entry]] | None]) -> Iterator[Batch | None]:
+        """Decode batches in order; None where there are none for now.
+
+        Args:
+            source: a tag and entries for each batch, batch_size at most; None where there is none yet but may be soon.
+        """
+        waiting = iter(source)
+        pending: deque[_Pending] = deque()
+        free = deque(range(BATCHES_AHEAD))
+        more = True
+        while more or pending:
+            while more and free:
+                found = next(waiting, StopIteration)
+                if found is StopIteration:
+                    more = False
+                elif found is None:
+                    break
+                else:
+                    pending.append(self._submit(found[0], found[1], free.popleft()))  # type: ignore[index]
+            if not pending:
+                if more:
+                    yield None
+                    time.sleep(0.01)
+                continue
+            self._pump(0)
+            while pending[0].left:
+                self._pump(0.5)
+            batch = pending.popleft()
+            yield self._finished(batch)
+            free.append(batch.slot)
+
+    def _submit(self, tag: Any, entries: Sequence[Entry], slot: int) -> _Pending:
+        batch = _Pending(tag, entries, slot, len(entries))
+        starts = range(0, len(entries), CHUNK)
+        self._backlog.extend(_Chunk(batch, at, entries[at : at + CHUNK]) for at in starts)
+        return batch
+
+    def _finished(self, batch: _Pending) -> Batch:
+        kept = [place for place in range(len(batch.entries)) if place not in batch.refused]
+        pixels = self.slots[batch.slot, : len(batch.entries)]
+        pixels = pixels[kept] if batch.refused else pixels
+        return Batch(batch.tag, batch.entries, pixels, batch.refused, batch.read_seconds, batch.decode_seconds)
+
+    def _pump(self, seconds: float) -> None:
+        """Give out chunks, and take answers that come within some seconds."""
+        if not self._processes:
+            if self._backlog:
+                chunk = self._backlog.popleft()
+                pixels = self.slots[chunk.batch.slot, chunk.at :]
+                self._settle(chunk, _decode_into(pixels, chunk.entries, self._reader, self.transform, self.decoding))
+            return
+        self._give_out()
+        connections: dict[Any, _Process] = {process.connection: process for process in self._processes}
+        for connection in wait(list(connections), seconds):
+            self._take(connections[connection])
+        for process in self._processes:
+            if process.chunks and process.ready and time.monotonic() - process.since > self.image_timeout:
+                self._replace(process, "timeout", f"it took longer than {self.image_timeout:g} s")
+        self._give_out()
+
+    def _give_out(self) -> None:
+        while self._backlog:
+            process = min(self._processes, key=lambda one: len(one.chunks))
+            if not process.give(self._backlog[0]):
+                return
+            self._backlog.popleft()
+
+    def _take(self, process: _Process) -> None:
+        """Every answer that has come from a process."""
+        try:
+            while process.connection.poll():
+                answer = process.connection.recv()
+                if answer is None:
+                    process.ready, process.since, self._stillborn = True, time.monotonic(), 0
+                else:
+                    self._settle(process.answered(), answer)
+        except (EOFError, OSError):
+            self._replace(process, "crashed", "the process that decoded it")
+
+    def _settle(self, chunk: _Chunk, outcome: Outcome) -> None:
+        batch = chunk.batch
+        batch.left -= len(chunk.entries)
+        batch.refused |= {chunk.at + place: refused for place, refused in outcome.refused.items()}
+        batch.read_seconds += outcome.read_seconds
+        batch.decode_seconds += outcome.decode_seconds
+
+    def _replace(self, process: _Process, reason: Any, what: str) -> None:
+        """Start another in the place of a process, and give its chunks out anew."""
+        ended = process.end()
+        self._stillborn += not process.ready
+        if self._stillborn >= STARTS:
+            raise MiclZooError(f"a process that decodes images could not start: it {ended}. Its own message is above.")
+        self._processes[self._processes.index(process)] = _Process(self._job, self._file.fileno())
+        chunks = [chunk for chunk, _ in process.chunks]
+        if chunks and process.ready:
+            first = chunks.pop(0)
+            first.alone += len(first.entries) == 1
+            if first.alone == TRIES:
+                detail = f"{what} {ended}" if reason == "crashed" else what
+                self._settle(first, Outcome({0: Refused(reason, f"{detail}, {TRIES} times")}, 0.0, 0.0))
+            else:
+                singly = (
+                    _Chunk(first.batch, first.at + at, [one], first.alone) for at, one in enumerate(first.entries)
+                )
+                chunks = [*singly, *chunks]
+        self._backlog.extendleft(reversed(chunks))
+
+
+def _unnamed_file() -> Any:
+    """In memory where the system can: so it is not held to the size of /dev/shm, which is small in containers."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("micl-zoo-pixels"), "rb+", buffering=0)
+    return tempfile.TemporaryFile()
+
+
+def _decode_into(
+    pixels: np.ndarray, entries: Sequence[Entry], reader: Reader, transform: Transform, decoding: Decoding
+) -> Outcome:
+    """Read and decode entries into the first rows of (n, size, size, 3) uint8."""
+    refused: dict[int, Refused] = {}
+    reading = decoded = 0.0
+    for place, entry in enumerate(entries):
+        start = middle = time.perf_counter()
+        try:
+            data = reader.read(entry)
+            middle = time.perf_counter()
+            pixels[place] = decode_pixels(data, transform, decoding)
+        except Refused as error:
+            refused[place] = error
+        except (MemoryError, OSError, ValueError) as error:  # past decoding: a picture too odd to resize
+            refused[place] = Refused("damaged", f"{type(error).__name__}: {error}")
+        end = time.perf_counter()
+        reading, decoded = reading + middle - start, decoded + end - middle
+    return Outcome(refused, reading, decoded)
+
+
+def work(connection: int, memory: int) -> None:
+    """The life of one process: chunks in, outcomes out, until the other end is gone.
+
+    Args:
+        connection: number of the open pipe.
+        memory: number of the open file that the pixels go into.
+    """
+    pipe = parent_pipe(connection)
+    warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files; refusals are for the ledger
+    transform, decoding, shape = pickle.loads(pipe.recv_bytes())
+    slots = np.frombuffer(mmap.mmap(memory, int(np.prod(shape))), np.uint8).reshape(shape)
+    reader = Reader()
+    with contextlib.suppress(EOFError, OSError):
+        pipe.send(None)
+        while wait_for_message(pipe):
+            slot, at, entries = pickle.loads(pipe.recv_bytes())
+            pipe.send(_decode_into(slots[slot, at:], entries, reader, transform, decoding))

@@ -1,0 +1,309 @@
+"""Bytes -> upright RGB image, or a refusal with a named reason. Nothing is guessed and nothing is repaired."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import Refused, UsageError
+from .integrity import file_damage, jpeg_pieces, tags_damage
+from .transform import MAX_ASPECT, Transform
+
+Exif = Literal["upright", "keep"]
+Filter = Literal["bicubic", "bilinear"]
+
+MAX_PIXELS = 89_478_485  # Pillow's own bomb threshold: 256 MiB as 24-bit RGB; it refuses twice as many itself
+MIN_SIDE = 2  # a side of one pixel holds no picture: tracking pixels, separators
+# By benchmarks/decode.py the worst cosine of 111 photographs is 0.9931 at 1, 0.99994 at 1.5 and at 2; of 4000 x 3000 of
+# thin lines, text, noise and rings 0.9927 at 1 and 1.5, 0.9951 at 2, where it is the text's and all others' is 0.999.
+FAST_MARGIN = 2.0
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag; where width and height change places
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_JPEGS = ("JPEG", "MPO")  # MPO: with more pictures behind, as phones and stereo cameras write
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_AVIF_BRANDS = (b"avif", b"avis")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the bytes of a file become the pixels that an encoder sees.
+
+    Attributes:
+        exif: "upright" turns a picture as its EXIF orientation says, "keep" leaves it as it is stored. A HEIC is always
+            upright: its orientation belongs to its decoding.
+        fast: decode a JPEG at a scale of 1/2, 1/4 or 1/8, with at least FAST_MARGIN times the pixels that the resize
+            needs in each direction, and compute only what the crop keeps. False is the transform to the bit.
+        max_pixels: width x height above which a file is refused before it is decoded.
+
+    Raises:
+        UsageError: a value that means nothing.
+    """
+
+    exif: Exif = "upright"
+    fast: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.exif not in ("upright", "keep"):
+            raise UsageError(f"unknown exif {self.exif!r}. Valid: keep, upright.")
+        if not 1 <= self.max_pixels <= 2 * MAX_PIXELS:
+            raise UsageError(f"max_pixels must be 1 to {2 * MAX_PIXELS:,}, Pillow's own limit; got {self.max_pixels:,}")
+
+    @property
+    def id(self) -> str:
+        """Names every choice: two stores with the same id and transform id saw the same pixels."""
+        return f"{'fast' if self.fast else 'exact'}-{self.exif}-max{self.max_pixels}"
+
+    @classmethod
+    def from_id(cls, name: str) -> Decoding:
+        """That which has this id.
+
+        Raises:
+            UsageError: none has.
+        """
+        match = re.fullmatch(r"(exact|fast)-(upright|keep)-max(\d+)", name)
+        if match is None:
+            raise UsageError(f"unknown decoding {name!r}: it was made by a newer version, upgrade micl-zoo")
+        return cls(exif=cast(Exif, match[2]), fast=match[1] == "fast", max_pixels=int(match[3]))
+
+
+def decode(data: bytes, *, exif: Exif = "upright", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode one encoded image to RGB, transparency on white.
+
+    Args:
+        data: the whole file.
+        exif: "upright" turns the picture by its EXIF orientation, "keep" leaves it as stored.
+        max_pixels: width x height above which the image is refused before it is decoded.
+
+    Returns:
+        An image of mode "RGB". Of a GIF or TIFF with several frames, the first.
+
+    Raises:
+        Refused: with the reason and a sentence.
+    """
+    with _refusals(data):
+        return to_rgb(_loaded(_opened(data, max_pixels), data), exif=exif)
+
+
+def decode_pixels(data: bytes, transform: Transform, decoding: Decoding = Decoding()) -> np.ndarray:
+    """From the bytes of a file to the pixels that an encoder takes, before they are normalised.
+
+    Args:
+        data: the whole file.
+        transform: the encoder's own.
+        decoding: exact or fast, and with which limit.
+
+    Returns:
+        (size, size, 3) uint8; with the exact decoding equal to `transform.pixels(decode(data))`.
+
+    Raises:
+        Refused: with the reason and a sentence.
+    """
+    if not decoding.fast or transform.size > transform.resize:  # no crop to fuse where it is larger than the picture
+        image = decode(data, exif=decoding.exif, max_pixels=decoding.max_pixels)
+        with _refusals(data):
+            return transform.pixels(image)
+    kept = functools.partial(_kept, transform)
+    side, exif = transform.size, decoding.exif
+    return _crop(data, kept, side, transform.interpolation, decoding.max_pixels, FAST_MARGIN, exif)
+
+
+def decode_crop(
+    data: bytes,
+    box: Callable[[int, int], Sequence[float]],
+    side: int,
+    interpolation: Filter,
+    *,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decode, cut and resize in one go, for training: a JPEG is decoded at the scale that the crop needs.
+
+    Args:
+        data: the whole file.
+        box: from the upright width and height to left, top, right and bottom as shares of them.
+        side: of the square crop, in pixels.
+        interpolation: filter of the resize, antialiased.
+        max_pixels: as for `decode`.
+
+    Returns:
+        (side, side, 3) uint8.
+
+    Raises:
+        Refused: with the reason and a sentence.
+    """
+    return _crop(data, box, side, interpolation, max_pixels, margin=1.0, exif="upright")
+
+
+def _crop(
+    data: bytes,
+    box: Callable[[int, int], Sequence[float]],
+    side: int,
+    interpolation: Filter,
+    max_pixels: int,
+    margin: float,
+    exif: Exif,
+) -> np.ndarray:
+    """As `decode_crop`; a JPEG is decoded to at least `margin` times the pixels of the crop in each direction."""
+    with _refusals(data):
+        image = _opened(data, max_pixels)
+    shares: Sequence[float] = ()
+    if image.format in _JPEGS:
+        turned = exif == "upright" and _orientation(image) in _TURNED
+        shares = box(*(image.size[::-1] if turned else image.size))
+        least = [math.ceil(margin * side / (shares[axis + 2] - shares[axis])) for axis in (0, 1)]
+        image.draft("RGB", (least[1], least[0]) if turned else (least[0], least[1]))  # by 2, 4 or 8, never below that
+    with _refusals(data):
+        image = to_rgb(_loaded(image, data), exif=exif)
+    shares = shares or box(*image.size)
+    with _refusals(data):
+        left, top, right, bottom = (share * length for share, length in zip(shares, image.size * 2, strict=True))
+        cut = (left, top, min(right, image.width), min(bottom, image.height))  # not above the size by a rounding
+        return np.asarray(image.resize((side, side), Image.Resampling[interpolation.upper()], box=cut))
+
+
+def _kept(transform: Transform, width: int, height: int) -> tuple[float, float, float, float]:
+    """What `Transform.pixels` keeps of a picture, as shares of its sides: left, top, right, bottom."""
+    short, side = min(width, height), transform.size
+    near, far = [0.0, 0.0], [1.0, 1.0]
+    for axis, length in enumerate((width, height)):
+        strip = min(length, MAX_ASPECT * short)  # of a long strip only the middle is resized
+        scaled = int(transform.resize * strip / short)
+        start, before = round((scaled - side) / 2), (length - strip) // 2
+        near[axis] = (before + start * strip / scaled) / length
+        far[axis] = (before + (start + side) * strip / scaled) / length
+    return near[0], near[1], far[0], far[1]
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    if damage := tags_damage(data):
+        raise Refused(*damage)
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    _check_size(image.size, max_pixels)
+    return image
+
+
+def _loaded(image: Image.Image, data: bytes) -> Image.Image:
+    """Its pixels decoded, and refused where the file's own checks speak against them."""
+    if damage := file_damage(data, image.format):
+        raise Refused(*damage)
+    if image.format not in _JPEGS:
+        image.load()
+        return image
+    pieces = jpeg_pieces(data)
+    if isinstance(pieces, tuple):
+        raise Refused(*pieces)
+
+    def next_piece(_: int) -> bytes:
+        if not pieces:
+            raise Refused("damaged", "the codes of the JPEG end before its picture does: bytes are lost or changed")
+        return pieces.pop(0)
+
+    image.load_read = next_piece  # type: ignore[attr-defined]  # by which its plug-in reads what it decodes
+    image.load()
+    if pieces:
+        raise Refused("damaged", "the picture of the JPEG ends before its codes do: bytes are lost or changed")
+    return image
+
+
+@contextlib.contextmanager
+def _refusals(data: bytes) -> Iterator[None]:
+    """Whatever Pillow raises becomes a refusal with a reason."""
+    if not data:
+        raise Refused("empty", "the file has no bytes")
+    try:
+        yield
+    except Refused:
+        raise
+    except UnidentifiedImageError:
+        raise _unidentified(data) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused("too_large", str(error)) from None
+    except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them raise
+        text = str(error) or type(error).__name__
+        raise Refused("truncated" if "truncated" in text.lower() else "damaged", text) from None
+
+
+def _unidentified(data: bytes) -> Refused:
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in _HEIC_BRANDS and "HEIF" not in _formats():
+        return Refused("unsupported", "a HEIC file, which needs a plug-in: pip install 'micl-zoo[heif]'")
+    if brand in _AVIF_BRANDS and "AVIF" not in _formats():
+        return Refused("unsupported", "an AVIF file, which needs a newer Pillow: pip install 'pillow>=11.3'")
+    if brand in (*_HEIC_BRANDS, *_AVIF_BRANDS):
+        return Refused("damaged", "the file begins as HEIC or AVIF and goes on as neither")
+    return Refused("not_an_image", f"no known image format in {len(data):,} bytes")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Of the picture formats, those this Pillow reads. Without EPS and the like, which start other programs."""
+    Image.init()
+    with contextlib.suppress(ImportError):  # one core a process: workers share the machine
+        importlib.import_module("pillow_heif").register_heif_opener(decode_threads=1, thumbnails=False)
+    wanted = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO", "TGA")
+    return tuple(name for name in wanted if name in Image.OPEN)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise Refused("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} in all")
+    if min(width, height) < MIN_SIDE:
+        raise Refused("too_small", f"{width} x {height} pixels, each side must be at least {MIN_SIDE}")
+
+
+def _orientation(image: Image.Image) -> object:
+    """Of EXIF, or of XMP where that has none."""
+    try:
+        block = image.info.get("exif", b"")
+        if "Raw profile type exif" in image.info:  # how ImageMagick writes it to a PNG: hexadecimal, after three lines
+            block = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+        return None if tags_damage(block) else image.getexif().get(_ORIENTATION)
+    except Exception:  # a broken EXIF block says nothing of the pixels, which decode
+        return None
+
+
+def to_rgb(image: Image.Image, *, exif: Exif = "upright") -> Image.Image:
+    """An opened image as RGB: upright by its EXIF orientation, transparency on white, 16 bits cut to 8.
+
+    Args:
+        image: of any mode.
+        exif: "keep" leaves it as it is stored.
+
+    Raises:
+        Refused: pixels without a defined white.
+    """
+    image.load()  # a PNG may have its EXIF behind its pixels
+    orientation = _orientation(image) if exif == "upright" else None
+    if isinstance(orientation, int) and orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise Refused("unsupported", "32-bit float pixels have no defined white: convert the file to 8 or 16 bit")
+    if image.mode.startswith("I"):  # 16-bit greyscale, whatever Pillow keeps it in
+        levels = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

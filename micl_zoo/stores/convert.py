@@ -1,0 +1,209 @@
+"""A store as one file for other tools: NumPy, safetensors, LanceDB; a part in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ..errors import StoreError, UsageError
+from ..files import atomic_path
+from ..progress import Tick, progress
+from .store import Store
+from .verify import only, shards_of
+
+ENDINGS = (".npy", ".safetensors", ".lance", ".lancedb")
+DEFAULT_TABLE = "embeddings"  # where OUT names a LanceDB database and no table
+LANCE_ROWS = 4096  # a record batch
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` wrote.
+
+    Attributes:
+        path: the file, or the table's folder.
+        shape: of all rows, (N, D), or (N, h, w, D) where a row is all patch tokens.
+        dtype: of the rows.
+        bytes: on disk, ids included.
+        opens_with: one line of Python that opens it: rows and ids, or a table.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    opens_with: str
+
+
+def convert(
+    store: Store,
+    out: str | os.PathLike[str],
+    *,
+    dtype: Literal["float16", "float32"] | None = None,
+    overwrite: bool = False,
+    incomplete: bool = False,
+) -> Converted:
+    """Write a store in another format, by the ending of `out`. The rows stay in index order.
+
+    Args:
+        store: see `open_store`.
+        out: X.npy, with the ids beside it in X.npy.ids.json, a JSON list; X.safetensors, with tensors `embeddings` and
+            `ids` (uint8, the bytes of such a list) and the manifest in its header; DATABASE/X.lance, a LanceDB table
+            with columns id and vector; DATABASE.lancedb, the same with a table named embeddings.
+        dtype: of the rows; the store's own by default.
+        overwrite: replace what is there. It stays until the new file is whole.
+        incomplete: take the parts that are there, where some are missing.
+
+    Raises:
+        UsageError: another ending, or `out` exists.
+        StoreError: the store is not complete, a part is damaged, a number does not fit the dtype, LanceDB is missing.
+    """
+    path, kind = Path(out), np.dtype(dtype or store.manifest.dtype)
+    if path.suffix not in ENDINGS:
+        raise UsageError(f"cannot tell what to write to {str(path)!r}: its name must end in {', '.join(ENDINGS)}")
+    if path.suffix == ".lancedb":
+        path = path / f"{DEFAULT_TABLE}.lance"
+    if path.exists() and not overwrite:
+        raise UsageError(f"{str(path)!r} exists: give another name, or --overwrite (from Python overwrite=True)")
+    shards = store.done()
+    if len(shards) != store.manifest.shards and not incomplete:
+        raise StoreError(
+            f"{str(store.folder)!r} has {len(shards)} of {shards_of(store.manifest.shards)} parts: run its extract "
+            "command again, or give --incomplete (from Python incomplete=True) for the rows that are there"
+        )
+    view = only(store, shards)
+    shape = (len(view), *store.manifest.shape)
+    writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".lance": _write_lance}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with progress(f"writing {path.name}", shape[0], unit="rows") as tick:
+        size, opens_with = writers[path.suffix](view, path, shape, kind, tick)
+    return Converted(path, shape, kind.name, size, opens_with)
+
+
+def _batches(store: Store, dtype: np.dtype, tick: Tick) -> Iterator[tuple[list[str], np.ndarray]]:
+    """(ids, (n, dim) rows in C order) of each part."""
+    for ids, rows in store.batches():
+        try:
+            with np.errstate(over="raise"):
+                rows = np.ascontiguousarray(rows, dtype)
+        except FloatingPointError:
+            largest = np.abs(rows).max()
+            raise StoreError(f"{largest:g} does not fit {dtype.name}: give --dtype float32") from None
+        yield ids, rows
+        tick(len(ids))
+
+
+def _write_ids(store: Store, file: BinaryIO) -> None:
+    """A JSON list of all ids, one a line: an id may hold any character, a line break too."""
+    between = b"[\n"
+    for shard in store.done():
+        for name in only(store, [shard]).ids:
+            file.write(between + json.dumps(name, ensure_ascii=False).encode())
+            between = b",\n"
+    file.write(b"\n]\n" if between == b",\n" else b"[]\n")
+
+
+def _write_npy(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick) -> tuple[int, str]:
+    # Written and not memory-mapped: a full disk is an error of write(), and ends a process that writes to a map.
+    names = path.with_name(f"{path.name}.ids.json")
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with atomic_path(path) as array, atomic_path(names) as listing:  # renamed last first: never rows without ids
+        with array.open("wb") as file:
+            np.lib.format.write_array_header_2_0(file, header)
+            for _, rows in _batches(store, dtype, tick):
+                file.write(rows.data)
+        with listing.open("wb") as file:
+            _write_ids(store, file)
+    line = (
+        f"import json, numpy, pathlib; rows = numpy.load({str(path)!r}, mmap_mode='r'); "
+        f"ids = json.loads(pathlib.Path({str(names)!r}).read_bytes())"
+    )
+    return path.stat().st_size + names.stat().st_size, line
+
+
+def _write_safetensors(
+    store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick
+) -> tuple[int, str]:
+    """The format: a length (8 bytes, little endian), a JSON header of that length, the tensors one after another."""
+    rows_end = math.prod(shape) * dtype.itemsize
+
+    def header(ids_bytes: int) -> bytes:
+        tensors = {
+            "__metadata__": {"micl_zoo.manifest": json.dumps(asdict(store.manifest))},
+            "embeddings": {"dtype": f"F{8 * dtype.itemsize}", "shape": shape, "data_offsets": [0, rows_end]},
+            "ids": {"dtype": "U8", "shape": [ids_bytes], "data_offsets": [rows_end, rows_end + ids_bytes]},
+        }
+        return json.dumps(tensors).encode()
+
+    length = -(-len(header(10**15)) // 8) * 8  # spaces fill it up, and what follows begins at a multiple of 8
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.seek(8 + length)
+        for _, rows in _batches(store, dtype, tick):
+            file.write(rows.data)
+        assert file.tell() == 8 + length + rows_end, (file.tell(), length, rows_end)
+        _write_ids(store, file)
+        ids_bytes = file.tell() - 8 - length - rows_end
+        file.seek(0)
+        file.write(length.to_bytes(8, "little") + header(ids_bytes).ljust(length))
+    line = (
+        f"import json, safetensors.numpy; tensors = safetensors.numpy.load_file({str(path)!r}); "
+        "rows = tensors['embeddings']; ids = json.loads(tensors['ids'].tobytes())"
+    )
+    return path.stat().st_size, line
+
+
+def _write_lance(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick) -> tuple[int, str]:
+    """A LanceDB table is a folder NAME.lance in the database's folder, and may be moved: made aside, then renamed."""
+    try:
+        import lancedb
+    except ImportError:
+        raise StoreError("a LanceDB table needs lancedb: pip install 'micl-zoo[lancedb]'") from None
+    width = math.prod(shape[1:])
+    vector = pa.list_(pa.from_numpy_dtype(dtype), width)
+    schema = pa.schema([("id", pa.string()), ("vector", vector)])
+
+    failed: list[StoreError] = []
+
+    def record_batches() -> Iterator[pa.RecordBatch]:
+        try:
+            for ids, rows in _batches(store, dtype, tick):
+                vectors = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), width)
+                batch = pa.record_batch([pa.array(ids, pa.string()), vectors], schema=schema)
+                yield from (batch.slice(start, LANCE_ROWS) for start in range(0, len(ids), LANCE_ROWS))
+        except StoreError as error:
+            failed.append(error)
+            raise
+
+    with _aside(path) as folder:
+        try:
+            table = pa.RecordBatchReader.from_batches(schema, record_batches())
+            lancedb.connect(folder).create_table(path.stem, table)
+        except Exception as error:
+            if failed:  # LanceDB hides what its source raised in an error of its own
+                raise failed[0] from None
+            raise StoreError(f"LanceDB cannot write the table {path.stem!r}: {error}") from None
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return size, f"import lancedb; table = lancedb.connect({str(path.parent)!r}).open_table({path.stem!r})"
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`: what the block makes in it under the same name then takes the place of `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        (temporary / path.name).replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

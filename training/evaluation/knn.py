@@ -1,0 +1,117 @@
+"""Weighted k-nearest-neighbour classification of frozen embeddings, the contract of DINO: cosine, T = 0.07."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from micl_zoo.encoders.encoder import Encoder, Pool
+from micl_zoo.errors import UsageError
+
+from .features import embed_labelled
+from .labelled import LabelledSet
+
+KS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+QUERY_ROWS, BANK_ROWS = 1024, 65_536  # of one matrix of cosines: 268 MB in float32
+
+Bank = Iterable[tuple[np.ndarray, np.ndarray]]  # pieces: rows (n, D) and their class numbers (n,)
+
+
+def knn_predict(
+    bank: Bank,
+    queries: np.ndarray,
+    *,
+    classes: int,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    device: str | torch.device = "cpu",
+) -> dict[int, np.ndarray]:
+    """The class that the k nearest rows of the bank vote for, for several k from one search.
+
+    A neighbour votes exp(cosine / temperature) for its class. The bank may be larger than memory: it is gone through
+    once, and of each piece only the nearest rows stay.
+
+    Args:
+        bank: pieces of any size and scale; rows are L2-normalised here.
+        queries: (N, D), any scale.
+        classes: how many there are; numbers go from 0.
+        ks: neighbours; at most as many as the bank has rows vote.
+        temperature: of the votes.
+        device: that computes.
+
+    Returns:
+        By k: (N,) int64.
+
+    Raises:
+        UsageError: an empty bank, or another width than the queries'.
+    """
+    asked = F.normalize(torch.from_numpy(queries).to(device).float(), dim=1)  # (N, D)
+    cosines, labels = torch.empty(len(asked), 0, device=device), torch.empty(len(asked), 0, dtype=torch.long)
+    labels = labels.to(device)
+    for rows, numbers in _pieces(bank):
+        if rows.shape[1] != asked.shape[1]:
+            raise UsageError(f"the bank has rows of {rows.shape[1]} numbers, the queries of {asked.shape[1]}")
+        piece = F.normalize(torch.from_numpy(rows).to(device).float(), dim=1)
+        cosines, labels = _nearest(asked, piece, torch.from_numpy(numbers).to(device).long(), cosines, labels, max(ks))
+    if not cosines.shape[1]:
+        raise UsageError("the bank has no rows: nothing to look for neighbours among")
+    votes = (cosines.double() / temperature).exp()
+    found = {}
+    for k in ks:
+        ballot = torch.zeros(len(asked), classes, dtype=votes.dtype, device=device)
+        found[k] = ballot.scatter_add_(1, labels[:, :k], votes[:, :k]).argmax(1).cpu().numpy()
+    return found
+
+
+def _pieces(bank: Bank) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    for rows, numbers in bank:
+        for start in range(0, len(rows), BANK_ROWS):
+            yield rows[start : start + BANK_ROWS], numbers[start : start + BANK_ROWS]
+
+
+def _nearest(
+    asked: Tensor, piece: Tensor, numbers: Tensor, cosines: Tensor, labels: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    """The nearest so far, (N, <= most) cosines in falling order and labels, with a piece of the bank added."""
+    best = []
+    for start in range(0, len(asked), QUERY_ROWS):
+        part = slice(start, start + QUERY_ROWS)
+        cosine, place = (asked[part] @ piece.T).topk(min(most, len(piece)))  # (n, <= most)
+        together = torch.cat([cosines[part], cosine], dim=1)
+        named = torch.cat([labels[part], numbers[place]], dim=1)
+        kept, order = together.topk(min(most, together.shape[1]))
+        best.append((kept, named.gather(1, order)))
+    return torch.cat([kept for kept, _ in best]), torch.cat([named for _, named in best])
+
+
+def knn_accuracy(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    k: int = 20,
+    temperature: float = TEMPERATURE,
+) -> float:
+    """Share of test rows whose k nearest training rows vote for their label.
+
+    Args:
+        train: (M, D), any scale. test: (N, D).
+        train_labels: (M,) and test_labels: (N,), whole numbers from 0.
+        k: neighbours; all rows vote where there are fewer.
+        temperature: of the votes.
+    """
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    found = knn_predict([(train, train_labels)], test, classes=classes, ks=(k,), temperature=temperature)
+    return float((found[k] == test_labels).mean())
+
+
+def measure_knn(encoder: Encoder, labelled: LabelledSet, pool: Pool = "cls") -> float:
+    """K-NN accuracy of one pool's features on a set, k = 20, 0 to 1."""
+    train, test = (embed_labelled(encoder, part, pools=(pool,)) for part in (labelled.train, labelled.test))
+    return knn_accuracy(train.rows[pool], train.labels, test.rows[pool], test.labels)

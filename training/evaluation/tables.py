@@ -1,0 +1,263 @@
+"""Records of figures as people want them: as one, as tables, and as a picture."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from micl_zoo.errors import UsageError
+
+RESAMPLES = 10_000  # of the test images, for an interval
+
+# Okabe and Ito's, told apart by the colour-blind, and two more
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F")
+
+Results = Mapping[str, Any]  # of one subject on one set, by method
+Column = tuple[str, Callable[[Results], dict[str, Any] | None]]
+
+
+def columns(record: Mapping[str, Any]) -> list[Column]:
+    """Heading and figure of each column that some results of a record have."""
+    every = [found for sets in record["results"].values() for found in sets.values()]
+
+    def at(*keys: str) -> Callable[[Results], dict[str, Any] | None]:
+        def find(found: Results) -> dict[str, Any] | None:
+            value: Any = found
+            for key in keys:
+                value = value.get(key, {})
+            return value if "accuracy" in value else None
+
+        return find
+
+    def best(method: str) -> Callable[[Results], dict[str, Any] | None]:
+        def find(found: Results) -> dict[str, Any] | None:
+            pools = found.get(method, {}).values()
+            return max(pools, key=lambda one: one["validation"], default=None)
+
+        return find
+
+    candidates = [
+        *[(f"k-NN {k}", at("knn", str(k))) for k in _numbers(every, "knn")],
+        ("linear", best("linear")),
+        ("logreg", best("logreg")),
+        *[(f"{n}-shot", at("few-shot", str(n))) for n in _numbers(every, "few-shot")],
+    ]
+    return [(name, find) for name, find in candidates if any(find(found) for found in every)]
+
+
+def _numbers(every: Iterable[Results], method: str) -> list[int]:
+    """Of neighbours or shots, as the keys of their figures say them."""
+    return sorted({int(number) for found in every for number in found.get(method, {})})
+
+
+def rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Results]]:
+    """Set, subject and results, sets first."""
+    for name in record["data"]:
+        for subject, sets in record["results"].items():
+            if name in sets:
+                yield name, subject, sets[name]
+
+
+def cell(found: Mapping[str, Any] | None) -> str:
+    """A figure as people read it: with half its interval, or with its spread over draws."""
+    if found is None:
+        return "-"
+    margin = found["spread"] if "spread" in found else (found["high"] - found["low"]) / 2
+    return f"{found['accuracy']:.1f} ± {margin:.1f}"
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """A record as a Markdown table: a line a set and subject."""
+    return figures(record, columns(record), cell)
+
+
+def figures(
+    record: Mapping[str, Any], shown: Sequence[Column], written: Callable[[Mapping[str, Any] | None], str]
+) -> str:
+    """Some columns of a record as a Markdown table, each figure written in one way; no line without a figure."""
+    lines = [(name, subject, [find(found) for _, find in shown]) for name, subject, found in rows(record)]
+    texts = [[name, subject, *map(written, line)] for name, subject, line in lines if any(line)]
+    return markdown(["data", "features of", *[name for name, _ in shown]], texts)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in plain text, too."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "| " + " | ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
+
+
+def with_interval(found: Mapping[str, Any] | None) -> str:
+    """A figure with the whole of its 95 % interval, or with its spread over draws."""
+    if found is None or "spread" in found:
+        return cell(found)
+    return f"{found['accuracy']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
+
+
+def classifier_table(record: Mapping[str, Any]) -> str:
+    """Linear probe and logistic regression of every pool, with what their validation images chose."""
+    lines = []
+    for name, subject, found in rows(record):
+        linear, logreg = found.get("linear", {}), found.get("logreg", {})
+        for pool in dict.fromkeys([*linear, *logreg]):
+            chosen = [*_choice(linear.get(pool), "lr"), *_choice(logreg.get(pool), "C")]
+            lines.append([name, subject, pool, *chosen])
+    chosen = ["linear", "lr", "validation", "logreg", "C", "validation"]
+    return markdown(["data", "features of", "pool", *chosen], lines)
+
+
+def _choice(found: Mapping[str, Any] | None, setting: str) -> tuple[str, str, str]:
+    if found is None:
+        return "-", "-", "-"
+    return with_interval(found), f"{found[setting]:.2g}", f"{found['validation']:.1f}"
+
+
+# Several trainings by one recipe.
+
+RUNS_TO_PREDICT = 3  # of two runs the interval is so wide that it says nothing
+T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t, by runs
+
+
+def further_run(accuracies: Sequence[float]) -> tuple[float, float] | None:
+    """Where the figure of one more run lies in 95 of 100 cases, of runs that are spread as a normal distribution.
+
+    The prediction interval of a single observation: mean ± t s sqrt(1 + 1/n), s the deviation of the n runs.
+
+    Args:
+        accuracies: of runs that differ in their seed, on the same test images.
+
+    Returns:
+        Lower and upper end, in their unit; None of fewer than three runs.
+    """
+    runs = len(accuracies)
+    if runs < RUNS_TO_PREDICT:
+        return None
+    half = T_95[min(runs, max(T_95))] * stdev(accuracies) * math.sqrt(1 + 1 / runs)
+    return mean(accuracies) - half, mean(accuracies) + half
+
+
+def foretold(accuracies: Sequence[float]) -> list[bool]:
+    """Of each run in turn: whether it lies where the others say that a further run does. Of fewer than four, none."""
+    others = [further_run([*accuracies[:at], *accuracies[at + 1 :]]) for at in range(len(accuracies))]
+    return [where[0] <= one <= where[1] for one, where in zip(accuracies, others, strict=True) if where]
+
+
+# Many records as one.
+
+CHOICES = ("methods", "pools", "ks", "shots")  # of a protocol: which figures there are, and not how they were made
+
+
+def merge(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What several records of the same encoder say together: results, data and protocol.
+
+    Args:
+        records: by the names of their files.
+
+    Raises:
+        UsageError: records that contradict each other, or whose figures are not comparable.
+    """
+    whole: dict[str, Any] = {"results": {}, "data": {}, "protocol": {}}
+    for file, record in records.items():
+        how = {key: value for key, value in record["protocol"].items() if key not in CHOICES}
+        images = {name: {**facts, "source": name} for name, facts in record["data"].items()}  # wherever they lay
+        for part, found in (("protocol", how), ("data", images), ("results", record["results"])):
+            _join(whole[part], found, f"{file}: {part}")
+    return whole
+
+
+def _join(there: dict[str, Any], found: Mapping[str, Any], where: str) -> None:
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            _join(there.setdefault(key, {}), value, f"{where}, {key}")
+        elif there.setdefault(key, value) != value:
+            raise UsageError(
+                f"{where}, {key} is {value!r}, and {there[key]!r} in another record: figures that stand beside each "
+                "other must be of the same images, settings and weights. Measure them together, in one command."
+            )
+
+
+def plot(record: Mapping[str, Any], file: Path) -> None:
+    """A record as a picture: a panel a set, a line a method, a dot with its interval a subject.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    need_matplotlib("the plot of an evaluation needs")
+    from matplotlib.figure import Figure
+
+    shown, names = columns(record), list(record["data"])
+    subjects = list(record["results"])
+    height = 1.4 + len(shown) * max(0.3, 0.16 * len(subjects))
+    figure = Figure(figsize=(max(4.5, 3.2 * len(names)), height), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=True):
+        for number, subject in enumerate(subjects):
+            _draw(panel, record["results"][subject].get(name, {}), shown, number, len(subjects), subject)
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("accuracy, %", fontsize=9)
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.set_xlim(left=0)
+    panels[0].set_yticks(range(len(shown)), [heading for heading, _ in shown], fontsize=9)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(subjects)), fontsize=9, frameon=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name in a script that the font lacks
+        figure.savefig(file)
+
+
+def _draw(panel: Any, found: Results, shown: list[Column], number: int, of: int, subject: str) -> None:
+    """The dots of one subject in one panel, a little above or below the line so that none hides another."""
+    offset = (number - (of - 1) / 2) * 0.7 / max(of, 1)
+    dots = [(place + offset, one) for place, (_, find) in enumerate(shown) if (one := find(found))]
+    lows = [one["accuracy"] - one.get("low", one["accuracy"] - one.get("spread", 0)) for _, one in dots]
+    highs = [one.get("high", one["accuracy"] + one.get("spread", 0)) - one["accuracy"] for _, one in dots]
+    panel.errorbar(
+        [one["accuracy"] for _, one in dots], [place for place, _ in dots], xerr=[lows, highs], fmt="o", markersize=4,
+        linewidth=1.2, color=COLORS[number % len(COLORS)], label=subject,
+    )  # fmt: skip
+
+
+def interval(accuracy: float, images: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval of an accuracy, both 0 to 1.
+
+    Drawing n outcomes of 0 and 1 with replacement gives a binomial count, so that is what is drawn.
+
+    Args:
+        accuracy: share of hits.
+        images: it was measured on.
+    """
+    counts = np.random.default_rng(0).binomial(images, accuracy, RESAMPLES)
+    low, high = np.percentile(counts / images, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def score(right: np.ndarray) -> dict[str, float]:
+    """Accuracy and its 95 % interval, in percent, of outcomes (N,) that are right or wrong."""
+    accuracy = float(right.mean())
+    low, high = interval(accuracy, len(right))
+    return {"accuracy": _percent(accuracy), "low": _percent(low), "high": _percent(high)}
+
+
+def need_matplotlib(what: str) -> None:
+    """Raise a UsageError that begins with `what`, such as "the charts need", where matplotlib is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it imports may be newer than itself
+            import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise UsageError(f'{what} matplotlib: pip install "micl-zoo[train]"') from None
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 2)

@@ -1,0 +1,300 @@
+"""An encoder with a linear head: built from an encoder, trained a step at a time, tested, saved as a timm model.
+
+Shapes: B images a batch, b of this process's share of it, S side in pixels, C classes, D width, L branches that can be
+dropped: two a block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import timm
+import torch
+from timm.data import Mixup
+from timm.layers import DropPath
+from timm.loss import SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from micl_zoo.encoders.encoder import Encoder
+from micl_zoo.encoders.weights import EncoderConfig, save_weights, write_weights
+from micl_zoo.errors import SourceError, UsageError
+from micl_zoo.images.transform import Transform
+
+from ..evaluation.tables import score
+from ..recipes import FineTuneRecipe
+from ..run.optim import make_layered_optimizer
+from ..run.order import RefusedImage, seeded
+from ..run.ranks import Ranks
+from .augment import Pictures, Resized, drawing
+
+TOP = 5  # guesses an image of the second accuracy, told where there are more classes than twice as many
+TIMM_POOL = {"mean": "avg", "cls": "token"}
+
+
+def make_classifier(encoder: Encoder, recipe: FineTuneRecipe, classes: int) -> VisionTransformer:
+    """The encoder's ViT with a linear head, on the CPU, in train mode; the encoder keeps its own weights.
+
+    With pool "mean" the final norm comes after the mean and is new, as in MAE: the encoder's own, which is of single
+    tokens, is left out. The position table is trained along with the rest.
+
+    Args:
+        encoder: in torch.
+        recipe: for the pool, drop path, the head's first weights and the seed.
+        classes: C.
+    """
+    model: VisionTransformer = timm.create_model(
+        encoder.config.architecture,
+        num_classes=classes,
+        **{**encoder.config.model_args, "global_pool": TIMM_POOL[recipe.pool], "drop_path_rate": recipe.drop_path},
+    )
+    state, new = encoder.vit.state_dict(), {"head.weight", "head.bias"}
+    if recipe.pool == "mean":
+        state = {key: value for key, value in state.items() if not key.startswith("norm.")}
+        new |= {"fc_norm.weight", "fc_norm.bias"}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) == new, missing
+    assert not unexpected, unexpected
+    generator = seeded(recipe.seed, 2)  # on the CPU: the same weights for every device
+    nn.init.trunc_normal_(model.head.weight, std=recipe.head_std, generator=generator)
+    nn.init.zeros_(model.head.bias)
+    for block in model.blocks:
+        for name, module in block.named_children():
+            if isinstance(module, DropPath):
+                setattr(block, name, GivenDropPath(module.drop_prob))
+    return model.train()
+
+
+class GivenDropPath(nn.Module):
+    """timm's DropPath, but the random numbers are handed in: they do not depend on how a batch is shared or cut.
+
+    Attributes:
+        drop_prob: of a branch's output being set to 0; the others are scaled to keep the mean.
+        draws: (b,) uniform, of the images that come next.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.draws = torch.empty(0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, N, D), the same shape back."""
+        if not self.training:
+            return tokens
+        kept = (self.draws >= self.drop_prob).to(tokens) / (1 - self.drop_prob)
+        return tokens * kept[:, None, None]
+
+
+class ClassifierStep:
+    """Takes steps: `step(pictures)` changes the weights in place.
+
+    Attributes:
+        model: on its device, under its own names.
+        optimizer: of the recipe.
+        ema: running means of the weights, or None.
+        autocast: dtype of the matrix products, None for that of the weights.
+
+    Args:
+        model: made by `make_classifier`, on its device.
+        recipe: of the run.
+        ranks: this process among all.
+        autocast: dtype of the matrix products, None for that of the weights.
+        micro_batch: images a forward pass at most; None takes the share whole. The gradients are the same.
+
+    Raises:
+        UsageError: a batch that does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        recipe: FineTuneRecipe,
+        ranks: Ranks | None = None,
+        *,
+        autocast: torch.dtype | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        world = 1 if ranks is None else ranks.world
+        check_share(recipe, world)
+        self.model, self.recipe, self.autocast = model, recipe, autocast
+        self.micro_batch = micro_batch or recipe.batch_size
+        self.optimizer = make_layered_optimizer(model, recipe)
+        self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self._drops = [module for module in model.modules() if isinstance(module, GivenDropPath)]
+        self._loss = SoftTargetCrossEntropy()
+        self._mixup = Mixup(
+            recipe.mixup,
+            recipe.cutmix,
+            prob=recipe.mix_probability if recipe.mixup or recipe.cutmix else 0.0,
+            label_smoothing=recipe.label_smoothing,
+            num_classes=model.num_classes,
+        )
+        device = model.cls_token.device
+        own = [device] if device.type == "cuda" else None
+        self._forward = model if world == 1 else DistributedDataParallel(model, own, gradient_as_bucket_view=True)
+
+    def __call__(self, pictures: Pictures) -> Tensor:
+        """One step.
+
+        Returns:
+            Loss () of this share, without gradient and still on the device. The mean over the processes is the batch's.
+        """
+        loss = self.accumulate(pictures)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return loss
+
+    def accumulate(self, pictures: Pictures) -> Tensor:
+        """The gradients of one step, without taking it."""
+        with drawing(self.recipe.seed, 5, pictures.step):  # the same shares and boxes on every rank
+            pixels, targets = self._mixup(pictures.pixels, pictures.labels)  # (b, 3, S, S), (b, C)
+        draws = self._drop_draws(pictures)  # (L, b)
+        count = -(-len(pixels) // self.micro_batch)
+        pieces = list(zip(pixels.chunk(count), targets.chunk(count), draws.chunk(count, dim=1), strict=True))
+        losses = []
+        for piece in pieces:
+            with self._synchronise(piece is pieces[-1]):
+                loss = self._piece_loss(*piece) * (len(piece[0]) / len(pixels))
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _piece_loss(self, pixels: Tensor, targets: Tensor, draws: Tensor) -> Tensor:
+        for drop, drawn in zip(self._drops, draws, strict=True):
+            drop.draws = drawn
+        with torch.autocast(pixels.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            logits = self._forward(pixels)  # (b, C)
+        return cast(Tensor, self._loss(logits.float(), targets))
+
+    def _drop_draws(self, pictures: Pictures) -> Tensor:
+        generator = seeded(self.recipe.seed, 6, pictures.step)
+        draws = torch.rand(len(self._drops), self.recipe.batch_size, generator=generator)
+        return draws[:, pictures.places].to(pictures.pixels.device, non_blocking=True)
+
+    def _synchronise(self, now: bool) -> AbstractContextManager[None]:
+        """Whether the backward pass in this context averages the gradients over the processes."""
+        wrapped = self._forward
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not now else nullcontext()
+
+
+def check_share(recipe: FineTuneRecipe, world: int) -> None:
+    """A batch falls into equal shares, and each of them into pairs.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if recipe.batch_size % (2 * world):
+        near = max(1, round(recipe.batch_size / (2 * world))) * 2 * world
+        raise UsageError(
+            f"batch_size={recipe.batch_size} does not fall into pairs that {world} processes can share alike: "
+            f"--set batch_size={near}, or another number of GPUs"
+        )
+
+
+class Tested(NamedTuple):
+    """What a classifier makes of a test part.
+
+    Attributes:
+        top1: (n,) bool, an entry an image that can be decoded: the best guess is right.
+        top5: (n,) bool: one of the five best guesses is.
+        refused: the images that cannot be decoded; they are not counted.
+    """
+
+    top1: np.ndarray
+    top5: np.ndarray
+    refused: list[RefusedImage]
+
+    def scores(self, classes: int) -> dict[str, dict[str, float]]:
+        """Accuracy and its interval in percent: top1, and top5 where there are more than ten classes."""
+        return {"top1": score(self.top1)} | ({"top5": score(self.top5)} if classes > 2 * TOP else {})
+
+
+@torch.inference_mode()
+def measure_classifier(
+    model: VisionTransformer,
+    batches: Iterator[Resized],
+    transform: Transform,
+    ranks: Ranks,
+    *,
+    autocast: torch.dtype | None = None,
+) -> Tested:
+    """Test on the shares of all ranks together; each image counts once.
+
+    Args:
+        model: left in the mode that it was in.
+        batches: this rank's share of the test part, on the device of the model.
+        transform: of the encoder, to normalise.
+        ranks: this process among all.
+        autocast: dtype of the matrix products, None for that of the weights.
+
+    Raises:
+        SourceError: a test part of which nothing can be decoded.
+    """
+    before, right, refused = model.training, list[list[list[bool]]](), list[RefusedImage]()
+    model.eval()
+    for pixels, labels, bad in batches:
+        refused += bad
+        if len(pixels):
+            with torch.autocast(pixels.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+                logits = model(transform.normalise(pixels)).float()  # (n, C)
+            guesses = logits.topk(min(TOP, model.num_classes)).indices  # (n, 5)
+            hit = guesses == labels[:, None]
+            right.append(torch.stack([hit[:, 0], hit.any(1)], dim=1).tolist())
+    model.train(before)
+    told = ranks.gather(([pair for piece in right for pair in piece], [tuple(image) for image in refused]))
+    pairs = np.array([pair for pairs, _ in told for pair in pairs], dtype=bool).reshape(-1, 2)
+    if not len(pairs):
+        raise SourceError("no image of the test part can be decoded: look whether the data are still there, and whole")
+    return Tested(pairs[:, 0], pairs[:, 1], [RefusedImage(*image) for _, bad in told for image in bad])
+
+
+def save_classifier(
+    folder: Path,
+    state: dict[str, Tensor],
+    config: EncoderConfig,
+    recipe: FineTuneRecipe,
+    classes: Sequence[str],
+    provenance: dict[str, Any],
+) -> Path:
+    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` takes; returns the weights file.
+
+    Args:
+        folder: made if need be.
+        state: of `make_classifier`'s model.
+        config: of the encoder.
+        recipe: for the pool.
+        classes: names, by number.
+        provenance: goes into the file's header.
+    """
+    body, pool = json.loads(config.to_json()), TIMM_POOL[recipe.pool]
+    body |= {"num_classes": len(classes), "global_pool": pool, "label_names": list(classes)}
+    body["model_args"] = {**config.model_args, "global_pool": pool}
+    body["pretrained_cfg"] |= {"num_classes": len(classes), "label_names": list(classes)}
+    return write_weights(folder, state, body, provenance, "float32")
+
+
+def save_backbone(
+    folder: Path,
+    state: dict[str, Tensor],
+    config: EncoderConfig,
+    recipe: FineTuneRecipe,
+    provenance: dict[str, Any],
+) -> Path:
+    """Write a classifier without its head as an encoder, which `micl_zoo.load(weights=…)` takes; returns the file.
+
+    An encoder has its final norm before it pools. With pool "mean" it gets the classifier's norm, which was trained for
+    the mean of the patch tokens: the embeddings by pool "mean" are near what the head saw, and not equal to it.
+    """
+    renamed = {"fc_norm.weight": "norm.weight", "fc_norm.bias": "norm.bias"} if recipe.pool == "mean" else {}
+    kept = {renamed.get(key, key): value for key, value in state.items() if not key.startswith("head.")}
+    return save_weights(folder, kept, config, provenance, "float32")

@@ -1,0 +1,338 @@
+"""What this machine makes of a recipe: the rate of a training step beside the matrix rate, and the rate of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.device import default_workers, resolve_device, usable_cores
+from micl_zoo.progress import progress
+from micl_zoo.sources.listing import index_source
+
+from ..micl import draw_views, kept_patches
+from ..recipes import Recipe, get_recipe
+from ..run.loop import resolve_autocast
+from ..run.optim import set_learning_rate
+from ..run.provenance import code_commit, machine
+from .data import MemoryCorpus, Seen, StreamedCorpus, draw, normalise
+from .plan import step_flops
+from .pretrain import make_model
+from .step import TrainStep
+
+T = TypeVar("T")
+
+WARM_UP_STEPS = 3  # the compiler and the allocator are done after these
+CPU_BATCH = 64  # images a step where no GPU's memory asks for more
+MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}
+CACHED_IMAGES = 4096  # random images in the place of a corpus in memory
+DATA_BATCH = 128  # images a worker prepares at a time
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """Rates of a training step.
+
+    Attributes:
+        recipe, device, precision, batch_size: what was run.
+        images_per_second: with the preparation of the batches.
+        gflop_per_image: of the model, forward and backward, see `plan.step_flops`.
+        model_tflops: images_per_second times that.
+        matrix_tflops: of a large product of random matrices in the same precision.
+        share: model_tflops / matrix_tflops, from 0 to 1 (MFU against the measured rate).
+        data_wait: share of the time that preparing batches adds.
+        peak_memory_gib: of the device; on a CPU of the whole process.
+    """
+
+    recipe: str
+    device: str
+    precision: str
+    batch_size: int
+    images_per_second: float
+    gflop_per_image: float
+    model_tflops: float
+    matrix_tflops: float
+    share: float
+    data_wait: float
+    peak_memory_gib: float
+
+    def json(self) -> str:
+        """For a record: the figures, and what they were measured with."""
+        return _record(self)
+
+    def text(self) -> str:
+        """For a person."""
+        return "\n".join(
+            [
+                f"{self.recipe} on {self.device} in {self.precision}, {self.batch_size} images a step",
+                f"images/s      {self.images_per_second:,.1f}",
+                f"model         {self.model_tflops:,.3f} TFLOP/s "
+                f"({self.images_per_second:,.1f} x {self.gflop_per_image:.2f} GFLOP an image)",
+                f"matrix rate   {self.matrix_tflops:,.3f} TFLOP/s, measured; the step reaches {self.share:.1%} of it",
+                f"data wait     {self.data_wait:.1%} of the time",
+                f"peak memory   {self.peak_memory_gib:.2f} GiB",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class DataRates:
+    """Rates of the data path.
+
+    Attributes:
+        recipe, images, workers, cores: what was run.
+        alone: images/s of one core, in this process.
+        together: images/s of all workers.
+        wanted: images/s that the GPUs take.
+        cores_wanted: cores that deliver as much, at the rate of one core among those that worked together.
+    """
+
+    recipe: str
+    images: int
+    workers: int
+    cores: int
+    alone: float
+    together: float
+    wanted: float
+    cores_wanted: int
+
+    def json(self) -> str:
+        """For a record: the figures, and what they were measured with."""
+        return _record(self)
+
+    def text(self) -> str:
+        """For a person."""
+        return "\n".join(
+            [
+                f"{self.recipe}, {self.images:,} images: read, decoded, cut to the visible patches",
+                f"one core      {self.alone:,.1f} images/s",
+                f"{self.workers} workers     {self.together:,.1f} images/s on {self.cores} cores",
+                f"wanted        {self.wanted:,.0f} images/s: {self.cores_wanted} cores like these",
+            ]
+        )
+
+
+def bench_step(
+    recipe: str,
+    *,
+    overrides: Sequence[str] = (),
+    batch_size: int | None = None,
+    seconds: float = 20,
+    device: str = "auto",
+) -> StepRates:
+    """Train for some seconds on made-up pixels; nothing is written.
+
+    Args:
+        recipe: its name.
+        overrides: "key=value" changes to it.
+        batch_size: images a step; by default the recipe's group, on a GPU halved until it fits, on a CPU 64 at most.
+        seconds: to measure, after the compiler is done.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+    """
+    target, chosen = resolve_device(device), get_recipe(recipe, overrides)
+    autocast = resolve_autocast(chosen, target)
+    size = batch_size or (min(chosen.contrast_size, CPU_BATCH) if target.type == "cpu" else chosen.contrast_size)
+    chosen, (rate, alone, peak) = at_a_size_that_fits(
+        chosen, size, batch_size is None, lambda sized: _step_rates(sized, target, autocast, seconds)
+    )
+    matrix, flops = matrix_rate(target, autocast or torch.float32), step_flops(chosen).total
+    return StepRates(
+        recipe=chosen.name,
+        device=device_name(target),
+        precision="fp32" if autocast is None else "bf16",
+        batch_size=chosen.batch_size,
+        images_per_second=round(rate, 2),
+        gflop_per_image=round(flops / 1e9, 3),
+        model_tflops=round(rate * flops / 1e12, 4),
+        matrix_tflops=round(matrix / 1e12, 4),
+        share=round(rate * flops / matrix, 4),
+        data_wait=round(max(0.0, 1 - rate / alone), 4),
+        peak_memory_gib=round(peak / 2**30, 2),
+    )
+
+
+def bench_data(
+    recipe: str,
+    data: Sequence[str],
+    *,
+    overrides: Sequence[str] = (),
+    workers: int | None = None,
+    seconds: float = 20,
+    wanted: float = 8500,
+) -> DataRates:
+    """Read, decode and cut images for some seconds, in one process and then in all workers.
+
+    Args:
+        recipe: its name.
+        data: sources of images.
+        overrides: "key=value" changes to the recipe.
+        workers: processes; by default one a core, 16 at most.
+        seconds: to measure, half of them for one process.
+        wanted: images/s that the GPUs take.
+    """
+    index, cores = index_source(data), usable_cores()
+    count_ = default_workers() if workers is None else workers
+    size = max(2, min(DATA_BATCH, len(index)))
+    chosen = dataclasses.replace(get_recipe(recipe, overrides), batch_size=size, contrast_batch=0, cache="none")
+    rates = []
+    for number in (0, max(1, count_)):
+        corpus = StreamedCorpus(index, number, torch.device("cpu"))
+        with progress(f"{number or 'no'} workers", round(seconds / 2), unit="s") as tick:
+            rates.append(_data_rate(corpus, chosen, seconds / 2, max(1, number), tick))
+    each = rates[1] / min(max(1, count_), cores)
+    return DataRates(
+        recipe=chosen.name,
+        images=len(index),
+        workers=max(1, count_),
+        cores=cores,
+        alone=round(rates[0], 1),
+        together=round(rates[1], 1),
+        wanted=wanted,
+        cores_wanted=-(-int(wanted) // max(1, int(each))),
+    )
+
+
+def at_a_size_that_fits(recipe: Recipe, size: int, halve: bool, measure: Callable[[Recipe], T]) -> tuple[Recipe, T]:
+    """Measure a recipe at a batch of `size` images, or at the first half of it that fits into the memory.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit, and is not to be halved or cannot be.
+    """
+    while True:
+        sized = dataclasses.replace(recipe, batch_size=size, contrast_batch=0)
+        try:
+            return sized, measure(sized)
+        except torch.OutOfMemoryError:
+            if not halve or size < 4:
+                raise
+            size //= 2
+        torch.cuda.empty_cache()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 2) -> float:
+    """FLOP/s of a large product of random matrices, the best of several tries."""
+    side = MATRIX_SIDE.get(device.type, 2048)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best, stop = 0.0, time.monotonic() + seconds
+    for tries in count():
+        if tries > 3 and time.monotonic() > stop:
+            return best
+        best = max(best, 2 * side**3 / timed(lambda: left @ right, device))
+    raise AssertionError
+
+
+def timed(what: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    settle(device)
+    start = time.perf_counter()
+    what()
+    settle(device)
+    return time.perf_counter() - start
+
+
+def settle(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The card, or the processor and its threads."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+
+
+def made_up_patches(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random patches (B, V, K/V, P) uint8 on the host, pinned for a GPU, and their places (B, V, K/V) on the device."""
+    kept = kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)
+    shape = (recipe.batch_size, recipe.views, kept // recipe.views, 3 * recipe.patch_size**2)
+    pixels = torch.randint(256, shape, dtype=torch.uint8)
+    views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio, recipe.views)
+    return (pixels.pin_memory() if device.type == "cuda" else pixels), views.to(device)
+
+
+def _record(rates: StepRates | DataRates) -> str:
+    made_with = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": code_commit(),
+        "processor": machine(torch.device("cpu"))["processor"],
+        "versions": package_versions(),
+    }
+    return json.dumps({**dataclasses.asdict(rates), **made_with}, indent=1)
+
+
+def _batches(recipe: Recipe, device: torch.device) -> Iterator[Seen]:
+    """Made-up batches without end, prepared on the device as those of a run are."""
+    if recipe.cache == "memory":
+        shape = (max(CACHED_IMAGES, recipe.batch_size), 3, recipe.source_size, recipe.source_size)
+        images = torch.randint(256, shape, dtype=torch.uint8).to(device)
+        corpus = MemoryCorpus(images, torch.ones(len(images)), torch.arange(len(images)), [])
+        yield from corpus.batches(recipe, 0, sys.maxsize)
+    pixels, views = made_up_patches(recipe, device)
+    for step in count():
+        draws = type(drawn := draw(recipe, step))(*(numbers.to(device, non_blocking=True) for numbers in drawn))
+        yield Seen(step, normalise(pixels.to(device, non_blocking=True), draws, recipe), views)
+
+
+def _step_rates(
+    recipe: Recipe, device: torch.device, autocast: torch.dtype | None, seconds: float
+) -> tuple[float, float, int]:
+    """Images/s with preparing the batches and without, and the peak memory in bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step, batches = TrainStep(make_model(recipe, device), recipe, autocast=autocast), _batches(recipe, device)
+    set_learning_rate(step.optimizer, 1e-6)
+    seen = next(batches)
+    for _ in range(WARM_UP_STEPS):
+        step(seen.patches, seen.views)
+
+    def whole() -> None:
+        fresh = next(batches)
+        step(fresh.patches, fresh.views)
+
+    with_data: list[float] = []
+    without: list[float] = []
+    with progress(recipe.name, round(seconds), unit="s") as tick:
+        stop = time.monotonic() + seconds
+        while not with_data or time.monotonic() < stop:
+            before = time.monotonic()  # in turn, so that a slower minute of the machine hits both alike
+            with_data.append(timed(whole, device))
+            without.append(timed(lambda: step(seen.patches, seen.views), device))
+            tick(int(time.monotonic()) - int(before))
+    rates = [recipe.batch_size * len(times) / sum(times) for times in (with_data, without)]
+    return rates[0], rates[1], _peak_memory(device)
+
+
+def _data_rate(
+    corpus: StreamedCorpus, recipe: Recipe, seconds: float, workers: int, tick: Callable[[int], None]
+) -> float:
+    batches = iter(corpus.batches(recipe, 0, 1_000_000))
+    for _ in range(workers):  # all of them have started, and the queue is as full as it stays
+        next(batches)
+    start, done = time.monotonic(), 0
+    while (now := time.monotonic() - start) < seconds or not done:
+        next(batches)
+        done += recipe.batch_size
+        tick(int(time.monotonic() - start) - int(now))
+    return done / (time.monotonic() - start)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,540 @@
+"""ImageIndex -> training batches: the order and every random draw are pure functions of (seed, epoch or step).
+
+Shapes: B images, S source size, C crop size, V views, K/V patches a view, P numbers a patch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
+from itertools import islice, pairwise
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from micl_zoo.encoders.device import default_workers
+from micl_zoo.errors import Refused, SourceError
+from micl_zoo.images.decode import decode, decode_crop
+from micl_zoo.sources.listing import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
+
+from ..micl import draw_views, gather_patches
+from ..recipes import AnyRecipe, Recipe
+from ..run.order import RefusedImage, seeded, steps_per_epoch
+
+LINUX = sys.platform == "linux"
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop: after ten crops that do not fit, the whole image
+CROP_DRAWS = 2 * CROP_TRIES + 2  # an area and an aspect ratio a try, and one place
+SUBSTITUTES = 20  # images that are tried in the place of one that cannot be decoded
+PIECE = 256  # images that a worker cuts at a time, at most: 7.5 MB of the 38 patches of 768 numbers of an in1k recipe
+WINDOW = 16_384  # rows of a parquet corpus, at least, that are shuffled together: of whole row groups from everywhere
+T = TypeVar("T")
+
+
+class Share(NamedTuple):
+    """Which part of each batch this process takes: the rank-th of `world` equal parts, in order."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, rows: Tensor) -> Tensor:
+        """(B, ...) -> (B / world, ...)."""
+        size = len(rows) // self.world
+        return rows[self.rank * size : (self.rank + 1) * size]
+
+
+WHOLE = Share()
+
+
+class Seen(NamedTuple):
+    """What the network sees of this process's share of a batch.
+
+    Attributes:
+        step: number of the batch.
+        patches: (B, V, K/V, P) float32, normalised.
+        views: (B, V, K/V), where in the crop's grid they are.
+    """
+
+    step: int
+    patches: Tensor
+    views: Tensor
+
+
+class Batch(NamedTuple):
+    """Source pixels and what to cut out of them.
+
+    Attributes:
+        images: (B, 3, S, S) uint8, whole images.
+        boxes: (B, 4) float32, left, top, right, bottom in pixels of `images`.
+    """
+
+    images: Tensor
+    boxes: Tensor
+
+
+class Draws(NamedTuple):
+    """Every random number of one batch, drawn on the CPU so that each device sees the same.
+
+    Attributes:
+        crops: (B, CROP_DRAWS) uniform.
+        flips: (B,) bool.
+        noise: (B, N) uniform, orders the patches.
+        gain: (B, V, 3, 1), bias: (B, V, 3, 1), grey: (B, V, 1, 1) bool: the colour change of each view.
+    """
+
+    crops: Tensor
+    flips: Tensor
+    noise: Tensor
+    gain: Tensor
+    bias: Tensor
+    grey: Tensor
+
+    def share(self, share: Share) -> Draws:
+        """Those of one process."""
+        return Draws(*(share.of(numbers) for numbers in self))
+
+
+Blocks = tuple[int, ...] | None
+
+
+def batch_rows(recipe: AnyRecipe, images: int, step: int, blocks: Blocks = None) -> Tensor:
+    """Rows of the corpus in batch number `step`: (B,).
+
+    An epoch is one permutation; its incomplete last batch is left out.
+
+    Args:
+        recipe: for the seed and the batch.
+        images: rows of the corpus.
+        step: number of the batch.
+        blocks: where the blocks of rows begin that are best read together; None for rows that stand alone.
+    """
+    epoch, at = divmod(step, steps_per_epoch(recipe, images))
+    return _epoch_order(recipe.seed, epoch, images, blocks)[at * recipe.batch_size : (at + 1) * recipe.batch_size]
+
+
+@lru_cache(maxsize=1)
+def _epoch_order(seed: int, epoch: int, images: int, blocks: Blocks) -> Tensor:
+    generator = seeded(seed, 0, epoch)
+    order = torch.randperm(images, generator=generator)
+    if blocks is None:
+        return order
+    sizes = torch.tensor((*blocks, images)).diff()
+    shuffled = torch.randperm(len(sizes), generator=generator)
+    window = torch.empty_like(sizes)  # of each block; whole blocks, so that none is read for two windows
+    window[shuffled] = (sizes[shuffled].cumsum(0) - 1) // WINDOW
+    return order[window.repeat_interleave(sizes)[order].argsort(stable=True)]
+
+
+def index_blocks(index: ImageIndex) -> Blocks:
+    """Where the row groups of a parquet corpus begin; None for a corpus of files or byte ranges.
+
+    A parquet row group can only be read whole, so a full permutation would read each of them once for every row in it.
+    In a mixed corpus each file and each byte range is a block of its own.
+    """
+    cells = index.table["length"].to_numpy() == PARQUET_CELL
+    if not cells.any():
+        return None
+    uris = index.table["uri"].combine_chunks().dictionary_encode()
+    files, offsets = uris.indices.to_numpy(), index.table["offset"].to_numpy()
+    groups = np.arange(len(index))  # no two alike
+    for first, stop in pairwise([0, *_changes(files), len(index)]):
+        if cells[first]:
+            ends = np.cumsum(parquet_row_groups(uris.dictionary[int(files[first])].as_py()))
+            groups[first:stop] = ends.searchsorted(offsets[first:stop], side="right")
+    return (0, *np.union1d(_changes(files), _changes(groups)).tolist())
+
+
+def _changes(values: np.ndarray) -> np.ndarray:
+    """Places whose value is not that of the place before."""
+    return np.flatnonzero(np.diff(values)) + 1
+
+
+def draw(recipe: Recipe, step: int) -> Draws:
+    """The random numbers of batch number `step`."""
+    generator, count = seeded(recipe.seed, 1, step), recipe.batch_size
+
+    def spread(width: float) -> Tensor:  # uniform in [-width, width], per view and channel
+        return (torch.rand(count, recipe.views, 3, 1, generator=generator) * 2 - 1) * width
+
+    return Draws(
+        crops=torch.rand(count, CROP_DRAWS, generator=generator),
+        flips=torch.rand(count, generator=generator) < recipe.flip_probability,
+        noise=torch.rand(count, recipe.num_patches, generator=generator),
+        gain=1 + spread(recipe.color_gain),
+        bias=spread(recipe.color_bias),
+        grey=torch.rand(count, recipe.views, 1, 1, generator=generator) < recipe.grey_probability,
+    )
+
+
+def crop_boxes(draws: Tensor, aspect: Tensor, recipe: Recipe) -> Tensor:
+    """RandomResizedCrop boxes for a batch, as shares of each image's sides.
+
+    Args:
+        draws: (B, CROP_DRAWS) uniform.
+        aspect: (B,) width / height of the images.
+        recipe: for the range of areas and of aspect ratios.
+
+    Returns:
+        (B, 4) left, top, right, bottom in [0, 1].
+    """
+    area_draw, ratio_draw = draws[:, :CROP_TRIES], draws[:, CROP_TRIES : 2 * CROP_TRIES]
+    area = recipe.crop_scale_min + area_draw * (recipe.crop_scale_max - recipe.crop_scale_min)  # (B, tries)
+    log_min, log_max = np.log(recipe.crop_ratio_min), np.log(recipe.crop_ratio_max)
+    ratio = torch.exp(log_min + ratio_draw * (log_max - log_min)) / aspect[:, None]  # in units of the image's own sides
+    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=-1)  # (B, tries, 2) width, height
+    fits = (size <= 1).all(-1)
+    first = fits.int().argmax(1)  # the first that fits
+    size = size[torch.arange(len(size)), first]
+    size = torch.where(fits.any(1)[:, None], size, torch.ones(()))  # (B, 2)
+    corner = draws[:, -2:] * (1 - size)
+    return torch.cat([corner, corner + size], dim=1)
+
+
+def resample(batch: Batch, flips: Tensor, size: int, filter_name: Literal["bicubic", "bilinear"]) -> Tensor:
+    """Cut, resize with antialiasing and flip a whole batch on its device: (B, 3, size, size) float32 in 0..255.
+
+    The filter is separable, so a crop is two batched matrix products; the weights are those of Pillow's
+    `Image.resize(…, box=…)`, without its rounding and clipping to uint8 between the passes.
+    """
+    left, top, right, bottom = batch.boxes.unbind(1)
+    down, across = batch.images.shape[2:]
+    columns = _filter_rows(left, right, across, size, filter_name)  # (B, size, S)
+    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    rows = _filter_rows(top, bottom, down, size, filter_name)
+    pixels = batch.images.float()
+    return (rows[:, None] @ (pixels @ columns.mT[:, None])).clamp_(0, 255)
+
+
+def _filter_rows(start: Tensor, stop: Tensor, length: int, size: int, filter_name: str) -> Tensor:
+    """Resampling weights along one axis: (B, size, length), each row summing to one."""
+    scale = (stop - start)[:, None, None] / size
+    centres = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (B, size, 1)
+    pixels = torch.arange(length, device=start.device) + 0.5
+    distance = ((pixels - centres) / scale.clamp(min=1)).abs()  # wider than a pixel when shrinking: antialiasing
+    weights = _cubic(distance) if filter_name == "bicubic" else (1 - distance).clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    near = (1.5 * distance - 2.5) * distance * distance + 1  # the cubic of a = -0.5
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """From source pixels to what the network sees, on the device of the batch.
+
+    Returns:
+        patches (B, V, K/V, P) float32, cropped, flipped, normalised, each view with its own colour change; and
+        views (B, V, K/V), where in the crop's grid they are.
+    """
+    device = batch.images.device
+    draws = Draws(*(numbers.to(device, non_blocking=True) for numbers in draws))
+    pixels = resample(batch, draws.flips, recipe.crop_size, recipe.interpolation)
+    views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)
+    return normalise(gather_patches(pixels, views, recipe.patch_size), draws, recipe), views
+
+
+def normalise(patches: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
+    """Patches (B, V, K/V, P) of pixels in 0..255 -> normalised, each view with its own colour change."""
+    device = patches.device
+    colors = patches.unflatten(3, (3, -1))
+    mean, std = (torch.tensor(v, device=device)[:, None] * 255 for v in (recipe.pixel_mean, recipe.pixel_std))
+    patches = ((colors - mean) / std).flatten(3)
+    return change_color(patches, draws) if recipe.view_color else patches
+
+
+def change_color(patches: Tensor, draws: Draws) -> Tensor:
+    """A random gain, bias and greyscale per view: patches (B, V, K/V, P), the same shape back."""
+    colors = patches.unflatten(3, (3, -1))  # (B, V, K/V, 3, p * p)
+    luma = torch.tensor([0.299, 0.587, 0.114], device=patches.device)[:, None]
+    grey = (colors * luma).sum(3, keepdim=True)
+    colors = torch.where(draws.grey[:, :, :, :, None], grey, colors)
+    return (colors * draws.gain[:, :, None] + draws.bias[:, :, None]).flatten(3)
+
+
+@dataclass
+class MemoryCorpus:
+    """A small corpus decoded once into memory, on the host or the device: crops are cut out of it batch by batch.
+
+    Attributes:
+        images: (M, 3, S, S) uint8; an image that is not square is squeezed to S x S and remembers its aspect ratio.
+        aspect: (M,) width / height before squeezing.
+        rows: (M,) where in the index they were.
+        refused: the images left out.
+    """
+
+    images: Tensor
+    aspect: Tensor
+    rows: Tensor
+    refused: list[RefusedImage]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def index_rows(self, recipe: Recipe, step: int) -> Tensor:
+        """Which images of the index a batch takes: (B,)."""
+        return self.rows[batch_rows(recipe, len(self), step)]
+
+    def batches(self, recipe: Recipe, first_step: int, last_step: int, share: Share = WHOLE) -> Iterator[Seen]:
+        """Batches number first_step to last_step - 1, on the device of the images."""
+        device = self.images.device
+        for step in range(first_step, last_step):
+            draws, rows = draw(recipe, step).share(share), share.of(batch_rows(recipe, len(self), step))
+            boxes = crop_boxes(draws.crops, self.aspect[rows], recipe) * recipe.source_size
+            yield Seen(step, *visible_patches(Batch(self.images[rows.to(device)], boxes.to(device)), draws, recipe))
+
+    @classmethod
+    def load(cls, index: ImageIndex, source_size: int, *, tick: Callable[[], None] = lambda: None) -> MemoryCorpus:
+        """Decode a whole index. `tick` is called once an image."""
+        images = torch.empty(len(index), 3, source_size, source_size, dtype=torch.uint8)
+        aspect, refused, reader = torch.ones(len(index)), [], Reader()
+        rows: list[int] = []
+        entries, row = index.entries(), 0
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+            while chunk := list(islice(entries, 4096)):
+                data = [_read(reader, entry) for entry in chunk]
+                for entry, found in zip(chunk, pool.map(lambda d: _squeeze(d, source_size), data), strict=True):
+                    tick()
+                    if isinstance(found, Refused):
+                        refused.append(RefusedImage(entry.id, found.reason, found.detail))
+                    else:
+                        images[len(rows)], aspect[len(rows)] = torch.from_numpy(found[0]), found[1]
+                        rows.append(row)
+                    row += 1
+        return cls(images[: len(rows)], aspect[: len(rows)], torch.tensor(rows, dtype=torch.int64), refused)
+
+
+@dataclass
+class StreamedCorpus:
+    """A large corpus: worker processes read, decode and cut each image; only its visible patches arrive, as uint8.
+
+    Attributes:
+        index: the images.
+        workers: processes; 0 decodes in this one.
+        device: where the batches go.
+        refused: images met so far that could not be decoded; another image of the corpus took each one's place.
+    """
+
+    index: ImageIndex
+    workers: int
+    device: torch.device
+    refused: list[RefusedImage] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def index_rows(self, recipe: Recipe, step: int) -> Tensor:
+        """Which images of the index a batch takes: (B,)."""
+        return batch_rows(recipe, len(self), step, index_blocks(self.index))
+
+    def batches(self, recipe: Recipe, first_step: int, last_step: int, share: Share = WHOLE) -> Iterator[Seen]:
+        """Batches number first_step to last_step - 1, on the device.
+
+        Raises:
+            SourceError: an image that cannot be decoded, and none of those tried in its place can be.
+        """
+        crops = _Crops(self.index, recipe, share)
+        loader = open_loader(
+            crops, range(first_step * crops.pieces, last_step * crops.pieces), self.workers, self.device
+        )
+        for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
+            draws = draw(recipe, step).share(share)
+            draws = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
+            views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)  # (B, V, K/V)
+            pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8, device=self.device)
+            for cut in cuts:
+                if isinstance(cut, SourceError):
+                    raise cut
+                self.refused += [image for image in dict.fromkeys(cut.refused) if image not in self.refused]
+                pixels[cut.places.to(self.device)] = cut.pixels.to(self.device, non_blocking=True)
+            yield Seen(step, normalise(pixels, draws, recipe), views)
+
+
+Corpus = MemoryCorpus | StreamedCorpus
+
+
+def open_loader(
+    pieces: Dataset[T | SourceError], numbers: Sequence[int], workers: int, device: torch.device
+) -> DataLoader[T | SourceError]:
+    """What `pieces` has under each of the numbers, in their order, made by `workers` processes or, with 0, by this one.
+
+    Args:
+        pieces: returns a SourceError rather than to raise it: what is raised in a worker arrives as a traceback's text.
+        numbers: of the pieces.
+        workers: processes.
+        device: where the pieces will go.
+    """
+    return DataLoader(
+        pieces,
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=partial(settle_worker, lifeline(os.getpid())),
+        multiprocessing_context="fork" if workers and LINUX else None,  # shares the index, starts at once
+    )
+
+
+def loader_workers(workers: int | None) -> int:
+    """Processes that decode for this rank: those asked for, or the machine's cores shared among its ranks."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, default_workers() // here) if workers is None else workers
+
+
+class _Cut(NamedTuple):
+    """A piece of this process's share of a batch, of b images.
+
+    Attributes:
+        places: (b,), where in the share they belong.
+        pixels: (b, V, K/V, P) uint8, their visible patches.
+        refused: the images met that could not be decoded.
+    """
+
+    places: Tensor
+    pixels: Tensor
+    refused: list[RefusedImage]
+
+
+class _Crops(Dataset[_Cut | SourceError]):
+    """Number of a piece, counted from step 0 on, -> its images, cut. Each batch is as many pieces."""
+
+    def __init__(self, index: ImageIndex, recipe: Recipe, share: Share) -> None:
+        self.index, self.recipe, self.share, self.reader = index, recipe, share, Reader()
+        self.blocks = index_blocks(index)
+        self.pieces = math.ceil(recipe.batch_size // share.world / PIECE)
+
+    def __getitem__(self, number: int) -> _Cut | SourceError:
+        try:
+            return self._cut(*divmod(number, self.pieces))
+        except SourceError as error:  # as it is: what is raised in a worker arrives as the text of a traceback
+            return error
+
+    def _cut(self, step: int, piece: int) -> _Cut:
+        recipe, refused = self.recipe, list[RefusedImage]()
+        rows = self.share.of(batch_rows(recipe, len(self.index), step, self.blocks))
+        places = rows.argsort().tensor_split(self.pieces)[piece]  # as they lie, so that few pieces read a row group
+        draws = Draws(*(numbers[places] for numbers in draw(recipe, step).share(self.share)))
+        views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)  # (b, V, K/V)
+        pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8)
+        for at, place in enumerate(places.tolist()):
+            whole_place = self.share.rank * len(rows) + place
+            make = partial(self._crop, draws=draws.crops[at], refused=refused)
+            crop = or_another(make, int(rows[place]), (recipe.seed, step, whole_place), len(self.index), refused)
+            crop = crop[:, ::-1] if draws.flips[at] else crop
+            pixels[at] = torch.from_numpy(_cut_patches(crop, views[at].numpy(), recipe.patch_size))
+        return _Cut(places, pixels, refused)
+
+    def _crop(self, row: int, draws: Tensor, refused: list[RefusedImage]) -> np.ndarray | None:
+        """(crop_size, crop_size, 3) uint8, or None with a line in `refused`."""
+        entry, side = self.index[row], self.recipe.crop_size
+
+        def box(width: int, height: int) -> Sequence[float]:
+            return crop_boxes(draws[None], torch.tensor([width / height]), self.recipe)[0].tolist()
+
+        try:
+            return decode_crop(self.reader.read(entry), box, side, self.recipe.interpolation)
+        except Refused as found:
+            refused.append(RefusedImage(entry.id, found.reason, found.detail))
+            return None
+
+
+def or_another(
+    make: Callable[[int], T | None],
+    row: int,
+    where: tuple[int, int, int],
+    images: int,
+    refused: Sequence[RefusedImage],
+) -> T:
+    """What `make` makes of the image in a row, or of another image where that one cannot be decoded.
+
+    Args:
+        make: from a row to what is trained on, or None with a line more in `refused`.
+        row: of the image that is wanted.
+        where: seed, step and place in the whole batch, which say what the others are: the same ones in any share.
+        images: rows there are.
+        refused: what `make` could not decode so far.
+
+    Raises:
+        SourceError: none of those tried in its place can be decoded either.
+    """
+    if (made := make(row)) is not None:
+        return made
+    damaged, (seed, step, place) = refused[-1], where
+    for other in torch.randint(images, (SUBSTITUTES,), generator=seeded(seed, 3, step, place)).tolist():
+        if (made := make(other)) is not None:
+            return made
+    raise SourceError(
+        f"{damaged.id!r} cannot be trained on ({damaged.reason}: {damaged.detail}), and neither can any of "
+        f"{SUBSTITUTES} images tried in its place: look whether the corpus is still there, and whole"
+    )
+
+
+def _cut_patches(crop: np.ndarray, views: np.ndarray, patch_size: int) -> np.ndarray:
+    """The visible patches of one crop (C, C, 3): (V, K/V, P), each flattened channel first."""
+    across = crop.shape[1] // patch_size
+    grid = crop.reshape(-1, patch_size, across, patch_size, 3).transpose(0, 2, 4, 1, 3)  # (down, across, 3, p, p)
+    return grid[views // across, views % across].reshape(*views.shape, -1)
+
+
+def _as_it_is(cut: Any) -> Any:
+    return cut
+
+
+def _read(reader: Reader, entry: Entry) -> bytes | Refused:
+    try:
+        return reader.read(entry)
+    except Refused as refused:
+        return refused
+
+
+def _squeeze(data: bytes | Refused, size: int) -> tuple[np.ndarray, float] | Refused:
+    if isinstance(data, Refused):
+        return data
+    try:
+        image = decode(data)
+    except Refused as refused:
+        return refused
+    aspect = image.width / image.height
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(image).transpose(2, 0, 1), aspect
+
+
+@cache
+def lifeline(parent: int) -> tuple[int, int]:
+    """The two ends of a pipe that closes when this process, `parent`, ends in any way; a process has one of its own."""
+    reading, writing = os.pipe()
+    atexit.register(os.close, writing)  # before multiprocessing waits for its children
+    return reading, writing
+
+
+def settle_worker(pipe: tuple[int, int], _: int) -> None:
+    """A worker leaves signals to its parent and ends with it; Pillow's complaints about odd files are for the ledger.
+
+    A scheduler's SIGTERM reaches all processes, and a worker that ended would take the run with it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.filterwarnings("ignore", module="PIL")
+    if LINUX:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.close(pipe[1])
+        threading.Thread(target=_end_with, args=(pipe[0],), daemon=True).start()
+
+
+def _end_with(reading: int) -> None:
+    os.read(reading, 1)  # nothing is ever written
+    os._exit(0)

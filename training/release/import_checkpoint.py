@@ -1,0 +1,233 @@
+"""A checkpoint of the authors' code (AnonymGiant/OCL) -> an encoder folder; nothing in the checkpoint is ever run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, save_weights
+from micl_zoo.encoders.zoo import ARCHS, Arch, timm_architecture
+from micl_zoo.errors import UsageError, WeightsError
+from micl_zoo.files import file_sha256
+from micl_zoo.images.transform import Transform
+
+from ..micl import position_table
+
+CROP_PCT = 224 / 256  # MAE's evaluation, which the authors' code keeps: 224 out of a shorter side of 256
+POSITION_TOLERANCE = 1e-5
+# Width and heads behind the size words in model names, as in the ViT papers and timm.
+SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}
+NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What a checkpoint holds besides the optimiser."""
+
+    state: Mapping[str, Tensor]
+    epoch: int | None
+    args: dict[str, Any]  # the run's command line, as JSON-able values
+
+
+def import_checkpoint(
+    checkpoint: Path, out: Path, *, name: str | None = None, license: str = "unknown", num_heads: int | None = None
+) -> Path:
+    """Turn a checkpoint into an encoder folder, which `micl_zoo.load(weights=…)` and timm's loaders take.
+
+    Args:
+        checkpoint: a .pth of the authors' code, a bare state dict, or a .safetensors file with one.
+        out: folder to write, without an encoder in it.
+        name: `arch.tag`; by default the known arch of that shape, and "imported".
+        license: of the weights. The authors' code is CC BY-NC 4.0; a file does not say whose it is.
+        num_heads: attention heads, where the shape is not a known one: weights do not tell.
+
+    Returns:
+        The weights file. Its header has the provenance: see `micl_zoo.weights.header`.
+
+    Raises:
+        WeightsError: a file that is not such a checkpoint, or that needs more than tensors and plain values to be read.
+        UsageError: an argument that is missing or does not fit, or a folder with an encoder in it.
+    """
+    if (out / WEIGHTS_FILE).exists():
+        raise UsageError(f"{str(out)!r} holds an encoder already: give a new folder")
+    found = _read(checkpoint)
+    where = repr(str(checkpoint))
+    state, left_out = _encoder_part(found.state)
+    shape, heads_from = _shape(state, num_heads, str(found.args.get("model", "")), where)
+    _check_state(state, shape, where)
+    provenance = {
+        "imported_from": {"file": checkpoint.name, "sha256": file_sha256(checkpoint)},
+        "epoch": found.epoch,
+        "args": found.args,
+        "license": license,
+        "shape": {**shape.sizes, "num_heads_from": heads_from},
+        "left_out": left_out,
+        "versions": package_versions(),
+    }
+    return save_weights(out, state, _config(shape, name, license), provenance, "float32")
+
+
+def _read(checkpoint: Path) -> _Checkpoint:
+    if not checkpoint.is_file():
+        raise WeightsError(f"no checkpoint at {str(checkpoint)!r}: expected a .pth or .safetensors file")
+    body = _load(checkpoint)
+    wrapped = isinstance(body, dict) and isinstance(body.get("model"), dict)
+    state = body["model"] if wrapped else body
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        keys = f"a dict with {_some(map(str, body))}" if isinstance(body, dict) else f"a {type(body).__name__}"
+        raise WeightsError(f"{str(checkpoint)!r} has no state dict, neither as `model` nor as a whole: it is {keys}")
+    rest = body if wrapped else {}
+    epoch, args = rest.get("epoch"), rest.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    state = {str(key): value.detach() for key, value in state.items()}
+    return _Checkpoint(state, epoch if isinstance(epoch, int) else None, _plain(args) if isinstance(args, dict) else {})
+
+
+def _load(checkpoint: Path) -> Any:
+    """The content of a file, by torch's restricted unpickler: tensors and plain values, and nothing that runs."""
+    where = repr(str(checkpoint))
+    if checkpoint.suffix == ".safetensors":
+        try:
+            return load_file(checkpoint)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{where} is damaged or no safetensors file: {error}") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Mapped where the format allows it, so that the optimiser's two thirds of the file stay on disk.
+            mapped = zipfile.is_zipfile(checkpoint)
+            return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # the unpickler raises whatever a damaged file makes it raise
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise WeightsError(
+                f"{where} asks for {foreign[1]}, which is neither a tensor nor a plain value. Reading that could run "
+                "code, so the file is refused; nothing in it was run. Ask its makers for the state dict alone: "
+                "torch.save(model.state_dict(), FILE)"
+            ) from None
+        raise WeightsError(
+            f"{where} is damaged or was not written by torch.save ({type(error).__name__}): fetch or copy it again"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it; what it cannot is named by its type."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value) if isinstance(value, float) else f"<{type(value).__name__}>"
+
+
+def _encoder_part(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Without DistributedDataParallel's prefix and the parts that only training needs; and the names of those parts."""
+    prefix = "module." if all(key.startswith("module.") for key in state) else ""
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    left_out = [key for key in state if key == "mask_token" or key.startswith(("decoder_", "head."))]
+    return {key: value for key, value in state.items() if key not in left_out}, left_out
+
+
+def _shape(state: Mapping[str, Tensor], num_heads: int | None, model: str, where: str) -> tuple[Arch, str]:
+    """The ViT's shape, read off its tensors, and where the number of heads comes from."""
+    if missing := [key for key in NEEDED if key not in state]:
+        raise WeightsError(f"{where} is no ViT of this method: it lacks {_some(missing)}; it has {_some(state)}")
+    cls_token, pos_embed, patches, hidden = (tuple(state[key].shape) for key in NEEDED)
+    grid = math.isqrt(pos_embed[1] - 1) if len(pos_embed) == 3 and pos_embed[1] > 1 else 0
+    ranks = tuple(map(len, (cls_token, patches, hidden)))
+    if ranks != (3, 4, 2) or 0 in (*cls_token, *patches, grid) or pos_embed[1] != 1 + grid * grid:
+        shapes = ", ".join(f"{key} {tuple(state[key].shape)}" for key in NEEDED)
+        raise WeightsError(f"{where} is no ViT of this method on square images: it has {shapes}")
+    width, depth = cls_token[2], len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    heads, heads_from = _heads(width, depth, num_heads, model)
+    ratio = hidden[0] / width
+    if int(width * ratio) < hidden[0]:  # as timm multiplies; rounding can lose a unit
+        ratio = math.nextafter(ratio, math.inf)
+    return Arch("", width, depth, heads, patches[2], grid * patches[2], ratio), heads_from
+
+
+def _heads(width: int, depth: int, given: int | None, model: str) -> tuple[int, str]:
+    """The number of attention heads, from the option, a known shape, or the model's name in the run's arguments."""
+    if given is not None:
+        if given < 1 or width % given:
+            raise UsageError(f"num_heads={given} does not divide the width of the weights, {width}")
+        return given, "given"
+    for arch in ARCHS.values():
+        if (arch.embed_dim, arch.depth) == (width, depth):
+            return arch.num_heads, arch.timm_name
+    for word, (size, heads) in SIZES.items():
+        if word in model.lower() and size == width:
+            return heads, model
+    raise UsageError(
+        f"the number of attention heads is not in the weights, and no known encoder is {width} wide and {depth} blocks "
+        "deep: give --num-heads N (num_heads=N), as the code that trained it says"
+    )
+
+
+def _check_state(state: Mapping[str, Tensor], shape: Arch, where: str) -> None:
+    """Every tensor that the ViT has and no other, of its shape, finite; and the position table of the method."""
+    expected = _expected(shape)
+    missing, unexpected = [k for k in expected if k not in state], [k for k in state if k not in expected]
+    if missing or unexpected:
+        parts = [f"it lacks {_some(missing)}"] if missing else []
+        parts += [f"it has {_some(unexpected)} besides"] if unexpected else []
+        raise WeightsError(f"{where} is no ViT of this method, {shape.depth} blocks deep: {'; '.join(parts)}")
+    for key, size in expected.items():
+        value = state[key]
+        if tuple(value.shape) != size or not value.is_floating_point() or value.layout != torch.strided:
+            raise WeightsError(f"{where}: {key} must be {size} floats, got {tuple(value.shape)} {value.dtype}")
+    if broken := [key for key in expected if not state[key].isfinite().all()]:
+        raise WeightsError(f"{where}: not finite: {_some(broken)}. The run had failed: take an earlier checkpoint.")
+    grid = (shape.image_size // shape.patch_size,) * 2
+    off = (state["pos_embed"][0].float() - position_table(shape.embed_dim, grid, grid)).abs().max().item()
+    if off > POSITION_TOLERANCE:
+        raise WeightsError(
+            f"{where}: pos_embed is not the fixed sin-cos table that MiCL and MAE train with (it is off by {off:.2g}, "
+            f"{POSITION_TOLERANCE:g} is allowed): another method's weights, or fine-tuned or half-precision ones"
+        )
+
+
+def _expected(shape: Arch) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, as timm names them."""
+    width, patch = shape.embed_dim, shape.patch_size
+    hidden, tokens = round(shape.mlp_ratio * width), 1 + (shape.image_size // patch) ** 2
+    layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    layers |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    expected: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width), "pos_embed": (1, tokens, width)}
+    expected |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    for block in (f"blocks.{number}" for number in range(shape.depth)):
+        for layer, size in layers.items():
+            expected |= {f"{block}.{layer}.weight": size, f"{block}.{layer}.bias": size[:1]}
+        expected |= {f"{block}.{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+    return expected | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
+def _config(shape: Arch, name: str | None, license: str) -> EncoderConfig:
+    """How to build it, with the evaluation transform of the authors' code."""
+    architecture, model_args = timm_architecture(**shape.sizes)
+    known = next((arch for arch in ARCHS if ARCHS[arch].timm_name == architecture and not model_args), None)
+    name = name or f"{known or f'vit_{shape.embed_dim}x{shape.depth}'}.imported"
+    arch, _, tag = name.partition(".")
+    if not (re.fullmatch(r"\w+", arch) and re.fullmatch(r"[\w.-]+", tag)):
+        raise UsageError(f"a name is arch.tag, as vit_b16.imported, got {name!r}")
+    if arch in ARCHS and arch != known:
+        raise UsageError(f"{name!r} was asked for, but the weights are those of {known or 'no arch with a name'}")
+    transform = Transform(shape.image_size, int(shape.image_size / CROP_PCT))
+    return EncoderConfig(name, architecture, model_args, shape.embed_dim, transform, license)
+
+
+def _some(keys: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(keys)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

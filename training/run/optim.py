@@ -1,0 +1,48 @@
+"""AdamW with timm's parameter groups, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from ..recipes import AnyRecipe, FineTuneRecipe, Recipe
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices and the class token, none on biases, norms and learned positions."""
+    without = ["pos_embed"] if recipe.positions == "learned" else []
+    groups = param_groups_weight_decay(model, weight_decay=recipe.weight_decay, no_weight_decay_list=without)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
+
+
+def make_layered_optimizer(model: VisionTransformer, recipe: FineTuneRecipe) -> torch.optim.AdamW:
+    """Fused AdamW for fine-tuning: deeper layers learn slower (BEiT, arXiv 2106.08254), by `lr_scale` of their group.
+
+    No weight decay on biases, norms, the class token and the position table.
+    """
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay=recipe.weight_decay,
+        no_weight_decay_list=model.no_weight_decay(),
+        layer_decay=recipe.layer_decay,
+    )
+    return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
+
+
+def learning_rate(recipe: AnyRecipe, step: int, total_steps: int) -> float:
+    """Linear warm-up to recipe.lr, then a half-cycle cosine to min_lr, set per step (reference code)."""
+    warmup = total_steps * recipe.warmup_epochs / recipe.epochs
+    if step < warmup:
+        return recipe.lr * step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """For every group, times its `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

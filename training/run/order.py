@@ -1,0 +1,84 @@
+"""Which process takes which images, and how many steps an epoch has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from micl_zoo.errors import SourceError, UsageError
+
+from ..recipes import AnyRecipe, Recipe
+
+
+def images_per_process(recipe: Recipe, world: int) -> int:
+    """Images of one optimiser step that each of `world` processes takes.
+
+    Raises:
+        UsageError: processes that cannot share the batch alike; says what could.
+    """
+    batch, size, local = recipe.batch_size, recipe.contrast_size, recipe.negatives == "local"
+    parts = batch // size if local else batch
+    if parts % world == 0:
+        return batch // world
+    counts = _divisors(parts)
+    near = [n for n in counts if n < world][-3:] + [n for n in counts if n > world][:1]
+    ways = [f"use {_either(near)} GPU{'s' * (near != [1])}"]
+    group = max(n for n in _divisors(batch // world or 1) if n <= size)
+    if local and batch % world == 0 and group >= 2:
+        ways.append(f"--set contrast_batch={group} (another setting of the method)")
+    if local and batch % world == 0:
+        ways.append("--set negatives=global (another one, too)")
+    else:
+        unit = world * (size if local else 1)
+        change = f"--set batch_size={max(1, round(batch / unit)) * unit}"
+        change += f" --set contrast_batch={size}" if local and not recipe.contrast_batch else ""
+        ways.append(f"{change} (the learning rate follows the batch)")
+    contrasted = f"groups of {size} images" if local else "the whole batch"
+    what = ("group" if local else "image") + "s" * (parts > 1)
+    raise UsageError(
+        f"negatives={recipe.negatives} contrasts {contrasted}, and {world} processes cannot share {parts} {what} "
+        f"alike: {_either(ways)}"
+    )
+
+
+class RefusedImage(NamedTuple):
+    """An image of the corpus that cannot be trained on, and why."""
+
+    id: str
+    reason: str
+    detail: str
+
+
+def seeded(*parts: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all the parts and nothing else."""
+    state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def steps_per_epoch(recipe: AnyRecipe, images: int) -> int:
+    """Whole batches in a corpus.
+
+    Raises:
+        SourceError: a corpus smaller than one batch.
+    """
+    if images < recipe.batch_size:
+        smaller = f", or a smaller batch with --set batch_size={images}" if images >= 2 else ""
+        raise SourceError(
+            f"the corpus has {images} usable images and a batch of {recipe.name} takes {recipe.batch_size}: "
+            f"give more images{smaller}"
+        )
+    return images // recipe.batch_size
+
+
+def _divisors(number: int) -> list[int]:
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
+
+
+def _either(ways: Sequence[object]) -> str:
+    *first, last = map(str, ways)
+    return f"{', '.join(first)} or {last}" if first else last

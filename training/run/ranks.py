@@ -1,0 +1,198 @@
+"""Several processes that train one encoder: who is which, what they agree on, and how they are started.
+
+Every process ("rank") computes one share of each batch. Gradients travel by NCCL between GPUs and by gloo between CPUs;
+words between hosts (a signal, a loss, a bad image) always travel by gloo, so that no GPU has to wait for them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from micl_zoo.encoders.device import resolve_device
+from micl_zoo.errors import Interrupted, TrainingError, UsageError
+
+WAIT = timedelta(hours=2)  # for a rank that reads a large corpus, or that measures k-NN while the others wait
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together.
+
+    Attributes:
+        rank: from 0; rank 0 writes.
+        world: how many there are.
+        words: the gloo group, or None for a process alone.
+        parent: process that started this one together with others and looks after them, or None.
+    """
+
+    rank: int = 0
+    world: int = 1
+    words: Any = None
+    parent: int | None = None
+
+    @property
+    def main(self) -> bool:
+        """This is the one that writes."""
+        return self.rank == 0
+
+    @property
+    def orphaned(self) -> bool:
+        """Whoever started the ranks is gone: nobody would stop them any more."""
+        return self.parent is not None and os.getppid() != self.parent
+
+    def gather(self, thing: T) -> list[T]:
+        """One picklable object of every rank, by rank; all ranks get all."""
+        if self.world == 1:
+            return [thing]
+        things: list[Any] = [None] * self.world
+        dist.all_gather_object(things, thing, group=self.words)
+        return things
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag True on every rank when it is on one; a fraction of a millisecond: it can be asked every step."""
+        if self.world == 1:
+            return list(flags)
+        words = torch.tensor([float(flag) for flag in flags])
+        try:
+            dist.all_reduce(words, dist.ReduceOp.MAX, group=self.words)
+        except RuntimeError as error:  # gloo says no more than that a connection is closed
+            raise TrainingError(f"another rank is gone, see what it said ({str(error)[:200]})") from None
+        return words.bool().tolist()
+
+    def first(self, thing: T) -> T:
+        """What rank 0 has, on every rank."""
+        return self.gather(thing)[0]
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """(b, ...) of each rank -> (world * b, ...) in order of rank; gradients flow back to the rows' owners."""
+        return rows if self.world == 1 else _AllRows.apply(rows, self.rank, self.world)
+
+
+class _AllRows(torch.autograd.Function):
+    """Rows of all ranks; backwards, each rank's rows get the sum of the gradients that all ranks have for them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, rank: int, world: int) -> Tensor:
+        ctx.first, ctx.count = rank * len(rows), len(rows)
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        whole = gradients[0].contiguous()
+        dist.all_reduce(whole)
+        return whole[ctx.first : ctx.first + ctx.count], None, None
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the other ranks when torchrun or SLURM started several; leave them at the end.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks on GPUs each takes the one of its local rank.
+
+    Raises:
+        UsageError: more ranks on this machine than GPUs.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 and "RANK" not in os.environ:
+        yield Ranks(), resolve_device(device)
+        return
+    target = _own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    store, rank, world = next(rendezvous("env://", timeout=WAIT))
+    # The store outlives a restart, with the dead ranks' ports in it.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if target.type == "cuda" else "gloo",
+        store=PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world,
+        timeout=WAIT,
+    )
+    try:
+        parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        yield Ranks(rank, world, dist.new_group(backend="gloo", timeout=WAIT), parent), target
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device(device: str, local_rank: int) -> torch.device:
+    target = resolve_device(device)
+    if target.type != "cuda":
+        return target
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"rank {local_rank} of this machine has no GPU, {torch.cuda.device_count()} are visible: "
+            "give --gpus that number at most, or --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def says() -> bool:
+    """Of several processes one speaks to the person: rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def launch(arguments: Sequence[str], *, gpus: int, nodes: int = 1, rdzv: str | None = None, restarts: int = 0) -> None:
+    """Run `python -m micl_zoo.training ARGUMENTS` in `gpus` processes on this machine, by torchrun's elastic agent.
+
+    Args:
+        arguments: of `micl-zoo train`, or those of `micl-zoo` from `eval` on, without those that say how many processes
+            there are.
+        gpus: processes on this machine, one a GPU.
+        nodes: machines; the same command runs on each of them.
+        rdzv: "host:port" of one of the machines, where they meet; needed for more than one.
+        restarts: how often all ranks start again, from the last checkpoint, after one has failed.
+
+    Raises:
+        UsageError: several nodes without a meeting point.
+        TrainingError: a rank failed; its own message stands above.
+        Interrupted: a signal; the ranks had 30 seconds for their checkpoint.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if nodes > 1 and not rdzv:
+        raise UsageError("--nodes needs --rdzv HOST:PORT, the same on every machine: where the processes meet")
+    config = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=gpus,
+        run_id=os.environ.get("SLURM_JOB_ID", "micl-zoo"),
+        rdzv_backend="c10d",
+        rdzv_endpoint=rdzv or f"localhost:{_free_port()}",
+        max_restarts=restarts,
+        monitor_interval=0.5,
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "micl_zoo.training", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise TrainingError(f"rank {rank} ended with code {failure.exitcode}; what it said stands above") from None
+    except SignalException as error:
+        raise Interrupted("the ranks were told to stop; what they said stands above", signal=error.sigval) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])

@@ -1,0 +1,339 @@
+"""All that a run leaves on disk: run.json, metrics.jsonl, checkpoints, the exported encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from micl_zoo._version import package_versions
+from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, save_weights
+from micl_zoo.encoders.zoo import RECORDS, timm_architecture
+from micl_zoo.errors import TrainingError
+from micl_zoo.files import atomic_path, file_sha256, lock_folder, write_text
+from micl_zoo.images.transform import Transform
+
+from ..recipes import AnyRecipe, Recipe, record_differences
+from .provenance import code_commit, machine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+log = logging.getLogger(__name__)
+
+
+class RunDir:
+    """The folder of one run.
+
+    Attributes:
+        path: the folder.
+        record: what run.json holds.
+        keep_steps: a checkpoint after a multiple of so many steps stays for good; 0 is none.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self.record = record
+        self.keep_steps = 0
+        self._writing: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish_writing()
+        finally:
+            self._writer.shutdown()
+            if self._lock is not None:
+                self._lock.close()
+
+    @classmethod
+    def open(cls, path: Path, record: dict[str, Any]) -> RunDir:
+        """Start a run folder, or go on with the one that is there.
+
+        Raises:
+            TrainingError: the folder holds a run of another recipe or other data, or other files; or it is in use.
+        """
+        file = path / "run.json"
+        if file.exists():
+            there = json.loads(file.read_text(encoding="utf-8"))
+            if differences := record_differences(there, record):
+                raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
+            run = cls(path, there)
+            run.lock()
+            where = {key: record[key] for key in ("commit", "versions", "machine", "processes")}
+            if where != {key: there.get(key) for key in where}:
+                there.setdefault("resumed", []).append({**where, "started": record["started"]})
+                run.save_record()
+            return run
+        if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
+            raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
+        run = cls(path, record)
+        run.lock()
+        run.save_record()
+        return run
+
+    @property
+    def finished_encoder(self) -> Path | None:
+        """The weights file of a run that has come to its end."""
+        file = self.path / "encoder" / WEIGHTS_FILE
+        return file if "result" in self.record and file.exists() else None
+
+    def lock(self) -> None:
+        """Keep others out of the folder for as long as this process lives.
+
+        Raises:
+            TrainingError: another process trains in it.
+        """
+        self._lock = lock_folder(self.path)
+        if self._lock is None:
+            raise TrainingError(
+                f"another process is training in {str(self.path)!r}: wait for it, stop it, or give another --out"
+            )
+
+    def save_record(self) -> None:
+        """Write run.json."""
+        write_text(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
+
+    def log(self, lines: list[dict[str, Any]]) -> None:
+        """Append to metrics.jsonl, a line a step."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that will be taken again, and a line that was cut off."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        write_text(file, "".join(line for line in kept if _before(json.loads(line), step)))
+
+    def save_checkpoint(self, step: int, seconds: float, tensors: dict[str, Tensor]) -> None:
+        """Write a snapshot after `step` steps, in a thread of its own, while the training goes on.
+
+        Beside each checkpoint stands its sha256, as `sha256sum -c` reads it. The last two stay, and those after a
+        multiple of `keep_steps`.
+
+        Raises:
+            TrainingError: this checkpoint, or the one before it, could not be written; those before are whole.
+        """
+        self.finish_writing()
+        _check_space(self.path, sum(value.nbytes for value in tensors.values()))
+        header = {"format": "pt", "step": str(step), "seconds": repr(seconds)}
+        self._writing = self._writer.submit(self._write_checkpoint, step, tensors, header)
+
+    def finish_writing(self) -> None:
+        """Wait for the checkpoint that is being written.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except (OSError, SafetensorError) as error:
+            if not _is_full(error):
+                raise TrainingError(f"a checkpoint in {str(self.path)!r} could not be written: {error}") from None
+            raise TrainingError(_disk_full(self.path)) from None
+
+    def _write_checkpoint(self, step: int, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        file = self.path / "checkpoints" / f"step-{step:08d}.safetensors"
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary, header)
+            write_text(_sum_file(file), f"{file_sha256(temporary)}  {file.name}\n")  # first, so that none is without
+        passing = [old for old in self.checkpoints() if not self._stays(old)]
+        for old in passing[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+            _sum_file(old).unlink(missing_ok=True)
+
+    def _stays(self, file: Path) -> bool:
+        step = _step_of(file)
+        return self.keep_steps > 0 and step > 0 and step % self.keep_steps == 0
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose bytes are those that were written; None when there is no checkpoint.
+
+        A damaged one is renamed to `.damaged`, with a warning.
+
+        Raises:
+            TrainingError: there are checkpoints and all of them are damaged.
+        """
+        self.finish_writing()
+        files = self.checkpoints()
+        for file in reversed(files):
+            if (damage := _damage(file)) is None:
+                return file
+            file.replace(file.with_name(f"{file.name}.damaged"))
+            log.warning("%s is damaged (%s): going on from the checkpoint before", file.name, damage)
+        if files:
+            raise TrainingError(
+                f"every checkpoint in {str(self.path / 'checkpoints')!r} is damaged: nothing to go on from. "
+                "Train again in a new --out."
+            )
+        return None
+
+    def save_encoder(self, state: dict[str, Tensor], recipe: Recipe) -> Path:
+        """Write `encoder/`, which `micl_zoo.load(weights=…)` and timm's hub loader take; returns the weights file."""
+        # Without times and interruptions: two runs that compute the same numbers write the same bytes.
+        provenance = {key: self.record[key] for key in ("recipe", "command", "commit", "versions", "machine")}
+        provenance["data"] = {key: self.record["data"][key] for key in ("source", "images", "fingerprint")}
+        return save_weights(self.path / "encoder", state, encoder_config(recipe), provenance, recipe.save_dtype)
+
+
+def snapshot(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    ema: nn.Module | None = None,
+    keep: bool = True,
+) -> dict[str, Tensor]:
+    """Whole tensors on the host: weights `model.*`, their running means `ema.*`, moments `exp_avg.*`, `exp_avg_sq.*`.
+
+    Where each process has a part of them, all must call this together; `keep` says who gets the tensors.
+    """
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()} if ema else {}
+    states = optimizer.state if optimizer else {}
+    for name, parameter in _trained(model):
+        if state := states.get(parameter):
+            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            found[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+def restore(
+    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ema: nn.Module | None = None
+) -> tuple[int, float]:
+    """Put a checkpoint back in place, whatever number of processes it came from.
+
+    Returns:
+        Steps taken and seconds spent so far.
+    """
+    with safe_open(file, framework="pt") as opened:  # on the host: no card has room for two
+        header = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    step = int(header["step"])
+    with torch.no_grad():
+        for prefix, module in [("model", model), *([("ema", ema)] if ema else [])]:
+            for name, value in module.state_dict().items():
+                value.copy_(_like(value, tensors[f"{prefix}.{name}"]))
+    optimizer.state.clear()
+    for name, parameter in _trained(model):
+        if f"exp_avg.{name}" in tensors:
+            moments = {moment: _like(parameter, tensors[f"{moment}.{name}"]).clone() for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
+    return step, float(header["seconds"])
+
+
+def _like(there: Tensor, value: Tensor) -> Tensor:
+    """On the device of `there`, and cut among the processes as it is."""
+    value = value.to(there.device)
+    return distribute_tensor(value, there.device_mesh, there.placements) if isinstance(there, DTensor) else value
+
+
+def _sum_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")
+
+
+def _step_of(file: Path) -> int:
+    return int(file.stem.removeprefix("step-"))
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        wanted = _sum_file(file).read_text(encoding="utf-8").split()[0]
+        if file_sha256(file) != wanted:
+            return "its bytes do not have the sha256 that was written beside it"
+        with safe_open(file, framework="pt") as opened:
+            return None if "step" in (opened.metadata() or {}) else "it has no header of this program"
+    except (OSError, IndexError, SafetensorError) as error:
+        return str(error)
+
+
+def _check_space(path: Path, size: int) -> None:
+    free = shutil.disk_usage(path).free
+    if free < size:
+        raise TrainingError(
+            _disk_full(path, f"a checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free")
+        )
+
+
+def _disk_full(path: Path, detail: str = "no space left while a checkpoint was written") -> str:
+    return (
+        f"the disk of {str(path)!r} is full ({detail}): stopped. The checkpoints that are there are whole: "
+        "make room and run the same command to go on"
+    )
+
+
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def encoder_config(recipe: Recipe) -> EncoderConfig:
+    """How to build what a recipe trains."""
+    architecture, model_args = timm_architecture(
+        image_size=recipe.image_size,
+        patch_size=recipe.patch_size,
+        embed_dim=recipe.embed_dim,
+        depth=recipe.depth,
+        num_heads=recipe.num_heads,
+        mlp_ratio=recipe.mlp_ratio,
+    )
+    transform = Transform(recipe.image_size, recipe.image_size, "bicubic", recipe.pixel_mean, recipe.pixel_std)
+    record = RECORDS.get(recipe.name)
+    if record and record.transform.size == recipe.image_size:
+        transform = record.transform
+    return EncoderConfig(recipe.name, architecture, model_args, recipe.embed_dim, transform)
+
+
+def run_record(
+    recipe: AnyRecipe, data: dict[str, Any], command: str, device: torch.device, processes: int = 1
+) -> dict[str, Any]:
+    """What run.json says before the first step."""
+    return {
+        "recipe": dataclasses.asdict(recipe),
+        "data": data,
+        "command": command,
+        "commit": code_commit(),
+        "versions": package_versions(),
+        "machine": machine(device),
+        "processes": processes,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _before(line: dict[str, Any], step: int) -> bool:
+    """A step's line has the number of steps before it; k-NN and events have the number of steps taken."""
+    return bool(line["step"] < step if "loss" in line else line["step"] <= step)
+
+
+def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good; the run folder goes by it
