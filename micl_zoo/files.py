@@ -1,29 +1,24 @@
-"""Files that appear whole or not at all: in a local folder, or below a prefix of an object store."""
+"""Files that appear whole or not at all, locally or on an object store; checksums; locks of folders."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import pyarrow as pa
 
-from .errors import StoreError
-
-if TYPE_CHECKING:
-    pass
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from .errors import MiclZooError, StoreError
 
 LOCK_FILE = ".lock.tmp"
+OWNER_FILE = ".lock-owner.tmp"  # in its place where the file system has no locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without lockd, some FUSE
 
 
 @contextlib.contextmanager
@@ -73,21 +68,51 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def lock_folder(folder: Path) -> IO[str] | None:
-    """Take the folder for as long as the file that is returned stays open; the system lets go of it with the process.
+def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> contextlib.ExitStack:
+    """Keep other processes out of a folder until the result is closed, or until this process ends in any way.
 
-    Returns:
-        The open file, or None where another process has the folder.
+    Args:
+        folder: made where there is none.
+        doing: what a process with the lock does to the folder, for the message.
+        error: raised where another process has the lock.
     """
+    from filelock import SoftFileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK_FILE).open("a")
-    if fcntl is not None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-    return lock
+    held, hint = contextlib.ExitStack(), ""
+    file = held.enter_context((folder / LOCK_FILE).open("a"))
+    try:
+        if not _flock(file):
+            # It names its process, so a dead one on this machine is found out, at the second look; elsewhere it is not.
+            lock = SoftFileLock(folder / OWNER_FILE, timeout=1, thread_local=False)
+            hint = f". If there is none on any machine, delete {lock.lock_file!r}"
+            lock.acquire()
+            held.callback(lock.release)
+    except (BlockingIOError, Timeout):
+        held.close()
+        raise error(
+            f"another process is {doing} {str(folder)!r}: wait for it, stop it, or give another --out{hint}"
+        ) from None
+    return held
+
+
+def _flock(file: IO[str]) -> bool:
+    """Lock a file while it is open; False where there are no such locks, BlockingIOError where another process has it.
+
+    Not by filelock's FileLock: without flock, its releases raise, let a second process in, or keep everybody out
+    because of the empty file that an earlier run left.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 class Folder:
@@ -164,20 +189,13 @@ class Folder:
         elif self.exists(name):
             self._fs.rm_file(self._remote(name))
 
-    def lock(self) -> IO[str] | None:
-        """Take a local folder; object stores have no locks.
+    def lock(self) -> contextlib.ExitStack:
+        """Keep other writers out of a local folder, as long as the result is open; object stores have no locks.
 
         Raises:
-            StoreError: another process has it.
+            StoreError: another process is writing to it.
         """
-        if self.local is None:
-            return None
-        lock = lock_folder(self.local)
-        if lock is None:
-            raise StoreError(
-                f"another process is writing to {self.location!r}: wait for it, stop it, or give another --out"
-            )
-        return lock
+        return contextlib.ExitStack() if self.local is None else lock_folder(self.local, "writing to", StoreError)
 
     def _remote(self, name: str) -> str:
         return f"{self._root}/{name}"

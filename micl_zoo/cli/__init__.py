@@ -812,14 +812,13 @@ def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | 
     """
     if not images and not options["ids"]:
         raise click.UsageError("search needs an IMAGE, or --id")
-    from ..stores.search import printable
+    from ..stores.contact_sheet import printable
     from ..stores.search import search as run
-    from ..stores.store import open_store
-    from ..stores.verify import shards_of
+    from ..stores.store import open_store, parts_of
 
     opened = open_store(store)
     if not opened.complete:
-        parts = f"{len(opened.done())} of {shards_of(opened.manifest.shards)} parts"
+        parts = parts_of(len(opened.done()), opened.manifest.shards)
         click.echo(f"{store} is not complete: searching {parts}", err=True)
     found = run(opened, images, picture=picture, **options)
     for query, hits in zip([*map(str, images), *options["ids"]], found, strict=True):
