@@ -38,8 +38,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # Formats that are read, by Pillow's names, and the suffixes of their files. EPS and the like are left out: they start
-# other programs. HEIF and AVIF are there also where this Pillow cannot read them: what a source holds must not depend on
-# the packages of the machine that lists it, and such files are refused by name.
+# other programs. HEIF and AVIF are there also where this Pillow cannot read them: what is listed must not depend on the
+# packages of the machine, and such files are refused by name.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -54,7 +54,7 @@ FORMATS = {
     "ICO": (".ico",),
     "TGA": (".tga", ".icb", ".vda", ".vst"),
 }
-SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 _JPEGS = ("JPEG", "MPO")  # MPO: with more pictures behind, as phones and stereo cameras write
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _AVIF_BRANDS = (b"avif", b"avis")

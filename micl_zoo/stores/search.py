@@ -35,20 +35,21 @@ class Hit(NamedTuple):
         rank: 1 for the nearest.
         cosine: of its row and the query, in double precision.
         id: of the image.
-        uri, offset, length: where its bytes are, see `micl_zoo.sources.Entry`.
+        uri, kind, offset, length: where its bytes are, see `micl_zoo.sources.Entry`.
     """
 
     rank: int
     cosine: float
     id: str
     uri: str
+    kind: str
     offset: int
     length: int
 
     @property
     def entry(self) -> Entry:
         """For `Reader.read`."""
-        return Entry(self.id, self.uri, self.offset, self.length)
+        return Entry(self.id, self.uri, self.kind, self.offset, self.length)
 
 
 class _Found(NamedTuple):

@@ -201,7 +201,7 @@ class Store:
     def shard(self, number: int) -> ImageIndex:
         """The images of one shard, from its number alone."""
         with self._damage(f"index/{_part(number)}"):
-            return ImageIndex(pq.read_table(self.folder.open(f"index/{_part(number)}"), use_threads=False))
+            return ImageIndex.from_table(pq.read_table(self.folder.open(f"index/{_part(number)}"), use_threads=False))
 
     def part_path(self, number: int) -> Path:
         """Where shard `number` is, or will be, in a local store."""
@@ -397,7 +397,7 @@ def _ledger(metadata: dict[bytes, bytes] | None) -> list[RefusedRow]:
 def _parquet(table: pa.Table) -> bytes:
     """With a dictionary for what many rows share; ids and numbers gain nothing by one. The pages carry checksums."""
     out = io.BytesIO()
-    shared = [name for name in ("uri",) if name in table.schema.names]
+    shared = [name for name in ("uri", "kind") if name in table.schema.names]
     pq.write_table(table, out, compression="zstd", use_dictionary=shared, write_page_checksum=True)
     return out.getvalue()
 
