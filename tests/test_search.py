@@ -169,5 +169,5 @@ def test_the_command(made: Store, encoder_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*words, "--id", ODD_NAME, "--json"])
     hits = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(hit["query"], hit["rank"]) for hit in hits] == [(ODD_NAME, 1), (ODD_NAME, 2)]
-    assert set(hits[0]) == {"query", "rank", "cosine", "id", "uri", "offset", "length"}
+    assert set(hits[0]) == {"query", "rank", "cosine", "id", "uri", "kind", "offset", "length"}
     assert CliRunner().invoke(main, words).exit_code == 2

@@ -29,24 +29,21 @@ class Hit(NamedTuple):
         rank: 1 for the nearest.
         cosine: cosine of its row and the query, in double precision.
         id: its id.
-        uri, offset, length: where its bytes are, see `micl_zoo.sources.index.Entry`.
+        uri, kind, offset, length: where its bytes are, see `micl_zoo.sources.index.Entry`.
     """
 
     rank: int
     cosine: float
     id: str
     uri: str
+    kind: str
     offset: int
     length: int
 
     @property
     def entry(self) -> Entry:
         """The image, for `Reader.read`."""
-        return Entry(self.id, self.uri, self.offset, self.length)
-
-
-def _hit(rank: int, cosine: float, entry: Entry) -> Hit:
-    return Hit(rank, cosine, entry.id, entry.uri, entry.offset, entry.length)
+        return Entry(*self[2:])
 
 
 class _Found(NamedTuple):

@@ -218,7 +218,9 @@ class Store:
         Raises:
             StoreError: its file is damaged or missing.
         """
-        return ImageIndex(self._read(f"index/{_part(number)}"))
+        table = self._read(f"index/{_part(number)}")
+        with self._damage(f"index/{_part(number)}"):
+            return ImageIndex.from_table(table)
 
     def part_path(self, number: int) -> Path:
         """Path of one part in a local store, written or not."""
@@ -416,7 +418,7 @@ def _ledger(metadata: dict[bytes, bytes] | None) -> list[RefusedRow]:
 
 def _parquet(table: pa.Table) -> bytes:
     out = io.BytesIO()
-    shared = [name for name in ("uri",) if name in table.schema.names]  # ids and numbers gain nothing by a dictionary
+    shared = [name for name in ("uri", "kind") if name in table.schema.names]  # ids and numbers gain nothing by it
     pq.write_table(table, out, compression="zstd", use_dictionary=shared, write_page_checksum=True)
     return out.getvalue()
 
