@@ -90,6 +90,8 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
 
 
 def _backend(manifest: Manifest, device: str) -> Any:
-    """Choose what ran the model then, if it can run here; torch gives the same rows but for the last digits."""
-    openvino = device in ("auto", "cpu") and importlib.util.find_spec("openvino")
-    return manifest.runtime if manifest.runtime == "onnx" or (manifest.runtime == "openvino" and openvino) else "torch"
+    """What ran the model then, where that can be had; torch gives the same rows but for the last digits."""
+    if manifest.runtime == "onnx":
+        return "onnx"
+    here = manifest.runtime == "openvino" and device in ("auto", "cpu") and importlib.util.find_spec("openvino")
+    return "openvino" if here else "torch"
