@@ -98,7 +98,7 @@ def search(
     found = [line[:k] for line in found]
     wanted = {(hit.shard, hit.id) for line in found for hit in line} | {(own[i][0], i) for i in ids if picture}
     entries = _entries(store, wanted)
-    hits = [[_hit(rank, one.cosine, entries[one.shard, one.id]) for rank, one in enumerate(line, 1)] for line in found]
+    hits = [[Hit(rank, one.cosine, *entries[one.shard, one.id]) for rank, one in enumerate(line, 1)] for line in found]
     if picture is not None:
         queries = [Tile("query", _label(image), one) for image, one in zip(many, data, strict=True)]
         queries += [Tile("query", name, entries[own[name][0], name]) for name in ids]
