@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -70,13 +71,7 @@ def workers(text: str = "Number of decoding processes.", default: str = "one per
 
 def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Several options as one decorator; help shows them in this order."""
-
-    def decorate(command: F) -> F:
-        for one in reversed(options):
-            command = one(command)
-        return command
-
-    return decorate
+    return lambda command: functools.reduce(lambda made, one: one(made), reversed(options), command)
 
 
 AS_JSON = flag("--json", "as_json", "Print one JSON object.")
@@ -105,11 +100,7 @@ def encoder_of(text: str) -> dict[str, Any]:
 
 
 def call_words(leave_out: Collection[str] = ()) -> list[str]:
-    """The words behind `micl-zoo` that make the running call again, from its parsed parameters.
-
-    Args:
-        leave_out: names of parameters.
-    """
+    """The words behind `micl-zoo` that make the running call again: its parsed parameters, but those in `leave_out`."""
     context = click.get_current_context()
     arguments, options = list[str](), list[str]()
     for parameter in context.command.params:
@@ -124,9 +115,7 @@ def call_words(leave_out: Collection[str] = ()) -> list[str]:
             options += (parameter.opts if value else parameter.secondary_opts)[:1]
         else:
             options += [word for one in values for word in (parameter.opts[0], one)]
-    names = list[str]()
-    while context.parent is not None:
-        names, context = [str(context.info_name), *names], context.parent
+    names = context.command_path.removeprefix(context.find_root().command_path).split()
     if any(one.startswith("-") for one in arguments):
         return [*names, *options, "--", *arguments]
     return [*names, *arguments, *options]
