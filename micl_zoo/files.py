@@ -79,21 +79,20 @@ def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> contextl
     from filelock import SoftFileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    held, hint = contextlib.ExitStack(), ""
-    file = held.enter_context((folder / LOCK_FILE).open("a"))
-    try:
-        if not _flock(file):
-            # It names its process, so a dead one on this machine is found out, at the second look; elsewhere it is not.
-            lock = SoftFileLock(folder / OWNER_FILE, timeout=1, thread_local=False)
-            hint = f". If there is none on any machine, delete {lock.lock_file!r}"
-            lock.acquire()
-            held.callback(lock.release)
-    except (BlockingIOError, Timeout):
-        held.close()
-        raise error(
-            f"another process is {doing} {str(folder)!r}: wait for it, stop it, or give another --out{hint}"
-        ) from None
-    return held
+    hint = ""
+    with contextlib.ExitStack() as held:
+        try:
+            if not _flock(held.enter_context((folder / LOCK_FILE).open("a"))):
+                # It names its process: a dead one on this machine is found out, at the second look, elsewhere it is not.
+                lock = SoftFileLock(folder / OWNER_FILE, timeout=1, thread_local=False)
+                hint = f". If there is none on any machine, delete {lock.lock_file!r}"
+                lock.acquire()
+                held.callback(lock.release)
+        except (BlockingIOError, Timeout):
+            raise error(
+                f"another process is {doing} {str(folder)!r}: wait for it, stop it, or give another --out{hint}"
+            ) from None
+        return held.pop_all()
 
 
 def _flock(file: IO[str]) -> bool:

@@ -17,6 +17,7 @@ import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.errors import UsageError, WeightsError
+from micl_zoo.sources.index import ImageIndex, table_of
 from micl_zoo.stores.search import _nearest, search
 
 
@@ -100,6 +101,19 @@ def test_an_image_finds_itself_and_a_row_its_neighbours(made: Store, encoder_fol
     assert search(made, file, 4, weights=encoder_folder, device="cpu") == [by_file]
     assert search(made, ids=["below/003.jpg"]) == [search(made, ids=["below/003.jpg"], exact=True)[0]]
     assert len(search(made, ids=["below/003.jpg"], k=99)[0]) == 9
+
+
+def test_all_rows_are_searched_for_by_reading_each_part_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    ids = fill(store, random.standard_normal((2400, 32)).astype(np.float32))  # more than one block of queries
+    rows, read, reads = reopened(store).embeddings, Store.rows, []
+    for shard in range(3):
+        store.write_index(shard, ImageIndex(table_of([(name, "", "file", 0, 0) for name in ids[800 * shard :][:800]])))
+    monkeypatch.setattr(Store, "rows", lambda self, number: (reads.append(number), read(self, number))[1])
+    hits = search(reopened(store), ids=ids, k=3)
+    assert sorted(reads) == [0, 0, 1, 1, 2, 2]
+    for at in (0, 1, 1100, 2399):
+        assert [hit.id for hit in hits[at]] == [ids[n] for n in plain(rows, rows[at].astype(np.float64), 4)[1:]]
 
 
 def test_what_cannot_be_searched_for(made: Store, encoder_folder: Path, tmp_path: Path) -> None:
