@@ -83,7 +83,7 @@ def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> contextl
     with contextlib.ExitStack() as held:
         try:
             if not _flock(held.enter_context((folder / LOCK_FILE).open("a"))):
-                # It names its process: a dead one on this machine is found out, at the second look, elsewhere it is not.
+                # It names its process: a dead one on this machine is found out, at the second look; elsewhere not.
                 lock = SoftFileLock(folder / OWNER_FILE, timeout=1, thread_local=False)
                 hint = f". If there is none on any machine, delete {lock.lock_file!r}"
                 lock.acquire()

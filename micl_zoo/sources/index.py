@@ -70,6 +70,11 @@ class ImageIndex:
     def __getitem__(self, row: int) -> Entry:
         return Entry(*(column[row].as_py() for column in self.table.columns))
 
+    @property
+    def ids(self) -> list[str]:
+        """The id of every row."""
+        return self.table["id"].to_pylist()
+
     def slice(self, start: int, length: int) -> ImageIndex:
         """Return rows start to start + length."""
         return ImageIndex(self.table.slice(start, length))

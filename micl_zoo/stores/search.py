@@ -15,7 +15,7 @@ from ..errors import Refused, UsageError
 from ..progress import progress
 from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
-from .reembed import store_encoder
+from .reembed import StoreEncoder, store_encoder
 from .store import ID, Store
 
 ImageFile = str | os.PathLike[str] | bytes
@@ -90,7 +90,7 @@ def search(
     _check(store, k, len(many) + len(ids), picture)
     store = store.snapshot()
     data = [_read(image, place) for place, image in enumerate(many)]
-    rows = _embedded(store, many, data, weights, device)
+    rows = _embedded(store_encoder(store, weights, device), many, data) if many else []
     own = _own(store, ids)
     found = _nearest(store, np.stack([*rows, *(own[name][1] for name in ids)]), k + bool(ids))
     for place, name in enumerate(ids, len(many)):
@@ -132,17 +132,8 @@ def _read(image: ImageFile, place: int) -> bytes:
         raise UsageError(f"image {place} ({os.fspath(image)!r}) cannot be read: {error.strerror or error}") from None
 
 
-def _embedded(
-    store: Store,
-    images: Sequence[ImageFile],
-    data: Sequence[bytes],
-    weights: str | os.PathLike[str] | None,
-    device: str,
-) -> list[np.ndarray]:
-    """Embed each image as a (dim,) float64 row; without images no encoder is loaded."""
-    if not images:
-        return []
-    encoder = store_encoder(store, weights, device)
+def _embedded(encoder: StoreEncoder, images: Sequence[ImageFile], data: Sequence[bytes]) -> list[np.ndarray]:
+    """Embed each image as a (dim,) float64 row."""
     pixels = []
     for place, (image, one) in enumerate(zip(images, data, strict=True)):
         try:

@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT_VERSION = 2
-ID, EMBEDDING = (
-    "id",
-    "embedding",
-)  # the columns of a part, see `Store.schema`; the ledger's are the fields of RefusedRow
+PART, BEGINNING = "part-", ".beginning-"  # files of finished and of unfinished shards, before their number
+ID, EMBEDDING = "id", "embedding"  # columns of a part, see `Store.schema`; those of the ledger are RefusedRow's
 LEDGER_KEY = b"micl_zoo.refused"  # in a part's metadata: its ledger lines, so that both exist or neither does
 SHA256_KEY = b"micl_zoo.sha256"  # in a part's metadata: `Rows.sha256`
 
@@ -157,11 +155,7 @@ class Store:
 
     @property
     def path(self) -> Path:
-        """The local folder.
-
-        Raises:
-            StoreError: the store is not on this machine's file system.
-        """
+        """The local folder, where there is one."""
         if self.folder.local is None:
             raise StoreError(f"{str(self.folder)!r} is no local folder: copy it to one first")
         return self.folder.local
@@ -206,7 +200,7 @@ class Store:
 
     def indexed(self) -> list[int]:
         """List the numbers of the shards in the index."""
-        return _numbers(self.folder.names("index"), "part-")
+        return _numbers(self.folder.names("index"))
 
     def write_index(self, number: int, index: ImageIndex) -> None:
         """Write one shard of the index."""
@@ -228,22 +222,22 @@ class Store:
 
     def done(self) -> list[int]:
         """List the numbers of the parts that exist, or that the snapshot has, in order."""
-        return _numbers(self.folder.names(), "part-") if self._snapshot is None else [*self._snapshot]
+        return _numbers(self.folder.names()) if self._snapshot is None else [*self._snapshot]
 
     def write_part(self, number: int, rows: Rows) -> None:
         """Write one finished shard, rows and ledger lines in one file, and remove the file of its beginning."""
         self.folder.write(_part(number), self._encoded(rows))
-        self.folder.remove(_beginning(number))
+        self.folder.remove(_part(number, BEGINNING))
 
     def write_beginning(self, number: int, rows: Rows) -> None:
         """Keep the first rows of an unfinished shard."""
-        self.folder.write(_beginning(number), self._encoded(rows))
+        self.folder.write(_part(number, BEGINNING), self._encoded(rows))
 
     def beginning(self, number: int) -> Rows | None:
         """Read what is kept of an unfinished shard; None where nothing is kept or it is damaged."""
-        if self.folder.exists(_beginning(number)):
+        if self.folder.exists(_part(number, BEGINNING)):
             with contextlib.suppress(StoreError):
-                return self._checked(_beginning(number))
+                return self._checked(_part(number, BEGINNING))
         return None
 
     def rows(self, number: int) -> Rows:
@@ -308,11 +302,7 @@ class Store:
         return pa.concat_tables(tables) if tables else self.schema().empty_table()
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return all rows as a frame indexed by id, with one column per dimension.
-
-        Raises:
-            StoreError: pandas is not installed.
-        """
+        """Return all rows as a frame indexed by id, with one column per dimension; needs pandas."""
         try:
             import pandas as pd
         except ImportError:
@@ -398,17 +388,13 @@ def open_store(path: str | os.PathLike[str] | Folder) -> Store:
     )
 
 
-def _part(number: int) -> str:
-    return f"part-{number:05d}.parquet"
+def _part(number: int, start: str = PART) -> str:
+    return f"{start}{number:05d}.parquet"
 
 
-def _beginning(number: int) -> str:
-    return f".beginning-{number:05d}.parquet"
-
-
-def _numbers(names: Sequence[str], start: str) -> list[int]:
-    """Numbers of the files named start + number + .parquet, sorted."""
-    stems = (name.removeprefix(start).removesuffix(".parquet") for name in names if name.startswith(start))
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Numbers of the parts among these files, sorted."""
+    stems = (name.removeprefix(PART).removesuffix(".parquet") for name in names if name.startswith(PART))
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
@@ -430,7 +416,6 @@ def parts_of(parts: int, shards: int | None) -> str:
 
 def _clear(folder: Folder, names: list[str]) -> None:
     """Delete a store, the manifest last: a kill in between leaves a store of fewer parts."""
-    starts = ("part-", ".part-", ".beginning-", "errors.jsonl")
-    mine = [name for name in names if name.startswith(starts)]
+    mine = [name for name in names if name.startswith((PART, f".{PART}", BEGINNING, "errors.jsonl"))]
     for name in [*mine, *(f"index/{name}" for name in folder.names("index")), "manifest.json"]:
         folder.remove(name)

@@ -20,7 +20,7 @@ from ..progress import progress
 from ..sources.index import Entry, Fingerprint
 from ..sources.reader import Reader
 from .reembed import StoreEncoder, store_encoder
-from .store import ID, Manifest, Store, parts_of
+from .store import Manifest, Store, parts_of
 
 MIN_COSINE = 0.9999  # between a row and its image embedded again: other batch sizes and kernels stay above it
 UNIT_SLACK = 2e-3  # float16 rounds each number by 2^-11 = 5e-4 of it at most, and bfloat16 models end in float32
@@ -123,7 +123,7 @@ def _check_part(store: Store, shard: int, found: Verification) -> int:
         wrong.append(str(error))
     try:
         ids, rows, ledger = store.rows(shard)
-        expected = store.shard(shard).table[ID].to_pylist()
+        expected = store.shard(shard).ids
     except StoreError as error:
         found.problems += [f"{where}: {problem}" for problem in dict.fromkeys([*wrong, str(error)])]
         return 0

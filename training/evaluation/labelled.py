@@ -271,7 +271,7 @@ def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list
         SourceError: an image that has none.
     """
     if given is not None:
-        ids = index.table["id"].to_pylist()
+        ids = index.ids
         if missing := [name for name in ids if name not in given]:
             raise SourceError(
                 f"{len(missing):,} of {len(ids):,} images have no label, {missing[0]!r} the first of them: labels go "
