@@ -23,14 +23,14 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o f
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path`; when the block ends well it is synced and renamed, else removed.
+    """Yield a temporary name beside `path`, synced and renamed if the block succeeds, else removed.
 
-    Whoever looks sees the old file or the whole new one, whenever the process is killed.
+    A reader sees the old file or the whole new one, whenever the process is killed.
 
     Args:
-        path: to write.
-        unique: a temporary name that no other writer of the same file has. Without it the name is the same at every
-            try, so that a killed run leaves nothing for good.
+        path: the file to write.
+        unique: take a name that no other writer of the file has. Otherwise every try has the same name, so that a
+            killed run leaves nothing for good.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{uuid.uuid4().hex[:8]}" if unique else ""
@@ -46,7 +46,7 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, which takes its place when the block ends well, and else is removed."""
+    """Yield an empty folder beside `path`, which takes its place if the block succeeds, and else is removed."""
     path = path.absolute()
     temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old.tmp"))
     for left_over in (temporary, old):  # by a process that was killed
@@ -115,11 +115,11 @@ def _flock(file: IO[str]) -> bool:
 
 
 class Folder:
-    """A local folder, or the names below a URI that fsspec knows (s3://bucket/prefix), read and written by name.
+    """A local folder, or a prefix on a file system of fsspec (s3://bucket/prefix), whose files have names.
 
     Attributes:
-        location: the path or URI, as given.
-        local: the path, or None where it is not on this machine's file system.
+        location: path or URI, as given.
+        local: the path, or None where the folder is not on this machine's file system.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -146,7 +146,7 @@ class Folder:
         return Folder, (self.location,)  # a connection does not cross to another process
 
     def names(self, below: str = "") -> list[str]:
-        """The visible and hidden files directly below a sub-folder, by one listing; sorted, without the sub-folder."""
+        """List the files directly below a sub-folder, hidden ones too, sorted and without its name."""
         if self.local is not None:
             folder = self.local / below
             return sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
@@ -158,23 +158,23 @@ class Folder:
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found if name.rstrip("/") != self._root)
 
     def exists(self, name: str) -> bool:
-        """The file is there."""
+        """True if there is such a file."""
         return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._remote(name)))
 
     def read(self, name: str) -> bytes:
-        """The whole file."""
+        """Read a whole file."""
         return (
             (self.local / name).read_bytes() if self.local is not None else bytes(self._fs.cat_file(self._remote(name)))
         )
 
     def open(self, name: str) -> Any:
-        """The file as pyarrow reads it: by pieces, where only pieces are asked for."""
+        """Open a file for pyarrow, which reads only what it needs."""
         if self.local is not None:
             return pa.OSFile(os.fsencode(self.local / name))
         return pa.PythonFile(self._fs.open(self._remote(name), "rb"), mode="r")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all: by a temporary name, or by one upload, which object stores do so."""
+        """Write a file whole or not at all, by a temporary name or by one upload to the object store."""
         if self.local is None:
             self._fs.pipe_file(self._remote(name), data)
             return
@@ -182,7 +182,7 @@ class Folder:
             temporary.write_bytes(data)
 
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it exists."""
         if self.local is not None:
             (self.local / name).unlink(missing_ok=True)
         elif self.exists(name):
@@ -201,7 +201,7 @@ class Folder:
 
 
 def file_sha256(file: Path) -> str:
-    """Of the whole file, read in pieces."""
+    """Hash a file in pieces, to hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while piece := opened.read(1 << 20):
