@@ -202,8 +202,7 @@ def test_processes_are_started_with_the_same_words(monkeypatch: pytest.MonkeyPat
     started = list[tuple[list[str], dict[str, Any]]]()
     monkeypatch.setattr("micl_zoo.training.run.ranks.launch", lambda words, **how: started.append((words, how)))
     words = ["eval", "finetune", "runs/a", "--data", "b", "--out", "c", "--set", "epochs=1"]
-    monkeypatch.setattr(sys, "argv", ["micl-zoo", *words, "--gpus", "4", "--restarts=1"])
-    result = CliRunner().invoke(main, sys.argv[1:])
+    result = CliRunner().invoke(main, [*words, "--gpus", "4", "--restarts=1"])
     assert result.exit_code == 0, result.output
     assert started == [(words, {"gpus": 4, "nodes": 1, "rdzv": None, "restarts": 1})]
 

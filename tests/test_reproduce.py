@@ -142,8 +142,7 @@ def launch(words: Sequence[str], *, gpus: int, **_: object) -> None:
     multiprocessing.set_forkserver_preload(
         ["micl_zoo.training.finetuning.finetune", "micl_zoo.training.pretraining.pretrain"]
     )
-    words = list(words) if words[0] == "eval" else ["train", *words]
-    mp.start_processes(one_rank, (gpus, port, words), nprocs=gpus, start_method="forkserver")
+    mp.start_processes(one_rank, (gpus, port, list(words)), nprocs=gpus, start_method="forkserver")
 
 
 def one_rank(rank: int, world: int, port: int, words: list[str]) -> None:

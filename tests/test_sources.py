@@ -23,6 +23,7 @@ from conftest import picture
 from micl_zoo.errors import Refused, SourceError, UsageError
 from micl_zoo.extraction.extract import Summary, extract
 from micl_zoo.images.decode import decode
+from micl_zoo.sources import globs
 from micl_zoo.sources import listing as sources
 from micl_zoo.sources.listing import Entry, Fingerprint, ImageIndex, Reader, index_source, list_source
 
@@ -64,7 +65,7 @@ def test_a_folder_is_walked_in_order(image_folder: Callable[..., Path]) -> None:
     (folder / "UPPER.PNG").write_bytes(jpeg(0))
     assert ids(folder) == ["000.jpg", "002.jpg", "UPPER.PNG", "below/001.jpg", "below/003.jpg"]
     entry = index_source(folder)[0]
-    assert entry == Entry("000.jpg", str(folder / "000.jpg"), 0, (folder / "000.jpg").stat().st_size)
+    assert entry == Entry("000.jpg", str(folder / "000.jpg"), "file", 0, (folder / "000.jpg").stat().st_size)
 
 
 def test_a_loop_of_links_ends(image_folder: Callable[..., Path]) -> None:
@@ -155,7 +156,7 @@ def test_a_store_inside_the_source_is_no_part_of_it(tmp_path: Path, encoder_fold
     [
         (lambda p: p / "missing", "no such source"),
         (lambda p: p / "*.jpg", "matches no file"),
-        (lambda p: (p / "empty.txt").write_text("\n") and p / "empty.txt", "one path a line is expected"),
+        (lambda p: (p / "empty.txt").write_text("\n") and p / "empty.txt", "one path per line is expected"),
         (lambda p: (p / "bad.parquet").write_bytes(b"no") and p / "bad.parquet", "cannot read .* as parquet"),
         (lambda p: [], "no images given"),
     ],
@@ -247,13 +248,13 @@ def test_a_name_with_braces_is_a_name(image_folder: Callable[..., Path]) -> None
 
 
 def test_a_reader_keeps_few_archives_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micl_zoo.sources.reader.OPEN_ARCHIVES", 2)
+    monkeypatch.setattr("micl_zoo.sources.places.OPEN_ARCHIVES", 2)
     for n in range(4):
         tar(tmp_path / f"{n}.tar", {"a.jpg": jpeg(n)})
     index, reader = index_source(tmp_path), Reader()
     for row in (0, 1, 0, 2, 3, 0, 3):
         assert reader.read(index[row]) == jpeg(row)
-    assert list(reader._archives) == [str(tmp_path / "0.tar"), str(tmp_path / "3.tar")]
+    assert list(reader._files._archives) == [str(tmp_path / "0.tar"), str(tmp_path / "3.tar")]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -354,8 +355,8 @@ def test_a_folder_is_listed_while_it_is_walked(tmp_path: Path, monkeypatch: pyte
     for n in range(12):
         (tmp_path / f"{n // 3}").mkdir(exist_ok=True)
         (tmp_path / f"{n // 3}/{n:02d}.jpg").touch()
-    scanned, scan = [], sources._scan
-    monkeypatch.setattr(sources, "_scan", lambda folder: scanned.append(folder) or scan(folder))
+    scanned, scan = [], globs._scan
+    monkeypatch.setattr(globs, "_scan", lambda folder: scanned.append(folder) or scan(folder))
     monkeypatch.setattr(sources, "PIECE_SECONDS", 60)
     pieces = list_source(tmp_path, chunk_rows=3)
     assert len(next(pieces)) == 3
@@ -439,7 +440,7 @@ def test_globs_relative_linked_and_looping(tmp_path: Path, monkeypatch: pytest.M
     assert ids("*/*.jpg") == ["link/a.jpg", "real/a.jpg"]
     assert ids("**/*.jpg") == ["real/a.jpg"]
     entry = index_source("real/{a,a}.jpg")[0]
-    assert entry == Entry("a.jpg", str(tmp_path / "real/a.jpg"), 0, len(jpeg(1)))
+    assert entry == Entry("a.jpg", str(tmp_path / "real/a.jpg"), "file", 0, len(jpeg(1)))
 
 
 def test_lists_with_columns(tmp_path: Path) -> None:
@@ -453,8 +454,8 @@ def test_lists_with_columns(tmp_path: Path) -> None:
     for name in ("rows.jsonl", "rows.csv"):
         index = index_source(tmp_path / name)
         assert list(index.entries()) == [
-            Entry("7", str(tmp_path / "a/b, c.jpg"), 0, len(jpeg(1))),
-            Entry("eight", str(tmp_path / "gone.jpg"), 0, 0),
+            Entry("7", str(tmp_path / "a/b, c.jpg"), "file", 0, len(jpeg(1))),
+            Entry("eight", str(tmp_path / "gone.jpg"), "file", 0, 0),
         ]
         assert Reader().read(index[0]) == jpeg(1)
     (tmp_path / "files.csv").write_text("url,filename\nx,a/b.jpg\n")
@@ -515,7 +516,7 @@ def test_members_of_a_zip(tmp_path: Path, method: int) -> None:
     path = zipped(tmp_path / "z/a.zip", images | {"notes.txt": b"x", "__MACOSX/._a.jpg": b"x", "dir.jpg/": b""}, method)
     index = index_source(path)
     assert [entry.id for entry in index.entries()] == [f"a.zip#{name}" for name in images]
-    assert index[0][1:] == (str(path), 0, zipfile.ZipFile(path).getinfo("a.jpg").compress_size)
+    assert index[0][1:] == (str(path), "zip", 0, zipfile.ZipFile(path).getinfo("a.jpg").compress_size)
     reader = Reader()
     for row in (3, 0, 2, 1):
         assert reader.read(index[row]) == list(images.values())[row]
@@ -577,7 +578,7 @@ def test_a_damaged_member_of_a_zip_is_refused(tmp_path: Path, monkeypatch: pytes
         Reader().read(first)
     path.write_bytes(data)
     assert Reader().read(bomb) == bytes(100_000)
-    monkeypatch.setattr("micl_zoo.sources.reader.MAX_BYTES", 99_999)
+    monkeypatch.setattr("micl_zoo.sources.places.MAX_BYTES", 99_999)
     with pytest.raises(Refused, match=r"^too_large: "):
         Reader().read(bomb)
 

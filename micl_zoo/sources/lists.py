@@ -1,4 +1,4 @@
-"""List files: the paths, and ids where there are any, that .txt, .csv, .jsonl and the standard input name."""
+"""Lists of images: the files, and ids if there are any, that .txt, .csv, .jsonl and the standard input name."""
 
 from __future__ import annotations
 
@@ -8,60 +8,67 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TextIO
 
 from ..errors import SourceError
 from . import remote
-from .reader import bare, open_binary
+from .places import File, join, open_binary, suffix_of, to_path
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "uri", "url")  # the first that is there
 
 Targets = Iterator[tuple[str, str]]  # path as it is written, id
 
 
-def read_list(place: str) -> Targets:
-    """The paths of a list and the ids of their images, which are the paths where the list has no `id`.
+def read_list(place: str) -> Iterator[File]:
+    """Read the files of a list; their names are the column `id`, or without one the paths.
 
     Args:
-        place: a path or URI that ends in .csv, .jsonl, .ndjson, or else has one path a line.
+        place: a path or URI whose suffix is one of LISTS.
 
     Raises:
         SourceError: it is empty, no text, cannot be read, or has no column of paths.
     """
-    suffix = bare(place).lower().rpartition(".")[2]
-    targets = {"csv": _csv_targets, "jsonl": _json_targets, "ndjson": _json_targets}.get(suffix, _line_targets)
+    base = place.rpartition("/")[0] if remote.is_remote(place) else str(Path(place).absolute().parent)
     found = False
     try:
-        with _open_text(place) as text:
-            for target in targets(place, text):
+        file = io.BytesIO(remote.read_file(place)) if remote.is_remote(place) else open_binary(place)
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            for path, name in LISTS[suffix_of(place)](place, text):
                 found = True
-                yield target
+                yield _file(base, path, name)
     except UnicodeDecodeError as error:
         raise SourceError(f"the list {place!r} is not UTF-8 text: {error}") from None
     except (OSError, csv.Error) as error:
         raise SourceError(f"cannot read the list {place!r}: {error}") from None
     if not found:
-        raise SourceError(f"the list {place!r} is empty: one path a line is expected")
+        raise SourceError(f"the list {place!r} is empty: one path per line is expected")
 
 
-def read_standard_input() -> Iterator[str]:
-    """Lines as `find` prints them: names may have bytes that are not UTF-8.
+def read_standard_input() -> Iterator[File]:
+    """Read the files that lines as `find` prints them name; they may have bytes that are not UTF-8.
 
     Raises:
         SourceError: there is none.
     """
-    found = False
+    base, found = str(Path.cwd()), False
     for line in sys.stdin.buffer:
         if path := os.fsdecode(line).strip():
             found = True
-            yield path
+            yield _file(base, path, path)
     if not found:
-        raise SourceError("the standard input is empty: one path a line is expected")
+        raise SourceError("the standard input is empty: one path per line is expected")
 
 
-def _open_text(place: str) -> TextIO:
-    file = io.BytesIO(remote.read_file(place)) if remote.is_remote(place) else open_binary(place)
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="" if bare(place).lower().endswith(".csv") else None)
+def _file(base: str, path: str, name: str) -> File:
+    """Find the file that a list means. Remote files are not asked for their sizes: that were a request for each."""
+    if path.lower().startswith("file://"):
+        path = str(to_path(path))
+    elif remote.is_remote(path):
+        return File(path, name, 0)
+    elif remote.is_remote(base):
+        return File(join(base, path.removeprefix("./")), name, 0)
+    return File(str(Path(base, path)), name, None)
 
 
 def _line_targets(place: str, text: TextIO) -> Targets:
@@ -110,3 +117,12 @@ def _target(place: str, row: dict[str, object], column: str, number: int) -> tup
     if not isinstance(name, str | int) or name == "":
         raise SourceError(f"line {number} of the list {place!r} has no id: {name!r}")
     return path, str(name)
+
+
+LISTS = {
+    ".txt": _line_targets,
+    ".lst": _line_targets,
+    ".csv": _csv_targets,
+    ".jsonl": _json_targets,
+    ".ndjson": _json_targets,
+}

@@ -70,7 +70,7 @@ def embed_labelled(
         pieces.append(batch.embeddings.astype(np.float32, copy=False))
         ids += batch.ids
         tick(batch.images)
-    names = images.index.table["id"].to_pylist()
+    names = images.index.ids
     number = dict(zip(names, images.labels.tolist(), strict=True))
     if not ids:
         raise SourceError(f"none of the {len(names)} images could be embedded, {names[0]!r} the first of them")
@@ -107,7 +107,7 @@ def store_labels(store: Store, given: Mapping[str, str] | None = None) -> dict[s
     labels: dict[str, Label] = {}
     for number in store.indexed():
         index = store.shard(number)
-        labels |= zip(index.table["id"].to_pylist(), labels_of(index, given), strict=True)
+        labels |= zip(index.ids, labels_of(index, given), strict=True)
     return labels
 
 

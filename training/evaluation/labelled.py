@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256
-from micl_zoo.sources.listing import PARQUET_CELL, ImageIndex, index_source
-from micl_zoo.sources.reader import open_parquet, to_path
+from micl_zoo.sources.archives import open_parquet
+from micl_zoo.sources.listing import ImageIndex, index_source
+from micl_zoo.sources.places import to_path
 
 Label = str | int
 
@@ -270,7 +271,7 @@ def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list
         SourceError: an image that has none.
     """
     if given is not None:
-        ids = index.table["id"].to_pylist()
+        ids = index.ids
         if missing := [name for name in ids if name not in given]:
             raise SourceError(
                 f"{len(missing):,} of {len(ids):,} images have no label, {missing[0]!r} the first of them: labels go "
@@ -281,11 +282,11 @@ def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list
     return [_label(columns, *row) for row in zip(*(index.table[c].to_pylist() for c in _INDEX), strict=True)]
 
 
-_INDEX = ("id", "uri", "offset", "length")
+_INDEX = ("id", "uri", "kind", "offset")
 
 
-def _label(columns: dict[str, list[Label]], name: str, uri: str, offset: int, length: int) -> Label:
-    if length == PARQUET_CELL:
+def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offset: int) -> Label:
+    if kind == "parquet":
         if uri not in columns:
             columns[uri] = _label_column(uri)
         return columns[uri][offset]

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from micl_zoo.encoders.device import default_workers
 from micl_zoo.errors import Refused, SourceError
 from micl_zoo.images.decode import decode, decode_crop
-from micl_zoo.sources.listing import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
+from micl_zoo.sources.archives import open_parquet, parquet_row_groups
+from micl_zoo.sources.listing import Entry, ImageIndex, Reader
 
 from ..micl import draw_views, gather_patches
 from ..recipes import AnyRecipe, Recipe
@@ -143,7 +144,7 @@ def index_blocks(index: ImageIndex) -> Blocks:
     A parquet row group can only be read whole, so a full permutation would read each of them once for every row in it.
     In a mixed corpus each file and each byte range is a block of its own.
     """
-    cells = index.table["length"].to_numpy() == PARQUET_CELL
+    cells = index.of_kind("parquet")
     if not cells.any():
         return None
     uris = index.table["uri"].combine_chunks().dictionary_encode()
@@ -151,7 +152,7 @@ def index_blocks(index: ImageIndex) -> Blocks:
     groups = np.arange(len(index))  # no two alike
     for first, stop in pairwise([0, *_changes(files), len(index)]):
         if cells[first]:
-            ends = np.cumsum(parquet_row_groups(uris.dictionary[int(files[first])].as_py()))
+            ends = np.cumsum(parquet_row_groups(open_parquet(uris.dictionary[int(files[first])].as_py())))
             groups[first:stop] = ends.searchsorted(offsets[first:stop], side="right")
     return (0, *np.union1d(_changes(files), _changes(groups)).tolist())
 

@@ -8,9 +8,10 @@ import json
 import logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,7 @@ class RunDir:
         self.keep_steps = 0
         self._writing: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._lock: IO[str] | None = None
+        self._lock: ExitStack | None = None
 
     def __enter__(self) -> RunDir:
         return self
@@ -100,11 +101,7 @@ class RunDir:
         Raises:
             TrainingError: another process trains in it.
         """
-        self._lock = lock_folder(self.path)
-        if self._lock is None:
-            raise TrainingError(
-                f"another process is training in {str(self.path)!r}: wait for it, stop it, or give another --out"
-            )
+        self._lock = lock_folder(self.path, "training in", TrainingError)
 
     def save_record(self) -> None:
         """Write run.json."""
