@@ -179,6 +179,7 @@ def test_the_commands(colours: Path, encoder_folder: Path, tmp_path: Path) -> No
     assert "| colours | vit_ti16.tin200 | 100.0 ± 0.0 |" in result.output
     written = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert written["data"]["colours"]["test_images"] == 4
+    assert written["command"].startswith(f"micl-zoo eval knn {encoder_folder} --data {colours} --test-images 4 ")
     assert (tmp_path / "r.png").exists()
     printed = run(
         "few-shot",

@@ -194,7 +194,7 @@ def test_a_dry_run_needs_no_network_and_prints_the_row(
     assert '        metrics={"tin200": 60.2, "caltech101": 62.2},\n    ),\n' in row
     assert pasted(row).transform == Transform(32, 32)
     bare = invoke(run, "--repo", REPO, "--no-onnx", "--dry-run").output
-    assert "Its row for micl_zoo/zoo.py, without metrics, as no record with k-NN was given by --eval" in bare
+    assert "encoders/zoo.py, without metrics, as no record with k-NN was given by --eval" in bare
     assert files(run / "hub") == PLAIN
 
 
