@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from micl_zoo.encoders.weights import save_weights
 from micl_zoo.errors import SourceError, UsageError
+from micl_zoo.training.corpora import CORPORA
 from micl_zoo.training.micl import MiCL, draw_views, init_weights
 from micl_zoo.training.pretraining.plan import (
     CARDS,
@@ -47,8 +48,7 @@ SMALL = (
 
 
 def corpus(recipe: Recipe) -> int:
-    """Images of the recipe's corpus, read from its own words."""
-    return int(re.findall(r"([\d,]+) images", recipe.corpus)[0].replace(",", ""))
+    return CORPORA[recipe.corpus].images
 
 
 def small_model(recipe: Recipe, *, fused: bool) -> tuple[MiCL, Tensor, Tensor, tuple[int, int]]:

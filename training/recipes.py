@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from micl_zoo.encoders.zoo import IN1K, TIN200
 from micl_zoo.errors import TrainingError, UsageError, unknown
+
+from .corpora import CORPORA, corpus_key
+
+KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,7 +25,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe, `arch.tag`.
-        corpus: what it is meant to be trained on.
+        corpus: key in CORPORA of the images it is meant for.
         image_size: side in pixels of the images the finished encoder takes.
         patch_size, embed_dim, depth, num_heads, mlp_ratio, norm_eps: of the ViT.
         mask_ratio: share of a crop's patches that neither view sees.
@@ -249,7 +253,8 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
             f"that is a fine-tuning run, by recipe {there.get('name')}: its figures are in its result.json and "
             "metrics.jsonl. Give the folder of a pre-training run, which `train --out` wrote."
         )
-    return Recipe(**{key: value for key, value in there.items() if key in known})
+    kept = {key: value for key, value in there.items() if key in known}
+    return Recipe(**kept | {"corpus": corpus_key(kept["corpus"])})  # runs before 0.2 recorded a line of text
 
 
 def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
@@ -259,7 +264,8 @@ def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free:
         there, asked: what their run.json say.
         free: fields that may differ beside those that change no number.
     """
-    free = {*free, "checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source"}
+    # the fingerprint tells the images; `corpus` is only what the recipe is meant for
+    free = {*free, "checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source", "corpus"}
     kind = Recipe if "corpus" in asked["recipe"] else FineTuneRecipe
     defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     there, asked = (
@@ -296,7 +302,7 @@ def vit_b16_in1k() -> Recipe:
     """
     return Recipe(
         name="vit_b16.in1k",
-        corpus="ImageNet-1k train, 1,281,167 images",
+        corpus=IN1K,
         epochs=800,
         warmup_epochs=40,
         batch_size=7200,  # 4 GPUs x 1800
@@ -349,7 +355,7 @@ def vit_ti16_tin200() -> Recipe:
     """
     return Recipe(
         name="vit_ti16.tin200",
-        corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
+        corpus=TIN200,
         embed_dim=192,
         num_heads=3,
         image_size=112,
@@ -509,8 +515,14 @@ def finetune_smoke_twin(recipe: FineTuneRecipe) -> FineTuneRecipe:
 
 
 def corpus_images(recipe: Recipe) -> int:
-    """Size of the corpus that a recipe is meant for, as its text says it."""
-    return int(re.findall(r"([\d,]{4,}) images", recipe.corpus)[0].replace(",", ""))
+    """Number of images in the corpus that a recipe is meant for.
+
+    Raises:
+        UsageError: the recipe names no known corpus.
+    """
+    if recipe.corpus not in CORPORA:
+        raise UsageError(unknown("corpus", recipe.corpus, CORPORA))
+    return CORPORA[recipe.corpus].images
 
 
 def smoke_twin(recipe: Recipe) -> Recipe:

@@ -526,7 +526,7 @@ def eval_all(**options: Any) -> None:
 
 def _measure(methods: Any, options: dict[str, Any]) -> None:
     """Run, print, write the record and the picture; `methods` are those of a `Protocol`."""
-    from micl_zoo.training.evaluation.evaluate import Protocol
+    from micl_zoo.training.evaluation.protocols import Protocol
     from micl_zoo.training.evaluation.tables import plot, table
 
     from ..files import write_text
@@ -961,7 +961,8 @@ Examples:
   micl-zoo card vit_ti16.tin200
   micl-zoo card -o MODEL_CARD.md
   micl-zoo card runs/first --eval record.json --hub -o hub/README.md
-  micl-zoo card --check MODEL_CARD.md"""
+  micl-zoo card --check MODEL_CARD.md
+  micl-zoo card --ablations --check docs/ablations.md"""
 )
 @click.argument("encoder", required=False)
 @click.option(
@@ -972,6 +973,9 @@ Examples:
     help="Of a run: a record of `eval all`, or the result.json of `eval finetune`. May be repeated.",
 )
 @click.option("--hub", is_flag=True, help="With the front matter that the Hugging Face hub reads.")
+@click.option(
+    "--ablations", is_flag=True, help="Instead of a card: MiCL beside other methods, and with one thing changed."
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write to this file.  [default: print it]")
 @click.option("--check", type=click.Path(path_type=Path), help="Exit with code 1 when this file is not the card.")
 @click.option("--record", type=click.Path(path_type=Path), help="Write the record of a run, and no card.")
@@ -979,6 +983,7 @@ def card(
     encoder: str | None,
     measured: tuple[Path, ...],
     hub: bool,
+    ablations: bool,
     out: Path | None,
     check: Path | None,
     record: Path | None,
@@ -990,6 +995,8 @@ def card(
     """
     if encoder is None and (measured or hub or record):
         raise click.UsageError("--eval, --hub and --record need an ENCODER")
+    if encoder and ablations:
+        raise click.UsageError("--ablations is of no single ENCODER: leave it out")
     if sum(map(bool, (out, check, record))) > 1 or (record and (measured or hub)):
         raise click.UsageError("-o, --check and --record go alone; a record takes neither --eval nor --hub")
     from micl_zoo.training.release.card import card as write_card
@@ -1002,9 +1009,13 @@ def card(
         write_run_record(Path(encoder), record)
         click.echo(f"The record of {encoder} is in {record}.")
         return
-    text = write_card(encoder, measured, hub=hub)
+    text = write_card(encoder, measured, hub=hub, ablations=ablations)
     if check:
-        words = [*([encoder] if encoder else []), *(word for file in measured for word in ("--eval", str(file)))]
+        words = [
+            *([encoder] if encoder else []),
+            *["--ablations"] * ablations,
+            *(word for file in measured for word in ("--eval", str(file))),
+        ]
         check_card(check, text, shlex.join(["micl-zoo", "card", *words, *["--hub"] * hub, "-o", str(check)]))
         click.echo(f"{check} is what the records say.")
     elif out:

@@ -13,16 +13,17 @@ from typing import NamedTuple
 
 from micl_zoo.errors import UsageError
 
-from ..recipes import Recipe, vit_l16_in1k
+from ..corpora import CORPORA
+from ..recipes import KEPT_CHECKPOINTS, Recipe, vit_l16_in1k
 from ..run.order import images_per_process
-from ..run.rundir import KEPT_CHECKPOINTS
 
 GIB = 2**30
 USABLE = 0.9  # of a card's memory; the rest is for what is not counted: driver, communication, fragmentation
 LABEL = 11  # columns before the text of a printed line
 Lines = Iterator[tuple[str, str]]  # label and text
 
-PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS, PAPER_IMAGES = 133, 4, 800, 1_281_167  # ViT-L/16, on A100s
+PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS = 133, 4, 800  # ViT-L/16, on A100s
+PAPER_IMAGES = CORPORA["imagenet-1k"].images
 PAPER_TFLOPS = 312.0
 CODE_EPOCHS = 200  # default of the authors' code; 800 are from their pre-training text
 

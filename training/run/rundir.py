@@ -25,7 +25,7 @@ from micl_zoo.errors import TrainingError
 from micl_zoo.files import atomic_path, file_sha256, lock_folder, write_text
 from micl_zoo.images.transform import Transform
 
-from ..recipes import AnyRecipe, Recipe, record_differences
+from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, record_differences
 from .provenance import code_commit, machine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -334,6 +334,3 @@ def _before(line: dict[str, Any], step: int) -> bool:
 
 def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good; the run folder goes by it
