@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import textwrap
 import warnings
@@ -122,7 +123,7 @@ def render(template: Path, **values: Any) -> str:
     """Fill a Jinja template; in one of HTML, values are escaped.
 
     Besides Jinja's own filters there are `n`, a number with commas, `g`, a short one, `wrap`, a paragraph of Markdown,
-    and `item`, an item of a list.
+    `item`, an item of a list, and `png`, an address that holds the picture.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -131,6 +132,7 @@ def render(template: Path, **values: Any) -> str:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
+        "png": lambda data: "data:image/png;base64," + base64.b64encode(data).decode(),
         "n": lambda value: f"{value:,}",
         "g": lambda value: f"{value:g}",
         "wrap": lambda text: _filled(text),
