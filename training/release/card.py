@@ -89,6 +89,8 @@ def repository_card(records: Path | None = None) -> str:
 def ablations_page(records: Path | None = None) -> str:
     """Write docs/ablations.md: the same ViT by several methods, and by MiCL with one thing changed."""
     found = comparisons(records)
+    if not found:
+        raise UsageError("there are no records of benchmarks/rivals.py: see training/records/ in the repository")
     made = [(one.what, file, record) for one in found for file, record in one.records.items()]
     shown = [{**vars(one), "arms": one.arms, "tables": [*map(_compared, one.records.values())]} for one in found]
     return render(HERE / "ablations.md.jinja", comparisons=shown, provenance=_provenance(made))
