@@ -148,6 +148,11 @@ _CORPORA = (
 CORPORA = {corpus.key: corpus for corpus in _CORPORA}
 
 
+def corpus_text(key: str) -> str:
+    """Describe a corpus in one line for people; a key that is none of these is a user's own text."""
+    return CORPORA[key].text if key in CORPORA else key
+
+
 def corpus_key(text: str) -> str:
     """The key of a corpus by its key or its line for people; other text, such as a user's own, as it is."""
     return next((one.key for one in _CORPORA if text == one.text), text)

@@ -112,6 +112,18 @@ _METHODS = (
     ),
 )
 METHODS = {method.name: method for method in _METHODS}
+ALL = Method(
+    name="all",
+    function="",
+    heading="",
+    settings=("pools", "seed"),
+    help="All methods, with one pass over the images.",
+    examples=(
+        "vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png",
+        "runs/first --data imagenet --baseline random --baseline pixels",
+    ),
+    about="",
+)
 
 
 def _option(default: Any, flag: str, help: str, least: int = 1) -> Any:

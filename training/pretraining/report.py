@@ -17,7 +17,7 @@ from micl_zoo._version import __version__
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import atomic_path, write_text
 
-from ..corpora import CORPORA
+from ..corpora import corpus_text
 from ..evaluation.tables import need_matplotlib, render
 from ..micl import kept_patches
 from ..recipes import Recipe, recorded_recipe
@@ -336,7 +336,7 @@ def _page(
     return render(
         Path(__file__).with_name("report.html.jinja"),
         folder=run, record=record, data=data, result=result, recipe=recipe, history=history, charts=charts, seen=seen,
-        corpus=CORPORA[recipe.corpus].text if recipe.corpus in CORPORA else recipe.corpus,
+        corpus=corpus_text(recipe.corpus),
         taken=int(result.get("steps") or (steps[-1] + 1 if len(steps) else 0)),
         total=round(recipe.epochs * ((data.get("images") or 0) // recipe.batch_size)),
         epochs=recipe.epochs if result else history.last("epoch"),
