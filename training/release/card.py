@@ -35,7 +35,7 @@ from ..evaluation.tables import (
     with_interval,
 )
 from ..pretraining.plan import frozen_count, parameter_count
-from .trained import Trained, comparisons, of_run, published
+from .trained import Trained, of_run, published, read_all
 
 HERE = Path(__file__).parent
 CORE_WATTS = 5  # assumed of a processor's core: server processors are sold with 2 to 8 W per core
@@ -88,12 +88,15 @@ def repository_card(records: Path | None = None) -> str:
 
 def ablations_page(records: Path | None = None) -> str:
     """Write docs/ablations.md: the same ViT by several methods, and by MiCL with one thing changed."""
-    found = comparisons(records)
-    if not found:
+    shown, made = {}, []
+    for pattern, what in (("rivals", "other methods"), ("ablations", "one thing changed")):
+        found = read_all(records, f"{pattern}*.json")
+        arms = {name: arm["trained"] for record in found.values() for name, arm in record["arms"].items()}
+        shown[pattern] = {"arms": arms, "tables": [*map(_compared, found.values())]}
+        made += [(what, file, record) for file, record in found.items()]
+    if not made:
         raise UsageError("there are no records of benchmarks/rivals.py: see training/records/ in the repository")
-    made = [(one.what, file, record) for one in found for file, record in one.records.items()]
-    shown = [{**vars(one), "arms": one.arms, "tables": [*map(_compared, one.records.values())]} for one in found]
-    return render(HERE / "ablations.md.jinja", comparisons=shown, provenance=_provenance(made))
+    return render(HERE / "ablations.md.jinja", **shown, provenance=_provenance(made))
 
 
 def one_card(trained: Trained, *, hub: bool = False, repo: str | None = None) -> str:
