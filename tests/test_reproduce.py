@@ -32,9 +32,8 @@ from micl_zoo.training.evaluation.labelled import KNOWN_SETS, LabelledSet
 from micl_zoo.training.evaluation.tables import interval
 from micl_zoo.training.pretraining.plan import GIB, PAPER_HOURS, Plan, make_plan, memory_estimate
 from micl_zoo.training.pretraining.pretrain import COLLAPSE, COLLAPSE_STEPS
-from micl_zoo.training.recipes import get_finetune_recipe, get_recipe
+from micl_zoo.training.recipes import KEPT_CHECKPOINTS, get_finetune_recipe, get_recipe
 from micl_zoo.training.release.card import CARD_WATTS
-from micl_zoo.training.run.rundir import KEPT_CHECKPOINTS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "reproduce.md"

@@ -21,9 +21,9 @@ from micl_zoo.sources.listing import index_source
 
 from ..micl import draw_views, kept_patches
 from ..recipes import Recipe, get_recipe
-from ..run.loop import resolve_autocast
 from ..run.optim import set_learning_rate
 from ..run.provenance import code_commit, machine
+from ..run.step import resolve_autocast
 from .data import MemoryCorpus, Seen, StreamedCorpus, draw, normalise
 from .plan import step_flops
 from .pretrain import make_model

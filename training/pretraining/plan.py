@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from micl_zoo.errors import UsageError
 
-from ..recipes import Recipe, vit_l16_in1k
+from ..recipes import KEPT_CHECKPOINTS, Recipe, vit_l16_in1k
 from ..run.order import images_per_process
-from ..run.rundir import KEPT_CHECKPOINTS
 
 GIB = 2**30
 USABLE = 0.9  # of a card's memory; the rest is for what is not counted: driver, communication, fragmentation

@@ -19,6 +19,7 @@ from micl_zoo.encoders.weights import WEIGHTS_FILE
 from micl_zoo.encoders.zoo import RECORDS, timm_architecture
 from micl_zoo.errors import UsageError
 
+from ..corpora import PEOPLE
 from ..evaluation.evaluate import PIXELS
 from ..evaluation.labelled import KNOWN_SETS
 from ..evaluation.tables import (
@@ -34,7 +35,6 @@ from ..evaluation.tables import (
     with_interval,
 )
 from ..pretraining.plan import frozen_count, parameter_count
-from .corpora import PEOPLE
 from .trained import Trained, of_run, published
 
 WIDTH = 120  # of a line of text

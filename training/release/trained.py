@@ -15,8 +15,8 @@ from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256, write_text
 from micl_zoo.images.transform import Transform
 
+from ..corpora import CORPORA, Corpus
 from ..recipes import Recipe, record_differences, recorded_recipe
-from .corpora import CORPORA, Corpus
 
 RECORDS_FOLDER = Path(__file__).parents[1] / "records"
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps

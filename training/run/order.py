@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from micl_zoo.errors import SourceError, UsageError
 
 from ..recipes import AnyRecipe, Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 
 def images_per_process(recipe: Recipe, world: int) -> int:
@@ -54,7 +54,10 @@ class RefusedImage(NamedTuple):
 
 
 def seeded(*parts: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all the parts and nothing else."""
+    """Make a CPU generator whose stream depends on all the parts and nothing else."""
+    import numpy as np
+    import torch  # not before it is needed: a plan does without
+
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
