@@ -400,7 +400,8 @@ def test_the_recipes_have_the_numbers_of_mae() -> None:
     for name, make in FINETUNE_RECIPES.items():
         assert make().name == name
         assert f"--recipe {name}" in (make.__doc__ or "")
-        attributes = (FineTuneRecipe.__doc__ or "").partition("Attributes:")[2]
+    for kind in (Recipe, FineTuneRecipe):
+        attributes = "".join((part.__doc__ or "").partition("Attributes:")[2] for part in (AnyRecipe, kind))
         assert all(re.search(rf"\b{field.name}\b", attributes) for field in dataclasses.fields(kind))
 
 
