@@ -35,14 +35,13 @@ from ..evaluation.tables import (
     with_interval,
 )
 from ..pretraining.plan import frozen_count, parameter_count
+from ..run.gpus import gpu_watts
 from .trained import Trained, of_run, published
 
 WIDTH = 120  # of a line of text
 GLANCE = ("k-NN 20", "linear", "logreg", "5-shot")
 NOT_MEASURED = "Not measured."
 CORE_WATTS = 5  # assumed of a processor's core: server processors are sold with 2 to 8 W a core
-# Assumed of a GPU: the most its board may draw, by NVIDIA's data sheets.
-CARD_WATTS = {"H200": 700, "H100": 700, "A100": 400, "L40S": 350, "RTX 4090": 450}
 PRECISIONS = ("fp32", "fp16", "int8")  # that `micl-zoo export` writes
 
 CROPPED = "Only the centre square of a picture is seen."
@@ -316,7 +315,7 @@ def _devices(run: Mapping[str, Any]) -> tuple[str, int, int | None]:
     """What computed, how many of them, and the watts that are assumed of each."""
     machine = run["machine"]
     if gpu := machine.get("card"):
-        return "GPU", run.get("processes", 1), next((watts for name, watts in CARD_WATTS.items() if name in gpu), None)
+        return "GPU", run.get("processes", 1), gpu_watts(gpu)
     threads = machine.get("threads", machine["cores"]) * run.get("processes", 1)  # older records do not say
     return "core", min(threads, machine["cores"]), CORE_WATTS
 
