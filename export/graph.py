@@ -13,8 +13,8 @@ import torch
 from onnx import ModelProto, checker, compose, parser
 from torch import Tensor, nn
 
-from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.onnx_session import Output
+from micl_zoo.encoders.encoder import Encoder, Output
+from micl_zoo.encoders.torch_model import split_tokens
 from micl_zoo.errors import ExportError
 from micl_zoo.images.transform import MAX_ASPECT, Transform
 
@@ -35,11 +35,10 @@ class _Outputs(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, S, S) -> `embedding` (B, D or 2D) and `patches` (B, h, w, D), what there is of them."""
-        tokens = self.vit.forward_features(pixel_values)  # (B, 1 + h w, D)
-        pooled = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
-        parts = [pooled[name] for name in self.outputs if name != "patches"]
-        found = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]] if parts else []
-        return tuple(found + [tokens[:, 1:].unflatten(1, self.grid)] * ("patches" in self.outputs))
+        found = split_tokens(self.vit.forward_features(pixel_values), self.grid, self.outputs)
+        parts = [found[name] for name in self.outputs if name != "patches"]
+        pooled = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]] if parts else []
+        return tuple(pooled + [found[name] for name in self.outputs if name == "patches"])
 
 
 def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> ModelProto:

@@ -1,11 +1,15 @@
-"""Smaller graphs: half-precision weights and arithmetic, int8 matrix products."""
+"""Turns a float32 graph into each precision that is exported, and says how near it must stay to the encoder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from .check import Bounds
 
 # What stays in float32 where the rest is fp16: norms, the softmax, the mean over patches.
 FLOAT32_OPS = ("LayerNormalization", "Softmax", "ReduceMean")
@@ -138,3 +142,26 @@ def _rebuilt(model: ModelProto, nodes: list[NodeProto], tensors: list[TensorProt
     graph.node.extend(nodes)
     graph.initializer.extend(kept)
     return model
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One precision.
+
+    Attributes:
+        convert: from the float32 graph; may change it in place.
+        bounds: what the file must keep.
+        inside: what it must keep with the transform inside: some pixels in ten thousand come out a level away from
+            Pillow's; None: the same.
+    """
+
+    convert: Callable[[ModelProto], ModelProto]
+    bounds: Bounds
+    inside: Bounds | None = None
+
+
+CONVERSIONS = {
+    "fp32": Conversion(store_in_half, Bounds(max_difference=1e-4, cosine_min=0.99999), Bounds(cosine_min=0.9999)),
+    "fp16": Conversion(to_fp16, Bounds(cosine_min=0.999)),
+    "int8": Conversion(to_int8, Bounds(cosine_min=0.98, neighbour_agreement=0.95)),
+}

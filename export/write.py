@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.encoder import Encoder, load
-from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, Output, Precision, runtime
+from micl_zoo.encoders.device import ONNX_PRECISIONS, Precision
+from micl_zoo.encoders.encoder import Encoder, Output
+from micl_zoo.encoders.load import load
+from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, runtime
+from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import ExportError, UsageError, unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
@@ -94,22 +97,24 @@ def to_onnx(
         raise UsageError(f"{str(file)!r} exists: take another folder, or overwrite")
     runtime()  # before any work
     try:
-        from .check import BATCHES, BOUNDS, PREPROCESS_BOUNDS, measure, photographs
+        from .check import BATCHES, measure, photographs
         from .graph import encoder_graph
+        from .quantize import CONVERSIONS
     except ImportError as error:
         raise UsageError(f"an export needs {error.name}: {INSTALL}") from None
     encoder = model if isinstance(model, Encoder) else load(model, weights=weights, device="cpu")
     if encoder.backend != "torch":
         raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
     encoder = _at_size(encoder, image_size).cpu().float()
-    bounds = (PREPROCESS_BOUNDS if with_preprocess else BOUNDS)[precision]
+    row = CONVERSIONS[precision]
+    bounds = (with_preprocess and row.inside) or row.bounds
     pictures = photographs(images)
     if images is None and not bounds.neighbour_agreement:
         pictures = pictures[: sum(BATCHES)]  # the whole ones: quarters are there for neighbours to differ
     ordered: list[Output] = [name for name in get_args(Output) if name in outputs]
     with progress(f"exporting {encoder.name}", len(pictures), show=show) as tick:
         tick(0, "tracing")
-        graph = _at_precision(encoder_graph(encoder, ordered, opset), precision)
+        graph = row.convert(encoder_graph(encoder, ordered, opset))
         card = make_card(encoder, precision, ordered, with_preprocess)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary:
@@ -123,8 +128,8 @@ def to_onnx(
 
 
 def _check(precision: str, outputs: Sequence[str], opset: int) -> None:
-    if precision not in get_args(Precision):
-        raise UsageError(unknown("precision", precision, get_args(Precision)))
+    if precision not in ONNX_PRECISIONS:
+        raise UsageError(unknown("precision", precision, ONNX_PRECISIONS))
     for name in outputs:
         if name not in get_args(Output):
             raise UsageError(unknown("output", name, get_args(Output)))
@@ -153,13 +158,7 @@ def _at_size(encoder: Encoder, side: int | None) -> Encoder:
         transform=dataclasses.replace(config.transform, size=side, resize=resize),
         model_args=config.model_args | {"img_size": side},
     )
-    return Encoder(vit, config, record=encoder.record, weights_sha256=encoder.weights_sha256)
-
-
-def _at_precision(graph: ModelProto, precision: Precision) -> ModelProto:
-    from .quantize import store_in_half, to_fp16, to_int8
-
-    return {"fp32": store_in_half, "fp16": to_fp16, "int8": to_int8}[precision](graph)
+    return Encoder(TorchModel(vit), config, record=encoder.record, weights_sha256=encoder.weights_sha256)
 
 
 def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], preprocess: bool) -> OnnxCard:

@@ -4,6 +4,7 @@
 
     encoder = micl_zoo.load()
     rows = encoder.embed(["a.jpg", "b.jpg"])  # (2, D)
+    micl_zoo.extract("photos/", "embeddings")
 
 Names are resolved when they are used, so importing this package imports neither torch nor timm.
 """
@@ -15,33 +16,42 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
-if TYPE_CHECKING:
-    from .encoders.encoder import Encoder, Features, load
+if TYPE_CHECKING:  # what _HOME says, for type checkers; a test compares the two
+    from .encoders.encoder import Encoder, Features
+    from .encoders.hub import download
+    from .encoders.load import load
     from .encoders.zoo import Record, list_models
-    from .errors import ExportError, MiclZooError, SourceError, StoreError, TrainingError, UsageError, WeightsError
+    from .errors import (
+        ExportError,
+        Interrupted,
+        MiclZooError,
+        Refused,
+        SourceError,
+        StoreError,
+        TrainingError,
+        UsageError,
+        WeightsError,
+    )
+    from .extraction.extract import Summary, extract
     from .images.transform import Transform
     from .sources.listing import ImageIndex, index_source, list_source
+    from .stores.convert import convert
+    from .stores.search import search
     from .stores.store import Store, open_store
+    from .stores.verify import verify
 
 _HOME = {
-    "Encoder": "encoders.encoder",
-    "ExportError": "errors",
-    "Features": "encoders.encoder",
-    "ImageIndex": "sources.listing",
-    "MiclZooError": "errors",
-    "Record": "encoders.zoo",
-    "SourceError": "errors",
-    "Store": "stores.store",
-    "StoreError": "errors",
-    "TrainingError": "errors",
-    "Transform": "images.transform",
-    "UsageError": "errors",
-    "WeightsError": "errors",
-    "index_source": "sources.listing",
-    "list_models": "encoders.zoo",
-    "list_source": "sources.listing",
-    "load": "encoders.encoder",
-    "open_store": "stores.store",
+    "encoders.encoder": "Encoder Features",
+    "encoders.hub": "download",
+    "encoders.load": "load",
+    "encoders.zoo": "Record list_models",
+    "extraction.extract": "Summary extract",
+    "images.transform": "Transform",
+    "sources.listing": "ImageIndex index_source list_source",
+    "stores.convert": "convert",
+    "stores.search": "search",
+    "stores.store": "Store open_store",
+    "stores.verify": "verify",
 }
 
 __all__ = [
@@ -49,28 +59,37 @@ __all__ = [
     "ExportError",
     "Features",
     "ImageIndex",
+    "Interrupted",
     "MiclZooError",
     "Record",
+    "Refused",
     "SourceError",
     "Store",
     "StoreError",
+    "Summary",
     "TrainingError",
     "Transform",
     "UsageError",
     "WeightsError",
     "__version__",
+    "convert",
+    "download",
+    "extract",
     "index_source",
     "list_models",
     "list_source",
     "load",
     "open_store",
+    "search",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'micl_zoo' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    home = next((module for module, names in _HOME.items() if name in names.split()), "errors")
+    return getattr(importlib.import_module(f".{home}", __name__), name)
 
 
 def __dir__() -> list[str]:

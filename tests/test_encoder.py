@@ -13,9 +13,9 @@ from conftest import picture
 from safetensors.torch import load_file
 
 import micl_zoo
-from micl_zoo.encoders import encoder as encoder_module
-from micl_zoo.encoders.device import bf16_is_fast
-from micl_zoo.encoders.encoder import Encoder, Pool, precision_advice
+from micl_zoo.encoders import device as device_module
+from micl_zoo.encoders.device import bf16_is_fast, precision_advice
+from micl_zoo.encoders.encoder import Encoder, Pool
 from micl_zoo.errors import UsageError
 
 SHAPES: dict[Pool, tuple[int, ...]] = {"cls": (32,), "mean": (32,), "cls+mean": (64,), "patches": (4, 4, 32)}
@@ -75,7 +75,6 @@ def test_tensors_are_embedded_as_the_transform_says(encoder: Encoder) -> None:
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows, expected, rtol=0, atol=0)
     np.testing.assert_array_equal(encoder.embed_pixels(pixels.numpy()), expected.numpy())
-    assert torch.equal(encoder._normalised(pixels), encoder.transform.normalise(pixels))
     in_bf16 = encoder.embed_tensor(pixels, autocast=torch.bfloat16)
     assert in_bf16.dtype == torch.float32
     assert F.cosine_similarity(in_bf16, rows).min() > 0.999
@@ -117,8 +116,8 @@ def test_really_compiled_blocks_agree(encoder: Encoder) -> None:
 
 
 def test_compiling_without_a_compiler_says_what_to_do(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module.shutil, "which", lambda _: None)
-    with pytest.raises(UsageError, match=r"takes a C\+\+ compiler, none was found: install one, or do not compile"):
+    monkeypatch.setattr(device_module.shutil, "which", lambda _: None)
+    with pytest.raises(UsageError, match=r"C\+\+ compiler.* none was found: install one"):
         encoder.compile_blocks(4)
 
 
@@ -126,7 +125,7 @@ def test_advice_on_slow_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "several times slower than fp32" in (precision_advice("fp16", CPU) or "")
     assert precision_advice("fp32", CPU) is None
     assert (precision_advice("bf16", CPU) is None) == bf16_is_fast(CPU)
-    monkeypatch.setattr(encoder_module, "bf16_is_fast", lambda _: False)
+    monkeypatch.setattr(device_module, "bf16_is_fast", lambda _: False)
     assert "Take precision auto, which takes fp32 here" in (precision_advice("bf16", CPU) or "")
     assert "Take precision fp16" in (precision_advice("bf16", torch.device("cuda")) or "")
     assert precision_advice("fp16", torch.device("cuda")) is None
@@ -135,7 +134,7 @@ def test_advice_on_slow_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backends_that_cannot_be(encoder_folder: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown backend 'openvin'\. Did you mean openvino"):
         micl_zoo.load(weights=encoder_folder, backend="openvin")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="openvino runs on the CPU, not on 'cuda'"):
+    with pytest.raises(UsageError, match="openvino runs on cpu, not on 'cuda'"):
         micl_zoo.load(weights=encoder_folder, backend="openvino", device="cuda")
     with pytest.raises(UsageError, match="keeps weights in float32, not in 'bfloat16'"):
         micl_zoo.load(weights=encoder_folder, backend="openvino", dtype="bfloat16")

@@ -565,7 +565,7 @@ def _evaluated(
     from micl_zoo.training.evaluation.labelled import LabelledSet, read_label_file
 
     from ..encoders.device import resolve_device
-    from ..encoders.encoder import load
+    from ..encoders.load import load
 
     command = shlex.join(["micl-zoo", *sys.argv[1:]])
     if train_store or test_store:
@@ -711,7 +711,7 @@ def info(name: str, as_json: bool) -> None:
     for key, value in rows.items():
         click.echo(f"{key:<{width}}  {value}")
     if not record.published:
-        from ..encoders.weights import not_published
+        from ..encoders.hub import not_published
 
         click.echo("\n" + not_published(record))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
-from .weights import embedded_file
+from .hub import embedded_file
 
 if TYPE_CHECKING:
     import numpy as np
