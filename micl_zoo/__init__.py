@@ -34,7 +34,8 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers; a test compares the two
     )
     from .extraction.extract import Summary, extract
     from .images.transform import Transform
-    from .sources.listing import ImageIndex, index_source, list_source
+    from .sources.index import ImageIndex
+    from .sources.listing import index_source, list_source
     from .stores.convert import convert
     from .stores.search import search
     from .stores.store import Store, open_store
@@ -47,7 +48,8 @@ _HOME = {
     "encoders.zoo": "Record list_models",
     "extraction.extract": "Summary extract",
     "images.transform": "Transform",
-    "sources.listing": "ImageIndex index_source list_source",
+    "sources.index": "ImageIndex",
+    "sources.listing": "index_source list_source",
     "stores.convert": "convert",
     "stores.search": "search",
     "stores.store": "Store open_store",

@@ -17,6 +17,7 @@ from conftest import picture
 
 import micl_zoo
 from micl_zoo.cli import main
+from micl_zoo.encoders.device import ONNX_PRECISIONS
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import ExportError, UsageError
 from micl_zoo.images.transform import Transform
@@ -186,6 +187,10 @@ def test_norms_and_softmax_of_fp16_compute_in_float32(graph: bytes) -> None:
     products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in types]
     assert all(types[node.input[1]] == onnx.TensorProto.FLOAT16 for node in products)
     assert len(products) == 8  # four in each of the two blocks
+
+
+def test_what_is_exported_is_what_the_table_says() -> None:
+    assert tuple(CONVERSIONS) == ONNX_PRECISIONS
 
 
 def test_half_precision_is_stored_only_where_nothing_is_lost(graph: bytes) -> None:

@@ -98,7 +98,7 @@ def test_what_an_exported_encoder_cannot_do(opened: Encoder, encoder: Encoder, t
     assert opened.device.type == "cpu"
     with pytest.raises(UsageError, match="backend onnx computes no gradients"):
         opened(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(AttributeError, match="load the encoder with backend='torch'"):
+    with pytest.raises(AttributeError, match="load with backend='torch'"):
         _ = opened.vit
     with pytest.raises(AttributeError, match="no attribute 'vti'"):
         _ = opened.vti

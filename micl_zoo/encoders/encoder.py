@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args
 
@@ -116,10 +117,7 @@ class Encoder(nn.Module):
         except AttributeError:
             if name != "vit":
                 raise
-            raise AttributeError(
-                f"an exported file has no torch model, and {self.name} was loaded with backend {self.backend}: "
-                "load the encoder with backend='torch' for one"
-            ) from None
+            raise AttributeError("an exported file has no torch model: load with backend='torch' for one") from None
 
     @property
     def device(self) -> torch.device:
@@ -236,16 +234,11 @@ class Encoder(nn.Module):
             UsageError: an image cannot be read; the text has its place. `extract` goes on past such images.
         """
         many: Iterable[ImageLike] = [cast(ImageLike, images)] if _is_one(images) else cast(Iterable[ImageLike], images)
-        rows: list[np.ndarray] = []
-        batch: list[np.ndarray] = []
-        for place, image in enumerate(many):
-            batch.append(self.transform.pixels(_open(image, place)))
-            if len(batch) == batch_size:
-                rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
-                batch = []
-        if batch:
+        pixels = (self.transform.pixels(_open(image, place)) for place, image in enumerate(many))
+        rows = [np.empty((0, *self.row_shape(pool)), np.float32)]
+        while batch := list(islice(pixels, batch_size)):
             rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
-        return np.concatenate(rows) if rows else np.empty((0, *self.row_shape(pool)), np.float32)
+        return np.concatenate(rows)
 
     def embed_pixels(
         self, pixels: np.ndarray, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
@@ -291,12 +284,12 @@ def _is_one(images: Any) -> bool:
 
 def _open(image: ImageLike, place: int) -> Image.Image:
     try:
-        if isinstance(image, str | os.PathLike):
-            return decode(Path(image).read_bytes())
-        if isinstance(image, bytes):
-            return decode(image)
+        if isinstance(image, str | os.PathLike | bytes):
+            return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
         if isinstance(image, np.ndarray):
-            return _from_array(image)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise Refused("unsupported", f"an array must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
+            image = Image.fromarray(image)
         if min(image.size) < MIN_SIDE:
             raise Refused("too_small", f"{image.size}")
         return to_rgb(image)
@@ -305,9 +298,3 @@ def _open(image: ImageLike, place: int) -> Image.Image:
         raise UsageError(f"image {place} ({what}): {refused.detail} [{refused.reason}]") from None
     except OSError as error:
         raise UsageError(f"image {place}: {error}") from None
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape[:2]) < MIN_SIDE:
-        raise Refused("unsupported", f"an array must be (H, W, 3) uint8 RGB, got {array.shape} {array.dtype}")
-    return Image.fromarray(array)

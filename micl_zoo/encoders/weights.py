@@ -116,7 +116,7 @@ def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
 def save_weights(
     folder: Path,
     state: dict[str, Tensor],
-    config: EncoderConfig,
+    config: EncoderConfig | dict[str, Any],
     provenance: dict[str, Any],
     dtype: Literal["float32", "float16"],
 ) -> Path:
@@ -124,36 +124,25 @@ def save_weights(
 
     Args:
         folder: made if need be.
-        state: the ViT's state dict, under timm's names.
-        config: goes beside the weights and into their header.
+        state: the model's state dict, under timm's names.
+        config: goes beside the weights and into their header; of another timm model than an encoder as a dict.
         provenance: goes into the header: recipe, code, data, machine.
         dtype: of the tensors on disk.
     """
-    return write_weights(folder, state, json.loads(config.to_json()), provenance, dtype)
+    import torch
+    from safetensors.torch import save_file
+
+    body = config if isinstance(config, dict) else json.loads(config.to_json())
+    tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
+    with atomic_path(folder / WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary, {HEADER_KEY: json.dumps({"config": body, "provenance": provenance})})
+    write_text(folder / CONFIG_FILE, config_text(body))
+    return folder / WEIGHTS_FILE
 
 
 def config_text(config: dict[str, Any]) -> str:
     """Return the text of a `config.json`: the same bytes wherever it is written."""
     return json.dumps(config, indent=2) + "\n"
-
-
-def write_weights(
-    folder: Path,
-    state: dict[str, Tensor],
-    config: dict[str, Any],
-    provenance: dict[str, Any],
-    dtype: Literal["float32", "float16"],
-) -> Path:
-    """Do what `save_weights` does for any timm model: `config` is what its hub `config.json` says."""
-    import torch
-    from safetensors.torch import save_file
-
-    tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
-    entry = json.dumps({"config": config, "provenance": provenance})
-    with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, {HEADER_KEY: entry})
-    write_text(folder / CONFIG_FILE, config_text(config))
-    return folder / WEIGHTS_FILE
 
 
 def local_weights(path: Path) -> Weights:
