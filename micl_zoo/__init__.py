@@ -6,7 +6,7 @@
     rows = encoder.embed(["a.jpg", "b.jpg"])  # (2, D)
     micl_zoo.extract("photos/", "embeddings")
 
-Names are resolved when they are used, so importing this package imports neither torch nor timm.
+Importing this package imports neither torch nor timm: names whose modules do are resolved when they are used.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .encoders.zoo import Record, list_models
+from .errors import (
+    ExportError,
+    Interrupted,
+    MiclZooError,
+    Refused,
+    SourceError,
+    StoreError,
+    TrainingError,
+    UsageError,
+    WeightsError,
+)
+from .images.transform import Transform
 
-if TYPE_CHECKING:  # what _HOME says, for type checkers; a test compares the two
+if TYPE_CHECKING:  # what _LATER says, for type checkers; a test compares the two
     from .encoders.encoder import Encoder, Features
     from .encoders.hub import download
     from .encoders.load import load
-    from .encoders.zoo import Record, list_models
-    from .errors import (
-        ExportError,
-        Interrupted,
-        MiclZooError,
-        Refused,
-        SourceError,
-        StoreError,
-        TrainingError,
-        UsageError,
-        WeightsError,
-    )
     from .extraction.extract import Summary, extract
-    from .images.transform import Transform
     from .sources.index import ImageIndex
     from .sources.listing import index_source, list_source
     from .stores.convert import convert
@@ -41,19 +41,17 @@ if TYPE_CHECKING:  # what _HOME says, for type checkers; a test compares the two
     from .stores.store import Store, open_store
     from .stores.verify import verify
 
-_HOME = {
-    "encoders.encoder": "Encoder Features",
-    "encoders.hub": "download",
-    "encoders.load": "load",
-    "encoders.zoo": "Record list_models",
-    "extraction.extract": "Summary extract",
-    "images.transform": "Transform",
-    "sources.index": "ImageIndex",
-    "sources.listing": "index_source list_source",
-    "stores.convert": "convert",
-    "stores.search": "search",
-    "stores.store": "Store open_store",
-    "stores.verify": "verify",
+_LATER = {
+    "encoders.encoder": ("Encoder", "Features"),
+    "encoders.hub": ("download",),
+    "encoders.load": ("load",),
+    "extraction.extract": ("Summary", "extract"),
+    "sources.index": ("ImageIndex",),
+    "sources.listing": ("index_source", "list_source"),
+    "stores.convert": ("convert",),
+    "stores.search": ("search",),
+    "stores.store": ("Store", "open_store"),
+    "stores.verify": ("verify",),
 }
 
 __all__ = [
@@ -88,10 +86,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'micl_zoo' has no attribute {name!r}; it has {', '.join(__all__)}")
-    home = next((module for module, names in _HOME.items() if name in names.split()), "errors")
-    return getattr(importlib.import_module(f".{home}", __name__), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module 'micl_zoo' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

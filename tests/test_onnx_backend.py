@@ -80,7 +80,7 @@ def test_changed_bytes_of_the_package_are_noticed(monkeypatch: pytest.MonkeyPatc
     assert record.onnx is not None
     other = dataclasses.replace(record, onnx=dataclasses.replace(record.onnx, sha256="0" * 64))
     monkeypatch.setitem(zoo.RECORDS, zoo.DEFAULT, other)
-    with pytest.raises(WeightsError, match=r"published ONNX file of .*: sha256 .*, expected 0000"):
+    with pytest.raises(WeightsError, match=r"are not the published ones: sha256 .*, expected 0000"):
         micl_zoo.load(backend="onnx")
 
 

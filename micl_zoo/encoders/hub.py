@@ -128,8 +128,8 @@ def _published(record: Record, what: str, name: str, sha256: str | None) -> Path
         way_on = f"Delete {file.name} in {str(file.parent)!r} and load again."
     if found != sha256:
         raise WeightsError(
-            f"{file.name} does not hold the published {what} of {record.name}: sha256 {found}, expected {sha256}. "
-            + way_on
+            f"the bytes of {file.name}, {what} of {record.name}, are not the published ones: sha256 {found}, expected "
+            f"{sha256}. {way_on}"
         )
     return file
 

@@ -192,7 +192,7 @@ def choose_providers(device: str, providers: Sequence[str] | None = None) -> lis
         )
     on_gpu = kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and CUDA in has)
     names = {one.removesuffix(tail).lower(): one for one in has for tail in ("", "ExecutionProvider")}
-    chosen = []
+    chosen: list[tuple[str, dict[str, Any]]] = []
     for asked in providers or (["cuda"] if on_gpu else ["cpu"]):
         name = names.get(asked.lower())
         if name is None:
@@ -200,14 +200,10 @@ def choose_providers(device: str, providers: Sequence[str] | None = None) -> lis
                 f"this ONNX Runtime has no {asked} provider, it has {', '.join(has)}. For NVIDIA GPUs: {INSTALL}; "
                 "`micl-zoo doctor` says what is installed and how to fix it"
             )
-        chosen.append((name, _settings(name, number or "0")))
+        # Without use_tf32 fp32 would have 10 bits of mantissa, unlike torch's by default.
+        settings = {CUDA: {"device_id": number or "0", "use_tf32": "0"}, TENSORRT: {"device_id": number or "0"}}
+        chosen.append((name, settings.get(name, {})))
     return chosen
-
-
-def _settings(provider: str, number: str) -> dict[str, Any]:
-    if provider == CUDA:
-        return {"device_id": number, "use_tf32": "0"}  # else fp32 has 10 bits of mantissa, unlike torch's by default
-    return {"device_id": number} if provider == TENSORRT else {}
 
 
 def runtime() -> Any:
