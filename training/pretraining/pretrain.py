@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from micl_zoo.encoders.device import has_compiler
 from micl_zoo.encoders.encoder import Encoder
+from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import SourceError, TrainingError
 from micl_zoo.progress import progress
 from micl_zoo.sources.listing import ImageIndex, SourceLike, index_source
@@ -175,7 +176,7 @@ class _Loop(Loop[Seen, Path]):
             return
         vit = make_vit(self.recipe)
         vit.load_state_dict(state)
-        encoder = Encoder(vit, self.config, record=None, weights_sha256=None)
+        encoder = Encoder(TorchModel(vit), self.config, record=None, weights_sha256=None)
         encoder.to(self.step.vit.cls_token.device)
         found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
         self.measured(steps, "knn", found)
@@ -227,6 +228,5 @@ def _read_corpus(index: ImageIndex, recipe: Recipe, device: torch.device, worker
 
 
 def _check_compiler(recipe: Recipe, device: torch.device) -> None:
-    has_compiler = any(map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]))
-    if recipe.compile and device.type == "cpu" and not has_compiler:
+    if recipe.compile and device.type == "cpu" and not has_compiler():
         raise TrainingError("compile=true needs a C++ compiler and none was found: install one, or --set compile=false")
