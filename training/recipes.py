@@ -12,7 +12,7 @@ from micl_zoo.encoders.zoo import ARCHS, IN1K, TIN200
 from micl_zoo.errors import TrainingError, UsageError, unknown
 from micl_zoo.images.transform import Transform
 
-from .corpora import CORPORA
+from .corpora import CORPORA, corpus_key
 
 KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good
 
@@ -257,7 +257,8 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
             f"that is a fine-tuning run, by recipe {there.get('name')}: its figures are in its result.json and "
             "metrics.jsonl. Give the folder of a pre-training run, which `train --out` wrote."
         )
-    return Recipe(**{key: value for key, value in there.items() if key in known})
+    kept = {key: value for key, value in there.items() if key in known}
+    return Recipe(**kept | {"corpus": corpus_key(kept["corpus"])})  # runs before 0.2 recorded a line of text
 
 
 def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
@@ -478,7 +479,13 @@ def finetune_recipe_for(embed_dim: int) -> str:
 
 
 def corpus_images(recipe: Recipe) -> int:
-    """Count the images of the corpus that a recipe is meant for."""
+    """Count the images of the corpus that a recipe is meant for.
+
+    Raises:
+        UsageError: the recipe names no known corpus.
+    """
+    if recipe.corpus not in CORPORA:
+        raise UsageError(unknown("corpus", recipe.corpus, CORPORA))
     return CORPORA[recipe.corpus].images
 
 

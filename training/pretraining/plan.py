@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from micl_zoo.errors import UsageError
 
+from ..corpora import CORPORA
 from ..recipes import KEPT_CHECKPOINTS, Recipe, vit_l16_in1k
 from ..run.gpus import GPUS, Gpu
 from ..run.order import images_per_process, steps_per_epoch
@@ -22,7 +23,8 @@ USABLE = 0.9  # of a card's memory; the rest is for what is not counted: driver,
 LABEL = 11  # columns before the text of a printed line
 Lines = Iterator[tuple[str, str]]  # label and text
 
-PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS, PAPER_IMAGES = 133, 4, 800, 1_281_167  # ViT-L/16, on A100s
+PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS = 133, 4, 800  # ViT-L/16, on A100s
+PAPER_IMAGES = CORPORA["imagenet-1k"].images
 PAPER_TFLOPS = GPUS[0].bf16_tflops
 CODE_EPOCHS = 200  # default of the authors' code; 800 are from their pre-training text
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from micl_zoo.errors import SourceError, UsageError
 
 from ..recipes import AnyRecipe, Recipe
@@ -55,8 +57,7 @@ class RefusedImage(NamedTuple):
 
 def seeded(*parts: int) -> torch.Generator:
     """Make a CPU generator whose stream depends on all the parts and nothing else."""
-    import numpy as np
-    import torch  # not before it is needed: a plan does without
+    import torch  # here, because plans and cards need the rest without it
 
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
