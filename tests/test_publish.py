@@ -93,6 +93,7 @@ def pasted(row: str) -> Record:
 
 FETCH = """
 import json, sys
+from pathlib import Path
 import numpy as np
 from huggingface_hub import hf_hub_download
 from PIL import Image

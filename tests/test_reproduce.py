@@ -33,9 +33,8 @@ from micl_zoo.training.evaluation.labelled import LabelledSet
 from micl_zoo.training.evaluation.tables import interval
 from micl_zoo.training.pretraining.plan import GIB, PAPER_HOURS, Plan, make_plan, memory_estimate
 from micl_zoo.training.pretraining.pretrain import COLLAPSE, COLLAPSE_STEPS
-from micl_zoo.training.recipes import get_finetune_recipe, get_recipe
-from micl_zoo.training.release.card import CARD_WATTS
-from micl_zoo.training.run.rundir import KEPT_CHECKPOINTS
+from micl_zoo.training.recipes import KEPT_CHECKPOINTS, get_finetune_recipe, get_recipe
+from micl_zoo.training.run.gpus import gpu_watts
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "reproduce.md"
@@ -435,14 +434,15 @@ def test_hours_energy_and_fine_tuning_are_arithmetic() -> None:
         "pre-training as the paper has it": PAPER_HOURS,
         "fine-tuning at 50 % MFU": tuning_hours,
     }
+    watts = gpu_watts("NVIDIA A100-SXM4-80GB") or 0
     for name, hours in costs.items():
-        energy = hours * 4 * CARD_WATTS["A100"] / 1e3
+        energy = hours * 4 * watts / 1e3
         held(f"| {name} | {hours:.1f} | {4 * hours:.0f} | {energy:.0f} kWh |")
     kept = memory_estimate(get_recipe(RECIPE, ["mask_ratio=0"]), images_per_gpu=1, gpus=4)  # two views of 98 patches
     activations = 256 * kept.activations * tokens / 198 / GIB
     fixed = (kept.weights + kept.gradients + kept.adamw + kept.casts) / GIB
     held(
-        f"hours x 4 x {CARD_WATTS['A100']} W",
+        f"hours x 4 x {watts} W",
         f"{depth} blocks x 12 x {width:,}^2 weights x 2 x {tokens} tokens x 3 = {blocks:.1f} GFLOP an image, "
         f"attention {attention:.1f}, patches {patches:.1f}: {an_image:.1f}.",
         f"{IMAGENET.images:,} // {tuning.batch_size:,} = {IMAGENET.images // tuning.batch_size:,} steps an epoch, "

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from micl_zoo.encoders.device import ONNX_PRECISIONS
 from micl_zoo.encoders.zoo import RECORDS, timm_architecture
 from micl_zoo.errors import UsageError
 
@@ -35,13 +36,11 @@ from ..evaluation.tables import (
     with_interval,
 )
 from ..pretraining.plan import frozen_count, parameter_count
+from ..run.gpus import gpu_watts
 from .trained import Trained, of_run, published, read_all
 
 HERE = Path(__file__).parent
 CORE_WATTS = 5  # assumed of a processor's core: server processors are sold with 2 to 8 W per core
-# Assumed of a GPU: the most its board may draw, by NVIDIA's data sheets.
-CARD_WATTS = {"H200": 700, "H100": 700, "A100": 400, "L40S": 350, "RTX 4090": 450}
-PRECISIONS = ("fp32", "fp16", "int8")  # that `micl-zoo export` writes
 # Fields of a recipe that the rows of a card say; all others are listed.
 SAID = {
     "name", "corpus", "seed", "image_size", "patch_size", "embed_dim", "depth", "num_heads", "pixel_mean", "pixel_std",
@@ -184,8 +183,7 @@ def _compute(run: Mapping[str, Any]) -> dict[str, Any]:
     """Say what computed, how many of them, the watts that are assumed of each, and what follows."""
     machine, processes, hours = run["machine"], run.get("processes", 1), run["result"]["hours"]
     if gpu := machine.get("card"):
-        device, count = "GPU", processes
-        watts = next((watts for name, watts in CARD_WATTS.items() if name in gpu), None)
+        device, count, watts = "GPU", processes, gpu_watts(gpu)
     else:
         threads = machine.get("threads", machine["cores"]) * processes  # older records do not say
         device, count, watts = "core", min(threads, machine["cores"]), CORE_WATTS
@@ -366,7 +364,7 @@ def _exports(record: Mapping[str, Any] | None) -> str:
     head = ["precision", "MB", "mean cosine", "least cosine", "same neighbour"]
     head += [*[f"k-NN {name}" for name in record["knn_percent"]], "images/s"]
     lines = []
-    for precision in (one for one in PRECISIONS if one in record["drift"]):
+    for precision in (one for one in ONNX_PRECISIONS if one in record["drift"]):
         row, name = record["drift"][precision], f"onnx {precision}"
         accuracy = [f"{of[name]:.2f} ({of[name] - of['torch fp32']:+.2f})" for of in record["knn_percent"].values()]
         drift = [f"{row['bytes'] / 1e6:.1f}", f"{row['cosine_mean']:.6f}", f"{row['cosine_min']:.6f}"]

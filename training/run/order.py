@@ -56,7 +56,7 @@ class RefusedImage(NamedTuple):
 
 
 def seeded(*parts: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all the parts and nothing else."""
+    """Make a CPU generator whose stream depends on all the parts and nothing else."""
     import torch  # here, because plans and cards need the rest without it
 
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
