@@ -64,19 +64,13 @@ def test_who_imports_whom() -> None:
 def test_the_command_line_imports_lightly() -> None:
     light = {
         "__future__",
-        "collections",
-        "dataclasses",
-        "inspect",
-        "json",
-        "shlex",
-        "sys",
-        "pathlib",
-        "typing",
         "click",
+        *["collections", "dataclasses", "inspect", "functools", "json", "pathlib", "shlex", "sys", "typing"],
     }
     files = (ROOT / "micl_zoo" / "cli").glob("*.py")
     outside = {name for file in files for name, inside in imports(file, "micl_zoo.cli") if not inside}
-    own = ("micl_zoo._version.", "micl_zoo.errors.", "micl_zoo.encoders.zoo.", "micl_zoo.cli.")
+    rooms = ("_version", "errors", "encoders.zoo", "encoders.device", "cli")
+    own = tuple(f"micl_zoo.{name}." for name in rooms)
     assert not [name for name in outside if not name.startswith(own) and name.split(".")[0] not in light]
 
 

@@ -20,7 +20,7 @@ from . import _options as opt
 @opt.count("-k", "Number of hits per image.", default=10)
 @opt.STORE_WEIGHTS
 @opt.DEVICE
-@opt.flag("--exact", "Search without faiss, where it is installed; the hits are the same.")
+@opt.flag("--exact", "Without effect: every search is exact.")
 @opt.path("--picture", "Contact sheet to write too, a name that ends in .png, .jpg or .webp.")
 @opt.flag("--json", "as_json", "Print one JSON object per hit and line.")
 def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | None, **options: Any) -> None:
@@ -93,7 +93,7 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
 @click.command(cls=opt.Command)
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
-@opt.choice("--dtype", "float16 float32", "Data type of the written rows.", default=None, show_default="the store's")
+@opt.choice("--dtype", ["float16", "float32"], "Data type of the rows.", default=None, show_default="the store's")
 @opt.flag("--overwrite", "Replace OUT if it exists.")
 @opt.flag("--incomplete", "Convert the parts that exist, where some are missing.")
 def convert(store: str, out: Path, **options: Any) -> None:
