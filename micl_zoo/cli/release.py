@@ -19,7 +19,7 @@ MEASURED = opt.path("--eval", "measured", "Record of `eval all`, or result.json 
 @MEASURED
 @opt.flag("--hub", "Add the front matter that the Hugging Face hub reads.")
 @opt.flag("--ablations", "Write, in place of a card, MiCL beside other methods and with one thing changed.")
-@opt.path("-o", "--out", "File to write.", show_default="print it")
+@opt.path("-o", "--out", "File to write.", show_default="standard output")
 @opt.path("--check", "File to compare with the card: exit code 1 when it differs.")
 @opt.path("--record", "File for the record of a run, in place of a card.")
 def card(
