@@ -513,7 +513,7 @@ def disks() -> Iterator[Finding]:
 
 def embedded_weights() -> Iterator[Finding]:
     """Whether the weights and ONNX files that come with the package are the published ones."""
-    from .encoders.weights import record_onnx, record_weights
+    from .encoders.hub import record_onnx, record_weights
     from .encoders.zoo import RECORDS
 
     for record in RECORDS.values():
@@ -532,8 +532,8 @@ def _embedded(name: str, file: str, sha256: Callable[[Record], str], record: Rec
 
 def golden_embeddings() -> Iterator[Finding]:
     """Whether the encoders that come with the package give the published embeddings on this machine."""
-    from .encoders.encoder import load
     from .encoders.golden import TOLERANCE, golden_difference, golden_file
+    from .encoders.load import load
     from .encoders.zoo import RECORDS
 
     for record in RECORDS.values():

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,29 @@ def test_torch_and_torchvision_of_different_releases(monkeypatch: pytest.MonkeyP
     assert [one for one in found.values() if one.state == "problem"] == [found["torchvision"]]
 
 
+def test_what_the_package_requires_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = ["click>=8.1", "absent-one<3,>=2"]
+    extras = ['absent-two>=1; extra == "ray"', 'pytest>=8; extra == "dev"', 'micl-zoo[onnx]; extra == "all"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: [*needed, *extras])
+    found = {finding.name: finding for finding in doctor.versions()}
+    assert found["click"].state == found["torchvision"].state == "ok"
+    assert found["absent-one"] == Finding(
+        "absent-one", "problem", "not installed", (pip_command("install", "absent-one"),)
+    )
+    assert not {"absent-two", "pytest", "micl-zoo[onnx]"} & set(found)
+
+
+def test_without_torch_its_followers_are_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "torch":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"imported {name}"))
+    assert [one.name for one in doctor.versions() if one.state == "problem"] == ["torch"]
+
+
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_that_torch_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -265,7 +289,7 @@ def test_a_disk_that_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_embedded_weights_that_were_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.state for one in doctor.embedded_weights()] == ["ok", "ok"]
-    monkeypatch.setattr("micl_zoo.encoders.weights.file_sha256", lambda file: "0" * 64)
+    monkeypatch.setattr("micl_zoo.encoders.hub.file_sha256", lambda file: "0" * 64)
     weights, onnx = doctor.embedded_weights()
     assert [weights.state, onnx.state] == ["problem", "problem"]
     assert "are not the published ones" in weights.text

@@ -26,14 +26,15 @@ from click.testing import CliRunner
 from conftest import picture
 
 from micl_zoo.cli import main
-from micl_zoo.training.evaluation.labelled import KNOWN_SETS, LabelledSet
+from micl_zoo.training.corpora import CORPORA
+from micl_zoo.training.evaluation.labelled import LabelledSet
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "reproduce.md"
 pytestmark = pytest.mark.skipif(not DOCUMENT.exists(), reason="only in a checkout")
 
 RECIPE = "vit_l16.in1k"
-IMAGENET = KNOWN_SETS["imagenet-1k"]
+IMAGENET = CORPORA["imagenet-1k"]
 
 # Commands that are not run, by how they begin, and why. All others are.
 SKIPPED = {

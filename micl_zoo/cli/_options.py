@@ -57,11 +57,11 @@ def path(*words: str, **settings: Any) -> Callable[[F], F]:
     return value(*words, type=click.Path(path_type=Path), **settings)
 
 
-def choice(*words: str, **settings: Any) -> Callable[[F], F]:
-    """An option from its names, its possible values in one text, the default first, and its help."""
+def choice(*words: Any, **settings: Any) -> Callable[[F], F]:
+    """An option from its names, its possible values, the default first, and its help."""
     *names, values, text = words
-    chosen = {} if "multiple" in settings else {"default": values.split()[0]}
-    return value(*names, text, type=click.Choice(values.split()), **{**chosen, **settings})
+    chosen = {} if "multiple" in settings else {"default": values[0]}
+    return value(*names, text, type=click.Choice(values), **{**chosen, **settings})
 
 
 def workers(text: str = "Number of decoding processes.", default: str = "one per core, at most 16") -> Callable[[F], F]:
@@ -92,11 +92,8 @@ RANKS = together(
 
 
 def encoder_of(text: str) -> dict[str, Any]:
-    """The argument `model` or `weights` for a name of the table or a path; a run's folder holds its encoder."""
-    place = Path(text)
-    if not place.exists():
-        return {"model": find_record(text).name}
-    return {"weights": place / "encoder" if (place / "encoder").is_dir() else place}
+    """The argument `weights` for a path, of a run's folder too; else the argument `model`, a name of the table."""
+    return {"weights": Path(text)} if Path(text).exists() else {"model": find_record(text).name}
 
 
 def call_words(leave_out: Collection[str] = ()) -> list[str]:

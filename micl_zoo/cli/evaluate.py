@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,51 @@ MEASURED = opt.together(  # of knn, linear, logreg, few-shot and all
     LABELS,
     opt.count("--train-images", "Use at most N train images per set, balanced over the classes."),
     opt.count("--test-images", "Use at most N test images per set, balanced over the classes."),
-    opt.choice("--baseline", "baselines", "random pixels", "Untrained ViT, or raw pixels (k-NN).", multiple=True),
+    opt.choice(
+        "--baseline", "baselines", ["random", "pixels"], "Baseline to add: untrained ViT, raw pixels.", multiple=True
+    ),
     opt.count("--batch-size", "Images per forward pass.", default=64),
     opt.workers(default="one per core"),
     opt.DEVICE,
     opt.path("-o", "--out", "Record to write; the same command resumes it."),
     opt.path("--plot", "picture", "Picture to write, a name that ends in .png, .svg or .pdf."),
     opt.flag("--json", "as_json", "Print the record instead of a table."),
-    opt.choice("--pool", "pools", "cls mean cls+mean", "Class token, mean of the patches, or both.", multiple=True),
 )
-SEED = opt.value("--seed", "Seed of the validation split and the order.", type=int, default=0)
 
 
-@click.group("eval", cls=opt.Group)
+def _setting(field: Any) -> Callable[[opt.F], opt.F]:
+    """An option from a field of a `Protocol`; its values have the type of the default's."""
+    several, least = isinstance(field.default, tuple), field.metadata["least"]
+    kinds = {int: click.IntRange(least), float: click.FloatRange(least, min_open=True)}
+    kind = kinds.get(type(field.default[0] if several else field.default)) or click.Choice(field.default)
+    words = [field.metadata["flag"], field.name, field.metadata["help"].removesuffix(" May be repeated.")]
+    if several:
+        return opt.value(*words, type=kind, multiple=True, show_default=", ".join(map(str, field.default)))
+    return opt.value(*words, type=kind, default=field.default)
+
+
+class _Methods(opt.Group):
+    """A group whose commands are the rows of METHODS, besides those that are added to it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from micl_zoo.training.evaluation.protocols import METHODS
+
+        return sorted([*METHODS, "all", *self.commands])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from micl_zoo.training.evaluation.protocols import ALL, METHODS, option_fields
+
+        method = ALL if cmd_name == "all" else METHODS.get(cmd_name)
+        if method is None:
+            return super().get_command(ctx, cmd_name)
+        methods = tuple(METHODS) if method is ALL else (cmd_name,)
+        examples = "".join(f"\n  micl-zoo eval {cmd_name} {example}" for example in method.examples)
+        options = opt.together(MEASURED, *map(_setting, option_fields(method.settings)))
+        command = options(lambda **given: _measure(methods, given))
+        return click.command(cmd_name, cls=opt.Command, help=f"{method.help}\n\nExamples:{examples}")(command)
+
+
+@click.group("eval", cls=_Methods)
 def eval_() -> None:
     """Measure an encoder on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning.
 
@@ -49,88 +82,14 @@ def eval_() -> None:
     """
 
 
-@eval_.command("knn")
-@MEASURED
-@opt.count("-k", "ks", "Number of neighbours.", multiple=True, show_default="10, 20, 100, 200")
-@opt.value("--temperature", "Temperature of the votes.", type=opt.POSITIVE, default=0.07)
-def eval_knn(**options: Any) -> None:
-    """Weighted k-nearest neighbours: nothing is trained, nothing is chosen.
-
-    With two stores, the one with the training embeddings may be larger than memory.
-
-    Examples:
-      micl-zoo eval knn vit_ti16.tin200 --data caltech101
-      micl-zoo eval knn --train embeddings-train --test embeddings-val -o knn.json
-    """
-    _measure(("knn",), options)
-
-
-@eval_.command("linear")
-@MEASURED
-@SEED
-@opt.count("--epochs", "Passes over the training part.", default=50)
-def eval_linear(**options: Any) -> None:
-    """A linear probe on frozen features, fifteen learning rates at once.
-
-    A fifth of the training part chooses the learning rate; the test part is classified once.
-
-    Examples:
-      micl-zoo eval linear vit_ti16.tin200 --data caltech101 --pool cls --pool cls+mean
-      micl-zoo eval linear --train embeddings-train --test embeddings-val --epochs 20
-    """
-    _measure(("linear",), options)
-
-
-@eval_.command("logreg")
-@MEASURED
-@SEED
-def eval_logreg(**options: Any) -> None:
-    """Logistic regression on frozen features, by L-BFGS over a grid of C.
-
-    A fifth of the training part chooses C; the test part is classified once.
-
-    Examples:
-      micl-zoo eval logreg vit_ti16.tin200 --data caltech101
-      micl-zoo eval logreg --train embeddings-train --test embeddings-val
-    """
-    _measure(("logreg",), options)
-
-
-@eval_.command("few-shot")
-@MEASURED
-@opt.count("--shots", "Train images per class.", multiple=True, show_default="1, 5, 10")
-@opt.count("--draws", "Number of random draws of those images.", default=5)
-def eval_few_shot(**options: Any) -> None:
-    """Logistic regression on a few images per class: mean and spread over several draws of them.
-
-    Examples:
-      micl-zoo eval few-shot vit_ti16.tin200 --data caltech101
-      micl-zoo eval few-shot vit_ti16.tin200 --data caltech101 --shots 2 --shots 20 --draws 10
-    """
-    _measure(("few-shot",), options)
-
-
-@eval_.command("all")
-@MEASURED
-@SEED
-def eval_all(**options: Any) -> None:
-    """k-NN, linear probe, logistic regression and few-shot from one pass over the images.
-
-    Examples:
-      micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
-      micl-zoo eval all runs/first --data imagenet --baseline random --baseline pixels
-    """
-    _measure(("knn", "linear", "logreg", "few-shot"), options)
-
-
 def _measure(methods: Any, options: dict[str, Any]) -> None:
     """Measure, print, write the record and the picture; `methods` are those of a `Protocol`."""
-    from micl_zoo.training.evaluation.evaluate import Protocol
+    from micl_zoo.training.evaluation.protocols import Protocol, option_fields
     from micl_zoo.training.evaluation.tables import plot, table
 
     from ..files import write_text
 
-    names = ("pools", "ks", "temperature", "epochs", "shots", "draws", "seed")
+    names = [field.name for field in option_fields()]
     given = {name: value for name in names if (value := options.pop(name, None)) not in (None, ())}
     out, picture, as_json = options["out"], options.pop("picture"), options.pop("as_json")
     record = _record(Protocol(methods=methods, **given), options)
@@ -149,7 +108,7 @@ def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
     from micl_zoo.training.evaluation.labelled import LabelledSet, read_label_file
 
     from ..encoders.device import resolve_device
-    from ..encoders.encoder import load
+    from ..encoders.load import load
 
     encoder, data, labels, device = (options.pop(name) for name in ("encoder", "data", "labels", "device"))
     stores = [options.pop(name) for name in ("train_store", "test_store")]

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ..encoders.device import BACKENDS, PRECISIONS
 from ..encoders.zoo import DEFAULT
 from . import _options as opt
 
@@ -19,17 +20,21 @@ REFUSED_EXIT_CODE = 3
 @opt.value("-o", "--out", "Output folder or URI; the same command resumes it.", required=True)
 @opt.value("--model", "Name of an encoder, see `micl-zoo models`.", default=DEFAULT)
 @opt.path("--weights", "Your own .safetensors or .onnx file or folder, in place of --model.")
-@opt.choice("--pool", "cls mean cls+mean patches", "Class token, mean of the patch tokens, both, or all patch tokens.")
+@opt.choice(
+    "--pool",
+    ["cls", "mean", "cls+mean", "patches"],
+    "Class token, mean of the patches, both, or all patches.",
+)
 @opt.value("--normalize/--no-normalize", "Embeddings of unit length, or as they are.", default=True)
-@opt.choice("--dtype", "float32 float16", "Data type of the stored embeddings.")
+@opt.choice("--dtype", ["float32", "float16"], "Data type of the stored embeddings.")
 @opt.choice(
     "--precision",
-    "auto fp32 bf16 fp16 int8",
+    ["auto", *PRECISIONS],
     "Compute precision. auto: bf16 where it is fast, else fp32. ONNX files keep their own.",
 )
 @opt.choice(
     "--backend",
-    "auto torch openvino onnx",
+    ["auto", *BACKENDS],
     "Library that runs the model. auto: onnx for ONNX files, openvino (faster) on CPUs that have it, else torch.",
 )
 @opt.value(
@@ -46,13 +51,13 @@ REFUSED_EXIT_CODE = 3
     default="auto",
 )
 @opt.count("--processes", "Number of model processes, which share the devices.", show_default="one per device")
-@opt.choice("--engine", "local ray", "Where the work runs: this machine, or all machines of a Ray cluster.")
+@opt.choice("--engine", ["local", "ray"], "Where the work runs: this machine, or all machines of a Ray cluster.")
 @opt.value("--address", "Address of the Ray cluster.", show_default="this machine's, or a new one on it")
 @opt.workers()
 @opt.count("--batch-size", "Images per forward pass.", show_default="256 on a GPU, else 16")
 @opt.count("--shard-rows", "Images per part file.", show_default="10,000, fewer for patches")
 @opt.flag("--fast-decode", "Decode JPEG at the scale needed: nearly the same pixels; recorded.")
-@opt.choice("--exif", "upright keep", "Orientation: as the camera says, or as the pixels are stored.")
+@opt.choice("--exif", ["upright", "keep"], "Orientation: as the camera says, or as the pixels are stored.")
 @opt.count("--max-pixels", "Largest image in pixels; larger ones are refused.", show_default="89,478,485")
 @opt.value("--image-timeout", "Seconds per image, after which its process is replaced.", type=opt.POSITIVE, default=120)
 @opt.count("--limit", "Number of images to embed, from the first of the source.")

@@ -18,13 +18,15 @@ MEASURED = opt.path("--eval", "measured", "Record of `eval all`, or result.json 
 @click.argument("encoder", required=False)
 @MEASURED
 @opt.flag("--hub", "Add the front matter that the Hugging Face hub reads.")
-@opt.path("-o", "--out", "File to write.", show_default="print it")
+@opt.flag("--ablations", "Write, in place of a card, MiCL beside other methods and with one thing changed.")
+@opt.path("-o", "--out", "File to write.", show_default="standard output")
 @opt.path("--check", "File to compare with the card: exit code 1 when it differs.")
 @opt.path("--record", "File for the record of a run, in place of a card.")
 def card(
     encoder: str | None,
     measured: tuple[Path, ...],
     hub: bool,
+    ablations: bool,
     out: Path | None,
     check: Path | None,
     record: Path | None,
@@ -39,9 +41,12 @@ def card(
       micl-zoo card -o MODEL_CARD.md
       micl-zoo card runs/first --eval record.json --hub -o hub/README.md
       micl-zoo card --check MODEL_CARD.md
+      micl-zoo card --ablations --check docs/ablations.md
     """
     if encoder is None and (measured or hub or record):
         raise click.UsageError("--eval, --hub and --record need an ENCODER")
+    if encoder and ablations:
+        raise click.UsageError("--ablations is of no single ENCODER: leave it out")
     if sum(map(bool, (out, check, record))) > 1 or (record and (measured or hub)):
         raise click.UsageError("-o, --check and --record go alone; a record takes neither --eval nor --hub")
     from micl_zoo.training.release.card import card as write_card
@@ -54,7 +59,7 @@ def card(
         write_run_record(Path(encoder), record)
         click.echo(f"The record of {encoder} is in {record}.")
         return
-    text = write_card(encoder, measured, hub=hub)
+    text = write_card(encoder, measured, hub=hub, ablations=ablations)
     if check:
         check_card(check, text, shlex.join(["micl-zoo", *opt.call_words(leave_out={"check"}), "-o", str(check)]))
         click.echo(f"{check} is what the records say.")

@@ -92,7 +92,7 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
 @click.command(cls=opt.Command)
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
-@opt.choice("--dtype", "float16 float32", "Data type of the written rows.", default=None, show_default="the store's")
+@opt.choice("--dtype", ["float16", "float32"], "Data type of the rows.", default=None, show_default="the store's")
 @opt.flag("--overwrite", "Replace OUT if it exists.")
 @opt.flag("--incomplete", "Convert the parts that exist, where some are missing.")
 def convert(store: str, out: Path, **options: Any) -> None:

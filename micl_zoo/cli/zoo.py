@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from ..encoders.device import ONNX_PRECISIONS
 from ..encoders.zoo import DEFAULT, RECORDS, Record, find_record
 from . import _options as opt
 
@@ -46,6 +47,8 @@ def info(name: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(record), indent=2))
         return
+    from micl_zoo.training.corpora import corpus_text
+
     shape = record.shape
     rows = {
         "name": record.name,
@@ -55,7 +58,7 @@ def info(name: str, as_json: bool) -> None:
         "weights": _where(record) + (f", {record.bytes:,} bytes, sha256 {record.sha256}" if record.sha256 else ""),
         "ONNX": _onnx(record),
         "transform": record.transform.id,
-        "trained on": record.corpus,
+        "trained on": corpus_text(record.corpus),
         "recipe": record.recipe,
         "licence": record.license,
         "k-NN accuracy": ", ".join(f"{data} {value:.1f} %" for data, value in record.metrics.items()) or "not measured",
@@ -64,7 +67,7 @@ def info(name: str, as_json: bool) -> None:
     for key, value in rows.items():
         click.echo(f"{key:<{width}}  {value}")
     if not record.published:
-        from ..encoders.weights import not_published
+        from ..encoders.hub import not_published
 
         click.echo("\n" + not_published(record))
 
@@ -110,7 +113,7 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
 @opt.path("-o", "--out", "Output folder.", required=True)
 @opt.choice(
     "--precision",
-    "fp32 fp16 int8",
+    ONNX_PRECISIONS,
     "Precision of the file. fp16: norms and softmax stay in fp32. int8: the matrix products of the blocks, for CPUs.",
 )
 @opt.value("--outputs", "Comma-separated: cls, mean (both go into `embedding`), patches (on its own).", default="cls")
