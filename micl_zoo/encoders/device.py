@@ -224,8 +224,8 @@ def backend_again(runtime: str, device: str) -> Backend:
         device: that the model will run on, as `load` takes it.
     """
     name = runtime.split()[0]  # without "compiled"
-    row = BACKENDS.get(name)
-    if row is None or not (row.exported or row.installed):
-        return "torch"
-    fits = row.exported or row.devices is None or device.partition(":")[0] in ("auto", *row.devices)
-    return cast(Backend, name) if fits else "torch"
+    row = BACKENDS.get(name, BACKENDS["torch"])
+    here = row.installed and (row.devices is None or device.partition(":")[0] in ("auto", *row.devices))
+    return (
+        cast(Backend, name) if name in BACKENDS and (row.exported or here) else "torch"
+    )  # ONNX files are other weights
