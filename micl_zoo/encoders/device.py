@@ -140,7 +140,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch
     if precision == "auto":
         precision = fast_precision(device)
     if precision not in PRECISIONS:
-        raise UsageError(unknown("precision", precision, ("auto", *PRECISIONS)))
+        raise UsageError(f"unknown precision {precision!r}. Valid: auto, {', '.join(PRECISIONS)}.")
     if PRECISIONS[precision].dtype is None:
         raise UsageError(
             f"{precision} is a precision of ONNX files: export one with `micl-zoo export … --precision {precision}`, "
