@@ -21,6 +21,7 @@ from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256
 from micl_zoo.training.corpora import CORPORA
+from micl_zoo.training.evaluation.protocols import METHODS, Method
 from micl_zoo.training.evaluation.tables import merge
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
 from micl_zoo.training.release import card, trained
@@ -202,6 +203,19 @@ def test_figures_are_those_of_the_record(records: Callable[..., Path]) -> None:
     assert "- tin200, 10-shot: a class has 7 training images." in text
     assert "21 epochs at each of 2 learning rates" in text.replace("\n", " ")
     assert "tin200 is the validation part" in text
+
+
+def test_a_new_method_has_its_rows(records: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Method("mine", "nowhere:mine", "mine, {}", (), "", (), "Mine: with seed {seed}.", glance="a")
+    monkeypatch.setitem(METHODS, "mine", method)
+    record = evaluation(RECORDS[NAME].sha256 or "")
+    found = record["results"][NAME]["tin200"]
+    found["mine"] = {key: {"accuracy": 5.0, "low": 4.0, "high": 6.0} for key in ("a", "b")}
+    text = published(records(NAME__eval=record), hub=True)
+    assert "Mine: with seed 0." in section(text, "Evaluation").replace("\n", " ")
+    rows = [row for row in table_cells(text) if row[:2] == ["tin200", NAME]]
+    assert [row[-1] for row in rows] == ["5.0 ± 1.0", "5.0 (4.0 to 6.0)"]
+    assert "mine, a, accuracy in percent" in text
 
 
 def test_records_of_one_encoder_become_one(records: Callable[..., Path]) -> None:
@@ -419,7 +433,7 @@ def test_what_cannot_be_described(run: Path, tmp_path: Path) -> None:
     made_by = json.loads((run / "run.json").read_text())
     del made_by["result"]
     (run / "run.json").write_text(json.dumps(made_by))
-    with pytest.raises(TrainingError, match="has not come to its end"):
+    with pytest.raises(TrainingError, match="is not finished"):
         trained.of_run(run)
     (run / "metrics.jsonl").write_text('{"step": 0, "lo')
     with pytest.raises(TrainingError, match=r"run.json or metrics.jsonl in .* is damaged"):

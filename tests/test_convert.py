@@ -224,7 +224,7 @@ def change(**changes: Any) -> Callable[[State], object]:
         (change(extra=torch.ones(1)), r"it has extra besides$"),
         (lambda s: s.update({"fc_norm.weight": s.pop("norm.weight")}), r"lacks norm.weight; it has fc_norm.weight bes"),
         (lambda s: s.pop("pos_embed"), r"no ViT of this method: it lacks pos_embed; it has cls_token"),
-        (change(**{"blocks.7.norm1.bias": torch.ones(32)}), r"3 blocks deep: it lacks blocks\.2\.attn.* and 6 more"),
+        (change(**{"blocks.7.norm1.bias": torch.ones(32)}), r"3 blocks deep: it lacks blocks\.2\.norm1.* and 6 more"),
         (change(**{"norm.bias": torch.ones(31)}), r"norm\.bias must be \(32,\) floats, got \(31,\) torch\.float32"),
         (change(**{"norm.bias": torch.ones(32, dtype=torch.int64)}), r"norm\.bias must be .* got \(32,\) torch\.int64"),
         (change(pos_embed=torch.zeros(1, 16, 32)), r"on square images: it has cls_token \(1, 1, 32\), pos_embed \(1,"),

@@ -18,11 +18,11 @@ from micl_zoo.cli import main
 from micl_zoo.errors import SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import extract
 from micl_zoo.training.evaluation.evaluate import evaluate, evaluate_stores, random_encoder
-from micl_zoo.training.evaluation.features import store_features
+from micl_zoo.training.evaluation.features import Features, store_features
 from micl_zoo.training.evaluation.knn import knn_accuracy
 from micl_zoo.training.evaluation.labelled import LabelledSet
-from micl_zoo.training.evaluation.protocols import Protocol
-from micl_zoo.training.evaluation.tables import interval, plot, table
+from micl_zoo.training.evaluation.protocols import METHODS, Method, Protocol
+from micl_zoo.training.evaluation.tables import interval, plot, score, table
 
 QUICK = Protocol(ks=(1, 3), epochs=2, inverse_penalties=(0.01, 1.0), shots=(1, 2, 30), draws=2)
 
@@ -199,3 +199,37 @@ def test_the_commands(colours: Path, encoder_folder: Path, tmp_path: Path) -> No
     assert list(json.loads(printed.stdout)["results"]["vit_ti16.tin200"]["colours"]) == ["few-shot"]
     assert "give an ENCODER and --data" in run("linear").output
     assert run("logreg", "--train", "somewhere").exit_code == 2
+
+
+def measure_centroids(train: Features, test: Features, protocol: Protocol, classes: int, device: Any) -> dict[str, Any]:
+    """A method that is made here: the nearest mean of a class, by the first pool."""
+    rows, asked = (next(iter(part.rows.values())) for part in (train, test))
+    centres = np.stack([rows[train.labels == label].mean(0) for label in range(classes)])
+    far = np.linalg.norm(asked[:, None] - centres, axis=2)
+    return {"all": score(far.argmin(1) == test.labels)}
+
+
+CENTROIDS = Method(
+    "centroid", f"{__name__}:measure_centroids", "centroid, {}", ("pools",), "The nearest mean of a class.",
+    ("vit_ti16.tin200 --data caltech101",), "Centroid: of class tokens.", glance="all",
+)  # fmt: skip
+
+
+def test_a_new_method_is_a_function_and_a_row(
+    colours: Path, encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "centroid", CENTROIDS)
+    assert "The nearest mean of a class." in run("--help").output
+    assert "micl-zoo eval centroid vit_ti16.tin200 --data caltech101" in run("centroid", "--help").output
+    words = (encoder_folder, "--data", colours, "--device", "cpu", "--workers", 0, "--json")
+    picture = tmp_path / "r.png"
+    for name in ("centroid", "all"):
+        made = run(name, *words, "--plot", picture)
+        assert made.exit_code == 0, made.output
+        record = json.loads(made.stdout)
+        found = record["results"]["vit_ti16.tin200"]["colours"]
+        assert list(found) == ([name] if name == "centroid" else list(METHODS))
+        assert found["centroid"]["all"]["accuracy"] == 100.0
+        assert "centroid, all" in table(record).splitlines()[0]
+    assert picture.exists()
+    assert run("centroids", *words).exit_code == 2

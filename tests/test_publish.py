@@ -93,6 +93,7 @@ def pasted(row: str) -> Record:
 
 FETCH = """
 import json, sys
+from pathlib import Path
 import numpy as np
 from huggingface_hub import hf_hub_download
 from PIL import Image
@@ -242,7 +243,7 @@ def test_what_is_not_published(run: Path, hub: Hub, record: Path, monkeypatch: p
     run_json = json.loads((run / "run.json").read_text())
     result = run_json.pop("result")
     (run / "run.json").write_text(json.dumps(run_json))
-    with pytest.raises(TrainingError, match="has not come to its end"):
+    with pytest.raises(TrainingError, match="is not finished"):
         publish(run, REPO, export=None, dry_run=True)
     (run / "run.json").write_text(json.dumps(run_json | {"result": result}))
     assert not (run / "hub").exists()
