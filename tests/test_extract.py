@@ -566,8 +566,8 @@ def test_a_full_disk_is_said_in_a_line(
 
 
 def test_openvino_is_taken_where_it_is_and_can_be_used(monkeypatch: pytest.MonkeyPatch, encoder_folder: Path) -> None:
-    monkeypatch.setattr("micl_zoo.extraction.extract.find_spec", lambda name: name == "openvino")
-    monkeypatch.setattr("micl_zoo.extraction.extract.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("micl_zoo.encoders.device.find_spec", lambda name: name == "openvino" or None)
+    monkeypatch.setattr("micl_zoo.encoders.device.bf16_is_fast", lambda device: False)
     assert chosen_backend("x", "auto", "cpu", "fp32", compile=False) == "openvino"
     assert chosen_backend("x", "auto", "cpu", "fp32", compile=True) == "torch"
     assert chosen_backend("x", "auto", "cpu", "bf16", compile=False) == "torch"
@@ -575,9 +575,9 @@ def test_openvino_is_taken_where_it_is_and_can_be_used(monkeypatch: pytest.Monke
     assert chosen_backend("x", "torch", "cpu", "fp32", compile=False) == "torch"
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
     assert chosen_backend(encoder, "auto", "cpu", "fp32", compile=False) == "torch"  # as it was loaded
-    monkeypatch.setattr("micl_zoo.extraction.extract.bf16_is_fast", lambda device: True)
+    monkeypatch.setattr("micl_zoo.encoders.device.bf16_is_fast", lambda device: True)
     assert chosen_backend("x", "auto", "cpu", "bf16", compile=False) == "openvino"
-    monkeypatch.setattr("micl_zoo.extraction.extract.find_spec", lambda name: None)
+    monkeypatch.setattr("micl_zoo.encoders.device.find_spec", lambda name: None)
     assert chosen_backend("x", "auto", "cpu", "fp32", compile=False) == "torch"
     with pytest.raises(UsageError, match="unknown backend 'tensorrt'"):
         chosen_backend("x", "tensorrt", "cpu", "fp32", compile=False)

@@ -100,7 +100,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no train part with labels .* expected train\*\.parquet"):
         LabelledSet.open(tmp_path)
     picture(0).save(tmp_path / "a.png")
-    with pytest.raises(SourceError, match="put images into a folder a class"):
+    with pytest.raises(SourceError, match="put images into a folder per class"):
         labels_of(index_source(tmp_path))
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "train.parquet")
     with pytest.raises(SourceError, match="no column of labels"):

@@ -1,4 +1,4 @@
-"""Labelled images: a training part to learn or look among, a test part to be asked about, and what exactly was used."""
+"""Opens labelled sets: train images, test images, their classes, and a record of what exactly was used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LabelledImages:
     labels: np.ndarray
 
     def most(self, count: int | None) -> LabelledImages:
-        """At most `count` of them, classes as even as they come, the same ones at every call; in index order."""
+        """Take at most `count` of them, balanced over the classes, the same ones at every call, in index order."""
         if count is None or count >= len(self.labels):
             return self
         rows = balanced_rows(self.labels, count)
@@ -53,7 +53,7 @@ class LabelledSet:
     """A set to measure an encoder on.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         classes: names, sorted; a label is a number into it.
         train, test: its parts.
         facts: where it came from, how much of it was taken, the sha256 of its files; whether it is a known set.
@@ -79,9 +79,9 @@ class LabelledSet:
         Args:
             place: a folder here or at a URI, or the name of a data set on the Hugging Face hub ("uoft-cs/cifar10"),
                 with train*.parquet and test*.parquet (or val…, also below `data/`), or with the folders train/ and
-                test/ or val/ that have a folder a class, as ImageNet-1k is laid out.
+                test/ or val/ that have a folder per class, as ImageNet-1k is laid out.
             labels: a .csv with the columns id and label, for images whose place does not say it.
-            train_images, test_images: take so many at most, classes as even as they come.
+            train_images, test_images: take at most so many, balanced over the classes.
 
         Raises:
             SourceError: a part is missing, or labels are.
@@ -110,7 +110,7 @@ def _counts(part: str, there: np.ndarray, taken: np.ndarray) -> dict[str, int]:
 
 
 def _where(place: str) -> tuple[str, str]:
-    """What to list, and the set's name."""
+    """Find what to list, and the set's name."""
     path = Path(place)
     if path.exists() or "://" in place:
         return place.rstrip("/"), path.resolve().name if path.exists() else place.rstrip("/").rpartition("/")[2]
@@ -123,7 +123,7 @@ def _where(place: str) -> tuple[str, str]:
 
 
 def _open_part(where: str, names: Sequence[str], given: dict[str, str] | None) -> tuple[ImageIndex, list[Label]]:
-    """The first part of one of these names that can be listed and has labels."""
+    """Open the first part of one of these names that can be listed and has labels."""
     said: list[str] = []
     for name in names:
         for index in _listed(where, name, said):
@@ -155,14 +155,14 @@ def _there(where: str, source: str) -> bool:
 
 
 def _hashes(index: ImageIndex) -> dict[str, str]:
-    """The sha256 of the local parquet files behind an index; other images are told by the index's fingerprint."""
+    """Hash the local parquet files behind an index; the index's fingerprint identifies other images."""
     files = index.table["uri"].combine_chunks().dictionary_encode().dictionary.to_pylist()
     local = [to_path(uri) for uri in files if uri.endswith(".parquet") and "://" not in uri]
     return {file.name: file_sha256(file) for file in local}
 
 
 def _known(name: str, facts: dict[str, Any]) -> str:
-    """How this set compares with the known one of its name."""
+    """Say how this set compares with the known one of its name."""
     known = CORPORA.get(name.lower().replace("_", "-").rpartition("/")[2])
     if known is None:
         return "not a known set: compare figures only where the sha256 or the fingerprints are the same"
@@ -177,7 +177,7 @@ def _known(name: str, facts: dict[str, Any]) -> str:
 
 
 def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
-    """Id -> label of a .csv with a column label (or class) and one of ids or paths.
+    """Read labels by id from a .csv with a column label (or class) and one of ids or paths.
 
     Raises:
         SourceError: it cannot be read, or lacks a column.
@@ -198,7 +198,7 @@ def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list[Label]:
-    """The label of each image: given by its id, or the parquet's column, or the first folder of its id.
+    """Find the label of each image: given by its id, or the parquet's column, or the first folder of its id.
 
     Raises:
         SourceError: an image that has none.
@@ -226,8 +226,8 @@ def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offs
     folder, slash, _ = name.partition("/")
     if not slash:
         raise SourceError(
-            f"{name!r} has no label: put images into a folder a class, have a column `label` in parquet files, or give "
-            "--labels with a csv of id and label"
+            f"{name!r} has no label: put images into a folder per class, have a column `label` in parquet files, or "
+            "give --labels with a csv of id and label"
         )
     return folder
 
@@ -251,7 +251,7 @@ def _label_column(uri: str) -> list[Label]:
 
 
 def _class_names(schema: pa.Schema, column: str) -> list[str]:
-    """Of a ClassLabel column of `datasets`; none where the file does not say them, or says one twice."""
+    """Read the names of a ClassLabel column of `datasets`; none where the file lacks them, or has one twice."""
     told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     names = told.get("info", {}).get("features", {}).get(column, {}).get("names", [])
     return names if len(set(names)) == len(names) else []
@@ -260,7 +260,7 @@ def _class_names(schema: pa.Schema, column: str) -> list[str]:
 def number_classes(
     train: Sequence[Label], test: Sequence[Label], where: str
 ) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-    """Class names in order, and the labels of both parts as numbers into them.
+    """Sort the class names, and turn the labels of both parts into numbers into them.
 
     Raises:
         SourceError: fewer than two classes, or test images of classes that the training part lacks.
@@ -276,7 +276,7 @@ def number_classes(
 
 
 def balanced_rows(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Sorted rows of `count` images, drawn so that no class has two more than another that still has some."""
+    """Draw sorted rows of `count` images so that no class has two more than another that still has some."""
     order = np.random.default_rng(seed).permutation(len(labels))
     turn = np.empty(len(labels), np.int64)  # of each image within its class
     seen: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Labelled images -> what a classifier is trained and tested on; every draw is a function of (seed, step, place) alone.
+"""From labelled images to what a classifier is trained and tested on; draws are functions of (seed, step, place) alone.
 
 Shapes: B images a batch, b of this process's share of it, S side in pixels.
 """
@@ -63,7 +63,7 @@ class Resized(NamedTuple):
 
 @contextmanager
 def drawing(*parts: int) -> Iterator[None]:
-    """Python's, numpy's and torch's global generators on the CPU depend on the parts alone; afterwards as before.
+    """Seed the global generators of Python, numpy and torch on the CPU by the parts alone; afterwards as before.
 
     They are what timm's augmentations and its mixup draw from.
     """
@@ -81,7 +81,7 @@ def drawing(*parts: int) -> Iterator[None]:
 
 
 def share_places(batch_size: int, share: Share) -> Tensor:
-    """Places of a batch that one process takes: (B / world,), in order.
+    """List the places of a batch that one process takes: (B / world,), in order.
 
     They are mirrored about the middle of the batch: mixup pairs place i with B - 1 - i, so the pairs are the same ones
     in any number of processes.
@@ -91,7 +91,7 @@ def share_places(batch_size: int, share: Share) -> Tensor:
 
 
 def make_augmentation(recipe: FineTuneRecipe, transform: Transform) -> Callable[[Image.Image], Tensor]:
-    """From a whole RGB image to (3, S, S) float32: timm's crop, flip, automatic augmentation and erasing."""
+    """Make timm's crop, flip, automatic augmentation and erasing: a whole RGB image to (3, S, S) float32."""
     made: Callable[[Image.Image], Tensor] = create_transform(
         input_size=transform.size,
         is_training=True,
@@ -145,7 +145,7 @@ class _Augmented(Pieces):
 def resized_batches(
     images: LabelledImages, transform: Transform, share: Share, workers: int, device: torch.device
 ) -> Iterator[Resized]:
-    """This process's part of a test set, in order, on the device; every image is in one part and in it once."""
+    """Yield this process's part of a test set, in order, on the device; every image is in one part, once."""
     rows = torch.arange(len(images.index)).tensor_split(share.world)[share.rank]
     parts = rows.split(PIECE) if len(rows) else ()
     for piece in open_loader(_Resizing(images, transform, parts), range(len(parts)), workers, device):

@@ -65,7 +65,7 @@ def finetune(
         data: a labelled set, see `LabelledSet.open`.
         out: the run's folder; with several machines, on a file system that all of them see.
         model: name of the encoder to start from.
-        weights: a .safetensors file or a folder of your own, in its place.
+        weights: .safetensors file or folder of your own, in its place.
         labels: table of the images' classes, see `LabelledSet.open`.
         recipe: a recipe or its name; by default the one for the encoder's width.
         overrides: "key=value" changes to a recipe given by name.
@@ -172,7 +172,7 @@ class _Loop(Loop[Pictures, dict[str, Any]]):
         if self.ranks.main:
             state, path = weights_of(tensors, "ema" if self.step.ema else "model"), self.folder.path
             provenance = self.folder.provenance()
-            save_backbone(path / "encoder", state, self.config, self.recipe, provenance)
+            save_backbone(path / "encoder", state, self.config, provenance)
             save_classifier(path / "classifier", state, self.config, self.recipe, self.images.classes, provenance)
             result = self._result(found)
             self.folder.record["result"] = {"top1": result["top1"], **self.totals()}

@@ -52,7 +52,7 @@ class Share(NamedTuple):
     world: int = 1
 
     def of(self, rows: Tensor) -> Tensor:
-        """(B, ...) -> (B / world, ...)."""
+        """Take this process's rows: (B, ...) to (B / world, ...)."""
         size = len(rows) // self.world
         return rows[self.rank * size : (self.rank + 1) * size]
 
@@ -116,13 +116,13 @@ Blocks = tuple[int, ...] | None
 
 
 def batch_rows(recipe: AnyRecipe, images: int, step: int, blocks: Blocks = None) -> Tensor:
-    """Rows of the corpus in batch number `step`: (B,).
+    """List the rows of the corpus in batch number `step`: (B,).
 
     An epoch is one permutation; its incomplete last batch is left out.
 
     Args:
-        recipe: for the seed and the batch.
-        images: rows of the corpus.
+        recipe: gives the seed and the batch size.
+        images: number of rows of the corpus.
         step: number of the batch.
         blocks: where the blocks of rows begin that are best read together; None for rows that stand alone.
     """
@@ -144,7 +144,7 @@ def _epoch_order(seed: int, epoch: int, images: int, blocks: Blocks) -> Tensor:
 
 
 def index_blocks(index: ImageIndex) -> Blocks:
-    """Where the row groups of a parquet corpus begin; None for a corpus of files or byte ranges.
+    """Find where the row groups of a parquet corpus begin; None for a corpus of files or byte ranges.
 
     A parquet row group can only be read whole, so a full permutation would read each of them once for every row in it.
     In a mixed corpus each file and each byte range is a block of its own.
@@ -168,7 +168,7 @@ def _changes(values: np.ndarray) -> np.ndarray:
 
 
 def draw(recipe: Recipe, step: int) -> Draws:
-    """The random numbers of batch number `step`."""
+    """Draw the random numbers of batch number `step`."""
     generator, count = seeded(recipe.seed, 1, step), recipe.batch_size
 
     def spread(width: float) -> Tensor:  # uniform in [-width, width], per view and channel
@@ -185,12 +185,12 @@ def draw(recipe: Recipe, step: int) -> Draws:
 
 
 def crop_boxes(draws: Tensor, aspect: Tensor, recipe: Recipe) -> Tensor:
-    """RandomResizedCrop boxes for a batch, as shares of each image's sides.
+    """Place RandomResizedCrop boxes for a batch, as shares of each image's sides.
 
     Args:
         draws: (B, CROP_DRAWS) uniform.
         aspect: (B,) width / height of the images.
-        recipe: for the range of areas and of aspect ratios.
+        recipe: gives the range of areas and of aspect ratios.
 
     Returns:
         (B, 4) left, top, right, bottom in [0, 1].
@@ -240,7 +240,7 @@ def _cubic(distance: Tensor) -> Tensor:
 
 
 def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """From source pixels to what the network sees, on the device of the batch.
+    """Turn source pixels into what the network sees, on the device of the batch.
 
     Returns:
         patches (B, V, K/V, P) float32, cropped, flipped, normalised, each view with its own colour change; and
@@ -254,7 +254,7 @@ def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor,
 
 
 def normalise(patches: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
-    """Patches (B, V, K/V, P) of pixels in 0..255 -> normalised, each view with its own colour change."""
+    """Normalise patches (B, V, K/V, P) of pixels in 0..255, each view with its own colour change."""
     colors = patches.unflatten(3, (3, -1))
     mean, std = (one[:, None] * 255 for one in statistics(recipe.pixel_mean, recipe.pixel_std, patches.device))
     patches = ((colors - mean) / std).flatten(3)
@@ -262,7 +262,7 @@ def normalise(patches: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
 
 
 def change_color(patches: Tensor, draws: Draws) -> Tensor:
-    """A random gain, bias and greyscale per view: patches (B, V, K/V, P), the same shape back."""
+    """Apply a random gain, bias and greyscale per view: patches (B, V, K/V, P), the same shape back."""
     colors = patches.unflatten(3, (3, -1))  # (B, V, K/V, 3, p * p)
     luma = torch.tensor([0.299, 0.587, 0.114], device=patches.device)[:, None]
     grey = (colors * luma).sum(3, keepdim=True)
@@ -290,11 +290,11 @@ class MemoryCorpus:
         return len(self.images)
 
     def index_rows(self, recipe: Recipe, step: int) -> Tensor:
-        """Which images of the index a batch takes: (B,)."""
+        """Look up which images of the index a batch takes: (B,)."""
         return self.rows[batch_rows(recipe, len(self), step)]
 
     def batches(self, recipe: Recipe, first_step: int, last_step: int, share: Share = WHOLE) -> Iterator[Seen]:
-        """Batches number first_step to last_step - 1, on the device of the images."""
+        """Yield the batches number first_step to last_step - 1, on the device of the images."""
         device = self.images.device
         for step in range(first_step, last_step):
             draws, rows = draw(recipe, step).share(share), share.of(batch_rows(recipe, len(self), step))
@@ -303,7 +303,7 @@ class MemoryCorpus:
 
     @classmethod
     def load(cls, index: ImageIndex, source_size: int, *, tick: Callable[[], None] = lambda: None) -> MemoryCorpus:
-        """Decode a whole index. `tick` is called once an image."""
+        """Decode a whole index. `tick` is called once per image."""
         images = torch.empty(len(index), 3, source_size, source_size, dtype=torch.uint8)
         aspect, refused, reader = torch.ones(len(index)), [], Reader()
         rows: list[int] = []
@@ -384,12 +384,12 @@ Corpus = MemoryCorpus | StreamedCorpus
 def open_loader(
     pieces: Dataset[T | SourceError], numbers: Sequence[int], workers: int, device: torch.device
 ) -> DataLoader[T | SourceError]:
-    """What `pieces` has under each of the numbers, in their order, made by `workers` processes or, with 0, by this one.
+    """Load what `pieces` has under each of the numbers, in order, by `workers` processes or, with 0, by this one.
 
     Args:
         pieces: returns a SourceError rather than to raise it: what is raised in a worker arrives as a traceback's text.
-        numbers: of the pieces.
-        workers: processes.
+        numbers: numbers of the pieces.
+        workers: number of processes.
         device: where the pieces will go.
     """
     return DataLoader(
@@ -405,7 +405,7 @@ def open_loader(
 
 
 def loader_workers(workers: int | None) -> int:
-    """Processes that decode for this rank: those asked for, or the machine's cores shared among its ranks."""
+    """Count the processes that decode for this rank: as asked, or the machine's cores shared among its ranks."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, default_workers() // here) if workers is None else workers
 
@@ -550,14 +550,14 @@ def _squeeze(data: bytes | Refused, size: int) -> tuple[np.ndarray, float] | Ref
 
 @cache
 def lifeline(parent: int) -> tuple[int, int]:
-    """The two ends of a pipe that closes when this process, `parent`, ends in any way; a process has one of its own."""
+    """Open a pipe that closes when this process, `parent`, ends in any way; each process has one of its own."""
     reading, writing = os.pipe()
     atexit.register(os.close, writing)  # before multiprocessing waits for its children
     return reading, writing
 
 
 def settle_worker(pipe: tuple[int, int], _: int) -> None:
-    """A worker leaves signals to its parent and ends with it; Pillow's complaints about odd files are for the ledger.
+    """Leave signals to the parent and end with it; Pillow's complaints about odd files are for the ledger.
 
     A scheduler's SIGTERM reaches all processes, and a worker that ended would take the run with it.
     """

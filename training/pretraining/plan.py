@@ -271,7 +271,7 @@ def _check_numbers(counts: dict[str, int], mfu: float) -> None:
 
 
 def step_flops(recipe: Recipe) -> StepFlops:
-    """FLOPs that the method needs for one image: its views of T tokens, forward and backward.
+    """Count the FLOPs that the method needs for one image: its views of T tokens, forward and backward.
 
     What a program computes beyond that is not here: forward passes that are repeated, or the product that fused
     attention computes again in its backward pass. ViT-L/16 at mask ratio 0.8: 40 tokens x 2 x 302 M weights x 3 =
@@ -291,7 +291,7 @@ def step_flops(recipe: Recipe) -> StepFlops:
 
 
 def parameter_count(recipe: Recipe) -> int:
-    """Numbers that are trained: all but a fixed position table, see `frozen_count`."""
+    """Count the numbers that are trained: all but a fixed position table, see `frozen_count`."""
     width = recipe.embed_dim
     biases = 3 * width + width + _hidden(recipe) + width  # of qkv, proj, fc1, fc2
     block = _block_matrices(recipe) + biases + 4 * width  # and two norms
@@ -301,7 +301,7 @@ def parameter_count(recipe: Recipe) -> int:
 
 
 def frozen_count(recipe: Recipe) -> int:
-    """Numbers of a fixed `pos_embed`, which the ViT holds and files carry but no step changes: (1 + N) D."""
+    """Count the numbers of a fixed `pos_embed`, which files carry but no step changes: (1 + N) D."""
     return _positions(recipe) if recipe.positions == "sincos" else 0
 
 
@@ -415,7 +415,7 @@ def _piece(share: int, most: int) -> int:
 
 
 def format_plan(plan: Plan) -> str:
-    """The plan as a person reads it: each number with its arithmetic, in 100 columns."""
+    """Write the plan for a person: each number with its arithmetic, in 100 columns."""
     nodes = f" ({plan.nodes} nodes x {plan.gpus})" if plan.nodes > 1 else ""
     head = f"{plan.recipe.name}, {plan.images:,} images, {_gpus(plan)}{nodes}: a plan, nothing is trained"
     parts = (_batch_lines, _length_lines, _network_lines, _memory_lines, _disk_lines, _paper_lines)

@@ -60,7 +60,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     for name, png in files.items():
         with atomic_path(pictures_folder(page) / f"{name}.png") as temporary:
             temporary.write_bytes(png)
-    write_text(page, _page(run, record, recipe, history, [(chart, pictures[chart.name]) for chart in charts], seen))
+    write_text(page, _page(run, record, recipe, history, pictures, seen))
     return page
 
 
@@ -176,19 +176,14 @@ class Chart(NamedTuple):
         name: name of its PNG file.
         unit: text beside the vertical axis.
         curves: curves of at least one point each; none when nothing was measured.
-        caption: text under the chart.
-        missing: text in the place of a chart without curves.
         level: a value to mark, and what it means.
         from_zero: whether the vertical axis starts at 0.
         noisy: whether a smoothed curve is drawn over the measured one.
     """
 
     name: str
-    title: str
     unit: str
     curves: list[Curve]
-    caption: str
-    missing: str
     level: tuple[float, str] | None = None
     from_zero: bool = True
     noisy: bool = True
@@ -216,18 +211,13 @@ def _charts(history: History, recipe: Recipe) -> list[Chart]:
     knn = [curve._replace(values=100 * curve.values) for curve in knn]
     loss, accuracy, rate = _curve(history, "loss"), _curve(history, "accuracy", 100), "images_per_second"
     lr, speed, wait = _curve(history, "lr"), _curve(history, rate), _curve(history, "data_wait", 100)
-    smooth = "Faint: as measured. Strong: smoothed."
-    other = "an image's other view is" if recipe.views == 2 else "each other view of an image is"
-    pairs = f"How often {other} the most similar of {recipe.contrast_size:,}. {smooth}"
-    waiting = f"Share of the time in which the next batch was not ready. {smooth}"
-    frozen = "Accuracy of the frozen encoder, by the nearest neighbours of what it contrasts. Named: the last value."
     return [
-        Chart("loss", "Loss", "nats", loss, smooth, "no loss was measured", (chance, blind), from_zero=False),
-        Chart("accuracy", "Contrastive accuracy", "percent", accuracy, pairs, "no accuracy was measured"),
-        Chart("knn", "k-NN accuracy", "percent", knn, frozen, "no k-NN was measured", noisy=False),
-        Chart("lr", "Learning rate", "", lr, "As set at each step.", "no learning rate was recorded", noisy=False),
-        Chart("rate", "Speed", "images per second", speed, smooth, "no speed was measured"),
-        Chart("wait", "Waiting for data", "percent of the time", wait, waiting, "no waiting for data was measured"),
+        Chart("loss", "nats", loss, (chance, blind), from_zero=False),
+        Chart("accuracy", "percent", accuracy),
+        Chart("knn", "percent", knn, noisy=False),
+        Chart("lr", "", lr, noisy=False),
+        Chart("rate", "images per second", speed),
+        Chart("wait", "percent of the time", wait),
     ]
 
 
@@ -238,7 +228,7 @@ def _curve(history: History, column: str, scale: float = 1) -> list[Curve]:
 
 
 def _thin(values: np.ndarray) -> np.ndarray:
-    """At most CHART_POINTS numbers, each the mean of its bin."""
+    """Reduce to at most CHART_POINTS numbers, each the mean of its bin."""
     if len(values) <= CHART_POINTS:
         return values
     edges = np.linspace(0, len(values), CHART_POINTS + 1).astype(int)
@@ -246,13 +236,13 @@ def _thin(values: np.ndarray) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A moving mean; near the ends over the part of the window that is there."""
+    """Take a moving mean; near the ends over the part of the window that is there."""
     window = np.ones(2 * (len(values) // SMOOTH_PART // 2) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def _draw(chart: Chart, history: History, theme: Theme) -> bytes | None:
-    """The chart as PNG, or None without a curve."""
+    """Draw the chart as PNG; None without a curve."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -328,14 +318,15 @@ def _page(
     record: dict[str, Any],
     recipe: Recipe,
     history: History,
-    charts: list[tuple[Chart, tuple[bytes | None, bytes | None]]],
+    pictures: Mapping[str, tuple[bytes | None, bytes | None]],
     seen: bytes | None,
 ) -> str:
     data, result, steps = record.get("data", {}), record.get("result", {}), history.columns["step"]
     rates, waits = history.finite("images_per_second"), history.finite("data_wait")
     return render(
         Path(__file__).with_name("report.html.jinja"),
-        folder=run, record=record, data=data, result=result, recipe=recipe, history=history, charts=charts, seen=seen,
+        folder=run, record=record, data=data, result=result, recipe=recipe, history=history,
+        pictures=pictures, seen=seen,
         corpus=corpus_text(recipe.corpus),
         taken=int(result.get("steps") or (steps[-1] + 1 if len(steps) else 0)),
         total=round(recipe.epochs * ((data.get("images") or 0) // recipe.batch_size)),

@@ -19,22 +19,9 @@ from micl_zoo.encoders.zoo import RECORDS, timm_architecture
 from micl_zoo.errors import UsageError
 
 from ..corpora import CORPORA, PEOPLE
+from ..evaluation import tables
 from ..evaluation.protocols import METHODS, PIXELS
-from ..evaluation.tables import (
-    RUNS_TO_PREDICT,
-    Column,
-    cell,
-    columns,
-    figures,
-    foretold,
-    further_run,
-    markdown,
-    merge,
-    pool_table,
-    render,
-    rows,
-    with_interval,
-)
+from ..evaluation.tables import Column, cell, markdown, merge, with_interval
 from ..pretraining.plan import frozen_count, parameter_count
 from ..run.gpus import gpu_watts
 from .trained import Trained, of_run, published, read_all
@@ -82,7 +69,7 @@ def repository_card(records: Path | None = None) -> str:
     entries = [RECORDS[name] for name in sorted(RECORDS)]
     cards = {entry.name: _body(published(entry.name, records), "###") for entry in entries if entry.published}
     waiting = [entry for entry in entries if not entry.published]
-    return render(HERE / "repository.md.jinja", cards=cards, waiting=waiting)
+    return tables.render(HERE / "repository.md.jinja", cards=cards, waiting=waiting)
 
 
 def ablations_page(records: Path | None = None) -> str:
@@ -95,7 +82,7 @@ def ablations_page(records: Path | None = None) -> str:
         made += [(what, file, record) for file, record in found.items()]
     if not made:
         raise UsageError("there are no records of benchmarks/rivals.py: see training/records/ in the repository")
-    return render(HERE / "ablations.md.jinja", **shown, provenance=_provenance(made))
+    return tables.render(HERE / "ablations.md.jinja", **shown, provenance=_provenance(made))
 
 
 def one_card(trained: Trained, *, hub: bool = False, repo: str | None = None) -> str:
@@ -163,7 +150,7 @@ def _body(trained: Trained, heading: str, repo: str | None = None) -> str:
     recipe, run = trained.recipe, trained.run
     sizes = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     architecture, changed = timm_architecture(**{key: getattr(recipe, key) for key in sizes})
-    return render(
+    return tables.render(
         HERE / "card.md.jinja",
         h=heading, t=trained, r=recipe, run=run, repo=repo, result=run["result"], data=run["data"],
         corpus=trained.corpus, transform=trained.transform, last=trained.record["curve"][-1], architecture=architecture,
@@ -205,8 +192,9 @@ def _figures(trained: Trained) -> dict[str, Any]:
 
 def _measured_once(record: Mapping[str, Any]) -> list[Column]:
     """List the columns at a glance that are of one measurement, without those of several draws."""
-    found = [results for *_, results in rows(record)]
-    return [one for one in columns(record, glance=True) if any("low" in (one.find(each) or {}) for each in found)]
+    found = [results for *_, results in tables.rows(record)]
+    shown = tables.columns(record, glance=True)
+    return [one for one in shown if any("low" in (one.find(each) or {}) for each in found)]
 
 
 def _evaluation(trained: Trained) -> dict[str, Any]:
@@ -215,14 +203,14 @@ def _evaluation(trained: Trained) -> dict[str, Any]:
         return {"whole": None, "scores": [], "about": []}
     whole, name, own = _figures(trained), trained.name, trained.corpus
     alone = {**whole, "results": {name: whole["results"][name]}}
-    by_key = [one for one in columns(alone) if one.method.by_key]
-    methods = {one.method.name: one.method for one in columns(whole)}
+    by_key = [one for one in tables.columns(alone) if one.method.by_key]
+    methods = {one.method.name: one.method for one in tables.columns(whole)}
     settings = {key: len(value) if isinstance(value, list) else value for key, value in whole["protocol"].items()}
     scores = [
         (data, ours, column.find(whole["results"].get("random", {}).get(data, {})))
-        for column in columns(alone, glance=True)
+        for column in tables.columns(alone, glance=True)
         if column.method.name == "knn"
-        for data, _, found in rows(alone)
+        for data, _, found in tables.rows(alone)
         if (ours := column.find(found))
     ]
     own_set = f"{own.key} is {own.own_test}." if own and own.key in whole["data"] else ""
@@ -235,10 +223,16 @@ def _evaluation(trained: Trained) -> dict[str, Any]:
         "about": [method.about.format(**settings) for method in methods.values()],
         "sets": _sets(whole["data"]),
         "own_sets": own_set.strip(),
-        "glance": figures(whole, columns(whole, glance=True), cell),
-        "by_key": figures(alone, by_key, with_interval) if by_key else "",
-        "by_pool": pool_table(alone, name) if len(by_key) < len(columns(alone)) else "",
-        "left_out": [*_left_out(whole)],
+        "glance": tables.figures(whole, tables.columns(whole, glance=True), cell),
+        "by_key": tables.figures(alone, by_key, with_interval) if by_key else "",
+        "by_pool": tables.pool_table(alone, name) if len(by_key) < len(tables.columns(alone)) else "",
+        "left_out": dict.fromkeys(
+            f"{data}, {method.heading.format(key)}: {figure['left_out']}."
+            for data, _, found in tables.rows(whole)
+            for method in METHODS.values()
+            for key, figure in found.get(method.name, {}).items()
+            if "left_out" in figure
+        ),
     }
 
 
@@ -258,18 +252,6 @@ def _part(facts: Mapping[str, Any], part: str) -> str:
     return f"{taken:,}" if there in (None, taken) else f"{taken:,} of {there:,}"
 
 
-def _left_out(whole: Mapping[str, Any]) -> Iterator[str]:
-    """Name the figures that there cannot be, and why."""
-    every = [(name, method, found[method.name]) for name, _, found in rows(whole) for method in METHODS.values()
-             if method.by_key and method.name in found]  # fmt: skip
-    yield from dict.fromkeys(
-        f"{name}, {method.heading.format(key)}: {figure['left_out']}."
-        for name, method, figures in every
-        for key, figure in figures.items()
-        if "left_out" in figure
-    )
-
-
 def _again(trained: Trained) -> dict[str, Any] | None:
     """Compare the same recipe with other seeds, figure by figure."""
     if not (trained.repeats and trained.evaluations):
@@ -282,14 +264,14 @@ def _again(trained: Trained) -> dict[str, Any] | None:
         left = [not first["low"] <= one <= first["high"] for one in accuracies[1:]]
         shown = [f"{one:.1f}{', outside' * out}" for one, out in zip(accuracies[1:], left, strict=True)]
         lines.append([heading, name, with_interval(first), *shown])
-        if expected := further_run(accuracies):
+        if expected := tables.further_run(accuracies):
             spread = f"{mean(accuracies):.1f} ± {stdev(accuracies):.1f}"
             lines[-1] += [spread, f"{expected[0]:.1f} to {expected[1]:.1f}"]
         outside += left
-        held += foretold(accuracies)
+        held += tables.foretold(accuracies)
     head = ["", "data", f"published, seed {trained.recipe.seed}"]
     head += [f"seed {repeat.run['recipe']['seed']}" for repeat in trained.repeats]
-    predicts = 1 + len(trained.repeats) >= RUNS_TO_PREDICT
+    predicts = 1 + len(trained.repeats) >= tables.RUNS_TO_PREDICT
     table = markdown([*head, *["mean ± deviation", "a further run"] * predicts], lines)
     counts = {"outside": sum(outside), "figures": len(outside), "held": sum(held), "asked": len(held)}
     return {"table": table, "predicts": predicts, **counts}

@@ -13,12 +13,10 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, save_weights
+from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, read_tensors, save_weights
 from micl_zoo.encoders.zoo import ARCHS, Arch, timm_architecture
 from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.files import file_sha256
@@ -100,10 +98,7 @@ def _load(checkpoint: Path) -> Any:
     """The content of a file, by torch's restricted unpickler: tensors and plain values, and nothing that runs."""
     where = repr(str(checkpoint))
     if checkpoint.suffix == ".safetensors":
-        try:
-            return load_file(checkpoint)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{where} is damaged or no safetensors file: {error}") from None
+        return read_tensors(checkpoint)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped where the format allows it, so that the optimiser's two thirds of the file stay on disk.

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,29 +195,26 @@ def _build(trained: Trained, run: Path, folder: Path, export: Export | None, rep
     for name in ("run.json", "metrics.jsonl"):
         shutil.copyfile(run / name, records / name)
     write_run_record(run, records / f"{trained.name}.json")
-    named = _named(f"{trained.name}.eval", trained.evaluations)
-    named |= _named(f"{trained.name}.finetune", trained.finetunings)
-    for file, name in named.items():
-        shutil.copyfile(file, records / name)
     onnx = _onnx_file(folder)
     shown = dataclasses.replace(
         trained,
         run_file=f"{RECORDS_FOLDER}/run.json",
         onnx=onnx,
         onnx_file=onnx.file if onnx else "",
-        evaluations=_renamed(trained.evaluations, named),
-        finetunings=_renamed(trained.finetunings, named),
+        evaluations=_keep(trained.evaluations, f"{trained.name}.eval", records),
+        finetunings=_keep(trained.finetunings, f"{trained.name}.finetune", records),
     )
     write_text(folder / CARD_FILE, one_card(shown, hub=True, repo=repo))
 
 
-def _named(stem: str, files: Iterable[str]) -> dict[str, str]:
-    """Name records by the files they come from, as in training/records/."""
-    return {file: f"{stem}{f'-{number}' if number > 1 else ''}.json" for number, file in enumerate(files, start=1)}
-
-
-def _renamed(records: Mapping[str, dict[str, Any]], names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    return {f"{RECORDS_FOLDER}/{names[file]}": record for file, record in records.items()}
+def _keep(measured: Mapping[str, dict[str, Any]], stem: str, records: Path) -> dict[str, dict[str, Any]]:
+    """Copy records to where they get names as in training/records/; the records by their new names."""
+    kept = {}
+    for number, (file, record) in enumerate(measured.items(), start=1):
+        name = f"{stem}{f'-{number}' if number > 1 else ''}.json"
+        shutil.copyfile(file, records / name)
+        kept[f"{RECORDS_FOLDER}/{name}"] = record
+    return kept
 
 
 def _names(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def images_per_process(recipe: Recipe, world: int) -> int:
-    """Images of one optimiser step that each of `world` processes takes.
+    """Count the images of one optimiser step that each of `world` processes takes.
 
     Raises:
         UsageError: processes that cannot share the batch alike; says what could.
@@ -64,7 +64,7 @@ def seeded(*parts: int) -> torch.Generator:
 
 
 def steps_per_epoch(recipe: AnyRecipe, images: int) -> int:
-    """Whole batches in a corpus.
+    """Count the whole batches in a corpus.
 
     Raises:
         SourceError: a corpus smaller than one batch.

@@ -33,9 +33,9 @@ class Ranks:
     """This process among those that train together.
 
     Attributes:
-        rank: from 0; rank 0 writes.
-        world: how many there are.
-        words: the gloo group, or None for a process alone.
+        rank: number of this process, from 0; rank 0 writes.
+        world: number of processes.
+        words: gloo group, or None for a process alone.
         parent: process that started this one together with others and looks after them, or None.
     """
 
@@ -46,16 +46,16 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """This is the one that writes."""
+        """Whether this is the one that writes."""
         return self.rank == 0
 
     @property
     def orphaned(self) -> bool:
-        """Whoever started the ranks is gone: nobody would stop them any more."""
+        """Whether whoever started the ranks is gone, so that nobody would stop them any more."""
         return self.parent is not None and os.getppid() != self.parent
 
     def gather(self, thing: T) -> list[T]:
-        """One picklable object of every rank, by rank; all ranks get all."""
+        """Gather one picklable object of every rank, by rank; all ranks get all."""
         if self.world == 1:
             return [thing]
         things: list[Any] = [None] * self.world
@@ -63,7 +63,7 @@ class Ranks:
         return things
 
     def any(self, *flags: bool) -> list[bool]:
-        """Each flag True on every rank when it is on one; a fraction of a millisecond: it can be asked every step."""
+        """Raise each flag on all ranks that is True on one; in a fraction of a millisecond, so every step can ask."""
         if self.world == 1:
             return list(flags)
         words = torch.tensor([float(flag) for flag in flags])
@@ -74,11 +74,11 @@ class Ranks:
         return words.bool().tolist()
 
     def first(self, thing: T) -> T:
-        """What rank 0 has, on every rank."""
+        """Give every rank what rank 0 has."""
         return self.gather(thing)[0]
 
     def all_rows(self, rows: Tensor) -> Tensor:
-        """(b, ...) of each rank -> (world * b, ...) in order of rank; gradients flow back to the rows' owners."""
+        """Gather (b, ...) of each rank as (world * b, ...), by rank; gradients flow back to the rows' owners."""
         return rows if self.world == 1 else _AllRows.apply(rows, self.rank, self.world)
 
 
@@ -146,7 +146,7 @@ def _own_device(device: str, local_rank: int) -> torch.device:
 
 
 def says() -> bool:
-    """Of several processes one speaks to the person: rank 0."""
+    """Tell whether this process is the one that speaks to the person: rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from micl_zoo.encoders.device import resolve_precision
+from micl_zoo.encoders.device import autocasting, resolve_precision
 from micl_zoo.errors import UsageError
 
 from ..recipes import AnyRecipe
@@ -63,7 +63,7 @@ class Step(ABC):
         return "fp32" if self.autocast is None else "bf16"
 
     def _compute(self, *inputs: Tensor) -> Any:
-        with autocast(inputs[0].device, self.autocast):
+        with autocasting(inputs[0].device, self.autocast):
             return self._forward(*inputs)
 
     def _synchronise(self, now: bool) -> AbstractContextManager[None]:
@@ -73,11 +73,6 @@ class Step(ABC):
         if self.ranks.world > 1:
             self._forward.set_requires_gradient_sync(now)
         return nullcontext()
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Compute matrix products in `dtype`; None switches autocast off."""
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def resolve_autocast(recipe: AnyRecipe, device: torch.device) -> torch.dtype | None:
