@@ -76,11 +76,13 @@ def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
         SourceError: a file is damaged or cannot be read, or none holds an image.
     """
     first, count, others, found = "", 0, 0, False
-    for place, name, size in files:
-        uri = to_uri(place)
+    for file in files:
+        if not (file.place.isascii() and file.name.isascii()):
+            file = File(to_uri(file.place), as_text(file.name), file.size)
+        uri = file.place
         first, count = first or uri, count + 1
         try:
-            for member in kind.list(File(uri, as_text(name), size)):
+            for member in kind.list(file):
                 if member is None:
                     others += 1
                 else:

@@ -59,7 +59,7 @@ def join(folder: str, name: str) -> str:
 
 def as_text(name: str) -> str:
     """Write a name as UTF-8 text, with other bytes as \\xNN."""
-    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def to_uri(path: str) -> str:
