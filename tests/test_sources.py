@@ -667,14 +667,14 @@ def test_a_store_whose_index_states_no_kinds_goes_on(tmp_path: Path, encoder_fol
     source = zipped(tmp_path / "a.zip", {f"{n}.jpg": jpeg(n) for n in range(5)})
     extract(source, tmp_path / "out", weights=encoder_folder, workers=0, shard_rows=2)
     store = open_store(tmp_path / "out")
-    whole, rows = store.manifest.index_sha256, store.embeddings()
+    whole, rows = store.manifest.index_sha256, store.embeddings
     for part in (tmp_path / "out/index").iterdir():
         pq.write_table(pq.read_table(part).drop_columns(["kind"]), part)
     (tmp_path / "out/part-00001.parquet").unlink()
     extract(source, tmp_path / "out", weights=encoder_folder, workers=0, shard_rows=2)
     again = open_store(tmp_path / "out")
     assert again.manifest.index_sha256 == whole
-    assert np.array_equal(again.embeddings(), rows)
+    assert np.array_equal(again.embeddings, rows)
 
 
 def test_each_row_group_is_read_once_and_looked_up_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
