@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,9 +141,13 @@ def _list_one(source: str) -> Listed:
         raise SourceError(f"no such source: {source!r} is not a file, a folder or a glob that matches anything")
     if suffix_of(place) in LISTS:
         return list_files(KINDS[0], read_list(place)), False
-    kind = kind_of(bare(place)) or KINDS[0]
-    size = _remote_size(place) if remote.is_remote(place) and kind == KINDS[0] else None
-    return _list_kind(kind, iter([File(absolute(place), last_name(place), size)]))
+    kind, size = kind_of(bare(place)) or KINDS[0], None
+    if remote.is_remote(place) and kind == KINDS[0]:
+        try:
+            size = remote.describe(place).size
+        except OSError as error:
+            raise SourceError(f"no such source: {place!r} cannot be read ({error})") from None
+    return _list_kind(kind, [File(absolute(place), last_name(place), size)])
 
 
 def _is_folder(place: str) -> bool | None:
@@ -161,14 +165,7 @@ def _is_folder(place: str) -> bool | None:
         raise SourceError(f"cannot look at {place!r}: {error}") from None
 
 
-def _remote_size(uri: str) -> int:
-    try:
-        return remote.describe(uri).size
-    except OSError as error:
-        raise SourceError(f"no such source: {uri!r} cannot be read ({error})") from None
-
-
-def _list_kind(kind: Kind | None, files: Iterator[File]) -> Listed:
+def _list_kind(kind: Kind | None, files: Iterable[File]) -> Listed:
     """List files that are all of one kind. A file that is named and of no known kind is read as an image."""
     kind = kind or KINDS[0]
     return list_files(kind, files), kind == KINDS[0]
@@ -190,7 +187,7 @@ def _list_folder(folder: str) -> Listed:
             others[suffix_of(file.name) or "no ending"] += 1
     for kind in KINDS:
         if kind in held:
-            return _list_kind(kind, iter(held[kind]))
+            return _list_kind(kind, held[kind])
     archives = ", ".join(kind.suffixes[0] for kind in KINDS[1:])
     raise SourceError(
         f"no images in {folder!r}: looked in it and below for {wanted()}, {archives}, found {counted(others)}"
