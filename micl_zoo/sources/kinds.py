@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from ..errors import SourceError, unknown
+from ..errors import SourceError
 from ..images.decode import SUFFIXES
 from . import archives
 from .archives import Members
@@ -59,14 +59,6 @@ def kind_of(name: str) -> Kind | None:
         if name.endswith(kind.suffixes):
             return kind
     return None
-
-
-def read(files: OpenFiles, entry: Entry) -> bytes:
-    """Read the encoded image of an entry."""
-    for kind in KINDS:
-        if kind.name == entry.kind:
-            return kind.read(files, entry)
-    raise SourceError(unknown("kind of source", entry.kind, {kind.name for kind in KINDS}) + " Upgrade micl-zoo.")
 
 
 def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
