@@ -209,7 +209,11 @@ def _kept(transform: Transform, width: int, height: int) -> tuple[float, float, 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
     check_tags(data)
     image = Image.open(io.BytesIO(data), formats=_formats())
-    _check_size(image.size, max_pixels)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise Refused("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} in all")
+    if min(width, height) < MIN_SIDE:
+        raise Refused("too_small", f"{width} x {height} pixels, each side must be at least {MIN_SIDE}")
     return image
 
 
@@ -269,14 +273,6 @@ def _formats() -> tuple[str, ...]:
     with contextlib.suppress(ImportError):  # one core per process: workers share the machine
         importlib.import_module("pillow_heif").register_heif_opener(decode_threads=1, thumbnails=False)
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise Refused("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} in all")
-    if min(width, height) < MIN_SIDE:
-        raise Refused("too_small", f"{width} x {height} pixels, each side must be at least {MIN_SIDE}")
 
 
 def _orientation(image: Image.Image) -> object:

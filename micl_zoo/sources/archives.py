@@ -20,7 +20,7 @@ from ..errors import Refused, SourceError
 from ..images.decode import SUFFIXES
 from . import remote
 from .index import CELL_LENGTH, Entry
-from .places import MAX_BYTES, File, OpenFiles, check_bytes, open_binary, read_whole, to_path
+from .places import MAX_BYTES, File, OpenFiles, check_bytes, check_length, open_binary, read_whole, to_path
 
 ZIP_HEADER = struct.Struct(
     "<4s2xHH4xI4xIHH"
@@ -56,14 +56,7 @@ def _is_image(member: str) -> bool:
 
 
 def list_tar(file: File) -> Members:
-    """List the images in a tar; ids are `name#member`.
-
-    An archive that cannot be listed to its end is an error, also where its start can.
-
-    Raises:
-        tarfile.TarError, OSError, ValueError, OverflowError: it is damaged, compressed or cannot be read.
-        SourceError: an image is stored as a sparse file.
-    """
+    """List the images in a tar; ids are `name#member`. One that cannot be listed to its end is an error."""
     with (
         open_binary(file.place) as data,
         tarfile.open(fileobj=data, mode="r:", encoding="utf-8", errors="surrogateescape") as tar,
@@ -98,16 +91,13 @@ def _check_end(file: BinaryIO, offset: int) -> None:
 
 def read_member(files: OpenFiles, entry: Entry) -> bytes:
     """Read a member of a tar."""
-    return files.read_range(entry.uri, entry.offset, entry.length)
+    data = files.read_range(entry.uri, entry.offset, entry.length)
+    check_length(data, entry.length, entry.uri)
+    return data
 
 
 def list_zip(file: File) -> Members:
-    """List the images in a zip; ids are `name#member`.
-
-    Raises:
-        zipfile.BadZipFile, OSError, ValueError, NotImplementedError: it is damaged or cannot be read.
-        SourceError: an image is encrypted or compressed in an unusual way.
-    """
+    """List the images in a zip; ids are `name#member`."""
     with open_binary(file.place) as data, zipfile.ZipFile(data) as archive:
         members = archive.infolist()
     if any(member.header_offset < 0 for member in members):
@@ -131,16 +121,15 @@ def list_zip(file: File) -> Members:
 
 def read_zipped(files: OpenFiles, entry: Entry) -> bytes:
     """Read the member of a zip whose local header is at the offset, unpacked and checked."""
-    data = files.read_range(entry.uri, entry.offset, ZIP_HEADER.size + entry.length + ZIP_SLACK, short=True)
+    data = files.read_range(entry.uri, entry.offset, ZIP_HEADER.size + entry.length + ZIP_SLACK)
     if len(data) < ZIP_HEADER.size or data[:4] != b"PK\x03\x04":
         raise Refused("unreadable", f"{entry.uri} has no member at byte {entry.offset}, where one was listed")
     _, flags, method, crc, _, name, extra = ZIP_HEADER.unpack_from(data)
     start = ZIP_HEADER.size + name + extra
     if start + entry.length + 8 > len(data):
-        data, start = files.read_range(entry.uri, entry.offset + start, entry.length + ZIP_SLACK, short=True), 0
+        data, start = files.read_range(entry.uri, entry.offset + start, entry.length + ZIP_SLACK), 0
     packed, rest = data[start : start + entry.length], data[start + entry.length :][:8]
-    if len(packed) < entry.length:
-        raise Refused("unreadable", f"{entry.uri} is shorter than it was when its members were listed")
+    check_length(packed, entry.length, entry.uri)
     image = _inflate(packed) if method == DEFLATED else packed
     late = (int.from_bytes(rest[:4], "little"), int.from_bytes(rest[4:], "little"))  # without a signature, or with one
     if zlib.crc32(image) not in (late if flags & ZIP_LATE_CRC else (crc,)):
@@ -161,12 +150,7 @@ def _inflate(packed: bytes) -> bytes:
 
 
 def list_parquet(file: File) -> Members:
-    """List the rows of a parquet file; ids are its column `id`, or without one `name#row`.
-
-    Raises:
-        OSError, pyarrow.ArrowException: it cannot be read.
-        SourceError: it has no column of images, or a row without an id.
-    """
+    """List the rows of a parquet file; ids are its column `id`, or without one `name#row`."""
     parquet = open_parquet(file.place)
     image_column(parquet.schema_arrow, file.place)
     own = "id" in parquet.schema_arrow.names

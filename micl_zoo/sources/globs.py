@@ -15,10 +15,11 @@ from . import remote
 from .places import File, absolute, join, suffix_of
 
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{},/]*(?:,[^{},/]*)+))\}")  # {000..009} or {train,val}
+Position = tuple[tuple[str, ...], tuple[str, ...]]  # the names of a pattern, and those that a walk has still to match
 
 
 def _scan(folder: str) -> remote.Listing:
-    """One folder as it is, hidden names too."""
+    """List one folder as it is, hidden names too."""
     try:
         if remote.is_remote(folder):
             return remote.list_folder(folder)
@@ -43,7 +44,7 @@ def _leads_to_folder(item: os.DirEntry[str]) -> bool:
 
 
 def walk(folder: str) -> Iterator[File]:
-    """Every visible file below the folder: a folder's own in order, then its folders in order.
+    """Yield every visible file below the folder: a folder's own in order, then its folders in order.
 
     Links to folders are not followed (they may loop). Stores of embeddings below it are left out: the output may lie in
     the source, and is no part of it.
@@ -63,7 +64,7 @@ def walk(folder: str) -> Iterator[File]:
 
 
 def _is_store(folder: str, listing: remote.Listing) -> bool:
-    """By the files that `store.py` writes before the first part."""
+    """Recognise a store by the files that are written before its first part."""
     if "manifest.json" not in listing.files or "index" not in listing.folders:
         return False
     return "part-00000.parquet" in _scan(join(folder, "index")).files
@@ -76,13 +77,13 @@ def counted(others: Counter[str]) -> str:
 
 
 def has_magic(place: str) -> bool:
-    """A web address may have a "?" of its own."""
+    """Tell whether a place is a glob or has braces. A web address may have a "?" of its own."""
     text = place.replace("?", "") if place.startswith(("http://", "https://")) else place
     return glob.has_magic(text) or BRACES.search(text) is not None
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
-    """WebDataset's way to name many archives: "{08..10}" stands for 08, 09 and 10, "{train,val}" for either."""
+    """Expand braces as WebDataset does: "{08..10}" stands for 08, 09 and 10, "{train,val}" for either."""
     match = BRACES.search(pattern)
     if match is None:
         yield pattern
@@ -109,7 +110,7 @@ def glob_files(pattern: str) -> Iterator[File]:
 
 
 def _parts(pattern: str) -> tuple[str, tuple[str, ...]]:
-    """What is before the first name ("s3://", "/", "C:\\" or nothing), and the names."""
+    """Split off what is before the first name ("s3://", "/", "C:\\" or nothing) from the names."""
     if scheme := remote.SCHEME.match(pattern):
         return scheme[0], tuple(pattern[scheme.end() :].split("/"))
     path = Path(pattern)
@@ -122,7 +123,7 @@ def _no_match(pattern: str, one: str, why: str = "") -> SourceError:
 
 
 def _named(pattern: str, patterns: dict[tuple[str, ...], str], base: str) -> Iterator[File]:
-    """Files that braces name one by one: looked up, not looked for. Those of this machine all before the first."""
+    """Look up the files that braces name one by one, those of this machine all before the first is given out."""
     for one in patterns.values():
         if not remote.is_remote(one) and not Path(one).is_file():
             raise _no_match(pattern, one)
@@ -137,49 +138,47 @@ def _named(pattern: str, patterns: dict[tuple[str, ...], str], base: str) -> Ite
 
 
 class _Glob:
-    """Patterns of names and where in each a walk has come: folders are read once, files come sorted by their names."""
+    """Walks for several patterns at once: folders are read once, files come sorted by their names."""
 
     def __init__(self, pattern: str, patterns: dict[tuple[str, ...], str]) -> None:
-        self.pattern, self.patterns, self.names = pattern, patterns, list(patterns)
-        self.matched: set[int] = set()
+        self.pattern, self.patterns = pattern, patterns
+        self.matched: set[tuple[str, ...]] = set()
         self.others: Counter[str] = Counter()
 
     def files(self, base: str) -> Iterator[File]:
         """Raises SourceError at the end where one of the patterns matched no file."""
         if remote.is_remote(base) or Path(base).is_dir():
-            yield from self._walk(base, "", {(number, 0) for number in range(len(self.names))})
-        for number, parts in enumerate(self.names):
-            if number not in self.matched:
-                why = f": looked in {base!r}, where it met {counted(self.others)}"
-                raise _no_match(self.pattern, self.patterns[parts], why)
+            yield from self._walk(base, "", {(names, names) for names in self.patterns})
+        for names, one in self.patterns.items():
+            if names not in self.matched:
+                raise _no_match(self.pattern, one, f": looked in {base!r}, where it met {counted(self.others)}")
 
-    def _walk(self, folder: str, prefix: str, at: set[tuple[int, int]]) -> Iterator[File]:
-        """At: (pattern, position in it) of all that the folder's names may match."""
-        listing = _scan(folder)
+    def _walk(self, folder: str, prefix: str, at: set[Position]) -> Iterator[File]:
+        listing, inside = _scan(folder), join(folder, "")
         if prefix and _is_store(folder, listing):
             return
-        at, inside = self._skip(at), join(folder, "")
+        at = _skip(at)
         for name in sorted(listing.files.keys() | listing.folders.keys()):
-            ends = {number for number, i in at if i + 1 == len(self.names[number]) and self._fits(name, number, i)}
+            fit = [(names, rest) for names, rest in at if _fits(name, rest[0])]
+            ends = {names for names, rest in fit if len(rest) == 1}
             if name in listing.files and ends:
                 self.matched |= ends
                 yield File(inside + name, prefix + name, listing.files[name])
             elif name in listing.files:
                 self.others[suffix_of(name) or "no ending"] += 1
-            if name in listing.folders and (below := self._below(name, at, linked=listing.folders[name])):
-                yield from self._walk(inside + name, f"{prefix}{name}/", below)
+            if name in listing.folders:  # "**" follows no links, which may loop; a name that is asked for is followed
+                below = {(names, rest[1:]) for names, rest in fit if rest[0] != "**" and len(rest) > 1}
+                if not listing.folders[name]:
+                    below |= {(names, rest) for names, rest in fit if rest[0] == "**"}
+                if below:
+                    yield from self._walk(inside + name, f"{prefix}{name}/", below)
 
-    def _skip(self, at: set[tuple[int, int]]) -> set[tuple[int, int]]:
-        """With the positions behind "**", which may stand for no folder."""
-        more = {(n, i + 1) for n, i in at if self.names[n][i] == "**" and i + 1 < len(self.names[n])} - at
-        return self._skip(at | more) if more else at
 
-    def _fits(self, name: str, number: int, i: int) -> bool:
-        part = self.names[number][i]
-        return (name[0] != "." or part[0] == ".") and fnmatch.fnmatch(name, "*" if part == "**" else part)
+def _skip(at: set[Position]) -> set[Position]:
+    """Add the positions behind "**", which may stand for no folder."""
+    more = {(names, rest[1:]) for names, rest in at if rest[0] == "**" and len(rest) > 1} - at
+    return _skip(at | more) if more else at
 
-    def _below(self, name: str, at: set[tuple[int, int]], *, linked: bool) -> set[tuple[int, int]]:
-        """Positions within a folder. "**" follows no links, which may loop; a name that is asked for is followed."""
-        stay = {(n, i) for n, i in at if self.names[n][i] == "**" and name[0] != "." and not linked}
-        on = {(n, i + 1) for n, i in at if i + 1 < len(self.names[n]) and self.names[n][i] != "**"}
-        return stay | {(n, i) for n, i in on if self._fits(name, n, i - 1)}
+
+def _fits(name: str, part: str) -> bool:
+    return (name[0] != "." or part[0] == ".") and fnmatch.fnmatch(name, "*" if part == "**" else part)

@@ -54,7 +54,7 @@ class ImageIndex:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> ImageIndex:
-        """Take a table as it was stored; where a version before 0.2 wrote it, without kinds, they are derived."""
+        """Take a table as it was stored; where an earlier version wrote it without kinds, they are derived."""
         if "kind" in table.column_names:
             return cls(table)
         uri, web = table["uri"], pc.starts_with(table["uri"], "http://")

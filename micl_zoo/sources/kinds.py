@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from ..errors import SourceError, unknown
+from ..errors import SourceError
 from ..images.decode import SUFFIXES
 from . import archives
 from .archives import Members
@@ -61,14 +61,6 @@ def kind_of(name: str) -> Kind | None:
     return None
 
 
-def read(files: OpenFiles, entry: Entry) -> bytes:
-    """Read the encoded image of an entry."""
-    for kind in KINDS:
-        if kind.name == entry.kind:
-            return kind.read(files, entry)
-    raise SourceError(unknown("kind of source", entry.kind, {kind.name for kind in KINDS}) + " Upgrade micl-zoo.")
-
-
 def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
     """List the images in files of one kind.
 
@@ -76,11 +68,13 @@ def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
         SourceError: a file is damaged or cannot be read, or none holds an image.
     """
     first, count, others, found = "", 0, 0, False
-    for place, name, size in files:
-        uri = to_uri(place)
+    for file in files:
+        if not (file.place.isascii() and file.name.isascii()):
+            file = File(to_uri(file.place), as_text(file.name), file.size)
+        uri = file.place
         first, count = first or uri, count + 1
         try:
-            for member in kind.list(File(uri, as_text(name), size)):
+            for member in kind.list(file):
                 if member is None:
                     others += 1
                 else:

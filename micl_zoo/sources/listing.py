@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,9 @@ def index_source(source: SourceLike) -> ImageIndex:
             A folder: recursive; hidden names, links to folders and stores of embeddings left out; the images in it, or
             if there are none its parquet files, or else its tars, or else its zips. On a web server it ends in "/".
             One image. A glob ("photos/**/*.jpg"), also with braces: "train-{0000..0099}.tar", "{train,val}/*.png".
-            A list: .txt or .lst with one path a line; .csv with a header, or .jsonl, with a column of paths (the first
-            of path, file, filename, file_name, image, image_path, uri, url) and, if you like, a column `id`. Paths are
-            relative to the list's folder. "-": one path a line of the standard input, relative to the current folder.
+            A list: .txt or .lst with one path per line; .csv with a header, or .jsonl, with a column of paths (the
+            first of path, file, filename, file_name, image, image_path, uri, url) and an optional column `id`. Paths
+            are relative to the list's folder. "-": paths on the standard input, relative to the current folder.
             A parquet file with a column of encoded images, as `datasets` writes it. A tar, as WebDataset packs images.
             A zip.
 
@@ -57,18 +57,18 @@ def index_source(source: SourceLike) -> ImageIndex:
 
 
 def list_source(source: SourceLike, *, chunk_rows: int = 10_000) -> Iterator[ImageIndex]:
-    """The index of a source in pieces, each given out while the rest is still being listed.
+    """List a source in pieces, each given out while the rest is still being listed.
 
     Memory does not grow with the images, beyond the names of one folder and, where ids can meet (lists, archives,
-    several sources), 8 bytes an image. Where pieces are cut depends on the time listing takes; their rows do not.
+    several sources), 8 bytes per image. Where pieces are cut depends on the time listing takes; their rows do not.
 
     Args:
         source: see `index_source`.
-        chunk_rows: of a piece, at most.
+        chunk_rows: rows per piece, at most.
 
     Raises:
         SourceError: as `index_source`, when it is met, which may be in the middle.
-        UsageError: chunk_rows below 1.
+        UsageError: chunk_rows is below 1.
     """
     if chunk_rows < 1:
         raise UsageError(f"chunk_rows must be at least 1, got {chunk_rows}")
@@ -97,7 +97,7 @@ def _cut(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 
 class _SeenIds:
-    """Finds an id that comes twice by 64-bit hashes in sorted runs: 8 bytes an id, where a set of them takes 60.
+    """Finds an id that comes twice by 64-bit hashes in sorted runs: 8 bytes per id, where a set of them takes 60.
 
     Two ids out of a million that differ have one hash once in 37 million listings, and not again in the next process.
     """
@@ -141,9 +141,13 @@ def _list_one(source: str) -> Listed:
         raise SourceError(f"no such source: {source!r} is not a file, a folder or a glob that matches anything")
     if suffix_of(place) in LISTS:
         return list_files(KINDS[0], read_list(place)), False
-    kind = kind_of(bare(place)) or KINDS[0]
-    size = _remote_size(place) if remote.is_remote(place) and kind == KINDS[0] else None
-    return _list_kind(kind, iter([File(absolute(place), last_name(place), size)]))
+    kind, size = kind_of(bare(place)) or KINDS[0], None
+    if remote.is_remote(place) and kind == KINDS[0]:
+        try:
+            size = remote.describe(place).size
+        except OSError as error:
+            raise SourceError(f"no such source: {place!r} cannot be read ({error})") from None
+    return _list_kind(kind, [File(absolute(place), last_name(place), size)])
 
 
 def _is_folder(place: str) -> bool | None:
@@ -161,14 +165,7 @@ def _is_folder(place: str) -> bool | None:
         raise SourceError(f"cannot look at {place!r}: {error}") from None
 
 
-def _remote_size(uri: str) -> int:
-    try:
-        return remote.describe(uri).size
-    except OSError as error:
-        raise SourceError(f"no such source: {uri!r} cannot be read ({error})") from None
-
-
-def _list_kind(kind: Kind | None, files: Iterator[File]) -> Listed:
+def _list_kind(kind: Kind | None, files: Iterable[File]) -> Listed:
     """List files that are all of one kind. A file that is named and of no known kind is read as an image."""
     kind = kind or KINDS[0]
     return list_files(kind, files), kind == KINDS[0]
@@ -190,7 +187,7 @@ def _list_folder(folder: str) -> Listed:
             others[suffix_of(file.name) or "no ending"] += 1
     for kind in KINDS:
         if kind in held:
-            return _list_kind(kind, iter(held[kind]))
+            return _list_kind(kind, held[kind])
     archives = ", ".join(kind.suffixes[0] for kind in KINDS[1:])
     raise SourceError(
         f"no images in {folder!r}: looked in it and below for {wanted()}, {archives}, found {counted(others)}"

@@ -7,9 +7,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..errors import SourceError
 from . import remote
@@ -17,7 +17,28 @@ from .places import File, join, open_binary, suffix_of, to_path
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "uri", "url")  # the first that is there
 
-Targets = Iterator[tuple[str, str]]  # path as it is written, id
+Rows = Iterator[tuple[int, Any]]  # number of a line, and its columns
+
+
+def _lines(text: TextIO) -> Rows:
+    return ((number, {"path": path}) for number, line in enumerate(text, 1) if (path := line.strip()))
+
+
+def _csv(text: TextIO) -> Rows:
+    lines = csv.DictReader(text)
+    return ((lines.line_num, row) for row in lines)
+
+
+def _json(text: TextIO) -> Rows:
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                yield number, error
+
+
+LISTS = {".txt": _lines, ".lst": _lines, ".csv": _csv, ".jsonl": _json, ".ndjson": _json}
 
 
 def read_list(place: str) -> Iterator[File]:
@@ -30,19 +51,38 @@ def read_list(place: str) -> Iterator[File]:
         SourceError: it is empty, no text, cannot be read, or has no column of paths.
     """
     base = place.rpartition("/")[0] if remote.is_remote(place) else str(Path(place).absolute().parent)
-    found = False
+    column = ""
     try:
         file = io.BytesIO(remote.read_file(place)) if remote.is_remote(place) else open_binary(place)
         with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            for path, name in LISTS[suffix_of(place)](place, text):
-                found = True
-                yield _file(base, path, name)
+            for number, row in LISTS[suffix_of(place)](text):
+                line = f"line {number} of the list {place!r}"
+                if not isinstance(row, dict):
+                    raise SourceError(f"{line} is no JSON object: {str(row)[:60]}")
+                column = column or _path_column(place, row)
+                path = row.get(column)
+                if not isinstance(path, str) or not path:
+                    raise SourceError(f"{line} has no {column}: {path!r}")
+                name = row.get("id", path)
+                if not isinstance(name, str | int) or name == "":
+                    raise SourceError(f"{line} has no id: {name!r}")
+                yield _file(base, path, str(name))
     except UnicodeDecodeError as error:
         raise SourceError(f"the list {place!r} is not UTF-8 text: {error}") from None
     except (OSError, csv.Error) as error:
         raise SourceError(f"cannot read the list {place!r}: {error}") from None
-    if not found:
+    if not column:
         raise SourceError(f"the list {place!r} is empty: one path per line is expected")
+
+
+def _path_column(place: str, row: dict[str, object]) -> str:
+    for column in PATH_COLUMNS:
+        if column in row:
+            return column
+    raise SourceError(
+        f"the list {place!r} has no column of paths: looked for {', '.join(PATH_COLUMNS)}, "
+        f"found {', '.join(map(str, row))}"
+    )
 
 
 def read_standard_input() -> Iterator[File]:
@@ -69,60 +109,3 @@ def _file(base: str, path: str, name: str) -> File:
     elif remote.is_remote(base):
         return File(join(base, path.removeprefix("./")), name, 0)
     return File(str(Path(base, path)), name, None)
-
-
-def _line_targets(place: str, text: TextIO) -> Targets:
-    for line in text:
-        if path := line.strip():
-            yield path, path
-
-
-def _csv_targets(place: str, text: TextIO) -> Targets:
-    lines = csv.DictReader(text)
-    columns = lines.fieldnames or []
-    column = _path_column(place, columns) if columns else ""
-    for row in lines:
-        yield _target(place, row, column, lines.line_num)
-
-
-def _json_targets(place: str, text: TextIO) -> Targets:
-    column = ""
-    for number, line in enumerate(text, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise SourceError(f"line {number} of the list {place!r} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise SourceError(f"line {number} of the list {place!r} is no JSON object: {line.strip()[:40]}")
-        column = column or _path_column(place, list(row))
-        yield _target(place, row, column, number)
-
-
-def _path_column(place: str, columns: Sequence[str]) -> str:
-    for column in PATH_COLUMNS:
-        if column in columns:
-            return column
-    raise SourceError(
-        f"the list {place!r} has no column of paths: looked for {', '.join(PATH_COLUMNS)}, found {', '.join(columns)}"
-    )
-
-
-def _target(place: str, row: dict[str, object], column: str, number: int) -> tuple[str, str]:
-    path = row.get(column)
-    if not isinstance(path, str) or not path:
-        raise SourceError(f"line {number} of the list {place!r} has no {column}: {path!r}")
-    name = row.get("id", path)
-    if not isinstance(name, str | int) or name == "":
-        raise SourceError(f"line {number} of the list {place!r} has no id: {name!r}")
-    return path, str(name)
-
-
-LISTS = {
-    ".txt": _line_targets,
-    ".lst": _line_targets,
-    ".csv": _csv_targets,
-    ".jsonl": _json_targets,
-    ".ndjson": _json_targets,
-}

@@ -59,7 +59,7 @@ def join(folder: str, name: str) -> str:
 
 def as_text(name: str) -> str:
     """Write a name as UTF-8 text, with other bytes as \\xNN."""
-    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def to_uri(path: str) -> str:
@@ -77,23 +77,14 @@ def to_path(uri: str) -> Path:
 
 
 def open_binary(uri: str) -> BinaryIO:
-    """Open a file to seek and read in, buffered.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
+    """Open a file to seek and read in, buffered."""
     if remote.is_remote(uri):
         return io.BufferedReader(remote.RemoteFile(uri), remote.BLOCK)
     return to_path(uri).open("rb")
 
 
 def read_whole(uri: str, size: int) -> bytes:
-    """Read a file as it is now, which may be larger than the `size` it had when it was listed.
-
-    Raises:
-        OSError: it cannot be read.
-        Refused: it is no regular file, or too large.
-    """
+    """Read a file as it is now, which may be larger than the `size` it had when it was listed."""
     if remote.is_remote(uri):
         return remote.read_file(uri, size)
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
@@ -111,6 +102,12 @@ def check_bytes(size: int) -> None:
         raise Refused("too_large", f"no image of a usual size needs more than {MAX_BYTES} bytes: it has {size}")
 
 
+def check_length(data: bytes, length: int, uri: str) -> None:
+    """Raise Refused where the bytes of a member are not all there."""
+    if len(data) < length:
+        raise Refused("unreadable", f"{uri} is shorter than it was when its members were listed")
+
+
 class OpenFiles:
     """The archives that a reader keeps open.
 
@@ -121,24 +118,15 @@ class OpenFiles:
         self._archives: dict[str, pa.OSFile] = {}  # the one used last comes last
         self._last: dict[Callable[[str], Any], tuple[str, Any]] = {}
 
-    def read_range(self, uri: str, offset: int, length: int, *, short: bool = False) -> bytes:
-        """Read `length` bytes from `offset` on; fewer at the end of the file only if `short`.
-
-        Raises:
-            OSError: the file cannot be read.
-            Refused: it is shorter than it was.
-        """
+    def read_range(self, uri: str, offset: int, length: int) -> bytes:
+        """Read `length` bytes from `offset` on, fewer at the end of the file."""
         if remote.is_remote(uri):
-            data = remote.read_range(uri, offset, length) if length else b""
-        else:
-            archive = self._archives.pop(uri, None) or pa.OSFile(os.fsencode(to_path(uri)))
-            self._archives[uri] = archive
-            if len(self._archives) > OPEN_ARCHIVES:
-                del self._archives[next(iter(self._archives))]
-            data = bytes(archive.read_at(length, offset))
-        if len(data) < length and not short:
-            raise Refused("unreadable", f"{uri} is shorter than it was when its members were listed")
-        return data
+            return remote.read_range(uri, offset, length) if length else b""
+        archive = self._archives.pop(uri, None) or pa.OSFile(os.fsencode(to_path(uri)))
+        self._archives[uri] = archive
+        if len(self._archives) > OPEN_ARCHIVES:
+            del self._archives[next(iter(self._archives))]
+        return bytes(archive.read_at(length, offset))
 
     def opened(self, uri: str, open_file: Callable[[str], Opened]) -> Opened:
         """Return what `open_file` makes of a place; the last one is kept for each such function."""
