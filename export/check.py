@@ -86,9 +86,6 @@ def measure(
         encoder: in torch, float32.
         images: RGB, at least sum(BATCHES).
         tick: called with the number of images done.
-
-    Raises:
-        ExportError: the file does not run at one of the batch sizes.
     """
     session, card = open_session(file, choose_providers("cpu"))
     pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in card.outputs]
@@ -167,12 +164,7 @@ def nearest(rows: np.ndarray) -> np.ndarray:
 
 
 def photographs(source: SourceLike | None = None) -> list[Image.Image]:
-    """Read the images to compare on: a source's, or ten photographs of the package, whole and in quarters.
-
-    Raises:
-        UsageError: fewer images than all batch sizes take.
-        SourceError: no such source.
-    """
+    """Read the images to compare on: a source's, or ten photographs of the package, whole and in quarters."""
     if source is None:
         whole = [decode(file.read_bytes()) for file in sorted(PHOTOGRAPHS.glob("*.jpg"))]
         return whole + [quarter for image in whole for quarter in quarters(image)]

@@ -42,11 +42,7 @@ class _Outputs(nn.Module):
 
 
 def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> ModelProto:
-    """Trace an encoder: pixel_values (B, 3, S, S) -> embedding[, patches], in float32, for any batch size.
-
-    Raises:
-        ExportError: torch's exporter failed, or made another opset than the one asked for.
-    """
+    """Trace an encoder: pixel_values (B, 3, S, S) -> embedding[, patches], in float32, for any batch size."""
     side = encoder.transform.size
     names = ["embedding"] * (set(outputs) != {"patches"}) + ["patches"] * ("patches" in outputs)
     with warnings.catch_warnings(), torch.no_grad():

@@ -146,17 +146,12 @@ def _rebuilt(model: ModelProto, nodes: list[NodeProto], tensors: list[TensorProt
 
 @dataclass(frozen=True)
 class Conversion:
-    """One precision.
+    """One precision."""
 
-    Attributes:
-        convert: from the float32 graph; may change it in place.
-        bounds: what the file must keep.
-        inside: what it must keep with the transform inside: some pixels in ten thousand come out a level away from
-            Pillow's; None: the same.
-    """
-
-    convert: Callable[[ModelProto], ModelProto]
-    bounds: Bounds
+    convert: Callable[[ModelProto], ModelProto]  # from the float32 graph; may change it in place
+    bounds: Bounds  # what the file must keep
+    # what it must keep with the transform inside: some pixels in ten thousand come out a level away from Pillow's;
+    # None: the same
     inside: Bounds | None = None
 
 

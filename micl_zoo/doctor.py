@@ -53,19 +53,12 @@ ONNX_MODEL = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a report.
+    """One line of a report."""
 
-    Attributes:
-        name: what was examined.
-        state: "ok"; "note", worth knowing; "problem", something here does not work.
-        text: what was found.
-        commands: shell commands that fix it, in order.
-    """
-
-    name: str
-    state: State
-    text: str
-    commands: tuple[str, ...] = ()
+    name: str  # what was examined
+    state: State  # "ok"; "note", worth knowing; "problem", something here does not work
+    text: str  # what was found
+    commands: tuple[str, ...] = ()  # shell commands that fix it, in order
 
 
 @dataclass(frozen=True)

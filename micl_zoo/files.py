@@ -189,11 +189,7 @@ class Folder:
             self._fs.rm_file(self._remote(name))
 
     def lock(self) -> contextlib.ExitStack:
-        """Keep other writers out of a local folder, as long as the result is open; object stores have no locks.
-
-        Raises:
-            StoreError: another process is writing to it.
-        """
+        """Keep other writers out of a local folder, as long as the result is open; object stores have no locks."""
         return contextlib.ExitStack() if self.local is None else lock_folder(self.local, "writing to", StoreError)
 
     def _remote(self, name: str) -> str:

@@ -23,17 +23,11 @@ from micl_zoo.errors import UsageError
 
 
 class MiCLOutput(NamedTuple):
-    """What one forward pass gives.
+    """What one forward pass gives."""
 
-    Attributes:
-        loss: () float32.
-        pooled: (B, V, D), what is contrasted of each view, after the final norm, not L2-normalised.
-        accuracy: () float32 without gradient: how often an image's other view is the most similar of the batch.
-    """
-
-    loss: Tensor
-    pooled: Tensor
-    accuracy: Tensor
+    loss: Tensor  # () float32
+    pooled: Tensor  # (B, V, D), what is contrasted of each view, after the final norm, not L2-normalised
+    accuracy: Tensor  # () float32 without gradient: how often an image's other view is the most similar of the batch
 
 
 class MiCL(nn.Module):
@@ -51,10 +45,6 @@ class MiCL(nn.Module):
         pooled_token: what is contrasted: "cls", the class token, or "mean" of a view's patch tokens.
         class_position: of the frozen table's row for the class token: "zero", or the "centre" of the grid.
         positions: "sincos", the frozen table, or "learned", that of the ViT, which has a row for the class token.
-
-    Raises:
-        UsageError: a ViT without what is named above, a mask ratio outside [0, 1), fewer than two views, or a
-            class_position beside learned positions.
     """
 
     def __init__(
@@ -99,9 +89,6 @@ class MiCL(nn.Module):
             pixel_values: (B, 3, H, W), normalised. Where H and W differ from the ViT's own size, the positions are
                 stretched over its grid.
             noise: (B, N), whose ascending argsort orders the patches. Drawn uniformly when not given.
-
-        Raises:
-            UsageError: sizes that do not fit, or a mask ratio that leaves no view.
         """
         grid = grid_of(pixel_values, self.patch_size)
         if noise is None:
@@ -157,11 +144,7 @@ class MiCL(nn.Module):
 
 
 def grid_of(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
-    """Patches down and across (B, 3, H, W).
-
-    Raises:
-        UsageError: another number of dimensions or channels, or sides that are no multiple of the patch size.
-    """
+    """Patches down and across (B, 3, H, W)."""
     shape = tuple(pixel_values.shape)
     if len(shape) != 4 or shape[1] != 3 or shape[2] % patch_size or shape[3] % patch_size:
         raise UsageError(f"pixel_values must be (B, 3, H, W) with H and W multiples of {patch_size}, got {shape}")
@@ -169,11 +152,7 @@ def grid_of(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
 
 
 def kept_patches(num_patches: int, mask_ratio: float, views: int = 2) -> int:
-    """K, the patches that stay visible, as many in each view (reference code, for two views).
-
-    Raises:
-        UsageError: when a view would be empty.
-    """
+    """K, the patches that stay visible, as many in each view (reference code, for two views)."""
     kept = math.floor(num_patches * (1 - mask_ratio)) // views * views
     if not kept:
         limit = math.floor(1e4 * (1 - views / num_patches) - 1e-6) / 1e4  # less than exact, which a float may exceed
@@ -256,9 +235,6 @@ def position_table(
         grid: patches down and across.
         full_grid: those of the images that the ViT takes.
         class_position: of the first row: "zero", or the position at the "centre" of the full grid.
-
-    Raises:
-        UsageError: a width that is no multiple of 4.
     """
     if embed_dim % 4:
         raise UsageError(f"embed_dim must be a multiple of 4 for sin-cos positions, got {embed_dim}")

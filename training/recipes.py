@@ -246,11 +246,7 @@ R = TypeVar("R", Recipe, FineTuneRecipe)
 
 
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
-    """Read the recipe of a run.json, whichever version wrote it.
-
-    Raises:
-        TrainingError: the run is one of fine-tuning.
-    """
+    """Read the recipe of a run.json, whichever version wrote it."""
     there, known = record["recipe"], {one.name for one in dataclasses.fields(Recipe)}
     if "layer_decay" in there:
         raise TrainingError(
@@ -479,11 +475,7 @@ def finetune_recipe_for(embed_dim: int) -> str:
 
 
 def corpus_images(recipe: Recipe) -> int:
-    """Count the images of the corpus that a recipe is meant for.
-
-    Raises:
-        UsageError: the recipe names no known corpus.
-    """
+    """Count the images of the corpus that a recipe is meant for."""
     if recipe.corpus not in CORPORA:
         raise UsageError(unknown("corpus", recipe.corpus, CORPORA))
     return CORPORA[recipe.corpus].images
@@ -509,11 +501,7 @@ def smoke_twin(recipe: R) -> R:
 
 
 def get_recipe(name: str, overrides: Iterable[str] = (), *, smoke: bool = False) -> Recipe:
-    """Make a recipe by name, or its smoke twin, with `key=value` changes.
-
-    Raises:
-        UsageError: a name, a key or a value that does not exist; the nearest names are listed.
-    """
+    """Make a recipe by name, or its smoke twin, with `key=value` changes."""
     return _get("recipe", RECIPES, name, overrides, smoke)
 
 
@@ -530,11 +518,7 @@ def _get(kind: str, table: Mapping[str, Callable[[], R]], name: str, overrides: 
 
 
 def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[str] = (), *, smoke: bool = False) -> R:
-    """Take a recipe as it is, or by name from `get_recipe` or `get_finetune_recipe` with its changes.
-
-    Raises:
-        UsageError: changes to a recipe that is not given by name.
-    """
+    """Take a recipe as it is, or by name from `get_recipe` or `get_finetune_recipe` with its changes."""
     if isinstance(recipe, str):
         return get(recipe, overrides, smoke=smoke)
     if tuple(overrides):
@@ -543,11 +527,7 @@ def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[s
 
 
 def changed(recipe: R, overrides: Iterable[str]) -> R:
-    """Change a recipe by `key=value` texts, each checked for its name and type.
-
-    Raises:
-        UsageError: a key or a value that does not exist, or numbers that do not go together.
-    """
+    """Change a recipe by `key=value` texts, each checked for its name and type."""
     types = get_type_hints(type(recipe))
     return dataclasses.replace(recipe, **dict(_parse_override(override, types) for override in overrides))
 

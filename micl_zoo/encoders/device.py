@@ -24,38 +24,23 @@ Backend = Literal["torch", "openvino", "onnx"]
 
 @dataclass(frozen=True)
 class PrecisionRow:
-    """Where a precision of the arithmetic can be had.
+    """Where a precision of the arithmetic can be had."""
 
-    Attributes:
-        dtype: torch's name of it; None: torch does not compute in it.
-        openvino: OpenVINO's name of it; None: OpenVINO does not compute in it.
-        exported: `micl-zoo export` writes ONNX files in it, see export/quantize.py.
-    """
-
-    dtype: str | None = None
-    openvino: str | None = None
-    exported: bool = False
+    dtype: str | None = None  # torch's name of it; None: torch does not compute in it
+    openvino: str | None = None  # OpenVINO's name of it; None: OpenVINO does not compute in it
+    exported: bool = False  # `micl-zoo export` writes ONNX files in it, see export/quantize.py.
 
 
 @dataclass(frozen=True)
 class BackendRow:
-    """What a backend can do.
+    """What a backend can do."""
 
-    Attributes:
-        devices: kinds of device it runs on; None: every one that torch has here.
-        dtypes: of the weights in memory, as `load` takes them.
-        exported: it runs the files of `micl-zoo export`, each in its own precision, and knows `providers`.
-        compiles: `Encoder.compile_blocks` works; the others compile by themselves.
-        module: that must be installed besides torch.
-        install: the command that does so.
-    """
-
-    devices: tuple[str, ...] | None
-    dtypes: tuple[str, ...]
-    exported: bool = False
-    compiles: bool = False
-    module: str | None = None
-    install: str = ""
+    devices: tuple[str, ...] | None  # kinds of device it runs on; None: every one that torch has here
+    dtypes: tuple[str, ...]  # of the weights in memory, as `load` takes them
+    exported: bool = False  # it runs the files of `micl-zoo export`, each in its own precision, and knows `providers`
+    compiles: bool = False  # `Encoder.compile_blocks` works; the others compile by themselves.
+    module: str | None = None  # that must be installed besides torch
+    install: str = ""  # the command that does so
 
     @property
     def installed(self) -> bool:
@@ -96,11 +81,7 @@ def has_compiler() -> bool:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return torch's device; "auto" is a GPU if there is one, else Apple's, else the CPU.
-
-    Raises:
-        UsageError: this machine, or this build of torch, does not have the device.
-    """
+    """Return torch's device; "auto" is a GPU if there is one, else Apple's, else the CPU."""
     import torch
 
     if device == "auto":
@@ -132,11 +113,7 @@ def fast_precision(device: torch.device) -> Precision:
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """Return torch's autocast dtype, None for float32, and the name of the precision.
-
-    Raises:
-        UsageError: the precision does not exist, or torch does not compute in it.
-    """
+    """Return torch's autocast dtype, None for float32, and the name of the precision."""
     if precision == "auto":
         precision = fast_precision(device)
     if precision not in PRECISIONS:
@@ -176,11 +153,7 @@ def precision_advice(precision: str, device: torch.device) -> str | None:
 
 
 def find_backend(name: str) -> BackendRow:
-    """Return the row of a backend.
-
-    Raises:
-        UsageError: there is no such backend.
-    """
+    """Return the row of a backend."""
     if name not in BACKENDS:
         raise UsageError(unknown("backend", name, BACKENDS))
     return BACKENDS[name]
@@ -202,9 +175,6 @@ def choose_backend(
         device: that the model will run on; None: not known yet, and no reason for OpenVINO.
         precision: that the model will compute in.
         compile: whether `torch.compile` is asked for, which only torch has.
-
-    Raises:
-        UsageError: there is no such backend.
     """
     if asked != "auto":
         find_backend(asked)

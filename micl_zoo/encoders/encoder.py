@@ -45,13 +45,9 @@ class Features(NamedTuple):
 
 
 class Runtime(Protocol):
-    """What computes an encoder's outputs: one class per backend, chosen by `load`.
+    """What computes an encoder's outputs: one class per backend, chosen by `load`."""
 
-    Attributes:
-        vit: the timm model whose weights these are; None: only the backend's own file has them.
-    """
-
-    vit: VisionTransformer | None
+    vit: VisionTransformer | None  # the timm model whose weights these are; None: only the backend's own file has them
 
     @property
     def name(self) -> Backend:

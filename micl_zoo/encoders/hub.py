@@ -91,11 +91,7 @@ def _place(file: Path, source: Path | bytes, sha256: str) -> None:
 
 
 def record_weights(record: Record) -> Weights:
-    """Find the weights of a row of the table, in the package or on the hub.
-
-    Raises:
-        WeightsError: not published, not reachable, or not the right bytes.
-    """
+    """Find the weights of a row of the table, in the package or on the hub."""
     if not record.embedded and not (record.hub_repo and record.hub_commit):
         raise WeightsError(not_published(record))
     file = _published(record, "weights", record.embedded or WEIGHTS_FILE, record.sha256)
@@ -105,11 +101,7 @@ def record_weights(record: Record) -> Weights:
 
 
 def record_onnx(record: Record) -> tuple[Path, str]:
-    """Find the ONNX file of a row of the table, where its weights are, and its sha256.
-
-    Raises:
-        WeightsError: there is none, it is not reachable, or has not the right bytes.
-    """
+    """Find the ONNX file of a row of the table, where its weights are, and its sha256."""
     if record.onnx is None:
         raise WeightsError(
             f"no ONNX file of {record.name} comes with micl-zoo: micl-zoo export {record.name} -o DIR, and then "
@@ -135,11 +127,7 @@ def _published(record: Record, what: str, name: str, sha256: str | None) -> Path
 
 
 def embedded_file(name: str) -> Path:
-    """Return a file that comes with the package.
-
-    Raises:
-        WeightsError: it is missing.
-    """
+    """Return a file that comes with the package."""
     file = Path(__file__).parents[1] / "embedded" / name
     if not file.is_file():
         raise WeightsError(f"the package is incomplete: {name} is missing. Reinstall micl-zoo.")

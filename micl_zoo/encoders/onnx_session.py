@@ -31,25 +31,16 @@ GPU = (CUDA, TENSORRT)
 
 @dataclass(frozen=True)
 class OnnxCard:
-    """What an exported file says of itself, in its metadata.
+    """What an exported file says of itself, in its metadata."""
 
-    Attributes:
-        config: of the encoder it was made from, with the transform of this file.
-        weights_sha256: of the safetensors it was made from, or None for random weights.
-        precision: of its arithmetic.
-        outputs: "cls" and "mean", one after the other in `embedding`, and "patches" in an output of that name.
-        grid: (h, w), patches down and across.
-        preprocess: whether the transform is inside, for uint8 images of any size.
-        versions: of the packages that wrote it.
-    """
-
-    config: EncoderConfig
-    weights_sha256: str | None
-    precision: Precision
+    config: EncoderConfig  # of the encoder it was made from, with the transform of this file
+    weights_sha256: str | None  # of the safetensors it was made from, or None for random weights
+    precision: Precision  # of its arithmetic
+    # "cls" and "mean", one after the other in `embedding`, and "patches" in an output of that name
     outputs: tuple[Output, ...]
-    grid: tuple[int, int]
-    preprocess: bool
-    versions: dict[str, str]
+    grid: tuple[int, int]  # (h, w), patches down and across
+    preprocess: bool  # whether the transform is inside, for uint8 images of any size
+    versions: dict[str, str]  # of the packages that wrote it
 
     @property
     def pooled(self) -> list[Output]:
@@ -76,11 +67,7 @@ class OnnxCard:
 
     @classmethod
     def from_metadata(cls, found: dict[str, str], *, where: str) -> OnnxCard:
-        """Read the metadata of a file.
-
-        Raises:
-            WeightsError: `micl-zoo export` did not write it, or a newer one did.
-        """
+        """Read the metadata of a file."""
         if found.get("micl_zoo") != FORMAT:
             said = f"has format {found['micl_zoo']}" if "micl_zoo" in found else "does not say which encoder it holds"
             raise WeightsError(f"{where} {said}: this version runs files written by `micl-zoo export`, format {FORMAT}")
@@ -115,11 +102,7 @@ class OnnxSession:
         self.precision, self.grid = card.precision, card.grid
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-        """Compute outputs in float32; the mean is taken from the patches if the file lacks it.
-
-        Raises:
-            UsageError: the file lacks an output, or gradients are asked for.
-        """
+        """Compute outputs in float32; the mean is taken from the patches if the file lacks it."""
         if torch.is_grad_enabled():
             raise UsageError("backend onnx computes no gradients: call it under torch.no_grad(), or take backend torch")
         has = self.card.outputs
@@ -147,11 +130,7 @@ class OnnxSession:
 
 
 def local_onnx(path: Path) -> Path:
-    """Find the .onnx file at a path, or the one in a folder.
-
-    Raises:
-        WeightsError: there is none, or several and none of them is model.onnx.
-    """
+    """Find the .onnx file at a path, or the one in a folder."""
     if path.is_file() and path.suffix == ".onnx":
         return path
     found = sorted(path.glob("*.onnx")) if path.is_dir() else []
@@ -170,9 +149,6 @@ def choose_providers(device: str, providers: Sequence[str] | None = None) -> lis
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N".
         providers: see `micl_zoo.load`.
-
-    Raises:
-        UsageError: this ONNX Runtime lacks what was asked for.
     """
     kind, _, number = device.partition(":")
     has = runtime().get_available_providers()
@@ -198,11 +174,7 @@ def choose_providers(device: str, providers: Sequence[str] | None = None) -> lis
 
 
 def runtime() -> Any:
-    """Import onnxruntime.
-
-    Raises:
-        UsageError: it is not installed, or broken.
-    """
+    """Import onnxruntime."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -213,12 +185,7 @@ def runtime() -> Any:
 
 
 def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tuple[Any, OnnxCard]:
-    """Open a file on the first of the providers, never on the CPU in its place, and read its card.
-
-    Raises:
-        UsageError: ONNX Runtime fell back to another provider.
-        WeightsError: it cannot open the file, or `micl-zoo export` did not write it.
-    """
+    """Open a file on the first of the providers, never on the CPU in its place, and read its card."""
     onnxruntime = runtime()
     if providers[0][0] != CPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA's libraries, where torch or NVIDIA's packages have them

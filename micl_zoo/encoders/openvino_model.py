@@ -48,11 +48,7 @@ class OpenVinoModel:
         self.model = openvino.convert_model(_traced(vit))
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-        """Compute outputs in the precision of `torch.autocast`, in float32 outside of it.
-
-        Raises:
-            UsageError: gradients, a GPU, or a precision that this CPU lacks are asked for.
-        """
+        """Compute outputs in the precision of `torch.autocast`, in float32 outside of it."""
         if torch.is_grad_enabled():
             raise UsageError(
                 "backend openvino computes no gradients: call it under torch.no_grad(), or load with backend='torch'"

@@ -57,11 +57,7 @@ def split_tokens(tokens: Tensor, grid: tuple[int, int], wanted: Collection[Outpu
 
 
 def build_vit(config: EncoderConfig, weights: Weights | None) -> VisionTransformer:
-    """Build the timm model with the weights of a file, or with random ones, in float32.
-
-    Raises:
-        WeightsError: timm does not know the architecture, or the weights do not fit it.
-    """
+    """Build the timm model with the weights of a file, or with random ones, in float32."""
     try:
         vit: VisionTransformer = timm.create_model(
             config.architecture, pretrained=False, num_classes=0, **config.model_args

@@ -27,23 +27,14 @@ CHECKPOINT_KEYS = {"step", "seconds"}  # in the headers of training's checkpoint
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What building an encoder takes before its weights are read: timm's hub `config.json`.
+    """What building an encoder takes before its weights are read: timm's hub `config.json`."""
 
-    Attributes:
-        name: `arch.tag`.
-        architecture: timm's model name.
-        model_args: where the model departs from timm's defaults for that name.
-        embed_dim: numbers per embedding.
-        transform: from an image to pixel_values.
-        license: of the weights.
-    """
-
-    name: str
-    architecture: str
-    model_args: dict[str, Any]
-    embed_dim: int
-    transform: Transform
-    license: str = "unknown"
+    name: str  # `arch.tag`.
+    architecture: str  # timm's model name
+    model_args: dict[str, Any]  # where the model departs from timm's defaults for that name
+    embed_dim: int  # numbers per embedding
+    transform: Transform  # from an image to pixel_values
+    license: str = "unknown"  # of the weights
 
     def to_json(self) -> str:
         """Return the text of `config.json`."""
@@ -67,11 +58,7 @@ class EncoderConfig:
 
     @classmethod
     def from_json(cls, body: dict[str, Any], *, where: str) -> EncoderConfig:
-        """Read a parsed `config.json`, ours or timm's.
-
-        Raises:
-            WeightsError: something is missing; the text says what, and where.
-        """
+        """Read a parsed `config.json`, ours or timm's."""
         try:
             name = body.get("micl_zoo", {}).get("name") or f"{body['architecture']}.local"
             config = body["pretrained_cfg"]
@@ -89,17 +76,11 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class Weights:
-    """A safetensors file, its bytes checked where there is something to check them against.
+    """A safetensors file, its bytes checked where there is something to check them against."""
 
-    Attributes:
-        path: of the file.
-        sha256: of its bytes.
-        config: how to build the encoder.
-    """
-
-    path: Path
-    sha256: str
-    config: EncoderConfig
+    path: Path  # of the file
+    sha256: str  # of its bytes
+    config: EncoderConfig  # how to build the encoder
 
 
 def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
@@ -152,9 +133,6 @@ def local_weights(path: Path) -> Weights:
     Args:
         path: a .safetensors file, among them a checkpoint of a run; a folder with `model.safetensors` and
             `config.json`; or the folder of a run, which stands for its finished encoder, else its newest checkpoint.
-
-    Raises:
-        WeightsError: nothing is there, or a pickle, a damaged file, or one without a config.
     """
     file = _weights_file(path)
     if not file.is_file():
@@ -209,11 +187,7 @@ def _checkpoint(file: Path) -> Weights:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them.
-
-    Raises:
-        WeightsError: the file is damaged or no safetensors.
-    """
+    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them."""
     from safetensors import safe_open
 
     checkpoint = _metadata(file).keys() >= CHECKPOINT_KEYS
@@ -245,11 +219,7 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def header(file: Path) -> dict[str, Any]:
-    """Return what this package wrote into a safetensors header: `config` and `provenance`; {} for others' files.
-
-    Raises:
-        WeightsError: the file is damaged or no safetensors.
-    """
+    """Return what this package wrote into a safetensors header: `config` and `provenance`; {} for others' files."""
     return _parse(_metadata(file).get(HEADER_KEY, "{}"), f"the header of {file}")
 
 

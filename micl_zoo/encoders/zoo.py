@@ -162,11 +162,7 @@ def list_models(*, published_only: bool = False) -> list[str]:
 
 
 def find_record(name: str) -> Record:
-    """The record of `arch.tag`, or of a bare arch: then its best published tag, else its first.
-
-    Raises:
-        UsageError: no such name; the nearest are listed.
-    """
+    """The record of `arch.tag`, or of a bare arch: then its best published tag, else its first."""
     if name in RECORDS:
         return RECORDS[name]
     tags = [record for record in RECORDS.values() if record.arch == name]

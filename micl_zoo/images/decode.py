@@ -70,9 +70,6 @@ class Decoding:
         fast: decode a JPEG at a scale of 1/2, 1/4 or 1/8, with at least FAST_MARGIN times the pixels that the resize
             needs in each direction, and compute only what the crop keeps. False is the transform to the bit.
         max_pixels: width x height above which a file is refused before it is decoded.
-
-    Raises:
-        UsageError: a value is not valid.
     """
 
     exif: Exif = "upright"
@@ -92,11 +89,7 @@ class Decoding:
 
     @classmethod
     def from_id(cls, name: str) -> Decoding:
-        """Return the decoding that has this id.
-
-        Raises:
-            UsageError: the id is not known.
-        """
+        """Return the decoding that has this id."""
         match = re.fullmatch(r"(exact|fast)-(upright|keep)-max(\d+)", name)
         if match is None:
             raise UsageError(f"unknown decoding {name!r}: it was made by a newer version, upgrade micl-zoo")
@@ -113,9 +106,6 @@ def decode(data: bytes, *, exif: Exif = "upright", max_pixels: int = MAX_PIXELS)
 
     Returns:
         An image of mode "RGB". Of a GIF or TIFF with several frames, the first.
-
-    Raises:
-        Refused: the image cannot be used; the error has the reason and a sentence.
     """
     with _refusals(data):
         return to_rgb(_loaded(_opened(data, max_pixels), data), exif=exif)
@@ -131,9 +121,6 @@ def decode_pixels(data: bytes, transform: Transform, decoding: Decoding = Decodi
 
     Returns:
         (size, size, 3) uint8; with the exact decoding equal to `transform.pixels(decode(data))`.
-
-    Raises:
-        Refused: as from `decode`.
     """
     if not decoding.fast or transform.size > transform.resize:  # no crop to fuse where it is larger than the picture
         image = decode(data, exif=decoding.exif, max_pixels=decoding.max_pixels)
@@ -172,9 +159,6 @@ def decode_crop(
 
     Returns:
         (side, side, 3) uint8.
-
-    Raises:
-        Refused: as from `decode`.
     """
     with _refusals(data):
         image = _opened(data, max_pixels)
@@ -293,9 +277,6 @@ def to_rgb(image: Image.Image, *, exif: Exif = "upright") -> Image.Image:
     Args:
         image: of any mode.
         exif: "keep" leaves it as it is stored.
-
-    Raises:
-        Refused: its pixels have no defined white.
     """
     image.load()  # a PNG may have its EXIF behind its pixels
     orientation = _orientation(image) if exif == "upright" else None

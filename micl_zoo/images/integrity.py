@@ -38,9 +38,6 @@ def check_file(data: bytes, kind: str | None) -> None:
     Args:
         data: the whole file.
         kind: its format as Pillow names it.
-
-    Raises:
-        Refused: a check fails.
     """
     if kind == "PNG":
         _check_png(data)
@@ -110,9 +107,6 @@ def jpeg_pieces(data: bytes) -> list[bytes]:
 
     A decoder must want the second piece after the first, and no more after the second: libjpeg decodes codes that went
     astray to the end of the data or to the end of the picture, whichever comes first, and neither is an error for it.
-
-    Raises:
-        Refused: it is cut off, or its marks or scans do not fit together.
     """
     found = _scans(data)
     _check_restarts(data, found)
@@ -196,9 +190,6 @@ def check_tags(data: bytes) -> None:
 
     Args:
         data: a file that is looked through before Pillow opens it, or a block of EXIF.
-
-    Raises:
-        Refused: as too large.
     """
     if data.startswith(b"\xff\xd8"):
         blocks = _jpeg_tag_blocks(data)

@@ -203,11 +203,7 @@ class _Cells:
 
 
 def open_parquet(uri: str) -> pq.ParquetFile:
-    """Open a parquet file of an index.
-
-    Raises:
-        OSError, pyarrow.ArrowException: it cannot be opened, or is none.
-    """
+    """Open a parquet file of an index."""
     if remote.is_remote(uri):
         return pq.ParquetFile(pa.PythonFile(remote.RemoteFile(uri), mode="r"))
     return pq.ParquetFile(pa.OSFile(os.fsencode(to_path(uri))))  # as bytes: pyarrow refuses text that is not UTF-8
@@ -220,11 +216,7 @@ def parquet_row_groups(file: pq.ParquetFile) -> list[int]:
 
 
 def image_column(schema: pa.Schema, uri: str) -> str:
-    """Find the column of encoded images: binary, or a struct with a binary field `bytes` (the layout of `datasets`).
-
-    Raises:
-        SourceError: there is none.
-    """
+    """Find the column of encoded images: binary, or a struct with a binary field `bytes` (the layout of `datasets`)."""
     for field in schema:
         kind = field.type
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:

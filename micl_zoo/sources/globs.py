@@ -95,11 +95,7 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 
 
 def glob_files(pattern: str) -> Iterator[File]:
-    """Find the files that a glob matches, by their names in order; names are relative to its fixed part.
-
-    Raises:
-        SourceError: at the end, or before, where one of the patterns that its braces stand for matches no file.
-    """
+    """Find the files that a glob matches, by their names in order; names are relative to its fixed part."""
     root, parts = _parts(pattern)
     fixed = next((i for i, part in enumerate(parts) if has_magic(root + part)), len(parts))
     base = absolute(root + "/".join(parts[:fixed]) or ".")

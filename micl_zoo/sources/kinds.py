@@ -25,21 +25,15 @@ UNREADABLE = (
 
 
 class Kind(NamedTuple):
-    """One kind of file. To add one, write its two functions and give it a row in KINDS.
+    """One kind of file. To add one, write its two functions and give it a row in KINDS."""
 
-    Attributes:
-        name: in the column `kind` of an index.
-        called: in errors, behind "cannot read … as".
-        suffixes: of its files' names, in lower case.
-        list: gives (id, offset, length) for each image of a file, None for each other member. The file's place and
-            name are UTF-8 text. Raises SourceError or one of UNREADABLE.
-        read: gives the encoded image of an entry. Raises Refused, OSError or pyarrow.ArrowException.
-    """
-
-    name: str
-    called: str
-    suffixes: tuple[str, ...]
+    name: str  # in the column `kind` of an index
+    called: str  # in errors, behind "cannot read … as"
+    suffixes: tuple[str, ...]  # of its files' names, in lower case
+    # gives (id, offset, length) for each image of a file, None for each other member. The file's place and name are
+    # UTF-8 text. Raises SourceError or one of UNREADABLE.
     list: Callable[[File], Members]
+    # gives the encoded image of an entry. Raises Refused, OSError or pyarrow.ArrowException.
     read: Callable[[OpenFiles, Entry], bytes]
 
 
@@ -62,11 +56,7 @@ def kind_of(name: str) -> Kind | None:
 
 
 def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
-    """List the images in files of one kind.
-
-    Raises:
-        SourceError: a file is damaged or cannot be read, or none holds an image.
-    """
+    """List the images in files of one kind."""
     first, count, others, found = "", 0, 0, False
     for file in files:
         if not (file.place.isascii() and file.name.isascii()):

@@ -46,9 +46,6 @@ def read_list(place: str) -> Iterator[File]:
 
     Args:
         place: a path or URI whose suffix is one of LISTS.
-
-    Raises:
-        SourceError: it is empty, no text, cannot be read, or has no column of paths.
     """
     base = place.rpartition("/")[0] if remote.is_remote(place) else str(Path(place).absolute().parent)
     column = ""
@@ -86,11 +83,7 @@ def _path_column(place: str, row: dict[str, object]) -> str:
 
 
 def read_standard_input() -> Iterator[File]:
-    """Read the files that lines as `find` prints them name; they may have bytes that are not UTF-8.
-
-    Raises:
-        SourceError: there is none.
-    """
+    """Read the files that lines as `find` prints them name; they may have bytes that are not UTF-8."""
     base, found = str(Path.cwd()), False
     for line in sys.stdin.buffer:
         if path := os.fsdecode(line).strip():

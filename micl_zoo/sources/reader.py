@@ -21,13 +21,7 @@ class Reader:
         self._files = OpenFiles()
 
     def read(self, entry: Entry) -> bytes:
-        """Read one encoded image.
-
-        Raises:
-            Refused: reason "unreadable" when the file cannot be read (what is remote is tried three times); "damaged"
-                or "truncated" when a zip's member is not what it was; "too_large" above MAX_BYTES.
-            SourceError: a package for the kind of URI is missing, or the kind of file is not known.
-        """
+        """Read one encoded image."""
         try:
             check_bytes(entry.length)
             for kind in KINDS:

@@ -24,15 +24,10 @@ Answer = TypeVar("Answer")
 
 
 class Listing(NamedTuple):
-    """Holds what is directly in a folder.
+    """Holds what is directly in a folder."""
 
-    Attributes:
-        files: name -> bytes, None where nobody told them.
-        folders: name -> whether it is reached through a link.
-    """
-
-    files: dict[str, int | None]
-    folders: dict[str, bool]
+    files: dict[str, int | None]  # name -> bytes, None where nobody told them
+    folders: dict[str, bool]  # name -> whether it is reached through a link
 
 
 class Found(NamedTuple):

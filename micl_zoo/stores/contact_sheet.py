@@ -24,17 +24,11 @@ PAPER, MOUNT, GREY, INK, SOFT, RULE = "#ffffff", "#f3f3f1", "#c9c9c5", "#1c1c1a"
 
 
 class Tile(NamedTuple):
-    """One image of the sheet.
+    """One image of the sheet."""
 
-    Attributes:
-        head: first line below it.
-        name: its id or file, on the lines after that.
-        source: the encoded image, or where it is.
-    """
-
-    head: str
-    name: str
-    source: bytes | Entry
+    head: str  # first line below it
+    name: str  # its id or file, on the lines after that
+    source: bytes | Entry  # the encoded image, or where it is
 
 
 def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]]) -> None:

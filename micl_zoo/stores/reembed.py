@@ -22,26 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoreEncoder:
-    """The encoder that made a store, at the store's own settings. Made by `store_encoder`.
+    """The encoder that made a store, at the store's own settings. Made by `store_encoder`."""
 
-    Attributes:
-        encoder: with the weights of the manifest.
-        manifest: the store's.
-        autocast: data type of the arithmetic, or None for float32.
-        decoding: how bytes become pixels.
-    """
-
-    encoder: Encoder
-    manifest: Manifest
-    autocast: TorchDtype | None
-    decoding: Decoding
+    encoder: Encoder  # with the weights of the manifest
+    manifest: Manifest  # the store's
+    autocast: TorchDtype | None  # data type of the arithmetic, or None for float32
+    decoding: Decoding  # how bytes become pixels
 
     def pixels(self, data: bytes) -> np.ndarray:
-        """Decode one encoded image as for the store, to (size, size, 3) uint8.
-
-        Raises:
-            Refused: with the reason.
-        """
+        """Decode one encoded image as for the store, to (size, size, 3) uint8."""
         return decode_pixels(data, self.encoder.transform, self.decoding)
 
     def rows(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
@@ -57,10 +46,6 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
         store: see `open_store`.
         weights: file or folder of its weights, see `load`.
         device: see `load`.
-
-    Raises:
-        WeightsError: the weights are not published and none were given, or they are not those of the store.
-        UsageError: a newer version decoded the images in a way that this one does not know.
     """
     from ..encoders.device import autocast_dtype, backend_again
     from ..encoders.load import load

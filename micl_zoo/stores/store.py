@@ -105,17 +105,11 @@ class RefusedRow:
 
 
 class Rows(NamedTuple):
-    """What became of the images of one shard, or of its first ones, in index order.
+    """What became of the images of one shard, or of its first ones, in index order."""
 
-    Attributes:
-        ids: (n,) ids of the embedded images.
-        embeddings: (n, dim) their rows.
-        refused: the images that could not be embedded.
-    """
-
-    ids: list[str]
-    embeddings: np.ndarray
-    refused: list[RefusedRow]
+    ids: list[str]  # (n,) ids of the embedded images
+    embeddings: np.ndarray  # (n, dim) their rows
+    refused: list[RefusedRow]  # the images that could not be embedded
 
     @property
     def images(self) -> int:

@@ -142,10 +142,6 @@ def evaluate_stores(
         name: name of the set in the record.
         command: the command that was given, for the record.
         device: device that computes the classifiers.
-
-    Raises:
-        StoreError: a store that is not complete, or two of different encoders.
-        SourceError: labels that are missing.
     """
     protocol, started = protocol or Protocol(), time.monotonic()
     _check_pair(train, test)
@@ -199,11 +195,7 @@ def _baseline(name: str, encoder: Encoder) -> Encoder | None:
 
 
 def random_encoder(encoder: Encoder, seed: int = 0) -> Encoder:
-    """The same ViT as the method initialises it, before any step; the transform stays.
-
-    Raises:
-        UsageError: an encoder that is no torch model.
-    """
+    """The same ViT as the method initialises it, before any step; the transform stays."""
     if encoder.backend != "torch":
         raise UsageError("the baseline 'random' needs the encoder in torch: load it with backend='torch'")
     vit = copy.deepcopy(encoder.vit)

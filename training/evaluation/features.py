@@ -85,11 +85,7 @@ def split_pools(rows: np.ndarray, stored: str, pools: Sequence[str]) -> dict[str
 
 
 def store_labels(store: Store, given: Mapping[str, str] | None = None) -> dict[str, Label]:
-    """Map the ids of a store's images to labels, from its index; no image is opened.
-
-    Raises:
-        SourceError: an image that has none.
-    """
+    """Map the ids of a store's images to labels, from its index; no image is opened."""
     labels: dict[str, Label] = {}
     for number in store.indexed():
         index = store.shard(number)
@@ -104,9 +100,6 @@ def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Poo
         store: store of pool "cls", "mean" or "cls+mean".
         numbers: class by id.
         pools: features to keep of a "cls+mean" store; all that it holds by default.
-
-    Raises:
-        UsageError: a store of patch tokens, or pools that it does not hold.
     """
     stored = store.manifest.pool
     held = POOLS if stored == "cls+mean" else (stored,)

@@ -47,9 +47,6 @@ def knn_predict(
 
     Returns:
         Classes (N,) int64 by k.
-
-    Raises:
-        UsageError: an empty bank, or another width than the queries'.
     """
     asked = F.normalize(torch.from_numpy(queries).to(device).float(), dim=1)  # (N, D)
     cosines, labels = torch.empty(len(asked), 0, device=device), torch.empty(len(asked), 0, dtype=torch.long)

@@ -30,15 +30,10 @@ ID_COLUMNS = ("id", "path", "file", "filename", "file_name", "image")
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images and their classes.
+    """Images and their classes."""
 
-    Attributes:
-        index: N images.
-        labels: (N,) int64, numbers into the set's classes.
-    """
-
-    index: ImageIndex
-    labels: np.ndarray
+    index: ImageIndex  # N images
+    labels: np.ndarray  # (N,) int64, numbers into the set's classes
 
     def most(self, count: int | None) -> LabelledImages:
         """Take at most `count` of them, balanced over the classes, the same ones at every call, in index order."""
@@ -82,9 +77,6 @@ class LabelledSet:
                 test/ or val/ that have a folder per class, as ImageNet-1k is laid out.
             labels: a .csv with the columns id and label, for images whose place does not say it.
             train_images, test_images: take at most so many, balanced over the classes.
-
-        Raises:
-            SourceError: a part is missing, or labels are.
         """
         where, name = _where(os.fspath(place))
         given = read_label_file(labels) if labels else None
@@ -177,11 +169,7 @@ def _known(name: str, facts: dict[str, Any]) -> str:
 
 
 def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
-    """Read labels by id from a .csv with a column label (or class) and one of ids or paths.
-
-    Raises:
-        SourceError: it cannot be read, or lacks a column.
-    """
+    """Read labels by id from a .csv with a column label (or class) and one of ids or paths."""
     try:
         with Path(file).open(encoding="utf-8-sig", newline="") as text:
             lines = csv.DictReader(text)
@@ -198,11 +186,7 @@ def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list[Label]:
-    """Find the label of each image: given by its id, or the parquet's column, or the first folder of its id.
-
-    Raises:
-        SourceError: an image that has none.
-    """
+    """Find the label of each image: given by its id, or the parquet's column, or the first folder of its id."""
     if given is not None:
         ids = index.ids
         if missing := [name for name in ids if name not in given]:
@@ -260,11 +244,7 @@ def _class_names(schema: pa.Schema, column: str) -> list[str]:
 def number_classes(
     train: Sequence[Label], test: Sequence[Label], where: str
 ) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-    """Sort the class names, and turn the labels of both parts into numbers into them.
-
-    Raises:
-        SourceError: fewer than two classes, or test images of classes that the training part lacks.
-    """
+    """Sort the class names, and turn the labels of both parts into numbers into them."""
     classes = sorted(set(train), key=lambda label: (isinstance(label, str), label))
     if len(classes) < 2:
         raise SourceError(f"{where!r} has the one class {classes}: two are needed to tell apart")

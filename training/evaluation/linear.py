@@ -25,17 +25,11 @@ BATCH_SIZE, MOMENTUM = 256, 0.9
 
 
 class Chosen(NamedTuple):
-    """A classifier whose setting a validation split of the training images chose.
+    """A classifier whose setting a validation split of the training images chose."""
 
-    Attributes:
-        setting: the learning rate, or C.
-        validation: accuracy of each setting on the validation split, 0 to 1.
-        predictions: (N,) classes of the test images, of the classifier refitted to all training images.
-    """
-
-    setting: float
-    validation: dict[float, float]
-    predictions: np.ndarray
+    setting: float  # the learning rate, or C
+    validation: dict[float, float]  # accuracy of each setting on the validation split, 0 to 1
+    predictions: np.ndarray  # (N,) classes of the test images, of the classifier refitted to all training images
 
 
 def linear_probe(
@@ -64,9 +58,6 @@ def linear_probe(
         batch_size: images per step.
         seed: seed of the split and the order.
         device: device that computes.
-
-    Raises:
-        UsageError: fewer training images than a validation split needs.
     """
     scaled, asked = standardise(train, test)
 
@@ -102,9 +93,6 @@ def logistic_regression(
         inverse_penalties: values of C.
         seed: seed of the split.
         device: device that computes.
-
-    Raises:
-        UsageError: fewer training images than a validation split needs.
     """
     scaled, asked = standardise(train, test)
     fitting, held = validation_split(labels, seed)
@@ -131,9 +119,6 @@ def few_shot(
 
     C is fixed: there is nothing to choose it on. Features are scaled by all training images, whose labels are not used
     for that.
-
-    Raises:
-        UsageError: a class with fewer training images.
     """
     fewest = int(np.bincount(labels, minlength=classes).min())
     if fewest < shots:
@@ -197,11 +182,7 @@ def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
 
 
 def validation_split(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Choose rows to fit on, and a fifth of the training images, balanced over the classes, to choose a setting by.
-
-    Raises:
-        UsageError: fewer than five images.
-    """
+    """Choose rows to fit on, and a fifth of the training images, balanced over the classes, to choose a setting by."""
     if len(labels) < VALIDATION_PART:
         raise UsageError(f"{len(labels)} training images are too few to hold a fifth of them back: give at least 5")
     held = balanced_rows(labels, len(labels) // VALIDATION_PART, seed)

@@ -145,9 +145,6 @@ class Protocol:
         draws: number of draws of those images.
         few_shot_c: C of few-shot.
         seed: seed of the validation split and of the order of the linear probe.
-
-    Raises:
-        UsageError: a name that does not exist, or a number that is too small.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)

@@ -185,9 +185,6 @@ def merge(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         records: records by the names of their files.
-
-    Raises:
-        UsageError: records that contradict each other, or whose figures are not comparable.
     """
     whole: dict[str, Any] = {"results": {}, "data": {}, "protocol": {}}
     for file, record in records.items():
@@ -210,11 +207,7 @@ def _join(there: dict[str, Any], found: Mapping[str, Any], where: str) -> None:
 
 
 def plot(record: Mapping[str, Any], file: Path) -> None:
-    """Draw a record: one panel per set, one line per method, one dot with its interval per subject.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
+    """Draw a record: one panel per set, one line per method, one dot with its interval per subject."""
     need_matplotlib("the plot of an evaluation needs")
     from matplotlib.figure import Figure
 

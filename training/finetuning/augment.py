@@ -32,33 +32,20 @@ PIECE = 32  # images that a worker prepares at a time: 19 MB of float32 pixels a
 
 
 class Pictures(NamedTuple):
-    """This process's share of a batch, augmented and normalised, on the device.
+    """This process's share of a batch, augmented and normalised, on the device."""
 
-    Attributes:
-        step: number of the batch.
-        places: (b,), which of the whole batch they are; on the host.
-        pixels: (b, 3, S, S) float32.
-        labels: (b,) int64.
-    """
-
-    step: int
-    places: Tensor
-    pixels: Tensor
-    labels: Tensor
+    step: int  # number of the batch
+    places: Tensor  # (b,), which of the whole batch they are; on the host
+    pixels: Tensor  # (b, 3, S, S) float32
+    labels: Tensor  # (b,) int64
 
 
 class Resized(NamedTuple):
-    """Some images of a test part, without those that cannot be decoded.
+    """Some images of a test part, without those that cannot be decoded."""
 
-    Attributes:
-        pixels: (n, S, S, 3) uint8, as the encoder's own transform has them before it normalises.
-        labels: (n,) int64.
-        refused: the others.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    refused: list[RefusedImage]
+    pixels: Tensor  # (n, S, S, 3) uint8, as the encoder's own transform has them before it normalises
+    labels: Tensor  # (n,) int64
+    refused: list[RefusedImage]  # the others
 
 
 @contextmanager

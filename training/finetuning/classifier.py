@@ -102,9 +102,6 @@ class ClassifierStep(Step):
         ranks: this process among all.
         autocast: dtype of the matrix products, None for that of the weights.
         micro_batch: most images per forward pass; None takes the share whole. The gradients are the same.
-
-    Raises:
-        UsageError: a batch that does not divide among the processes.
     """
 
     recipe: FineTuneRecipe
@@ -160,11 +157,7 @@ class ClassifierStep(Step):
 
 
 def check_share(recipe: FineTuneRecipe, world: int) -> None:
-    """Check that a batch falls into equal shares, and each of them into pairs.
-
-    Raises:
-        UsageError: it does not.
-    """
+    """Check that a batch falls into equal shares, and each of them into pairs."""
     if recipe.batch_size % (2 * world):
         near = max(1, round(recipe.batch_size / (2 * world))) * 2 * world
         raise UsageError(
@@ -174,17 +167,11 @@ def check_share(recipe: FineTuneRecipe, world: int) -> None:
 
 
 class Tested(NamedTuple):
-    """What a classifier makes of a test part.
+    """What a classifier makes of a test part."""
 
-    Attributes:
-        top1: (n,) bool, one per image that can be decoded: the best guess is right.
-        top5: (n,) bool: one of the five best guesses is.
-        refused: the images that cannot be decoded; they are not counted.
-    """
-
-    top1: np.ndarray
-    top5: np.ndarray
-    refused: list[RefusedImage]
+    top1: np.ndarray  # (n,) bool, one per image that can be decoded: the best guess is right
+    top5: np.ndarray  # (n,) bool: one of the five best guesses is
+    refused: list[RefusedImage]  # the images that cannot be decoded; they are not counted
 
     def scores(self, classes: int) -> dict[str, dict[str, float]]:
         """Give the accuracy and its interval in percent: top1, and top5 where there are more than ten classes."""
@@ -208,9 +195,6 @@ def measure_classifier(
         transform: transform of the encoder, to normalise.
         ranks: this process among all.
         autocast: dtype of the matrix products, None for that of the weights.
-
-    Raises:
-        SourceError: a test part of which nothing can be decoded.
     """
     before, right, refused = model.training, list[list[list[bool]]](), list[RefusedImage]()
     model.eval()

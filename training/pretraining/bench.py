@@ -196,11 +196,7 @@ def bench_data(
 
 
 def at_a_size_that_fits(recipe: Recipe, size: int, halve: bool, measure: Callable[[Recipe], T]) -> tuple[Recipe, T]:
-    """Measure a recipe at a batch of `size` images, or at the first half of it that fits into the memory.
-
-    Raises:
-        torch.OutOfMemoryError: it does not fit, and is not to be halved or cannot be.
-    """
+    """Measure a recipe at a batch of `size` images, or at the first half of it that fits into the memory."""
     while True:
         sized = dataclasses.replace(recipe, batch_size=size, contrast_batch=0)
         try:

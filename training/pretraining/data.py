@@ -61,45 +61,27 @@ WHOLE = Share()
 
 
 class Seen(NamedTuple):
-    """What the network sees of this process's share of a batch.
+    """What the network sees of this process's share of a batch."""
 
-    Attributes:
-        step: number of the batch.
-        patches: (B, V, K/V, P) float32, normalised.
-        views: (B, V, K/V), where in the crop's grid they are.
-    """
-
-    step: int
-    patches: Tensor
-    views: Tensor
+    step: int  # number of the batch
+    patches: Tensor  # (B, V, K/V, P) float32, normalised
+    views: Tensor  # (B, V, K/V), where in the crop's grid they are
 
 
 class Batch(NamedTuple):
-    """Source pixels and what to cut out of them.
+    """Source pixels and what to cut out of them."""
 
-    Attributes:
-        images: (B, 3, S, S) uint8, whole images.
-        boxes: (B, 4) float32, left, top, right, bottom in pixels of `images`.
-    """
-
-    images: Tensor
-    boxes: Tensor
+    images: Tensor  # (B, 3, S, S) uint8, whole images
+    boxes: Tensor  # (B, 4) float32, left, top, right, bottom in pixels of `images`
 
 
 class Draws(NamedTuple):
-    """Every random number of one batch, drawn on the CPU so that each device sees the same.
+    """Every random number of one batch, drawn on the CPU so that each device sees the same."""
 
-    Attributes:
-        crops: (B, CROP_DRAWS) uniform.
-        flips: (B,) bool.
-        noise: (B, N) uniform, orders the patches.
-        gain: (B, V, 3, 1), bias: (B, V, 3, 1), grey: (B, V, 1, 1) bool: the colour change of each view.
-    """
-
-    crops: Tensor
-    flips: Tensor
-    noise: Tensor
-    gain: Tensor
+    crops: Tensor  # (B, CROP_DRAWS) uniform
+    flips: Tensor  # (B,) bool
+    noise: Tensor  # (B, N) uniform, orders the patches
+    gain: Tensor  # (B, V, 3, 1), bias: (B, V, 3, 1), grey: (B, V, 1, 1) bool: the colour change of each view
     bias: Tensor
     grey: Tensor
 
@@ -272,19 +254,13 @@ def change_color(patches: Tensor, draws: Draws) -> Tensor:
 
 @dataclass
 class MemoryCorpus:
-    """A small corpus decoded once into memory, on the host or the device: crops are cut out of it batch by batch.
+    """A small corpus decoded once into memory, on the host or the device: crops are cut out of it batch by batch."""
 
-    Attributes:
-        images: (M, 3, S, S) uint8; an image that is not square is squeezed to S x S and remembers its aspect ratio.
-        aspect: (M,) width / height before squeezing.
-        rows: (M,) where in the index they were.
-        refused: the images left out.
-    """
-
+    # (M, 3, S, S) uint8; an image that is not square is squeezed to S x S and remembers its aspect ratio
     images: Tensor
-    aspect: Tensor
-    rows: Tensor
-    refused: list[RefusedImage]
+    aspect: Tensor  # (M,) width / height before squeezing
+    rows: Tensor  # (M,) where in the index they were
+    refused: list[RefusedImage]  # the images left out
 
     def __len__(self) -> int:
         return len(self.images)
@@ -324,18 +300,12 @@ class MemoryCorpus:
 
 @dataclass
 class Streamed:
-    """Images that worker processes read and prepare while the training goes on.
+    """Images that worker processes read and prepare while the training goes on."""
 
-    Attributes:
-        index: the images.
-        workers: number of processes; 0 decodes in this one.
-        device: where the batches go.
-        refused: images met so far that could not be decoded; another image of the index took each one's place.
-    """
-
-    index: ImageIndex
-    workers: int
-    device: torch.device
+    index: ImageIndex  # the images
+    workers: int  # number of processes; 0 decodes in this one
+    device: torch.device  # where the batches go
+    # images met so far that could not be decoded; another image of the index took each one's place
     refused: list[RefusedImage] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -346,11 +316,7 @@ class Streamed:
         return batch_rows(recipe, len(self), step, index_blocks(self.index))
 
     def shares(self, pieces: Pieces, first_step: int, last_step: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """Put the shares of the batches number first_step to last_step - 1 together, on the device.
-
-        Raises:
-            SourceError: an image cannot be decoded, and none of those tried in its place can be.
-        """
+        """Put the shares of the batches number first_step to last_step - 1 together, on the device."""
         numbers = range(first_step * pieces.count, last_step * pieces.count)
         loader = open_loader(pieces, numbers, self.workers, self.device)
         for step, *found in zip(range(first_step, last_step), *[iter(loader)] * pieces.count, strict=True):
@@ -411,17 +377,11 @@ def loader_workers(workers: int | None) -> int:
 
 
 class Piece(NamedTuple):
-    """Some images of this process's share of a batch.
+    """Some images of this process's share of a batch."""
 
-    Attributes:
-        at: (b,), where in the share they belong.
-        tensors: what is made of them, (b, ...) each.
-        refused: images met that could not be decoded.
-    """
-
-    at: Tensor
-    tensors: list[Tensor]
-    refused: list[RefusedImage]
+    at: Tensor  # (b,), where in the share they belong
+    tensors: list[Tensor]  # what is made of them, (b, ...) each.
+    refused: list[RefusedImage]  # images met that could not be decoded
 
 
 class Pieces(Dataset[Piece | SourceError]):
@@ -508,9 +468,6 @@ def or_another(
         where: seed, step and place in the whole batch, which say what the others are: the same ones in any share.
         images: number of rows.
         refused: what `make` could not decode so far.
-
-    Raises:
-        SourceError: none of those tried in its place can be decoded either.
     """
     if (made := make(row)) is not None:
         return made

@@ -44,18 +44,12 @@ class StepFlops(Terms):
     """FLOPs that the method needs for one image, forward and backward.
 
     Counted are matrix products. Norms, softmax, GELU and the loss's elementwise work are not.
-
-    Attributes:
-        patch_embed: embedding of the visible patches; pixels get no gradient, so backward is 1 x forward.
-        blocks: the four Linear layers of every block; backward is 2 x forward, as for all that follows.
-        attention: queries x keys and weights x values.
-        similarity: an image's row of the B x B matrix of each pair of views.
     """
 
-    patch_embed: float
-    blocks: float
-    attention: float
-    similarity: float
+    patch_embed: float  # embedding of the visible patches; pixels get no gradient, so backward is 1 x forward
+    blocks: float  # the four Linear layers of every block; backward is 2 x forward, as for all that follows
+    attention: float  # queries x keys and weights x values
+    similarity: float  # an image's row of the B x B matrix of each pair of views
 
 
 @dataclass(frozen=True)
@@ -82,35 +76,21 @@ class MemoryEstimate(Terms):
 
 
 class CardPlan(NamedTuple):
-    """A plan on one kind of card.
+    """A plan on one kind of card."""
 
-    Attributes:
-        card: which.
-        micro_batch: images a forward pass: the plan's where they fit, else the most that do; 0 when nothing fits.
-        fits: whether the plan's own images a forward pass do.
-        hours: of the whole run at that micro batch.
-        images_per_second: over all GPUs; what the data must deliver.
-    """
-
-    card: Gpu
-    micro_batch: int
-    fits: bool
-    hours: float
-    images_per_second: float
+    card: Gpu  # which
+    micro_batch: int  # images a forward pass: the plan's where they fit, else the most that do; 0 when nothing fits
+    fits: bool  # whether the plan's own images a forward pass do
+    hours: float  # of the whole run at that micro batch
+    images_per_second: float  # over all GPUs; what the data must deliver
 
 
 class PaperRun(NamedTuple):
-    """The paper's ViT-L/16 on 4 A100 beside the plan.
+    """The paper's ViT-L/16 on 4 A100 beside the plan."""
 
-    Attributes:
-        images_per_second: 800 epochs of ImageNet-1k in 133 h.
-        mfu: what share of the four cards' peak that is.
-        hours: those 800 epochs at the plan's MFU, on the same cards.
-    """
-
-    images_per_second: float
-    mfu: float
-    hours: float
+    images_per_second: float  # 800 epochs of ImageNet-1k in 133 h
+    mfu: float  # what share of the four cards' peak that is
+    hours: float  # those 800 epochs at the plan's MFU, on the same cards
 
 
 @dataclass(frozen=True)
@@ -241,10 +221,6 @@ def make_plan(
         nodes: how many.
         micro_batch: images a forward pass at most; by default as many as one GPU contrasts at a time.
         mfu: share of a card's peak that is reached, 0 to 1.
-
-    Raises:
-        UsageError: numbers that do not fit each other.
-        SourceError: a corpus smaller than one batch.
     """
     _check_numbers({"gpus": gpus, "nodes": nodes, "micro_batch": 1 if micro_batch is None else micro_batch}, mfu)
     each = images_per_process(recipe, gpus * nodes)
@@ -276,9 +252,6 @@ def step_flops(recipe: Recipe) -> StepFlops:
     What a program computes beyond that is not here: forward passes that are repeated, or the product that fused
     attention computes again in its backward pass. ViT-L/16 at mask ratio 0.8: 40 tokens x 2 x 302 M weights x 3 =
     72.5 GFLOP, 73 with all terms.
-
-    Raises:
-        UsageError: a mask ratio that leaves no view.
     """
     kept, width, depth, views = _kept(recipe), recipe.embed_dim, recipe.depth, recipe.views
     tokens = kept // views + 1

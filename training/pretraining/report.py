@@ -41,10 +41,6 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Returns:
         The page.
-
-    Raises:
-        TrainingError: a folder that holds no run.
-        UsageError: matplotlib is not installed, or a name that does not end in .html.
     """
     page = run / "report.html" if out is None else out
     if page.suffix.lower() not in (".html", ".htm"):
@@ -73,19 +69,13 @@ def pictures_folder(page: Path) -> Path:
 
 
 class History(NamedTuple):
-    """What metrics.jsonl holds.
+    """What metrics.jsonl holds."""
 
-    Attributes:
-        columns: (S,) float64 each, one entry per step in the order of steps, NaN where a line lacks the number.
-        knn: (step, share) pairs by data set.
-        events: (step, what, detail).
-        unread: number of damaged lines, without a last one that was cut off.
-    """
-
+    # (S,) float64 each, one entry per step in the order of steps, NaN where a line lacks the number
     columns: dict[str, np.ndarray]
-    knn: dict[str, list[tuple[int, float]]]
-    events: list[tuple[int, str, str]]
-    unread: int
+    knn: dict[str, list[tuple[int, float]]]  # (step, share) pairs by data set
+    events: list[tuple[int, str, str]]  # (step, what, detail)
+    unread: int  # number of damaged lines, without a last one that was cut off
 
     @property
     def span(self) -> tuple[float, float]:
@@ -170,23 +160,14 @@ class Curve(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """One chart.
+    """One chart."""
 
-    Attributes:
-        name: name of its PNG file.
-        unit: text beside the vertical axis.
-        curves: curves of at least one point each; none when nothing was measured.
-        level: a value to mark, and what it means.
-        from_zero: whether the vertical axis starts at 0.
-        noisy: whether a smoothed curve is drawn over the measured one.
-    """
-
-    name: str
-    unit: str
-    curves: list[Curve]
-    level: tuple[float, str] | None = None
-    from_zero: bool = True
-    noisy: bool = True
+    name: str  # name of its PNG file
+    unit: str  # text beside the vertical axis
+    curves: list[Curve]  # curves of at least one point each; none when nothing was measured
+    level: tuple[float, str] | None = None  # a value to mark, and what it means
+    from_zero: bool = True  # whether the vertical axis starts at 0
+    noisy: bool = True  # whether a smoothed curve is drawn over the measured one
 
 
 class Theme(NamedTuple):

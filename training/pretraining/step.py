@@ -32,9 +32,6 @@ class TrainStep(Step):
         ranks: this process among all.
         autocast: dtype of the matrix products, None for that of the weights.
         micro_batch: most images per forward pass; None takes each group whole.
-
-    Raises:
-        UsageError: a batch that does not divide among the processes.
     """
 
     recipe: Recipe

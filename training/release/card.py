@@ -99,11 +99,7 @@ def one_card(trained: Trained, *, hub: bool = False, repo: str | None = None) ->
 
 
 def check_card(file: Path, text: str, command: str) -> None:
-    """Compare a document that is there with what would be written now.
-
-    Raises:
-        UsageError: it differs, with the first line that does and the command that writes it anew.
-    """
+    """Compare a document that is there with what would be written now."""
     if not file.exists():
         raise UsageError(f"{str(file)!r} does not exist. Write it by: {command}")
     there, wanted = file.read_text(encoding="utf-8").splitlines(), text.splitlines()
@@ -278,11 +274,7 @@ def _again(trained: Trained) -> dict[str, Any] | None:
 
 
 def repeated(trained: Trained) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-    """Go through column, set, and the figures of the encoder and of each repetition, where all have one.
-
-    Raises:
-        UsageError: a repetition was measured on other images, or with other settings.
-    """
+    """Go through column, set, and the figures of the encoder and of each repetition, where all have one."""
     again = {repeat.evaluation_file: {**repeat.evaluation, "results": {}} for repeat in trained.repeats}
     merge({**trained.evaluations, **again})
     ours = _figures(trained)

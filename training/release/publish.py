@@ -44,17 +44,12 @@ Export = Callable[..., object]  # of `micl_zoo.export.to_onnx` weights= and out=
 
 @dataclass(frozen=True)
 class LoadedBack:
-    """What loading the folder again gave.
+    """What loading the folder again gave."""
 
-    Attributes:
-        images: number of images embedded.
-        timm: largest difference of a number between timm and micl_zoo.
-        onnx: largest difference of a number of unit-length embeddings between ONNX Runtime and micl_zoo, or None
-            without an ONNX file.
-    """
-
-    images: int
-    timm: float
+    images: int  # number of images embedded
+    timm: float  # largest difference of a number between timm and micl_zoo
+    # largest difference of a number of unit-length embeddings between ONNX Runtime and micl_zoo, or None without an
+    # ONNX file
     onnx: float | None
 
     def text(self) -> str:
@@ -65,25 +60,15 @@ class LoadedBack:
 
 @dataclass(frozen=True)
 class Publication:
-    """What was built, and sent.
+    """What was built, and sent."""
 
-    Attributes:
-        repo: OWNER/NAME on the hub.
-        folder: local folder with what is in the repository.
-        files: sizes in bytes by name.
-        loaded_back: see `LoadedBack`.
-        record: row for the table of encoders.
-        url: address of the commit, or of the repository where nothing was sent.
-        commit: all 40 digits; None where nothing was sent.
-    """
-
-    repo: str
-    folder: Path
-    files: dict[str, int]
-    loaded_back: LoadedBack
-    record: Record
-    url: str
-    commit: str | None
+    repo: str  # OWNER/NAME on the hub
+    folder: Path  # local folder with what is in the repository
+    files: dict[str, int]  # sizes in bytes by name
+    loaded_back: LoadedBack  # see `LoadedBack`
+    record: Record  # row for the table of encoders
+    url: str  # address of the commit, or of the repository where nothing was sent
+    commit: str | None  # all 40 digits; None where nothing was sent
 
     @property
     def row(self) -> str:
@@ -238,10 +223,6 @@ def check(folder: Path, sha256: str) -> LoadedBack:
     Args:
         folder: folder with `model.safetensors`, `config.json` and perhaps `model.onnx`.
         sha256: checksum that the weights should have.
-
-    Raises:
-        ExportError: other bytes, or embeddings that are not those of micl_zoo.
-        UsageError: a timm that cannot load a local folder.
     """
     encoder, images = load(weights=folder, device="cpu"), _pictures()
     if encoder.weights_sha256 != sha256:
@@ -301,9 +282,6 @@ def send(folder: Path, repo: str, *, private: bool, message: str) -> tuple[str, 
 
     Returns:
         The commit's URL and its 40 digits; those of the last one where nothing has changed.
-
-    Raises:
-        WeightsError: the hub refused it or was not reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

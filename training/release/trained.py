@@ -126,11 +126,7 @@ class Trained:
 
 
 def published(name: str, records: Path | None = None) -> Trained:
-    """Gather a published encoder and the records that come with the package.
-
-    Raises:
-        UsageError: no such name, no weights, or records of other weights.
-    """
+    """Gather a published encoder and the records that come with the package."""
     entry, records = find_record(name), records or RECORDS_FOLDER
     if entry.training_record is None:
         raise UsageError(f"there is nothing to say in a card: {not_published(entry)}")
@@ -160,10 +156,6 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
     Args:
         run: folder that `train` wrote.
         measured: records of `micl-zoo eval all`, and the result.json of `eval finetune`.
-
-    Raises:
-        TrainingError: no run, or one that is not finished.
-        UsageError: records of other weights.
     """
     record, weights = run_record(run), local_weights(run / "encoder")
     found = {str(file): _read(file) for file in measured}
@@ -183,11 +175,7 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
 
 
 def run_record(run: Path) -> Json:
-    """Make the record of a run: the weights' sha256 and bytes, run.json, every 50th step of its curve, its k-NN.
-
-    Raises:
-        TrainingError: no run, one that is not finished, or one of fine-tuning.
-    """
+    """Make the record of a run: the weights' sha256 and bytes, run.json, every 50th step of its curve, its k-NN."""
     try:
         made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -223,11 +211,7 @@ def _read_repeats(folder: Path, name: str) -> Iterator[Repeat]:
 
 
 def _check_repeat(repeat: Repeat, run: Json) -> None:
-    """Refuse one that is not the run's recipe on the run's images, or whose figures are of other weights.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """Refuse one that is not the run's recipe on the run's images, or whose figures are of other weights."""
     if differences := record_differences(repeat.run, run, free=["seed"]):
         raise UsageError(f"{repeat.file} is no repetition with another seed ({'; '.join(differences)})")
     wanted, found = repeat.record["weights"]["sha256"], repeat.evaluation["encoder"]["weights_sha256"]
@@ -236,11 +220,7 @@ def _check_repeat(repeat: Repeat, run: Json) -> None:
 
 
 def read_all(folder: Path | None, pattern: str) -> dict[str, Json]:
-    """Read the records of a folder, by default those of the package, whose names match a pattern.
-
-    Raises:
-        UsageError: a file that is no record.
-    """
+    """Read the records of a folder, by default those of the package, whose names match a pattern."""
     files = sorted((folder or RECORDS_FOLDER).glob(pattern), key=lambda file: file.stem)
     return {file.name: _read(file) for file in files}
 

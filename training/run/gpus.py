@@ -6,21 +6,13 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """A GPU by its data sheet.
+    """A GPU by its data sheet."""
 
-    Attributes:
-        name: name as its maker writes it.
-        chip: part of it that the driver's name contains, too.
-        bf16_tflops: peak of dense bf16 matrix products with fp32 sums, 1e12 FLOP/s.
-        memory_gib: memory as sold; drivers show up to 7 % less.
-        watts: the most that the board may draw.
-    """
-
-    name: str
-    chip: str
-    bf16_tflops: float
-    memory_gib: float
-    watts: int
+    name: str  # name as its maker writes it
+    chip: str  # part of it that the driver's name contains, too
+    bf16_tflops: float  # peak of dense bf16 matrix products with fp32 sums, 1e12 FLOP/s
+    memory_gib: float  # memory as sold; drivers show up to 7 % less
+    watts: int  # the most that the board may draw
 
 
 # NVIDIA's data sheets. Where a sheet gives the rate "with sparsity" (H100 and H200: 1,979; L40S: 733), half of it.

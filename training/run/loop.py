@@ -41,34 +41,21 @@ Line = dict[str, Any]  # of metrics.jsonl
 
 @dataclass(kw_only=True)
 class Loop(ABC, Generic[Batch, Made]):
-    """Everything that stays while the steps go by, as one rank of any number sees it.
+    """Everything that stays while the steps go by, as one rank of any number sees it."""
 
-    Attributes:
-        step: takes the steps; its recipe and ranks are the loop's.
-        folder: folder of the run.
-        stop: whether somebody asked to stop.
-        steps_per_epoch: whole batches of the data.
-        config: how to build the encoder in the checkpoints.
-        knn_minutes: minutes between measurements that go by the clock.
-        clock: tells what is due.
-        trackers: where the lines of metrics.jsonl go besides.
-        told: how many of the refused images the other ranks know of.
-        logged: names of the numbers that `take` returns, the loss first.
-    """
-
-    step: Step
-    folder: RunDir
-    stop: StopRequest
-    steps_per_epoch: int
-    config: EncoderConfig
-    knn_minutes: float = math.inf
+    step: Step  # takes the steps; its recipe and ranks are the loop's
+    folder: RunDir  # folder of the run
+    stop: StopRequest  # whether somebody asked to stop
+    steps_per_epoch: int  # whole batches of the data
+    config: EncoderConfig  # how to build the encoder in the checkpoints
+    knn_minutes: float = math.inf  # minutes between measurements that go by the clock
     recipe: AnyRecipe = field(init=False)
     ranks: Ranks = field(init=False)
-    clock: Clock = field(init=False)
+    clock: Clock = field(init=False)  # tells what is due
     total_steps: int = field(init=False)
-    trackers: list[Tracker] = field(default_factory=list)
-    told: int = 0
-    logged: ClassVar[tuple[str, ...]] = ("loss",)
+    trackers: list[Tracker] = field(default_factory=list)  # where the lines of metrics.jsonl go besides.
+    told: int = 0  # how many of the refused images the other ranks know of
+    logged: ClassVar[tuple[str, ...]] = ("loss",)  # names of the numbers that `take` returns, the loss first
 
     def __post_init__(self) -> None:
         self.recipe, self.ranks = self.step.recipe, self.step.ranks

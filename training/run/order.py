@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def images_per_process(recipe: Recipe, world: int) -> int:
-    """Count the images of one optimiser step that each of `world` processes takes.
-
-    Raises:
-        UsageError: processes that cannot share the batch alike; says what could.
-    """
+    """Count the images of one optimiser step that each of `world` processes takes."""
     batch, size, local = recipe.batch_size, recipe.contrast_size, recipe.negatives == "local"
     parts = batch // size if local else batch
     if parts % world == 0:
@@ -64,11 +60,7 @@ def seeded(*parts: int) -> torch.Generator:
 
 
 def steps_per_epoch(recipe: AnyRecipe, images: int) -> int:
-    """Count the whole batches in a corpus.
-
-    Raises:
-        SourceError: a corpus smaller than one batch.
-    """
+    """Count the whole batches in a corpus."""
     if images < recipe.batch_size:
         smaller = f", or a smaller batch with --set batch_size={images}" if images >= 2 else ""
         raise SourceError(

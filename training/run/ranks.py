@@ -30,19 +30,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
+    """This process among those that train together."""
 
-    Attributes:
-        rank: number of this process, from 0; rank 0 writes.
-        world: number of processes.
-        words: gloo group, or None for a process alone.
-        parent: process that started this one together with others and looks after them, or None.
-    """
-
-    rank: int = 0
-    world: int = 1
-    words: Any = None
-    parent: int | None = None
+    rank: int = 0  # number of this process, from 0; rank 0 writes
+    world: int = 1  # number of processes
+    words: Any = None  # gloo group, or None for a process alone
+    parent: int | None = None  # process that started this one together with others and looks after them, or None
 
     @property
     def main(self) -> bool:
@@ -105,9 +98,6 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks on GPUs each takes the one of its local rank.
-
-    Raises:
-        UsageError: more ranks on this machine than GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 and "RANK" not in os.environ:
@@ -159,11 +149,6 @@ def launch(words: Sequence[str], *, gpus: int = 1, nodes: int = 1, rdzv: str | N
         nodes: machines; the same call runs on each of them.
         rdzv: rendezvous endpoint, "host:port" of one of the machines; required for more than one.
         restarts: how often all ranks start again, from the last checkpoint, after one has failed.
-
-    Raises:
-        UsageError: several nodes without a rendezvous endpoint.
-        TrainingError: a rank failed.
-        Interrupted: a signal; the ranks had 30 seconds for their checkpoint.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -66,11 +66,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path, record: dict[str, Any], *, main: bool = True) -> RunDir:
-        """Start a run folder, or go on with the one that is there; a rank that does not write only knows the path.
-
-        Raises:
-            TrainingError: the folder holds a run of another recipe or other data, or other files; or it is in use.
-        """
+        """Start a run folder, or go on with the one that is there; a rank that does not write only knows the path."""
         run = cls(path, record)
         if not main:
             return run
@@ -97,11 +93,7 @@ class RunDir:
         return file if "result" in self.record and file.exists() else None
 
     def lock(self) -> None:
-        """Keep others out of the folder for as long as this process lives.
-
-        Raises:
-            TrainingError: another process trains in it.
-        """
+        """Keep others out of the folder for as long as this process lives."""
         self._lock = lock_folder(self.path, "training in", TrainingError)
 
     def save_record(self) -> None:
@@ -126,9 +118,6 @@ class RunDir:
 
         Beside each checkpoint stands its sha256, as `sha256sum -c` reads it. The last two stay, and those after a
         multiple of `keep_steps`. The header says how to build the encoder, so that the file loads by itself.
-
-        Raises:
-            TrainingError: this checkpoint, or the one before it, could not be written; those before are whole.
         """
         self.finish_writing()
         _check_space(self.path, sum(value.nbytes for value in tensors.values()))
@@ -137,11 +126,7 @@ class RunDir:
         self._writing = self._writer.submit(self._write_checkpoint, step, tensors, header)
 
     def finish_writing(self) -> None:
-        """Wait for the checkpoint that is being written.
-
-        Raises:
-            TrainingError: it could not be written.
-        """
+        """Wait for the checkpoint that is being written."""
         writing, self._writing = self._writing, None
         try:
             if writing is not None:
@@ -170,9 +155,6 @@ class RunDir:
         """Find the newest checkpoint whose bytes are those that were written; None when there is no checkpoint.
 
         A damaged one is renamed to `.damaged`, with a warning.
-
-        Raises:
-            TrainingError: there are checkpoints and all of them are damaged.
         """
         self.finish_writing()
         files = self.checkpoints()

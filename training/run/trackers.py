@@ -36,9 +36,6 @@ def open_trackers(
         record: what its run.json holds; a resumed run is known by the start in it.
         first_step: the first step that will be taken.
         wandb_project: where Weights & Biases keeps the run.
-
-    Raises:
-        UsageError: a project is named and wandb is not installed.
     """
     trackers: list[Tracker] = []
     if wandb_project is not None:
