@@ -31,7 +31,7 @@ from micl_zoo._version import package_versions
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.export import quantize, write
-from micl_zoo.export.check import BOUNDS, measure, photographs
+from micl_zoo.export.check import measure, photographs
 from micl_zoo.export.graph import encoder_graph
 from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
@@ -43,7 +43,7 @@ from micl_zoo.training.run.provenance import code_commit, machine
 OPSET = write.OPSET
 KNN_IMAGES = 10_000  # to search, of each set
 CALIBRATION_BATCH = 10
-OURS = {"fp32": quantize.store_in_half, "fp16": quantize.to_fp16, "int8": quantize.to_int8}
+OURS = {precision: row.convert for precision, row in quantize.CONVERSIONS.items()}
 THEIRS = ("int8, 8 bits of weights", "int8, onnxruntime dynamic", "int8, onnxruntime static")
 
 
@@ -96,8 +96,8 @@ def compare(
             opened[variant] = micl_zoo.load(weights=file, backend="onnx", device="cpu")
             rows[variant] = {"bytes": file.stat().st_size, **dataclasses.asdict(drift)}
             rows[variant]["alone_and_in_a_batch"] = batch_dependence(opened[variant], pictures[:8])
-            if variant in BOUNDS:
-                rows[variant]["within_bounds"] = not BOUNDS[variant].broken_by(drift)
+            if variant in OURS:
+                rows[variant]["within_bounds"] = not quantize.CONVERSIONS[variant].bounds.broken_by(drift)
     every = contenders(encoder) | {f"onnx {name}": one.embed_pixels for name, one in opened.items()}
     pixels = np.stack([encoder.transform.pixels(picture) for picture in pictures])
     figures = in_turn(every, pixels, batch_size, rounds, seconds)
@@ -187,10 +187,9 @@ def contenders(encoder: Encoder) -> dict[str, Callable[[np.ndarray], object]]:
         "torch bf16": lambda pixels: encoder.embed_pixels(pixels, autocast=torch.bfloat16),
     }
     if find_spec("openvino"):
-        from micl_zoo.encoders.openvino_model import OpenVinoViT
+        from micl_zoo.encoders.openvino_model import OpenVinoModel
 
-        twin = Encoder(encoder.vit, encoder.config, record=None, weights_sha256=None)
-        twin.runtime = OpenVinoViT(encoder.vit)
+        twin = Encoder(OpenVinoModel(encoder.vit), encoder.config, record=None, weights_sha256=None)
         found["openvino fp32"] = twin.embed_pixels
     return found
 

@@ -30,8 +30,7 @@ from memory import tree_bytes
 
 import micl_zoo
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.device import bf16_is_fast, resolve_device, usable_cores
-from micl_zoo.encoders.encoder import precision_advice
+from micl_zoo.encoders.device import bf16_is_fast, precision_advice, resolve_device, usable_cores
 from micl_zoo.encoders.weights import EncoderConfig, save_weights
 from micl_zoo.encoders.zoo import find_record
 from micl_zoo.errors import UsageError, unknown

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import micl_zoo
-from micl_zoo.encoders.encoder import Backend
+from micl_zoo.encoders.device import Backend
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

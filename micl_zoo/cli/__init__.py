@@ -8,11 +8,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from .._version import __version__
+from ..encoders.device import BACKENDS, ONNX_PRECISIONS, Precision
 from ..encoders.zoo import DEFAULT, RECORDS, Record, find_record
 from ..errors import MiclZooError
 
@@ -78,14 +79,14 @@ Examples:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
+    type=click.Choice(get_args(Precision)),
     default="auto",
     show_default=True,
     help="Of the arithmetic. auto: bf16 where it is fast, else fp32; of an ONNX file its own.",
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "torch", "openvino", "onnx"]),
+    type=click.Choice(["auto", *BACKENDS]),
     default="auto",
     show_default=True,
     help="auto: onnx for an .onnx file; openvino on a processor where it is installed, for it is faster; else torch.",
@@ -565,7 +566,7 @@ def _evaluated(
     from micl_zoo.training.evaluation.labelled import LabelledSet, read_label_file
 
     from ..encoders.device import resolve_device
-    from ..encoders.encoder import load
+    from ..encoders.load import load
 
     command = shlex.join(["micl-zoo", *sys.argv[1:]])
     if train_store or test_store:
@@ -711,7 +712,7 @@ def info(name: str, as_json: bool) -> None:
     for key, value in rows.items():
         click.echo(f"{key:<{width}}  {value}")
     if not record.published:
-        from ..encoders.weights import not_published
+        from ..encoders.hub import not_published
 
         click.echo("\n" + not_published(record))
 
@@ -875,7 +876,7 @@ Examples:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write to.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8"]),
+    type=click.Choice(ONNX_PRECISIONS),
     default="fp32",
     show_default=True,
     help="fp16: norms and softmax stay in fp32. int8: the matrix products of the blocks, for CPUs.",

@@ -34,7 +34,7 @@ from ..errors import MiclZooError, SourceError, StoreError, UsageError
 from ..files import Folder
 from ..sources.listing import ImageIndex
 from ..stores.store import Store, open_store
-from .engines import Engine, Job, Lost, Ready, Said, Worker, embed_elsewhere, run_crew
+from .engines import Engine, Job, Lost, Said, Worker, embed_elsewhere, run_crew
 from .runner import Event
 from .work import Work
 
@@ -246,7 +246,7 @@ class Embedder:
         held, told = list[Event](), time.monotonic()
         for said in embed_elsewhere(self.job, self.device, self._store, self.work):
             if not isinstance(said, list):
-                yield Ready(str(ray.get_runtime_context().get_node_id())) if isinstance(said, Ready) else said
+                yield str(ray.get_runtime_context().get_node_id()) if said == "" else said
                 continue
             held += said
             if held[-1].finished or time.monotonic() - told > TELL_SECONDS:

@@ -9,11 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 
 from ..encoders.device import (
+    Backend,
     Precision,
     autocast_dtype,
     default_workers,
@@ -21,7 +22,8 @@ from ..encoders.device import (
     resolve_precision,
     usable_cores,
 )
-from ..encoders.encoder import Backend, Encoder, load
+from ..encoders.encoder import Encoder
+from ..encoders.load import load
 from ..errors import MiclZooError, UsageError
 from ..files import Folder
 from ..stores.store import Store, open_store
@@ -91,17 +93,12 @@ def run_here(job: Job, encoder: Encoder, store: Store, work: Work) -> Iterator[E
         yield from events
 
 
-class Ready(NamedTuple):
-    """The model is loaded; on a Ray cluster, on this node."""
-
-    node: str = ""
-
-
 class Lost(Exception):
-    """A process has died or hangs; the text says how it ended."""
+    """A process has died; the text says of what."""
 
 
-Said = Ready | list[Event] | MiclZooError | Lost | None  # None: it has kept what it had, and leaves
+# What a process says: the node it is on, once its model is loaded; events; an error; None as its last word.
+Said = str | list[Event] | MiclZooError | Lost | None
 
 
 def embed_elsewhere(job: Job, device: str, find: Callable[[], Store], work: Work) -> Iterator[Said]:
@@ -109,7 +106,7 @@ def embed_elsewhere(job: Job, device: str, find: Callable[[], Store], work: Work
     try:
         store = find()
         with job.runner(job.encoder(device)) as runner:
-            yield Ready()
+            yield ""
             for event in runner.run(store, work):
                 yield [event]
     except MiclZooError as error:
@@ -122,7 +119,7 @@ class Worker:
     Attributes:
         what: names it to a person.
         shards: shards that it was given and has not finished, in order.
-        node: see `Ready`.
+        node: id of its node in a Ray cluster, else "".
         ready: it has loaded its model.
         left: it does no more.
         since: when it was last heard of, or was given work when it had none (monotonic seconds).
@@ -190,8 +187,8 @@ class Worker:
         self.since = time.monotonic()
         if isinstance(said, MiclZooError | Lost):
             raise said
-        if isinstance(said, Ready):
-            self.ready, self.node = True, said.node
+        if isinstance(said, str):
+            self.ready, self.node = True, said
             return
         self.left |= said is None
         for event in said or ():
@@ -208,9 +205,8 @@ def run_crew(start: Callable[[int], Worker], count: int, work: Work, image_timeo
     """Keep workers fed until there is no more work; replace one that dies or hangs.
 
     Args:
-        start: starts a worker for a place, of `count`.
-        count: number of workers.
-        work: what they do.
+        start: starts the worker for a place, one of `count`.
+        count, work: number of workers, and what they do.
         image_timeout: see `ExtractOptions`.
 
     Raises:

@@ -11,18 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from .._version import package_versions
-from ..encoders.device import bf16_is_fast, default_workers
-from ..encoders.encoder import Backend, Encoder, Pool, load, precision_advice
-from ..errors import Interrupted, MiclZooError, UsageError, unknown
+from ..encoders.device import Backend, choose_backend, default_workers, precision_advice
+from ..encoders.encoder import Encoder, Pool
+from ..encoders.load import load
+from ..errors import Interrupted, MiclZooError, UsageError
 from ..files import Folder
 from ..progress import progress
 from ..sources.listing import ImageIndex, SourceLike, list_source
@@ -204,7 +204,10 @@ def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
     encoder = options.model
     if not isinstance(encoder, Encoder):
         weights = None if options.weights is None else Path(options.weights).absolute()
-        return replace(options, weights=weights, providers=tuple(options.providers or ()) or None), None
+        of_file = choose_backend(options.backend, weights=weights)
+        backend = of_file if of_file == "onnx" else options.backend
+        providers = tuple(options.providers or ()) or None
+        return replace(options, weights=weights, backend=backend, providers=providers), None
     if options.engine == "ray" or (options.processes or 1) > 1:
         raise UsageError("several processes load the model themselves: give its name or weights=, not an Encoder")
     device = str(encoder.device)
@@ -219,28 +222,9 @@ def _places(options: ExtractOptions) -> Local | Cluster:
     return Local.find(_devices(options), options.processes)
 
 
-def _job(options: ExtractOptions, places: Local | Cluster) -> Job:
-    """Resolve what is left open."""
-    is_onnx = _is_onnx(options)
-    precision = options.precision if is_onnx else places.precision(options.precision)
-    return Job(
-        options,
-        backend="onnx" if is_onnx else _backend(options, places.kind, precision),
-        precision=precision,
-        batch_size=options.batch_size or (256 if places.kind == "cuda" else 16),
-        workers=places.workers(options.workers),
-        threads=places.threads,
-    )
-
-
-def _is_onnx(options: ExtractOptions) -> bool:
-    is_file = options.weights is not None and Path(options.weights).suffix == ".onnx"
-    return options.backend == "onnx" or (options.backend == "auto" and is_file)
-
-
 def _devices(options: ExtractOptions) -> str:
     """Resolve "auto" where the backend decides it."""
-    if options.devices != "auto" or not (_is_onnx(options) or options.backend == "openvino"):
+    if options.devices != "auto" or options.backend not in ("openvino", "onnx"):
         return options.devices
     if options.backend == "openvino":
         return "cpu"
@@ -248,6 +232,20 @@ def _devices(options: ExtractOptions) -> str:
 
     on_gpu = choose_providers("auto", options.providers)[0][0] in GPU and torch.cuda.is_available()
     return "cuda" if on_gpu else "cpu"
+
+
+def _job(options: ExtractOptions, places: Local | Cluster) -> Job:
+    """Resolve what is left open."""
+    precision = options.precision if options.backend == "onnx" else places.precision(options.precision)
+    device = torch.device(places.kind)
+    return Job(
+        options,
+        backend=choose_backend(options.backend, device=device, precision=precision, compile=options.compile),
+        precision=precision,
+        batch_size=options.batch_size or (256 if places.kind == "cuda" else 16),
+        workers=places.workers(options.workers),
+        threads=places.threads,
+    )
 
 
 def _own_precision(encoder: Encoder, options: ExtractOptions) -> str:
@@ -259,16 +257,6 @@ def _own_precision(encoder: Encoder, options: ExtractOptions) -> str:
             f"precision out, or export another with --precision {options.precision}"
         )
     return encoder.precision
-
-
-def _backend(options: ExtractOptions, kind: str, precision: str) -> Backend:
-    """Resolve "auto": OpenVINO on a CPU where it is installed and computes in that precision, else torch."""
-    if options.backend not in ("auto", *get_args(Backend)):
-        raise UsageError(unknown("backend", options.backend, ("auto", *get_args(Backend))))
-    if options.backend != "auto":
-        return options.backend
-    fast = precision == "fp32" or (precision == "bf16" and bf16_is_fast(torch.device(kind)))
-    return "openvino" if kind == "cpu" and fast and not options.compile and find_spec("openvino") else "torch"
 
 
 def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:

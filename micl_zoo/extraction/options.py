@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ..encoders.device import Precision
+from ..encoders.device import Backend, Precision
 from ..encoders.zoo import DEFAULT
 from ..errors import UsageError, unknown
 from ..images.decode import MAX_PIXELS, Decoding, Exif
@@ -68,7 +68,7 @@ class ExtractOptions:
     normalize: bool = True
     dtype: Dtype = "float32"
     precision: Precision = "auto"
-    backend: Literal["auto", "torch", "openvino", "onnx"] = "auto"
+    backend: Backend | Literal["auto"] = "auto"
     providers: Sequence[str] | None = None
     compile: bool = False
     devices: str = "auto"

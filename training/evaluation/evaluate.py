@@ -19,6 +19,7 @@ import torch
 
 from micl_zoo.encoders.device import resolve_precision
 from micl_zoo.encoders.encoder import Encoder, Pool
+from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import Refused, StoreError, UsageError, unknown
 from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
@@ -305,13 +306,13 @@ def random_encoder(encoder: Encoder, seed: int = 0) -> Encoder:
     Raises:
         UsageError: an encoder that is no torch model.
     """
-    if not isinstance(encoder, Encoder) or encoder.runtime is not None:
+    if encoder.backend != "torch":
         raise UsageError("the baseline 'random' needs the encoder in torch: load it with backend='torch'")
     vit = copy.deepcopy(encoder.vit)
     init_weights(vit, generator=seeded(seed, 2))
     with torch.no_grad():
         vit.pos_embed.copy_(position_table(encoder.embed_dim, encoder.grid, encoder.grid))
-    return Encoder(vit, encoder.config, record=None, weights_sha256=None)
+    return Encoder(TorchModel(vit), encoder.config, record=None, weights_sha256=None)
 
 
 def pixel_features(images: LabelledImages) -> Features:

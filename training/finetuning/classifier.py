@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.weights import EncoderConfig, save_weights, write_weights
+from micl_zoo.encoders.weights import EncoderConfig, save_weights
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.images.transform import Transform
 
@@ -280,7 +280,7 @@ def save_classifier(
     body |= {"num_classes": len(classes), "global_pool": pool, "label_names": list(classes)}
     body["model_args"] = {**config.model_args, "global_pool": pool}
     body["pretrained_cfg"] |= {"num_classes": len(classes), "label_names": list(classes)}
-    return write_weights(folder, state, body, provenance, "float32")
+    return save_weights(folder, state, body, provenance, "float32")
 
 
 def save_backbone(

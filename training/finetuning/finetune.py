@@ -15,7 +15,8 @@ from typing import Any, cast
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from micl_zoo.encoders.encoder import Encoder, load
+from micl_zoo.encoders.encoder import Encoder
+from micl_zoo.encoders.load import load
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.files import file_sha256, write_text

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from micl_zoo.encoders.device import default_workers
 from micl_zoo.errors import Refused, SourceError
 from micl_zoo.images.decode import decode, decode_crop
+from micl_zoo.images.transform import statistics
 from micl_zoo.sources.listing import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
 
 from ..micl import draw_views, gather_patches
@@ -249,9 +250,8 @@ def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor,
 
 def normalise(patches: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
     """Patches (B, V, K/V, P) of pixels in 0..255 -> normalised, each view with its own colour change."""
-    device = patches.device
     colors = patches.unflatten(3, (3, -1))
-    mean, std = (torch.tensor(v, device=device)[:, None] * 255 for v in (recipe.pixel_mean, recipe.pixel_std))
+    mean, std = (one[:, None] * 255 for one in statistics(recipe.pixel_mean, recipe.pixel_std, patches.device))
     patches = ((colors - mean) / std).flatten(3)
     return change_color(patches, draws) if recipe.view_color else patches
 

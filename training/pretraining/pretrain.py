@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from micl_zoo.encoders.device import has_compiler
 from micl_zoo.encoders.encoder import Encoder
+from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.progress import progress
 from micl_zoo.sources.listing import ImageIndex, SourceLike, index_source
@@ -195,7 +196,7 @@ class _Loop(Loop[Seen]):
     def _measure(self, steps: int, state: dict[str, Tensor]) -> None:
         vit = make_vit(self.recipe)
         vit.load_state_dict(state)
-        encoder = Encoder(vit, encoder_config(self.recipe), record=None, weights_sha256=None)
+        encoder = Encoder(TorchModel(vit), encoder_config(self.recipe), record=None, weights_sha256=None)
         encoder.to(self.step.model.vit.cls_token.device)
         found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
         self.log([{"step": steps, "epoch": self.epoch(steps), "knn": found, "seconds": round(self.clock.seconds(), 1)}])
@@ -273,6 +274,5 @@ def _read_corpus(index: ImageIndex, recipe: Recipe, device: torch.device, worker
 
 def _check_compiler(recipe: Recipe, device: torch.device) -> None:
     """Before anything is written: compiling for the CPU needs a C++ compiler."""
-    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
-    if recipe.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
+    if recipe.compile and device.type == "cpu" and not has_compiler():
         raise TrainingError("compile=true needs a C++ compiler, none was found: install one, or --set compile=false")

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from micl_zoo.encoders.device import ONNX_PRECISIONS
 from micl_zoo.encoders.weights import WEIGHTS_FILE
 from micl_zoo.encoders.zoo import RECORDS, timm_architecture
 from micl_zoo.errors import UsageError
@@ -43,7 +44,6 @@ NOT_MEASURED = "Not measured."
 CORE_WATTS = 5  # assumed of a processor's core: server processors are sold with 2 to 8 W a core
 # Assumed of a GPU: the most its board may draw, by NVIDIA's data sheets.
 CARD_WATTS = {"H200": 700, "H100": 700, "A100": 400, "L40S": 350, "RTX 4090": 450}
-PRECISIONS = ("fp32", "fp16", "int8")  # that `micl-zoo export` writes
 
 CROPPED = "Only the centre square of a picture is seen."
 
@@ -568,7 +568,7 @@ def _onnx(trained: Trained) -> str:
     )
     head = ["precision", "MB", "mean cosine", "least cosine", "same neighbour"]
     head += [*[f"k-NN {name}" for name in record["knn_percent"]], "images/s"]
-    lines = [_onnx_line(record, precision) for precision in PRECISIONS if precision in record["drift"]]
+    lines = [_onnx_line(record, precision) for precision in ONNX_PRECISIONS if precision in record["drift"]]
     return "\n\n".join([*parts, _text(said), markdown(head, lines)])
 
 

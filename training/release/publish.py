@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from micl_zoo.encoders.encoder import load
+from micl_zoo.encoders.load import load
 from micl_zoo.encoders.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE
 from micl_zoo.encoders.zoo import IN1K, RECORDS, TIN200, OnnxFile, Record
 from micl_zoo.errors import ExportError, UsageError, WeightsError

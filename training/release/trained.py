@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from micl_zoo.encoders.weights import WEIGHTS_FILE, local_weights, not_published
+from micl_zoo.encoders.hub import not_published
+from micl_zoo.encoders.weights import WEIGHTS_FILE, local_weights
 from micl_zoo.encoders.zoo import OnnxFile, Record, find_record
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256, write_text

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, save_weights
-from micl_zoo.encoders.zoo import RECORDS, timm_architecture
+from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, recipe_config, save_weights
 from micl_zoo.errors import TrainingError
 from micl_zoo.files import atomic_path, file_sha256, lock_folder, write_text
-from micl_zoo.images.transform import Transform
 
 from ..recipes import AnyRecipe, Recipe, record_differences
 from .provenance import code_commit, machine
@@ -295,20 +293,8 @@ def _is_full(error: Exception) -> bool:
 
 
 def encoder_config(recipe: Recipe) -> EncoderConfig:
-    """How to build what a recipe trains."""
-    architecture, model_args = timm_architecture(
-        image_size=recipe.image_size,
-        patch_size=recipe.patch_size,
-        embed_dim=recipe.embed_dim,
-        depth=recipe.depth,
-        num_heads=recipe.num_heads,
-        mlp_ratio=recipe.mlp_ratio,
-    )
-    transform = Transform(recipe.image_size, recipe.image_size, "bicubic", recipe.pixel_mean, recipe.pixel_std)
-    record = RECORDS.get(recipe.name)
-    if record and record.transform.size == recipe.image_size:
-        transform = record.transform
-    return EncoderConfig(recipe.name, architecture, model_args, recipe.embed_dim, transform)
+    """Return how to build what a recipe trains."""
+    return recipe_config(vars(recipe))
 
 
 def run_record(
