@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -34,12 +34,7 @@ STARTS = 3  # of processes that die before they come to work, in a row; then som
 BATCHES_AHEAD = 3  # decoded or being decoded; each has its place in the shared memory
 
 
-class Outcome(NamedTuple):
-    """What became of a chunk: refusals by place in it, and the seconds it took."""
-
-    refused: dict[int, Refused]
-    read_seconds: float
-    decode_seconds: float
+Outcome = tuple[dict[int, Refused], float, float]  # of a chunk: refusals by place in it, seconds to read and to decode
 
 
 @dataclass
@@ -79,9 +74,6 @@ class _Chunk:
     entries: Sequence[Entry]
     alone: int = 0  # times a process died or hung over it and it alone
 
-    def message(self) -> bytes:
-        return pickle.dumps((self.slot, self.at, list(self.entries)), pickle.HIGHEST_PROTOCOL)
-
 
 class _Process(Child):
     """One process, and the chunks that it was given and has not answered, oldest first.
@@ -101,7 +93,7 @@ class _Process(Child):
 
     def give(self, chunk: _Chunk) -> bool:
         """Send a chunk, unless so much waits already that sending could block."""
-        message = chunk.message()
+        message = pickle.dumps((chunk.slot, chunk.at, list(chunk.entries)), pickle.HIGHEST_PROTOCOL)
         if self.chunks and self.queued + len(message) > QUEUED_BYTES:
             return False
         if not self.chunks:
@@ -128,13 +120,7 @@ class Decoders:
     """
 
     def __init__(
-        self,
-        transform: Transform,
-        decoding: Decoding,
-        *,
-        workers: int,
-        batch_size: int,
-        image_timeout: float = 120.0,
+        self, transform: Transform, decoding: Decoding, workers: int, batch_size: int, image_timeout: float
     ) -> None:
         """Start the processes.
 
@@ -239,11 +225,11 @@ class Decoders:
             self._replace(process, "crashed", "the process that decoded it")
 
     def _settle(self, chunk: _Chunk, outcome: Outcome) -> None:
-        batch = chunk.batch
+        batch, (refused, read_seconds, decode_seconds) = chunk.batch, outcome
         batch.left -= len(chunk.entries)
-        batch.refused |= {chunk.at + place: refused for place, refused in outcome.refused.items()}
-        batch.read_seconds += outcome.read_seconds
-        batch.decode_seconds += outcome.decode_seconds
+        batch.refused |= {chunk.at + place: why for place, why in refused.items()}
+        batch.read_seconds += read_seconds
+        batch.decode_seconds += decode_seconds
 
     def _replace(self, process: _Process, reason: Any, what: str) -> None:
         """Replace a process, and put its chunks back, those of the first one by one."""
@@ -258,7 +244,7 @@ class Decoders:
             first.alone += len(first.entries) == 1
             if first.alone == TRIES:
                 detail = f"{what} {ended}" if reason == "crashed" else what
-                self._settle(first, Outcome({0: Refused(reason, f"{detail}, {TRIES} times")}, 0.0, 0.0))
+                self._settle(first, ({0: Refused(reason, f"{detail}, {TRIES} times")}, 0.0, 0.0))
             else:
                 singly = [replace(first, at=first.at + at, entries=[one]) for at, one in enumerate(first.entries)]
                 chunks = [*singly, *chunks]
@@ -290,7 +276,7 @@ def _decode_into(
             refused[place] = Refused("damaged", f"{type(error).__name__}: {error}")
         end = time.perf_counter()
         reading, decoded = reading + middle - start, decoded + end - middle
-    return Outcome(refused, reading, decoded)
+    return refused, reading, decoded
 
 
 def work(connection: int, memory: int) -> None:

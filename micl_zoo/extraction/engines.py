@@ -75,13 +75,7 @@ class Job:
 
     def runner(self, encoder: Encoder) -> Runner:
         """Start the decoding processes beside a model."""
-        return Runner(
-            encoder,
-            self.options,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            autocast=autocast_dtype(self.precision),
-        )
+        return Runner(encoder, self.options, self.batch_size, self.workers, autocast_dtype(self.precision))
 
 
 Engine = Callable[[Store, Work], Iterator[Event]]
@@ -141,11 +135,7 @@ class Worker:
         raise NotImplementedError
 
     def listen(self) -> Iterator[Said]:
-        """Receive what it says, until it leaves.
-
-        Raises:
-            Lost: it has died.
-        """
+        """Receive what it says, until it leaves; raises Lost if it dies."""
         raise NotImplementedError
 
     def end(self) -> str:
@@ -202,12 +192,7 @@ class Worker:
 
 
 def run_crew(start: Callable[[int], Worker], count: int, work: Work, image_timeout: float) -> Iterator[Event]:
-    """Keep workers fed until there is no more work; replace one that dies or hangs.
-
-    Args:
-        start: starts the worker for a place, one of `count`.
-        count, work: number of workers, and what they do.
-        image_timeout: see `ExtractOptions`.
+    """Keep a number of workers fed until there is no more work; replace one that dies or hangs.
 
     Raises:
         MiclZooError: workers do not start, or say themselves what is wrong.

@@ -148,7 +148,7 @@ def extract(
         store = Store.create(folder, _manifest(encoder, job, source), overwrite=options.overwrite)
         summary = Summary(store, places.devices, job.batch_size)
         with progress(f"embedding with {encoder.name}", None, show=show) as tick:
-            indexing = Indexing(store, pieces, work, tick, limit=options.limit, only_missing=options.only_missing)
+            indexing = Indexing(store, pieces, work, tick, options.limit, options.only_missing)
             begun = time.monotonic()
             try:
                 for event in places.engine(job, encoder)(store, work):
@@ -320,5 +320,5 @@ def embed_index(
     """
     workers = default_workers() if workers is None else workers
     options = ExtractOptions(pool=pool, normalize=normalize)
-    with Runner(encoder, options, batch_size=batch_size, workers=workers, autocast=autocast) as runner:
+    with Runner(encoder, options, batch_size, workers, autocast) as runner:
         yield from runner.embed(index)

@@ -28,14 +28,7 @@ class Indexing:
     """
 
     def __init__(
-        self,
-        store: Store,
-        pieces: Iterator[ImageIndex],
-        work: Work,
-        tick: Tick,
-        *,
-        limit: int | None = None,
-        only_missing: bool = False,
+        self, store: Store, pieces: Iterator[ImageIndex], work: Work, tick: Tick, limit: int | None, only_missing: bool
     ) -> None:
         """Start.
 

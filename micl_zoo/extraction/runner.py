@@ -175,34 +175,14 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 class Runner:
-    """Embeds shards of a store with one model, its own decoding processes, and a thread that writes.
-
-    Args:
-        encoder: the model.
-        options: pool, normalize, decoding and image_timeout.
-        batch_size: images per batch.
-        workers: decoding processes.
-        autocast: dtype of the matrix products, None for that of the weights.
-    """
+    """Embeds shards of a store with one model, its own decoding processes, and a thread that writes."""
 
     def __init__(
-        self,
-        encoder: Encoder,
-        options: ExtractOptions,
-        *,
-        batch_size: int,
-        workers: int,
-        autocast: torch.dtype | None = None,
+        self, encoder: Encoder, options: ExtractOptions, batch_size: int, workers: int, autocast: torch.dtype | None
     ) -> None:
         self.model = Model(encoder, pool=options.pool, normalize=options.normalize, autocast=autocast)
         self.batch_size = batch_size
-        self.decoders = Decoders(
-            encoder.transform,
-            options.decoding,
-            workers=workers,
-            batch_size=batch_size,
-            image_timeout=options.image_timeout,
-        )
+        self.decoders = Decoders(encoder.transform, options.decoding, workers, batch_size, options.image_timeout)
         self._planned: Iterator[tuple[_Shard, Sequence[Entry]]] = iter(())  # batches of the shard taken last
         self._launched: deque[_Launched] = deque()
         self._started: dict[int, _Shard] = {}
