@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..encoders.device import MAX_WORKERS, Precision, resolve_precision, usable_cores
+from ..encoders.device import MAX_WORKERS, Precision, fast_precision, resolve_precision, usable_cores
 from ..encoders.encoder import Encoder
 from ..errors import MiclZooError, SourceError, StoreError, UsageError
 from ..files import Folder
@@ -38,7 +38,7 @@ from .engines import Engine, Job, Lost, Said, Worker, embed_elsewhere, run_crew
 from .runner import Event
 from .work import Work
 
-TELL_SECONDS = 0.25  # between two messages of an actor: of a thousand actors, 4,000 a second come here
+TELL_SECONDS = 0.25  # between two messages of an actor: from a thousand actors, 4,000 per second come here
 ASK_SECONDS = 120.0  # for a node to start a process and say what its hardware can do
 ROOM_SECONDS = 60.0  # without a process at work, after which a person is told what Ray was asked for
 OBJECT_STORE = 100 << 20  # bytes, of a cluster that is started here: Ray's least is 75 MiB, and only progress passes
@@ -51,10 +51,10 @@ class Cluster:
     """A Ray cluster, and what the processes that run the model take of it.
 
     Attributes:
-        devices: one name a process, "cuda" or "cpu".
-        cores: of each process, which Ray keeps for it.
-        nodes: ids of those that can hold such a process.
-        joined: for this run alone, which leaves it, or ends it where it was started for that.
+        devices: "cuda" or "cpu", per process.
+        cores: cores that Ray reserves, per process.
+        nodes: ids of the nodes that can hold such a process.
+        joined: True if this run joined or started the cluster, and leaves or ends it.
     """
 
     devices: list[str]
@@ -68,9 +68,9 @@ class Cluster:
 
         Args:
             address: host:port; "auto" is the cluster that RAY_ADDRESS names or that this machine belongs to, and None
-                starts one where there is none. Where this process is in a cluster already, it is that one.
-            processes: that run the model. None is one a GPU or, where there are none, one a node. More than there are
-                GPUs wait for nodes that come later; on processors they share the cores.
+                starts one where there is none. A process that is in a cluster already stays in that one.
+            processes: number of model processes. None is one per GPU or, where there are none, one per node. More than
+                there are GPUs wait for nodes that come later; on CPUs they share the cores.
 
         Raises:
             MiclZooError: Ray is not installed, or there is no such cluster, or it has no processors.
@@ -95,16 +95,16 @@ class Cluster:
 
     @property
     def several(self) -> bool:
-        """The model runs in processes of its own, even if it is one."""
+        """Whether the model runs in processes of its own: always, even if it is one."""
         return True
 
     @property
     def threads(self) -> int:
-        """Of the process with the most cores; 0, which leaves torch's default, on GPUs."""
+        """Threads of the process with the most cores; 0, which leaves torch's default, on GPUs."""
         return max(1, int(max(self.cores))) if self.kind == "cpu" else 0
 
     def precision(self, wanted: Precision) -> str:
-        """That all nodes run in; "auto" asks each, and is bf16 where all of them compute it fast.
+        """Resolve "auto" by asking every node: bf16 where all of them compute it fast, else fp32.
 
         Raises:
             UsageError: a precision that does not exist.
@@ -115,10 +115,10 @@ class Cluster:
         ray = _ray()
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        task = ray.remote(_fast_precision)
+        task, kind = ray.remote(fast_precision), torch.device(self.kind)
         share = 0.01 if self.kind == "cuda" else 0  # of a GPU: enough to see it, and there is room for it at once
         there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in self.nodes]
-        asked = [task.options(num_cpus=0, num_gpus=share, scheduling_strategy=node).remote(self.kind) for node in there]
+        asked = [task.options(num_cpus=0, num_gpus=share, scheduling_strategy=node).remote(kind) for node in there]
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ASK_SECONDS)
         if not answered:
             raise MiclZooError(
@@ -130,7 +130,7 @@ class Cluster:
             raise MiclZooError(f"a node of the Ray cluster cannot run micl-zoo {__version__}: {_text(error)}") from None
 
     def workers(self, wanted: int | None) -> int:
-        """Processes that decode, for each that runs the model; for one with fewer cores than others it is fewer."""
+        """Decoding processes of the model process with the most cores; see `part` for the others."""
         if wanted is None:
             return min(MAX_WORKERS, max(1, int(max(self.cores))))
         return min(wanted, ceil(wanted * len(self.nodes) / len(self.devices)))
@@ -140,12 +140,12 @@ class Cluster:
         return lambda store, work: _run(self, job, store, work)
 
     def asks(self, place: int) -> dict[str, Any]:
-        """What Ray must have free for a process. They are spread, so that no node reads and decodes for all."""
+        """What Ray must have free for a process. They are spread, so that no node reads and decodes for all others."""
         gpus = 1 if self.kind == "cuda" else 0
         return {"num_cpus": self.cores[place], "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
 
     def part(self, job: Job, place: int) -> Job:
-        """The job of one process, cut to its cores."""
+        """Cut the job to the cores of one process."""
         own, most = (max(1, int(cores)) for cores in (self.cores[place], max(self.cores)))
         return replace(job, threads=own if job.threads else 0, workers=ceil(job.workers * own / most))
 
@@ -185,13 +185,13 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _cores_a_gpu(hosts: list[dict[str, float]], processes: int | None) -> list[float]:
-    """Of each process: a node's cores, shared evenly by its GPUs."""
+    """Cores per process: those of a node, shared evenly by its GPUs."""
     cores = [host.get("CPU", 0) // int(host["GPU"]) for host in hosts for _ in range(int(host["GPU"]))]
     return [cores[place % len(cores)] for place in range(processes or len(cores))]
 
 
 def _cores_a_process(hosts: list[dict[str, float]], processes: int | None) -> list[float]:
-    """Of each process: all of a node or, for a number of processes, as many as leave room for all of them."""
+    """Cores per process: all of a node or, for a number of processes, as many as leave room for all of them."""
     counts = [int(host["CPU"]) for host in hosts]
     if processes is None:
         return [float(count) for count in counts]
@@ -199,11 +199,6 @@ def _cores_a_process(hosts: list[dict[str, float]], processes: int | None) -> li
         return [1 / ceil(processes / sum(counts))] * processes
     fitting = [cores for cores in range(1, max(counts) + 1) if sum(count // cores for count in counts) >= processes]
     return [float(fitting[-1])] * processes
-
-
-def _fast_precision(kind: str) -> str:
-    """Of the node that this runs on."""
-    return resolve_precision("auto", torch.device(kind))[1]
 
 
 def _text(error: BaseException) -> str:
