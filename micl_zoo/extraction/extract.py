@@ -137,7 +137,8 @@ def extract(
     if encoder is None and places.several:  # the processes load it; here it only says what the store will hold
         kind: Backend = "onnx" if job.backend == "onnx" else "torch"
         encoder = load(cast(str, options.model), weights=options.weights, device="cpu", backend=kind)
-    encoder = encoder or job.encoder(places.devices[0])
+    elif encoder is None:
+        encoder = job.encoder(places.devices[0])
     if encoder.precision:
         job = replace(job, precision=_own_precision(encoder, options))
     say(_sentence(encoder, job, places))
