@@ -430,6 +430,30 @@ def test_an_error_in_the_middle_of_the_source_keeps_what_came_before(
     assert len(micl_zoo.open_store(out)) == 6
 
 
+@pytest.mark.parametrize("options", [{"workers": 0}, {"processes": 2, "devices": "cpu"}])
+def test_the_first_images_are_embedded_while_the_others_are_listed(
+    image_folder: Callable[..., Path],
+    encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    index, out, seen = micl_zoo.index_source(image_folder(6)), tmp_path / "s", []
+
+    def pieces(_: object) -> Iterator[ImageIndex]:
+        yield index.slice(0, 4)
+        deadline = time.monotonic() + 100
+        while not (out / "part-00001.parquet").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.extend(path.name for path in sorted(out.glob("part-*")))
+        yield index.slice(4, 2)
+
+    monkeypatch.setattr("micl_zoo.extraction.extract.list_source", pieces)
+    assert extract("x", out, weights=encoder_folder, shard_rows=2, **options).embedded == 6
+    assert "part-00001.parquet" in seen
+    assert "part-00002.parquet" not in seen
+
+
 def test_short_of_memory_the_batch_is_halved(
     image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
