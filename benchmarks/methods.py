@@ -39,8 +39,8 @@ from micl_zoo.training.pretraining.data import MemoryCorpus, batch_rows
 from micl_zoo.training.pretraining.pretrain import make_model
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe
-from micl_zoo.training.run.loop import resolve_autocast
 from micl_zoo.training.run.optim import make_optimizer
+from micl_zoo.training.run.step import resolve_autocast
 
 FOREVER = 10**9  # steps; the budget ends a run
 SIMCLR = {"temperature": 0.1, "hidden_dim": 2048, "output_dim": 128}  # lightly's ImageNet benchmark

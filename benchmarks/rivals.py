@@ -49,9 +49,10 @@ from micl_zoo.errors import unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
 from micl_zoo.progress import progress
 from micl_zoo.sources.listing import index_source
-from micl_zoo.training.evaluation.evaluate import Protocol, pixel_features, probe
+from micl_zoo.training.evaluation.evaluate import pixel_features, probe
 from micl_zoo.training.evaluation.features import Features, embed_labelled
 from micl_zoo.training.evaluation.labelled import LabelledSet, labels_of, number_classes
+from micl_zoo.training.evaluation.protocols import Protocol
 from micl_zoo.training.pretraining.data import MemoryCorpus
 from micl_zoo.training.pretraining.pretrain import initial_model
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200

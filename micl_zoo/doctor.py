@@ -1,7 +1,7 @@
-"""What is installed here, and whether it works: every problem comes with the commands that mend it.
+"""What is installed here, and whether it works: every problem comes with the commands that fix it.
 
 A section that cannot be examined is reported, and the others go on. This file imports nothing but the standard library
-when it is loaded, as a process of its own loads it by its path, see `imported_onnxruntime`.
+at module level, because `imported_onnxruntime` runs it by its path in a process without this package.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import Distribution, PackageNotFoundError, PackagePath, distributions
+from importlib.metadata import PackageNotFoundError, PackagePath, distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
 
 State = Literal["ok", "note", "problem"]
 
-NEEDED = ("torch", "torchvision", "timm", "numpy", "pyarrow", "pillow", "huggingface-hub", "safetensors", "fsspec")
-OPTIONAL = (
-    *("onnx", "onnxscript", "openvino", "ray", "faiss-cpu", "faiss-gpu", "lancedb", "pandas", "duckdb", "pillow-heif"),
-    *("s3fs", "gcsfs", "aiohttp", "matplotlib", "tensorboard"),
-)
 IMPORTED = ("torch", "torchvision", "timm")  # in this order: each needs those before it
 MODULE, GPU_PACKAGE, CUDA = "onnxruntime", "onnxruntime-gpu", "CUDAExecutionProvider"
 HASHED_BYTES = 64 << 20  # larger files of ONNX Runtime, its CUDA library of 300 MB, are compared by size alone
@@ -64,7 +59,7 @@ class Finding:
         name: what was examined.
         state: "ok"; "note", worth knowing; "problem", something here does not work.
         text: what was found.
-        commands: that mend it, one after the other, ready for a shell.
+        commands: shell commands that fix it, in order.
     """
 
     name: str
@@ -85,24 +80,18 @@ class Report:
         return sum(finding.state == "problem" for finding in self.findings)
 
     def table(self, width: int = 120) -> str:
-        """For a person: name, state, text, and below it the commands; a last line sums up.
+        """The report for a person: name, state and text, with the commands below, and a verdict in the last line.
 
         Args:
-            width: characters a line. Commands and paths are not broken.
+            width: characters per line. Commands and paths are not broken.
         """
         names = max((len(finding.name) for finding in self.findings), default=0)
-        lines = []
+        indent, lines = " " * (names + 11), list[str]()
+        wrap = functools.partial(textwrap.wrap, break_long_words=False, break_on_hyphens=False)
         for finding in self.findings:
-            start = f"{finding.name:<{names}}  {finding.state:<7}  "
-            lines += textwrap.wrap(
-                finding.text,
-                max(width, len(start) + 40),
-                initial_indent=start,
-                subsequent_indent=" " * len(start),
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-            lines += [" " * len(start) + "  " + command for command in finding.commands]
+            text = wrap(finding.text, max(width - len(indent), 40)) or [""]
+            lines.append(f"{finding.name:<{names}}  {finding.state:<7}  {text[0]}")
+            lines += [indent + more for more in [*text[1:], *(f"  {command}" for command in finding.commands)]]
         count = self.problems
         verdict = "No problem found." if not count else f"{count} problem{'s' if count > 1 else ''} found."
         return "\n".join([*lines, "", verdict])
@@ -129,8 +118,7 @@ def examine(*, offline: bool = False) -> Report:
     findings: list[Finding] = []
     for name, section in sections.items():
         try:
-            for finding in section():  # one by one: what comes before an error is kept
-                findings.append(finding)  # noqa: PERF402
+            findings.extend(section())  # what comes before an error is kept
         except Exception as error:
             findings.append(Finding(name, "problem", f"could not be examined: {_said(error)}"))
     return Report(findings)
@@ -162,46 +150,54 @@ def _gigabytes(count: float) -> str:
 
 
 def versions() -> Iterator[Finding]:
-    """Of this package, Python, the system and the packages that matter; those that most often do not import are."""
+    """Versions of this package, Python, the system, and the packages that this one requires or can use."""
     from ._version import __version__
 
     yield Finding("micl-zoo", "ok", f"{__version__}, in {Path(__file__).parent}")
     yield Finding("python", "ok", f"{platform.python_version()}, {sys.executable}")
     yield Finding("platform", "ok", platform.platform())
-    broken = _broken_import()
-    for name in (*NEEDED, *OPTIONAL):
+    version, to_import = "", list(IMPORTED)
+    for name, needed in _requirements().items():
         try:
             version = importlib.metadata.version(name)
+            if name in to_import:
+                importlib.import_module(name)
+            yield Finding(name, "ok", version)
         except PackageNotFoundError:
-            if name in NEEDED:
+            if needed:
                 yield Finding(name, "problem", "not installed", (pip_command("install", name),))
-            continue
-        yield broken if broken and broken.name == name else Finding(name, "ok", version)
-
-
-def _broken_import() -> Finding | None:
-    """The first of IMPORTED that is installed and cannot be imported."""
-    for name in IMPORTED:
-        try:
-            version = importlib.metadata.version(name)
-            importlib.import_module(name)
-        except PackageNotFoundError:
-            return None
+                to_import.clear()
         except Exception as error:
+            to_import.clear()  # those behind it fail because of it
             text = f"{version}, but its import fails: {_said(error)}"
             if name == "timm":
-                return Finding(name, "problem", text, (pip_command("install", "--upgrade", name),))
-            text += ". torch and torchvision must be of the same release and the same build"
-            return Finding(name, "problem", text, torch_again())
-    return None
+                yield Finding(name, "problem", text, (pip_command("install", "--upgrade", name),))
+            else:
+                text += ". torch and torchvision must be of the same release and the same build"
+                yield Finding(name, "problem", text, torch_again())
+
+
+def _requirements() -> dict[str, bool]:
+    """Whether each package that this one names is needed always; those of ONNX Runtime have a section."""
+    found = dict.fromkeys(IMPORTED, True)
+    try:
+        lines = importlib.metadata.requires("micl-zoo") or []
+    except PackageNotFoundError:  # imported from a checkout
+        lines = []
+    for line in lines:
+        name = re.split(r"[^\w.-]", line)[0]
+        if not name.startswith(("micl-zoo", MODULE)) and not re.search(r"extra == .dev\b", line):
+            found[name] = found.get(name, False) or "extra ==" not in line
+    return found
 
 
 def torch_again() -> tuple[str, ...]:
-    """The commands that put a matching torch and torchvision in the place of those that are here."""
-    return (
-        pip_command("uninstall", "-y", "torch", "torchvision"),
-        pip_command("install", "torch", "torchvision"),
-    )
+    """The commands that replace torch and torchvision by a matching pair."""
+    return _replace(["torch", "torchvision"], "torch", "torchvision")
+
+
+def _replace(names: Sequence[str], *by: str) -> tuple[str, ...]:
+    return (pip_command("uninstall", "-y", *names), pip_command("install", *by))
 
 
 # devices
@@ -209,16 +205,13 @@ def torch_again() -> tuple[str, ...]:
 
 @functools.cache
 def driver_gpus() -> tuple[str, ...]:
-    """NVIDIA's GPUs as the driver shows them: name, memory, driver, each as one text; none without `nvidia-smi`."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ()
-    query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    """NVIDIA's GPUs as the driver shows them, "name, memory, driver" each; none without `nvidia-smi`."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(line.strip() for line in found.stdout.splitlines() if line.strip()) if found.returncode == 0 else ()
+    return tuple(line.strip() for line in found.stdout.splitlines() if line.strip())
 
 
 def devices() -> Iterator[Finding]:
@@ -234,7 +227,7 @@ def devices() -> Iterator[Finding]:
         warnings.simplefilter("always")
         cuda = torch.cuda.is_available()
     if cuda:
-        yield from (_gpu(number) for number in range(torch.cuda.device_count()))
+        yield from (_gpu(torch.device("cuda", number)) for number in range(torch.cuda.device_count()))
     elif shown:
         yield _unused_gpu(shown, torch.version.cuda, _short(" ".join(str(one.message) for one in said)))
     if torch.backends.mps.is_available():
@@ -245,103 +238,61 @@ def devices() -> Iterator[Finding]:
 
 
 def _bf16(device: torch.device) -> str:
-    try:
-        from .encoders.device import bf16_is_fast
+    from .encoders.device import bf16_is_fast
 
-        return "bf16 is fast" if bf16_is_fast(device) else "bf16 is not fast, fp32 is taken"
-    except Exception as error:
-        return f"whether bf16 is fast cannot be said ({_said(error)})"
+    return "bf16 is fast" if bf16_is_fast(device) else "bf16 is not fast, fp32 is taken"
 
 
-def _gpu(number: int) -> Finding:
+def _gpu(device: torch.device) -> Finding:
     import torch
 
-    device = torch.device("cuda", number)
-    name = str(device)
     try:
         found = torch.cuda.get_device_properties(device)
         text = f"{found.name}, {_gigabytes(found.total_memory)}; {_bf16(device)}"
         assert (torch.ones(2, device=device) + 1).sum().item() == 4
     except Exception as error:
-        return Finding(name, "problem", f"does not compute: {_said(error)}", torch_again())
-    return Finding(name, "ok", text)
+        return Finding(str(device), "problem", f"does not compute: {_said(error)}", torch_again())
+    return Finding(str(device), "ok", text)
 
 
 def _unused_gpu(shown: Sequence[str], built_for: str | None, said: str) -> Finding:
-    """A GPU that the driver shows and torch does not."""
     gpus = f"the driver shows {'; '.join(shown)}, but torch "
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return Finding("gpu", "note", f"{gpus}may not use it, as CUDA_VISIBLE_DEVICES hides it")
     if built_for:
         text = f"{gpus}finds none. It was built for CUDA {built_for}: a driver that is older needs an update. {said}"
         return Finding("gpu", "problem", text.rstrip(), ("nvidia-smi",))
-    text = f"{gpus}was built without CUDA. Where this brings the same again: https://pytorch.org/get-started/locally/"
+    text = f"{gpus}was built without CUDA. If this installs the same again: https://pytorch.org/get-started/locally/"
     return Finding("gpu", "problem", text, torch_again())
 
 
 # ONNX Runtime
 
 
-@dataclass(frozen=True)
-class Installed:
-    """A distribution that brings the module `onnxruntime`, and what became of its files of it.
+class Installed(NamedTuple):
+    """A distribution of the module `onnxruntime`.
 
     Attributes:
-        name, version: of the distribution.
-        folder: it is installed in.
-        files: of the module, as its RECORD says.
-        lost: those that are not there.
-        changed: those that have other bytes.
+        name, version, folder: of the distribution.
+        intact: whether all files of the module are there with the bytes that RECORD lists.
+        files: the same for a person.
     """
 
     name: str
     version: str
     folder: Path
-    files: int
-    lost: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-
-    @property
-    def intact(self) -> bool:
-        """All of its files are there, and are its own."""
-        return not self.lost and not self.changed
+    intact: bool
+    files: str
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
-
-    def damage(self) -> str:
-        """What became of the files, for a person."""
-        counts = ((self.lost, "missing"), (self.changed, "not its own"))
-        said = [f"{len(some)} of its {self.files} files are {what} ({some[0]} …)" for some, what in counts if some]
-        return " and ".join(said) or f"all of its {self.files} files are its own"
-
-
-@dataclass(frozen=True)
-class Imported:
-    """The module `onnxruntime` as a process of its own imported it.
-
-    Attributes:
-        file: of the module; None where it is only a folder without code.
-        version, providers: as the module says.
-        error: why it cannot be used.
-        cuda_error: why the CUDA provider cannot be used, where that was tried.
-    """
-
-    file: str | None = None
-    version: str | None = None
-    providers: tuple[str, ...] = ()
-    error: str | None = None
-    cuda_error: str | None = None
-
-    def __str__(self) -> str:
-        return f"imported from {self.file}, version {self.version}, providers {', '.join(self.providers)}"
 
 
 def onnxruntime(site: Path | None = None) -> Iterator[Finding]:
     """Whether ONNX Runtime is installed once, whole, and with the GPU that is here.
 
     Args:
-        site: a site-packages folder, to look at this one alone and not at the interpreter's.
+        site: a site-packages folder to look at, in place of the interpreter's.
     """
     every, gpus = installed_onnxruntime(site), driver_gpus()
     here = [one for one in every if one.folder == every[0].folder]
@@ -351,87 +302,79 @@ def onnxruntime(site: Path | None = None) -> Iterator[Finding]:
 
 
 def installed_onnxruntime(site: Path | None = None) -> list[Installed]:
-    """All distributions of the module `onnxruntime`, in the order in which their folders are searched.
-
-    Args:
-        site: see `onnxruntime`.
-    """
+    """All distributions of the module `onnxruntime`, in the order in which their folders are searched."""
     found: dict[tuple[Path, str], Installed] = {}
     for one in distributions(path=[str(site)]) if site else distributions():
         name = re.sub(r"[-_.]+", "-", one.metadata["Name"] or "").lower()
-        if name.startswith((MODULE, "ort-nightly")):
-            folder = Path(str(one.locate_file(""))).resolve()
-            files = [file for file in one.files or () if file.parts[0] == MODULE and file.hash]
-            if files and (folder, name) not in found:  # onnxruntime-genai and others have modules of their own
-                found[folder, name] = _compared(one, name, folder, files)
+        folder = Path(str(one.locate_file(""))).resolve()
+        files = [file for file in one.files or () if file.parts[0] == MODULE and file.hash]
+        # onnxruntime-genai and others have modules of their own
+        if name.startswith((MODULE, "ort-nightly")) and files and (folder, name) not in found:
+            damage = _damage(files)
+            text = damage or f"all of its {len(files)} files are its own"
+            found[folder, name] = Installed(name, one.version, folder, not damage, text)
     folders = list(dict.fromkeys(folder for folder, _ in found))
     return sorted(found.values(), key=lambda one: (folders.index(one.folder), one.name))
 
 
-def _compared(one: Distribution, name: str, folder: Path, files: Sequence[PackagePath]) -> Installed:
-    lost = tuple(str(file) for file in files if not (folder / file).is_file())
-    changed = tuple(str(file) for file in files if str(file) not in lost and _differs(folder / file, file))
-    return Installed(name, one.version, folder, len(files), lost, changed)
+def _damage(files: Sequence[PackagePath]) -> str:
+    lost = [file for file in files if not Path(file.locate()).is_file()]
+    changed = [file for file in files if file not in lost and _differs(file)]
+    counts = ((some, what) for some, what in ((lost, "missing"), (changed, "not its own")) if some)
+    return " and ".join(f"{len(some)} of its {len(files)} files are {what} ({some[0]} …)" for some, what in counts)
 
 
-def _differs(path: Path, recorded: PackagePath) -> bool:
-    """A file has not the size, or not the hash, that its RECORD says."""
-    size = path.stat().st_size
-    if recorded.size is not None and size != recorded.size:
-        return True
-    if size > HASHED_BYTES or recorded.hash is None:
-        return False
-    digest = hashlib.new(recorded.hash.mode, path.read_bytes()).digest()
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != recorded.hash.value
+def _differs(file: PackagePath) -> bool:
+    """Whether the file has another size or hash than RECORD says."""
+    size = Path(file.locate()).stat().st_size
+    if size > HASHED_BYTES or file.hash is None or file.size not in (None, size):
+        return file.size not in (None, size)
+    digest = hashlib.new(file.hash.mode, file.read_binary()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value
 
 
-def imported_onnxruntime(site: Path | None = None, *, cuda: bool = False) -> Imported:
-    """Import ONNX Runtime in a process of its own, which it may take along.
+def imported_onnxruntime(site: Path | None = None, *, cuda: bool = False) -> dict[str, Any]:
+    """Import ONNX Runtime in a process of its own, which it may take down.
 
     Args:
         site: see `onnxruntime`.
         cuda: also run a model of one operator with the CUDA provider.
+
+    Returns:
+        What `try_onnxruntime` found; `error` if the module cannot be used, `cuda_error` if the provider cannot.
     """
-    paths = [str(site)] if site else sys.path
+    paths = json.dumps([str(site)] if site else list(filter(None, sys.path)))
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['try_onnxruntime'](*sys.argv[2:])"
     alone = ["-S"] if site else []  # without site-packages
-    words = [
-        sys.executable,
-        *alone,
-        "-c",
-        code,
-        __file__,
-        json.dumps(list(filter(None, paths))),
-        "cuda" if cuda else "",
-    ]
+    words = [sys.executable, *alone, "-c", code, __file__, paths, "cuda" if cuda else ""]
     try:
         run = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=120)
         said: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return Imported(error="its import does not come to an end")
+        return {"error": "its import does not come to an end"}
     except (IndexError, ValueError):
-        return Imported(error=f"its import ends the process with code {run.returncode}: {_short(run.stderr)}")
-    used = said.pop("used", None)
-    if used is not None and CUDA not in used:
-        said["cuda_error"] = _load_error(run.stderr + run.stdout)
-    return Imported(**{**said, "providers": tuple(said["providers"])})
+        return {"error": f"its import ends the process with code {run.returncode}: {_short(run.stderr)}"}
+    if CUDA not in said.get("used", [CUDA]):
+        output = run.stderr + run.stdout
+        found = re.search(r"Failed to load.*", output) or re.search(r".*error.*", output, re.IGNORECASE)
+        said["cuda_error"] = _short(found.group() if found else output)
+    return said
 
 
 def try_onnxruntime(paths: str, cuda: str = "") -> None:
-    """What the process of `imported_onnxruntime` does; prints its fields as JSON.
+    """Print as JSON what importing ONNX Runtime gives: file, version, providers, those used with CUDA, or an error.
 
     Args:
-        paths: to search first, a JSON list.
-        cuda: not empty: run a model with the CUDA provider, too.
+        paths: folders to search first, a JSON list.
+        cuda: whether to run a model with the CUDA provider too; empty for no.
     """
     sys.path[:] = [*json.loads(paths), *filter(None, sys.path)]
-    said: dict[str, Any] = {"providers": ()}
+    said: dict[str, Any] = {}
     try:
         if cuda and importlib.util.find_spec("torch"):
             importlib.import_module("torch")  # loads the CUDA libraries that it brings
         module = importlib.import_module(MODULE)
-        said["file"] = getattr(module, "__file__", None)
-        said["version"] = getattr(module, "__version__", None)
+        said |= {"file": getattr(module, "__file__", None), "version": getattr(module, "__version__", None)}
         said["providers"] = module.get_available_providers()
         session = module.InferenceSession
         if cuda and CUDA in said["providers"]:
@@ -442,70 +385,58 @@ def try_onnxruntime(paths: str, cuda: str = "") -> None:
     print("\n" + json.dumps(said))
 
 
-def _load_error(output: str) -> str:
-    """What ONNX Runtime says of the library that it lacks."""
-    found = re.search(r"Failed to load.*", output) or re.search(r".*error.*", output, re.IGNORECASE)
-    return _short(found.group() if found else output)
-
-
-def judge(found: Sequence[Installed], module: Imported, gpus: Sequence[str] = ()) -> Finding:
-    """What is to be said of ONNX Runtime.
+def judge(found: Sequence[Installed], module: dict[str, Any], gpus: Sequence[str] = ()) -> Finding:
+    """Say what is right or wrong with ONNX Runtime.
 
     Args:
         found: its distributions in one folder.
-        module: what came of its import.
+        module: see `imported_onnxruntime`.
         gpus: see `driver_gpus`.
     """
+    problem, error = functools.partial(Finding, MODULE, "problem"), module.get("error")
+    imported = "" if error else "imported from {file}, version {version}, providers ".format(**module)
+    imported += ", ".join(module.get("providers", ()))
+    outcome = f"It cannot be used: {error}" if error else f"It is {imported}"
+    names = [one.name for one in found]
+    if not found and error and error.startswith("ModuleNotFoundError: No module named 'onnxruntime'"):
+        return Finding(MODULE, "ok", "not installed; only ONNX files need it: pip install 'micl-zoo[onnx]'")
+    if not found and not error:
+        return Finding(MODULE, "note", f"belongs to no package that pip knows; {imported}")
     if not found:
-        return _without_distribution(module)
+        text = f"belongs to no package that pip knows, as the rest of one that was removed, and fails: {error}"
+        return problem(text, (pip_command("install", _best(names)),))
     if len(found) > 1:
-        return _several(found, module)
+        return problem(f"{_several(found)} {outcome}", _replace(names, _best(names)))
     one = found[0]
-    problem = functools.partial(Finding, MODULE, "problem")
     again = (pip_command("install", "--force-reinstall", "--no-deps", f"{one.name}=={one.version}"),)
     if not one.intact:
         why = "as happens when two packages of the module onnxruntime were installed and one was removed"
-        return problem(f"{one}: {one.damage()}, {why}. {_import_text(module)}", again)
-    if module.error:
-        text = f"{one}: {one.damage()}, but it cannot be used: {module.error}"
+        return problem(f"{one}: {one.files}, {why}. {outcome}", again)
+    if error:
+        text = f"{one}: {one.files}, but it cannot be used: {error}"
         return problem(text, (pip_command("install", f"{one.name}=={one.version}"),))
-    if one.name == GPU_PACKAGE and CUDA not in module.providers:
-        return problem(f"{one} has no {CUDA}: {module}", again)
-    if module.cuda_error:
+    if one.name == GPU_PACKAGE and CUDA not in module["providers"]:
+        return problem(f"{one} has no {CUDA}: {imported}", again)
+    if "cuda_error" in module:
         tried = "with torch imported and onnxruntime.preload_dlls() called before"
-        text = f"{one} cannot use the GPU ({'; '.join(gpus)}), {tried}: {module.cuda_error}"
+        text = f"{one} cannot use the GPU ({'; '.join(gpus)}), {tried}: {module['cuda_error']}"
         return problem(text, (pip_command("install", f"{GPU_PACKAGE}[cuda,cudnn]=={one.version}"),))
     if one.name == MODULE and gpus and _has_gpu_wheel():
-        text = f"{one} computes on the CPU only, and there is a GPU ({'; '.join(gpus)}): {module}"
-        return Finding(MODULE, "note", text, _replace([one.name], GPU_PACKAGE))
-    return Finding(MODULE, "ok", f"{one}, {module}")
+        text = f"{one} computes on the CPU only, and there is a GPU ({'; '.join(gpus)}): {imported}"
+        return Finding(MODULE, "note", text, _replace(names, GPU_PACKAGE))
+    return Finding(MODULE, "ok", f"{one}, {imported}")
 
 
-def _import_text(module: Imported) -> str:
-    return f"It cannot be used: {module.error}" if module.error else f"It is {module}"
-
-
-def _several(found: Sequence[Installed], module: Imported) -> Finding:
-    """Distributions that wrote over each other's files."""
+def _several(found: Sequence[Installed]) -> str:
+    """What is wrong with distributions that overwrote each other's files."""
     owners = [one for one in found if one.intact]
     whose = f"The files are those of {owners[0]}" if len(owners) == 1 else "The files are mixed"
-    others = "; ".join(f"{one}: {one.damage()}" for one in found if one not in owners[:1])
-    text = f"{' and '.join(map(str, found))} are one module, and wrote over each other's files. {whose}; {others}. "
-    names = [one.name for one in found]
-    return Finding(MODULE, "problem", text + _import_text(module), _replace(names, _best(names)))
-
-
-def _without_distribution(module: Imported) -> Finding:
-    if module.error and module.error.startswith("ModuleNotFoundError: No module named 'onnxruntime'"):
-        return Finding(MODULE, "ok", "not installed; only ONNX files need it: pip install 'micl-zoo[onnx]'")
-    if not module.error:
-        return Finding(MODULE, "note", f"belongs to no package that pip knows; {module}")
-    text = f"belongs to no package that pip knows, as the rest of one that was removed, and fails: {module.error}"
-    return Finding(MODULE, "problem", text, (pip_command("install", _best([])),))
+    others = "; ".join(f"{one}: {one.files}" for one in found if one not in owners[:1])
+    return f"{' and '.join(map(str, found))} are one module and overwrote each other's files. {whose}; {others}."
 
 
 def _best(names: Sequence[str]) -> str:
-    """The one distribution to have: the one of micl-zoo[onnx], if there is not a third that somebody chose."""
+    """The one distribution to have: that of micl-zoo[onnx], unless a third was chosen."""
     chosen = next((name for name in names if name not in (MODULE, GPU_PACKAGE)), None)
     return chosen or (GPU_PACKAGE if _has_gpu_wheel() else MODULE)
 
@@ -514,15 +445,11 @@ def _has_gpu_wheel() -> bool:
     return sys.platform in ("linux", "win32") and platform.machine() in ("x86_64", "AMD64")
 
 
-def _replace(names: Sequence[str], best: str) -> tuple[str, ...]:
-    return (pip_command("uninstall", "-y", *names), pip_command("install", best))
-
-
 # the hub, disks, weights
 
 
 def hub(*, offline: bool = False) -> Iterator[Finding]:
-    """Whether it can be reached, and the folder that keeps what came from it.
+    """Whether the hub can be reached, and the folder that keeps what came from it.
 
     Args:
         offline: do not ask.
@@ -542,7 +469,7 @@ def hub(*, offline: bool = False) -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=nearest):
             yield Finding("cache", "ok", f"{cache}, {held}")
     except OSError as error:
-        text = f"{cache}, {held}, cannot be written ({error.strerror}): set HF_HOME to a folder that can"
+        text = f"{cache}, {held}, is not writable ({error.strerror}): set HF_HOME to a folder that is"
         yield Finding("cache", "note", text)
 
 
@@ -561,7 +488,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _held(folder: Path) -> str:
-    """The size of a folder, or of so many of its files that more would take long."""
+    """The size of a folder, or of its first CACHE_FILES files."""
     every = (Path(where) / name for where, _, names in os.walk(folder) for name in names)
     files = list(itertools.islice(every, CACHE_FILES))
     more = "more than " if len(files) == CACHE_FILES else ""
@@ -569,19 +496,19 @@ def _held(folder: Path) -> str:
 
 
 def disks() -> Iterator[Finding]:
-    """What is free where stores and runs are written, and where weights from the hub are kept."""
-    yield _free("working folder", Path.cwd(), "free some, or work on another disk")
+    """The free space where stores and runs are written, and where weights from the hub are kept."""
     from huggingface_hub import constants
 
-    yield _free("cache folder", Path(constants.HF_HUB_CACHE), "free some, or set HF_HOME to a folder on another disk")
-
-
-def _free(name: str, folder: Path, advice: str) -> Finding:
-    free = shutil.disk_usage(_existing(folder)).free
-    text = f"{_gigabytes(free)} free for {folder}"
-    if free < LOW_DISK:
-        return Finding(name, "problem", f"only {text}, less than {_gigabytes(LOW_DISK)}: {advice}")
-    return Finding(name, "ok", text)
+    for name, folder, advice in (
+        ("working folder", Path.cwd(), "free some, or work on another disk"),
+        ("cache folder", Path(constants.HF_HUB_CACHE), "free some, or set HF_HOME to a folder on another disk"),
+    ):
+        free = shutil.disk_usage(_existing(folder)).free
+        text = f"{_gigabytes(free)} free for {folder}"
+        if free < LOW_DISK:
+            yield Finding(name, "problem", f"only {text}, less than {_gigabytes(LOW_DISK)}: {advice}")
+        else:
+            yield Finding(name, "ok", text)
 
 
 def embedded_weights() -> Iterator[Finding]:
@@ -594,6 +521,13 @@ def embedded_weights() -> Iterator[Finding]:
             yield _embedded(f"weights of {record.name}", record.embedded, lambda of: record_weights(of).sha256, record)
         if record.onnx and record.embedded:
             yield _embedded(f"ONNX of {record.name}", record.onnx.file, lambda of: record_onnx(of)[1], record)
+
+
+def _embedded(name: str, file: str, sha256: Callable[[Record], str], record: Record) -> Finding:
+    try:
+        return Finding(name, "ok", f"in the package, sha256 {sha256(record)} as published")
+    except Exception as error:
+        return Finding(name, "problem", _short(str(error)), _package_again(file))
 
 
 def golden_embeddings() -> Iterator[Finding]:
@@ -610,19 +544,12 @@ def golden_embeddings() -> Iterator[Finding]:
             if difference <= TOLERANCE:
                 yield Finding(name, "ok", found)
             else:
-                text = f"{found}, where {TOLERANCE:g} is sound: torch does not compute as it should here"
+                text = f"{found}, more than the {TOLERANCE:g} that is normal: torch computes wrong numbers here"
                 yield Finding(name, "problem", text, torch_again())
 
 
-def _embedded(name: str, file: str, sha256: Callable[[Record], str], record: Record) -> Finding:
-    try:
-        return Finding(name, "ok", f"in the package, sha256 {sha256(record)} as published")
-    except Exception as error:
-        return Finding(name, "problem", _short(str(error)), _package_again(file))
-
-
 def _package_again(file: str) -> tuple[str, ...]:
-    """The command that brings a file of the package back, from where the package came."""
+    """The command that restores a file of the package, from where the package came."""
     try:
         source = json.loads(importlib.metadata.distribution("micl-zoo").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:  # imported from a checkout

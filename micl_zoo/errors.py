@@ -1,4 +1,4 @@
-"""The one family of exceptions: what was asked, what was found, what to do."""
+"""The exceptions of this package; their texts say what was asked, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MiclZooError(Exception):
     """Base of every error this package raises on purpose; its text is written for the person who sees it.
 
     Attributes:
-        exit_code: of the command line.
+        exit_code: exit code of the command line.
     """
 
     exit_code = 1
@@ -55,7 +55,7 @@ class ExportError(MiclZooError):
 
 
 class Interrupted(MiclZooError):
-    """A run that was told to stop and did, with all that it had computed on disk."""
+    """The run was interrupted; everything computed so far is on disk."""
 
     def __init__(self, text: str, *, signal: int) -> None:
         super().__init__(text)
@@ -63,7 +63,7 @@ class Interrupted(MiclZooError):
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
-    """The text for a name that does not exist: what was asked, the nearest names, and the valid ones."""
+    """Write the text for a name that does not exist: what was asked, the nearest names, and the valid ones."""
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""

@@ -1,41 +1,36 @@
-"""Files that appear whole or not at all: in a local folder, or below a prefix of an object store."""
+"""Files that appear whole or not at all, locally or on an object store; checksums; locks of folders."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import pyarrow as pa
 
-from .errors import StoreError
-
-if TYPE_CHECKING:
-    pass
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from .errors import MiclZooError, StoreError
 
 LOCK_FILE = ".lock.tmp"
+OWNER_FILE = ".lock-owner.tmp"  # in its place where the file system has no locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without lockd, some FUSE
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path`; when the block ends well it is synced and renamed, else removed.
+    """Yield a temporary name beside `path`, synced and renamed if the block succeeds, else removed.
 
-    Whoever looks sees the old file or the whole new one, whenever the process is killed.
+    A reader sees the old file or the whole new one, whenever the process is killed.
 
     Args:
-        path: to write.
-        unique: a temporary name that no other writer of the same file has. Without it the name is the same at every
-            try, so that a killed run leaves nothing for good.
+        path: the file to write.
+        unique: take a name that no other writer of the file has. Otherwise every try has the same name, so that a
+            killed run leaves nothing for good.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{uuid.uuid4().hex[:8]}" if unique else ""
@@ -51,7 +46,7 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, which takes its place when the block ends well, and else is removed."""
+    """Yield an empty folder beside `path`, which takes its place if the block succeeds, and else is removed."""
     path = path.absolute()
     temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old.tmp"))
     for left_over in (temporary, old):  # by a process that was killed
@@ -73,29 +68,58 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def lock_folder(folder: Path) -> IO[str] | None:
-    """Take the folder for as long as the file that is returned stays open; the system lets go of it with the process.
+def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> contextlib.ExitStack:
+    """Keep other processes out of a folder until the result is closed, or until this process ends in any way.
 
-    Returns:
-        The open file, or None where another process has the folder.
+    Args:
+        folder: made where there is none.
+        doing: what a process with the lock does to the folder, for the message.
+        error: raised where another process has the lock.
     """
+    from filelock import SoftFileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK_FILE).open("a")
-    if fcntl is not None:
+    hint = ""
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-    return lock
+            if not _flock(held.enter_context((folder / LOCK_FILE).open("a"))):
+                # It names its process: a dead one on this machine is found out, at the second look; elsewhere not.
+                lock = SoftFileLock(folder / OWNER_FILE, timeout=1, thread_local=False)
+                hint = f". If there is none on any machine, delete {lock.lock_file!r}"
+                lock.acquire()
+                held.callback(lock.release)
+        except (BlockingIOError, Timeout):
+            raise error(
+                f"another process is {doing} {str(folder)!r}: wait for it, stop it, or give another --out{hint}"
+            ) from None
+        return held.pop_all()
+
+
+def _flock(file: IO[str]) -> bool:
+    """Lock a file while it is open; False where there are no such locks, BlockingIOError where another process has it.
+
+    Not by filelock's FileLock: without flock, its releases raise, let a second process in, or keep everybody out
+    because of the empty file that an earlier run left.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 class Folder:
-    """A local folder, or the names below a URI that fsspec knows (s3://bucket/prefix), read and written by name.
+    """A local folder, or a prefix on a file system of fsspec (s3://bucket/prefix), whose files have names.
 
     Attributes:
-        location: the path or URI, as given.
-        local: the path, or None where it is not on this machine's file system.
+        location: path or URI, as given.
+        local: the path, or None where the folder is not on this machine's file system.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
@@ -122,7 +146,7 @@ class Folder:
         return Folder, (self.location,)  # a connection does not cross to another process
 
     def names(self, below: str = "") -> list[str]:
-        """The visible and hidden files directly below a sub-folder, by one listing; sorted, without the sub-folder."""
+        """List the files directly below a sub-folder, hidden ones too, sorted and without its name."""
         if self.local is not None:
             folder = self.local / below
             return sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
@@ -134,23 +158,23 @@ class Folder:
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found if name.rstrip("/") != self._root)
 
     def exists(self, name: str) -> bool:
-        """The file is there."""
+        """True if there is such a file."""
         return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._remote(name)))
 
     def read(self, name: str) -> bytes:
-        """The whole file."""
+        """Read a whole file."""
         return (
             (self.local / name).read_bytes() if self.local is not None else bytes(self._fs.cat_file(self._remote(name)))
         )
 
     def open(self, name: str) -> Any:
-        """The file as pyarrow reads it: by pieces, where only pieces are asked for."""
+        """Open a file for pyarrow, which reads only what it needs."""
         if self.local is not None:
             return pa.OSFile(os.fsencode(self.local / name))
         return pa.PythonFile(self._fs.open(self._remote(name), "rb"), mode="r")
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all: by a temporary name, or by one upload, which object stores do so."""
+        """Write a file whole or not at all, by a temporary name or by one upload to the object store."""
         if self.local is None:
             self._fs.pipe_file(self._remote(name), data)
             return
@@ -158,33 +182,26 @@ class Folder:
             temporary.write_bytes(data)
 
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it exists."""
         if self.local is not None:
             (self.local / name).unlink(missing_ok=True)
         elif self.exists(name):
             self._fs.rm_file(self._remote(name))
 
-    def lock(self) -> IO[str] | None:
-        """Take a local folder; object stores have no locks.
+    def lock(self) -> contextlib.ExitStack:
+        """Keep other writers out of a local folder, as long as the result is open; object stores have no locks.
 
         Raises:
-            StoreError: another process has it.
+            StoreError: another process is writing to it.
         """
-        if self.local is None:
-            return None
-        lock = lock_folder(self.local)
-        if lock is None:
-            raise StoreError(
-                f"another process is writing to {self.location!r}: wait for it, stop it, or give another --out"
-            )
-        return lock
+        return contextlib.ExitStack() if self.local is None else lock_folder(self.local, "writing to", StoreError)
 
     def _remote(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 
 def file_sha256(file: Path) -> str:
-    """Of the whole file, read in pieces."""
+    """Hash a file in pieces, to hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while piece := opened.read(1 << 20):

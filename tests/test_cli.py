@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from conftest import TWIN
 from micl_zoo import __version__
 from micl_zoo.cli import main
 from micl_zoo.encoders.zoo import RECORDS
+from micl_zoo.errors import Interrupted
 from micl_zoo.extraction.runner import Event, Times
 from micl_zoo.extraction.work import Work
 from micl_zoo.stores.store import Rows, Store
@@ -33,7 +35,8 @@ def every_command() -> dict[str, click.Command]:
     found: dict[str, click.Command] = {"": main, **main.commands}
     for name, group in main.commands.items():
         if isinstance(group, click.Group):
-            found |= {f"{name} {below}": command for below, command in group.commands.items()}
+            context = click.Context(group)
+            found |= {f"{name} {below}": group.get_command(context, below) for below in group.list_commands(context)}
     return found
 
 
@@ -49,9 +52,14 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 
 
 @pytest.mark.skipif(not README.exists(), reason="the installed package has no README beside its tests")
-def test_every_command_is_in_the_readme() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert all(f"micl-zoo {name}" in text for name in main.commands)
+def test_every_command_is_in_the_readme_or_the_documents() -> None:
+    files = [README, *(README.parent / "docs").glob("*.md")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    missing = [name for name in main.commands if f"micl-zoo {name}" not in text]
+    below = [name for name in every_command() if " " in name]
+    assert len(below) == 8
+    missing += [name for name in below if not re.search(rf"(micl-zoo {name}|`{name.split()[1]}`)", text)]
+    assert not missing
 
 
 def test_version() -> None:
@@ -135,6 +143,52 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert run("extract", "x", "-o", "y", "--pool", "max").exit_code == 2
 
 
+@pytest.mark.parametrize("signal", [2, 15])
+def test_a_run_that_was_told_to_stop_exits_as_a_shell_says_it(signal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **options: object) -> None:
+        raise Interrupted("the run was interrupted", signal=signal)
+
+    monkeypatch.setattr("micl_zoo.training.pretraining.pretrain.pretrain", stopped)
+    result = run("train", "vit_ti16.tin200", "--data", "x", "--out", "y")
+    assert (result.exit_code, result.output) == (128 + signal, "Error: the run was interrupted\n")
+
+
+def test_a_second_ctrl_c_in_extract(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("micl_zoo.extraction.extract.extract", stopped)
+    result = run("extract", "x", "-o", "y")
+    assert result.exit_code == 130
+    assert "Finished shards are safe in y" in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("train a --data b --data c --out d/ --gpus 2", "train a --data b --data c --out d"),
+        ("train --out=d --data -b a --gpus=2 --restarts 3", "train a --data -b --out d"),
+        (
+            "train a --data b --out d --nodes 2 --rdzv e:1 --smoke --set f=1 --mfu 0.50 --knn g --knn-minutes 30",
+            "train a --data b --out d --set f=1 --smoke --knn g --knn-minutes 30.0 --mfu 0.5",
+        ),
+        (
+            "eval finetune --data b --out d --gpus 1 --workers 0 -- -a",
+            "eval finetune --data b --out d --workers 0 -- -a",
+        ),
+    ],
+)
+def test_ranks_get_the_parsed_call_without_the_options_of_the_launcher(
+    given: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[list[str]]()
+    monkeypatch.setattr("sys.argv", ["python", "something else"])
+    monkeypatch.setattr("micl_zoo.training.run.ranks.launch", lambda words, **how: started.append(words))
+    for call in (given, words + " --gpus 4" if "--" not in words.split() else given):
+        assert run(*call.split()).exit_code == 0
+    assert started == [words.split()] * 2
+
+
 def test_unpublished_weights_on_the_command_line(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     result = run("extract", image_folder(1), "-o", tmp_path / "s", "--model", "vit_l16")
     assert result.exit_code == 1
@@ -145,7 +199,9 @@ def test_unpublished_weights_on_the_command_line(image_folder: Callable[..., Pat
 def test_models_and_info() -> None:
     listing = run("models").output
     assert all(name in listing for name in RECORDS)
-    assert [json.loads(line)["name"] for line in run("models", "--json").output.splitlines()] == sorted(RECORDS)
+    rows = [json.loads(line) for line in run("models", "--json").output.splitlines()]
+    assert rows[0]["published"]
+    assert [row["name"] for row in rows] == sorted(RECORDS, key=lambda name: (not RECORDS[name].published, name))
     text = run("info", "vit_b16").output
     assert "86 M parameters" in text
     assert "not measured" in text
@@ -162,11 +218,22 @@ def test_train_writes_an_encoder(image_folder: Callable[..., Path], tmp_path: Pa
 
 
 def test_help_and_import_load_nothing_heavy() -> None:
-    heavy = ["torch", "timm", "onnx", "numpy", "pyarrow", "PIL", "rich", "huggingface_hub", "safetensors"]
+    heavy = [
+        "importlib.metadata",
+        "torch",
+        "timm",
+        "onnx",
+        "numpy",
+        "pyarrow",
+        "PIL",
+        "rich",
+        "huggingface_hub",
+        "safetensors",
+    ]
     code = (
         "import sys; import micl_zoo; micl_zoo.__all__, dir(micl_zoo)\n"
         "from micl_zoo.cli import main\n"
-        "helps = [['--help'], ['extract', '--help'], ['train', '--help']]\n"
+        f"helps = {[[*name.split(), '--help'] for name in every_command()]}\n"
         "for words in [*helps, ['models'], ['info', 'vit_ti16', '--json']]:\n"
         "    main(words, standalone_mode=False)\n"
         f"print(sorted(name for name in {heavy} if name in sys.modules))"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from micl_zoo.errors import SourceError
 from micl_zoo.images.decode import decode
+from micl_zoo.sources import archives
 from micl_zoo.sources.listing import ImageIndex, Reader, index_source
 from micl_zoo.training.micl import draw_views
 from micl_zoo.training.pretraining import data
@@ -550,13 +551,13 @@ def test_no_row_group_is_read_twice_for_a_share_of_a_batch(
         parquet(tmp_path / "rows" / f"{name}.parquet", [jpeg(n) for n in range(20)], group=4)
     index = index_source(tmp_path / "rows")
     loads: Counter[tuple[str, int]] = Counter()
-    load = Reader._load_row_group
+    load = archives._Cells.load
 
-    def counted(reader: Reader, file: Any, row: int) -> None:
-        load(reader, file, row)
-        loads[reader._uri, reader._first] += 1
+    def counted(cells: Any, group: int) -> None:
+        load(cells, group)
+        loads[cells.uri, group] += 1
 
-    monkeypatch.setattr(Reader, "_load_row_group", counted)
+    monkeypatch.setattr(archives._Cells, "load", counted)
     for step in range(7):
         for world in (1, 2):
             loads.clear()

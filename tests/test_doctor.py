@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,29 @@ def test_torch_and_torchvision_of_different_releases(monkeypatch: pytest.MonkeyP
     assert "RuntimeError: operator torchvision::nms does not exist" in found["torchvision"].text
     assert found["torchvision"].commands == doctor.torch_again()
     assert [one for one in found.values() if one.state == "problem"] == [found["torchvision"]]
+
+
+def test_what_the_package_requires_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = ["click>=8.1", "absent-one<3,>=2"]
+    extras = ['absent-two>=1; extra == "ray"', 'pytest>=8; extra == "dev"', 'micl-zoo[onnx]; extra == "all"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: [*needed, *extras])
+    found = {finding.name: finding for finding in doctor.versions()}
+    assert found["click"].state == found["torchvision"].state == "ok"
+    assert found["absent-one"] == Finding(
+        "absent-one", "problem", "not installed", (pip_command("install", "absent-one"),)
+    )
+    assert not {"absent-two", "pytest", "micl-zoo[onnx]"} & set(found)
+
+
+def test_without_torch_its_followers_are_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "torch":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"imported {name}"))
+    assert [one.name for one in doctor.versions() if one.state == "problem"] == ["torch"]
 
 
 @pytest.mark.usefixtures("gpu")

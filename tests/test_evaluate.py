@@ -17,11 +17,12 @@ import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.errors import SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import extract
-from micl_zoo.training.evaluation.evaluate import Protocol, evaluate, evaluate_stores, random_encoder
-from micl_zoo.training.evaluation.features import store_features
+from micl_zoo.training.evaluation.evaluate import evaluate, evaluate_stores, random_encoder
+from micl_zoo.training.evaluation.features import Features, store_features
 from micl_zoo.training.evaluation.knn import knn_accuracy
 from micl_zoo.training.evaluation.labelled import LabelledSet
-from micl_zoo.training.evaluation.tables import interval, plot, table
+from micl_zoo.training.evaluation.protocols import METHODS, Method, Protocol
+from micl_zoo.training.evaluation.tables import interval, plot, score, table
 
 QUICK = Protocol(ks=(1, 3), epochs=2, inverse_penalties=(0.01, 1.0), shots=(1, 2, 30), draws=2)
 
@@ -58,7 +59,7 @@ def test_a_record_has_every_method_for_every_subject(record: dict[str, Any]) -> 
         assert found["logreg"]["cls"]["C"] in QUICK.inverse_penalties
         assert len(found["few-shot"]["2"]["draws"]) == 2
         assert found["few-shot"]["30"] == {
-            "left_out": "30 images a class asked for, but a class has 10 training images"
+            "left_out": "30 images per class asked for, but a class has 10 training images"
         }
     assert record["data"]["colours"]["train_images"] == 20
     assert record["protocol"]["ks"] == [1, 3]
@@ -98,7 +99,7 @@ def test_stores_give_what_their_images_give(colours: Path, encoder_folder: Path,
     with pytest.raises(SourceError, match="7 of 7 images have no label"):
         evaluate_stores(*stores, QUICK, labels={"elsewhere.png": "a"})
     other = extract(colours / "test", tmp_path / "mean", **{**settings, "pool": "mean"}).store
-    with pytest.raises(StoreError, match="the stores differ in pool: 'cls\\+mean' to learn from, 'mean'"):
+    with pytest.raises(StoreError, match="the stores differ in pool: 'cls\\+mean' in the training store, 'mean'"):
         evaluate_stores(stores[0], other, QUICK)
     alone = evaluate_stores(other, other, QUICK)["results"]["vit_ti16.tin200"]["stores"]
     assert list(alone["linear"]) == ["mean"]
@@ -127,7 +128,7 @@ def test_a_record_goes_on_where_it_was(
     with pytest.raises(UsageError, match="two sets are called colours"):
         evaluate(encoder, sets * 2, knn, **settings)
     out.write_text("{}", encoding="utf-8")
-    with pytest.raises(UsageError, match="no record of an evaluation"):
+    with pytest.raises(UsageError, match="not an evaluation record"):
         evaluate(encoder, sets, knn, **settings)
 
 
@@ -179,6 +180,7 @@ def test_the_commands(colours: Path, encoder_folder: Path, tmp_path: Path) -> No
     assert "| colours | vit_ti16.tin200 | 100.0 ± 0.0 |" in result.output
     written = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert written["data"]["colours"]["test_images"] == 4
+    assert written["command"].startswith(f"micl-zoo eval knn {encoder_folder} --data {colours} --test-images 4 ")
     assert (tmp_path / "r.png").exists()
     printed = run(
         "few-shot",
@@ -198,3 +200,37 @@ def test_the_commands(colours: Path, encoder_folder: Path, tmp_path: Path) -> No
     assert list(json.loads(printed.stdout)["results"]["vit_ti16.tin200"]["colours"]) == ["few-shot"]
     assert "give an ENCODER and --data" in run("linear").output
     assert run("logreg", "--train", "somewhere").exit_code == 2
+
+
+def measure_centroids(train: Features, test: Features, protocol: Protocol, classes: int, device: Any) -> dict[str, Any]:
+    """A method that is made here: the nearest mean of a class, by the first pool."""
+    rows, asked = (next(iter(part.rows.values())) for part in (train, test))
+    centres = np.stack([rows[train.labels == label].mean(0) for label in range(classes)])
+    far = np.linalg.norm(asked[:, None] - centres, axis=2)
+    return {"all": score(far.argmin(1) == test.labels)}
+
+
+CENTROIDS = Method(
+    "centroid", f"{__name__}:measure_centroids", "centroid, {}", ("pools",), "The nearest mean of a class.",
+    ("vit_ti16.tin200 --data caltech101",), "Centroid: of class tokens.", glance="all",
+)  # fmt: skip
+
+
+def test_a_new_method_is_a_function_and_a_row(
+    colours: Path, encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "centroid", CENTROIDS)
+    assert "The nearest mean of a class." in run("--help").output
+    assert "micl-zoo eval centroid vit_ti16.tin200 --data caltech101" in run("centroid", "--help").output
+    words = (encoder_folder, "--data", colours, "--device", "cpu", "--workers", 0, "--json")
+    picture = tmp_path / "r.png"
+    for name in ("centroid", "all"):
+        made = run(name, *words, "--plot", picture)
+        assert made.exit_code == 0, made.output
+        record = json.loads(made.stdout)
+        found = record["results"]["vit_ti16.tin200"]["colours"]
+        assert list(found) == ([name] if name == "centroid" else list(METHODS))
+        assert found["centroid"]["all"]["accuracy"] == 100.0
+        assert "centroid, all" in table(record).splitlines()[0]
+    assert picture.exists()
+    assert run("centroids", *words).exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -383,6 +384,27 @@ def test_a_store_in_use_is_refused(image_folder: Callable[..., Path], encoder_fo
     folder = image_folder(1)
     with Folder(tmp_path / "s").lock(), pytest.raises(StoreError, match="another process is writing"):  # type: ignore[union-attr]
         extract(folder, tmp_path / "s", weights=encoder_folder, workers=0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_store_in_use_is_refused_where_the_file_system_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    folder = Folder(tmp_path)
+    folder.lock().close()  # leaves its file, which is nobody's lock
+
+    def flock(file: object, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with folder.lock(), pytest.raises(StoreError, match=r"another process is writing .* delete '.*lock-owner.tmp'"):
+        Folder(tmp_path).lock()
+    with Folder(tmp_path).lock():
+        pass
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        Folder(tmp_path).lock()
 
 
 def test_a_store_that_is_being_written_can_be_read(

@@ -57,8 +57,8 @@ def test_embeddings(tmp_path: Path, precision: str, cosine: float) -> None:
     for number in range(6):
         picture(number, 300, 260).save(tmp_path / "images" / f"{number}.png")
     options = {"workers": 2, "batch_size": 4}
-    extract(tmp_path / "images", tmp_path / "cpu", device="cpu", precision="fp32", **options)  # type: ignore[arg-type]
-    extract(tmp_path / "images", tmp_path / "gpu", device=DEVICE, precision=precision, **options)  # type: ignore[arg-type]
+    extract(tmp_path / "images", tmp_path / "cpu", devices="cpu", precision="fp32", **options)  # type: ignore[arg-type]
+    extract(tmp_path / "images", tmp_path / "gpu", devices=DEVICE, precision=precision, **options)  # type: ignore[arg-type]
     cpu, gpu = (micl_zoo.open_store(tmp_path / name).embeddings for name in ("cpu", "gpu"))
     assert (cpu * gpu).sum(1).min() > cosine
     assert np.isfinite(gpu).all()

@@ -34,9 +34,9 @@ from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretraining import pretrain as module
 from micl_zoo.training.pretraining.pretrain import pretrain
-from micl_zoo.training.pretraining.step import fsdp_works_on
 from micl_zoo.training.recipes import RECIPES, get_recipe
 from micl_zoo.training.run import rundir
+from micl_zoo.training.run.step import fsdp_works_on
 
 RECIPE = "vit_ti16.tin200"
 
@@ -442,3 +442,27 @@ def test_a_corpus_smaller_than_a_batch_trains_nothing(image_folder: Callable[...
 def test_a_ratio_that_leaves_no_view_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="leaves no patch for three views"):
         pretrain(RECIPE, "nowhere", tmp_path / "r", overrides=["mask_ratio=0.97"], device="cpu")
+
+
+def test_knn_goes_by_the_clock_and_changes_no_number(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, sets, options = image_folder(24), tmp_path / "four", [*TWIN, "checkpoint_minutes=60"]
+    labelled(sets, "train", 8)
+    labelled(sets, "test", 4)
+    asked: dict[str, Any] = {"knn": [sets], "knn_minutes": 0, "knn_images": 8}
+    pretrain(RECIPE, folder, tmp_path / "measured", overrides=options, device="cpu", **asked)
+    pretrain(RECIPE, folder, tmp_path / "plain", overrides=options, device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "measured" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn" in line] == list(range(1, 13))
+    assert losses(tmp_path / "measured") == losses(tmp_path / "plain")
+    checkpoints = sorted((tmp_path / "measured" / "checkpoints").glob("*.safetensors"))
+    assert [file.stem for file in checkpoints] == ["step-00000000", "step-00000012"]
+
+
+def test_a_checkpoint_alone_is_an_encoder(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, run, alone = image_folder(24), tmp_path / "run", tmp_path / "somewhere.safetensors"
+    assert pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=5) == run
+    shutil.copy(run / "checkpoints" / "step-00000005.safetensors", alone)
+    encoder = micl_zoo.load(weights=alone, device="cpu")
+    assert (encoder.embed_dim, encoder.transform.size) == (32, 32)
+    assert torch.equal(encoder.vit.blocks[0].mlp.fc1.weight, load_file(alone)["model.blocks.0.mlp.fc1.weight"])
+    assert header(alone)["provenance"]["recipe"]["epochs"] == 4

@@ -227,7 +227,7 @@ def test_s3_is_as_a_folder(s3: Callable[[str], str], tree: Path, source: str) ->
 
 
 def test_lists_in_s3_and_of_it(s3: Callable[[str], str], tmp_path: Path) -> None:
-    assert index_source(s3("lists/keys.csv"))[0] == Entry("one", s3("photos/b.jpg"), 0, 0)
+    assert index_source(s3("lists/keys.csv"))[0] == Entry("one", s3("photos/b.jpg"), "file", 0, 0)
     assert listed(s3("lists/keys.csv")) == [("one", jpeg(0))]
     (tmp_path / "list.txt").write_text(f"{s3('photos/b.jpg')}\n{s3('photos/gone.jpg')}\n")
     index = index_source(tmp_path / "list.txt")
@@ -368,7 +368,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SourceError, match="starts with nope://, which fsspec does not know"):
         index_source("nope://bucket/a.jpg")
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    for action in (lambda: index_source("s3://b/x/"), lambda: Reader().read(Entry("a", "s3://b/a.jpg", 0, 1))):
+    for action in (lambda: index_source("s3://b/x/"), lambda: Reader().read(Entry("a", "s3://b/a.jpg", "file", 0, 1))):
         with pytest.raises(SourceError, match=re.escape("pip install 'micl-zoo[remote]'")):
             action()
 

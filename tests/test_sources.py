@@ -11,6 +11,8 @@ import os
 import sys
 import tarfile
 import zipfile
+from base64 import b64decode, b64encode
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,12 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import picture
+from PIL import Image
 
 from micl_zoo.errors import Refused, SourceError, UsageError
 from micl_zoo.extraction.extract import Summary, extract
-from micl_zoo.images.decode import decode
+from micl_zoo.images.decode import FORMATS, SUFFIXES, _formats, decode
+from micl_zoo.sources import archives, globs
 from micl_zoo.sources import listing as sources
+from micl_zoo.sources.kinds import KINDS, Kind
 from micl_zoo.sources.listing import Entry, Fingerprint, ImageIndex, Reader, index_source, list_source
+from micl_zoo.sources.places import File, OpenFiles
+from micl_zoo.stores.store import open_store
 
 
 def jpeg(seed: int) -> bytes:
@@ -64,7 +71,7 @@ def test_a_folder_is_walked_in_order(image_folder: Callable[..., Path]) -> None:
     (folder / "UPPER.PNG").write_bytes(jpeg(0))
     assert ids(folder) == ["000.jpg", "002.jpg", "UPPER.PNG", "below/001.jpg", "below/003.jpg"]
     entry = index_source(folder)[0]
-    assert entry == Entry("000.jpg", str(folder / "000.jpg"), 0, (folder / "000.jpg").stat().st_size)
+    assert entry == Entry("000.jpg", str(folder / "000.jpg"), "file", 0, (folder / "000.jpg").stat().st_size)
 
 
 def test_a_loop_of_links_ends(image_folder: Callable[..., Path]) -> None:
@@ -155,7 +162,7 @@ def test_a_store_inside_the_source_is_no_part_of_it(tmp_path: Path, encoder_fold
     [
         (lambda p: p / "missing", "no such source"),
         (lambda p: p / "*.jpg", "matches no file"),
-        (lambda p: (p / "empty.txt").write_text("\n") and p / "empty.txt", "one path a line is expected"),
+        (lambda p: (p / "empty.txt").write_text("\n") and p / "empty.txt", "one path per line is expected"),
         (lambda p: (p / "bad.parquet").write_bytes(b"no") and p / "bad.parquet", "cannot read .* as parquet"),
         (lambda p: [], "no images given"),
     ],
@@ -247,13 +254,13 @@ def test_a_name_with_braces_is_a_name(image_folder: Callable[..., Path]) -> None
 
 
 def test_a_reader_keeps_few_archives_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micl_zoo.sources.reader.OPEN_ARCHIVES", 2)
+    monkeypatch.setattr("micl_zoo.sources.places.OPEN_ARCHIVES", 2)
     for n in range(4):
         tar(tmp_path / f"{n}.tar", {"a.jpg": jpeg(n)})
     index, reader = index_source(tmp_path), Reader()
     for row in (0, 1, 0, 2, 3, 0, 3):
         assert reader.read(index[row]) == jpeg(row)
-    assert list(reader._archives) == [str(tmp_path / "0.tar"), str(tmp_path / "3.tar")]
+    assert list(reader._files._archives) == [str(tmp_path / "0.tar"), str(tmp_path / "3.tar")]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -354,8 +361,8 @@ def test_a_folder_is_listed_while_it_is_walked(tmp_path: Path, monkeypatch: pyte
     for n in range(12):
         (tmp_path / f"{n // 3}").mkdir(exist_ok=True)
         (tmp_path / f"{n // 3}/{n:02d}.jpg").touch()
-    scanned, scan = [], sources._scan
-    monkeypatch.setattr(sources, "_scan", lambda folder: scanned.append(folder) or scan(folder))
+    scanned, scan = [], globs._scan
+    monkeypatch.setattr(globs, "_scan", lambda folder: scanned.append(folder) or scan(folder))
     monkeypatch.setattr(sources, "PIECE_SECONDS", 60)
     pieces = list_source(tmp_path, chunk_rows=3)
     assert len(next(pieces)) == 3
@@ -439,7 +446,7 @@ def test_globs_relative_linked_and_looping(tmp_path: Path, monkeypatch: pytest.M
     assert ids("*/*.jpg") == ["link/a.jpg", "real/a.jpg"]
     assert ids("**/*.jpg") == ["real/a.jpg"]
     entry = index_source("real/{a,a}.jpg")[0]
-    assert entry == Entry("a.jpg", str(tmp_path / "real/a.jpg"), 0, len(jpeg(1)))
+    assert entry == Entry("a.jpg", str(tmp_path / "real/a.jpg"), "file", 0, len(jpeg(1)))
 
 
 def test_lists_with_columns(tmp_path: Path) -> None:
@@ -453,8 +460,8 @@ def test_lists_with_columns(tmp_path: Path) -> None:
     for name in ("rows.jsonl", "rows.csv"):
         index = index_source(tmp_path / name)
         assert list(index.entries()) == [
-            Entry("7", str(tmp_path / "a/b, c.jpg"), 0, len(jpeg(1))),
-            Entry("eight", str(tmp_path / "gone.jpg"), 0, 0),
+            Entry("7", str(tmp_path / "a/b, c.jpg"), "file", 0, len(jpeg(1))),
+            Entry("eight", str(tmp_path / "gone.jpg"), "file", 0, 0),
         ]
         assert Reader().read(index[0]) == jpeg(1)
     (tmp_path / "files.csv").write_text("url,filename\nx,a/b.jpg\n")
@@ -469,8 +476,8 @@ def test_lists_with_columns(tmp_path: Path) -> None:
         ("a.csv", "id,path\n1\n", "line 2 of the list .* has no path: None"),
         ("a.csv", "path\n", "is empty"),
         ("a.csv", "", "is empty"),
-        ("a.jsonl", '{"path": "a.jpg"}\n{"path": ', "line 2 of the list .* is not JSON"),
-        ("a.jsonl", '["a.jpg"]', r"line 1 of the list .* is no JSON object: \[\"a\.jpg\"\]"),
+        ("a.jsonl", '{"path": "a.jpg"}\n{"path": ', "line 2 of the list .* is no JSON object: Expecting"),
+        ("a.jsonl", '["a.jpg"]', r"line 1 of the list .* is no JSON object: \[.a\.jpg.\]"),
         ("a.jsonl", '{"path": "a.jpg", "id": null}', "line 1 of the list .* has no id: None"),
         ("a.txt", "caf\udce9.jpg", "is not UTF-8 text"),
     ],
@@ -515,7 +522,7 @@ def test_members_of_a_zip(tmp_path: Path, method: int) -> None:
     path = zipped(tmp_path / "z/a.zip", images | {"notes.txt": b"x", "__MACOSX/._a.jpg": b"x", "dir.jpg/": b""}, method)
     index = index_source(path)
     assert [entry.id for entry in index.entries()] == [f"a.zip#{name}" for name in images]
-    assert index[0][1:] == (str(path), 0, zipfile.ZipFile(path).getinfo("a.jpg").compress_size)
+    assert index[0][1:] == (str(path), "zip", 0, zipfile.ZipFile(path).getinfo("a.jpg").compress_size)
     reader = Reader()
     for row in (3, 0, 2, 1):
         assert reader.read(index[row]) == list(images.values())[row]
@@ -577,7 +584,7 @@ def test_a_damaged_member_of_a_zip_is_refused(tmp_path: Path, monkeypatch: pytes
         Reader().read(first)
     path.write_bytes(data)
     assert Reader().read(bomb) == bytes(100_000)
-    monkeypatch.setattr("micl_zoo.sources.reader.MAX_BYTES", 99_999)
+    monkeypatch.setattr("micl_zoo.sources.places.MAX_BYTES", 99_999)
     with pytest.raises(Refused, match=r"^too_large: "):
         Reader().read(bomb)
 
@@ -597,3 +604,100 @@ def test_what_is_no_regular_file_is_refused_at_once(image_folder: Callable[..., 
         refusals[entry.id] = caught.value.reason
     unreadable = dict.fromkeys(("pipe.jpg", "self.jpg", "zero.jpg"), "unreadable")
     assert refusals == unreadable | {"sparse.jpg": "too_large"}
+
+
+def test_a_kind_of_source_is_added_by_two_functions_and_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.b64").write_text(f"one,{b64encode(jpeg(1)).decode()}\nnothing\ntwo,{b64encode(jpeg(2)).decode()}\n")
+
+    def list_lines(file: File) -> archives.Members:
+        at = 0
+        for line in Path(file.place).read_text().splitlines(keepends=True):
+            name, comma, data = line.rstrip().partition(",")
+            yield (f"{file.name}#{name}", at + len(name) + 1, len(data)) if comma else None
+            at += len(line)
+
+    def read_line(files: OpenFiles, entry: Entry) -> bytes:
+        return b64decode(files.read_range(entry.uri, entry.offset, entry.length))
+
+    KINDS.append(Kind("base64", "lines of base64", (".b64",), list_lines, read_line))
+    try:
+        for source in (tmp_path, tmp_path / "a.b64", str(tmp_path / "*.b64")):
+            index = index_source(source)
+            assert [(entry.id, entry.kind) for entry in index.entries()] == [
+                (f"a.b64#{n}", "base64") for n in ("one", "two")
+            ]
+            assert [Reader().read(entry) for entry in index.entries()] == [jpeg(1), jpeg(2)]
+        (tmp_path / "b.b64").write_bytes(b"\xff")
+        with pytest.raises(SourceError, match=r"cannot read '.*b\.b64' as lines of base64"):
+            index_source(tmp_path / "b.b64")
+    finally:
+        KINDS.pop()
+    with pytest.raises(SourceError, match=r"unknown kind of source 'base64'.* Valid: file, parquet, tar, zip"):
+        Reader().read(index[0])
+
+
+def test_an_index_without_kinds_is_that_with_them(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    sources = [
+        image_folder(2),
+        parquet(tmp_path / "a.parquet", 2),
+        tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "b.jpg": jpeg(1)}),
+        zipped(tmp_path / "A.ZIP", {"a.jpg": jpeg(0), "b.jpg": jpeg(1)}),
+    ]
+    index = index_source(sources)
+    kinds = ["file", "file", "parquet", "parquet", "tar", "tar", "zip", "zip"]
+    assert index.table["kind"].to_pylist() == kinds
+    before = index.table.drop_columns(["kind"])
+    assert ImageIndex.from_table(before).table.equals(index.table)
+    assert ImageIndex.from_table(index.table) == index
+    lines = "".join(f"{entry.id}\0{entry.offset}\0{entry.length}\n" for entry in index.entries())
+    assert index.fingerprint() == hashlib.sha256(lines.encode()).hexdigest()
+    places = {
+        "https://h/a.zip?sig=1": "zip",
+        "https://h/a.ZIP": "zip",
+        "https://h/a.tar?name=b.zip": "tar",
+        "s3://b/a.tar?.zip": "zip",
+        "/data/zip": "tar",
+    }
+    offsets = pa.array([512] * len(places))
+    table = pa.table({"id": list(places), "uri": list(places), "offset": offsets, "length": offsets})
+    assert ImageIndex.from_table(table).table["kind"].to_pylist() == list(places.values())
+
+
+def test_a_store_whose_index_states_no_kinds_goes_on(tmp_path: Path, encoder_folder: Path) -> None:
+    source = zipped(tmp_path / "a.zip", {f"{n}.jpg": jpeg(n) for n in range(5)})
+    extract(source, tmp_path / "out", weights=encoder_folder, workers=0, shard_rows=2)
+    store = open_store(tmp_path / "out")
+    whole, rows = store.manifest.index_sha256, store.embeddings
+    for part in (tmp_path / "out/index").iterdir():
+        pq.write_table(pq.read_table(part).drop_columns(["kind"]), part)
+    (tmp_path / "out/part-00001.parquet").unlink()
+    extract(source, tmp_path / "out", weights=encoder_folder, workers=0, shard_rows=2)
+    again = open_store(tmp_path / "out")
+    assert again.manifest.index_sha256 == whole
+    assert np.array_equal(again.embeddings, rows)
+
+
+def test_each_row_group_is_read_once_and_looked_up_in_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [jpeg(n % 3) for n in range(300)]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet", row_group_size=1)
+    calls: Counter[str] = Counter()
+    for name, owner in (("parquet_row_groups", archives), ("load", archives._Cells)):
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, name=name, whole=whole: calls.update([name]) or whole(*args))
+    reader, index = Reader(), index_source(tmp_path / "a.parquet")
+    assert [reader.read(entry) for entry in index.entries()] == rows
+    assert calls == {"parquet_row_groups": 1, "load": 300}
+    assert reader.read(index[7]) == rows[7]
+    with pytest.raises(Refused, match=r"row 300 is past the end of .* \(300 rows\)"):
+        reader.read(index[0]._replace(offset=300))
+
+
+def test_a_folder_lists_whatever_decode_reads(tmp_path: Path) -> None:
+    assert set(_formats()) <= set(FORMATS)
+    registered = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
+    assert registered <= set(SUFFIXES)
+    for suffix in SUFFIXES:
+        (tmp_path / f"a{suffix}").touch()
+    assert sorted(ids(tmp_path)) == sorted(f"a{suffix}" for suffix in SUFFIXES)
+    picture(3).save(tmp_path / "picture.ppm")
+    assert decode(Reader().read(index_source(tmp_path / "picture.ppm")[0])).size == picture(3).size

@@ -183,6 +183,19 @@ def test_a_store_that_is_still_being_written(store: Store, encoder_folder: Path)
     assert "not complete" in found.summary()
 
 
+def test_a_snapshot_does_not_move(store: Store) -> None:
+    part = store.part_path(1).read_bytes()
+    store.part_path(1).unlink()
+    now, first = store.snapshot(), store.snapshot([0])
+    store.part_path(1).write_bytes(part)
+    assert (store.done(), now.done(), first.done()) == ([0, 1, 2], [0, 2], [0])
+    assert now.snapshot().done() == [0, 2]
+    assert store.complete
+    assert not now.complete
+    assert len(now) == len(now.ids) == len(now.embeddings) == len(now.to_pandas()) == len(now.to_arrow()) < len(store)
+    assert first.ids == store.ids[: len(first)]
+
+
 def test_an_index_that_is_another(store: Store) -> None:
     (store.path / "index" / "part-00001.parquet").replace(store.path / "index" / "part-00000.parquet")
     shutil.copy(store.path / "index" / "part-00002.parquet", store.path / "index" / "part-00001.parquet")

@@ -140,7 +140,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch
     if precision == "auto":
         precision = fast_precision(device)
     if precision not in PRECISIONS:
-        raise UsageError(unknown("precision", precision, ("auto", *PRECISIONS)))
+        raise UsageError(f"unknown precision {precision!r}. Valid: auto, {', '.join(PRECISIONS)}.")
     if PRECISIONS[precision].dtype is None:
         raise UsageError(
             f"{precision} is a precision of ONNX files: export one with `micl-zoo export … --precision {precision}`, "
@@ -224,8 +224,8 @@ def backend_again(runtime: str, device: str) -> Backend:
         device: that the model will run on, as `load` takes it.
     """
     name = runtime.split()[0]  # without "compiled"
-    row = BACKENDS.get(name)
-    if row is None or not (row.exported or row.installed):
-        return "torch"
-    fits = row.exported or row.devices is None or device.partition(":")[0] in ("auto", *row.devices)
-    return cast(Backend, name) if fits else "torch"
+    row = BACKENDS.get(name, BACKENDS["torch"])
+    here = row.installed and (row.devices is None or device.partition(":")[0] in ("auto", *row.devices))
+    return (
+        cast(Backend, name) if name in BACKENDS and (row.exported or here) else "torch"
+    )  # ONNX files are other weights

@@ -112,16 +112,7 @@ class OnnxSession:
 
     def __init__(self, session: InferenceSession, card: OnnxCard) -> None:
         self.session, self.card = session, card
-
-    @property
-    def precision(self) -> Precision:
-        """Of the file."""
-        return self.card.precision
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
-        return self.card.grid
+        self.precision, self.grid = card.precision, card.grid
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in float32; the mean is taken from the patches if the file lacks it.

@@ -42,14 +42,10 @@ class OpenVinoModel:
         except ImportError:
             raise UsageError(f"backend openvino needs OpenVINO: {BACKENDS['openvino'].install}") from None
         self.vit = vit
+        self.grid: tuple[int, int] = vit.patch_embed.grid_size
         self._core = openvino.Core()
         self._compiled: dict[torch.dtype, Any] = {}
         self.model = openvino.convert_model(_traced(vit))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
-        return self.vit.patch_embed.grid_size
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in the precision of `torch.autocast`, in float32 outside of it.

@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 ONNX_FILE = "model.onnx"
 # Config and provenance in the safetensors header: one entry, as the library shuffles several.
 HEADER_KEY = "micl_zoo"
+CHECKPOINT_KEYS = {"step", "seconds"}  # in the headers of training's checkpoints
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def local_weights(path: Path) -> Weights:
             f"{str(file)!r} is not a .safetensors file. Other formats can run code when they are read; convert it "
             "once with safetensors.torch.save_file(state_dict, 'model.safetensors') on a machine you can lose"
         )
-    if "step" in _metadata(file):
+    if _metadata(file).keys() >= CHECKPOINT_KEYS:
         return _checkpoint(file)
     config = header(file).get("config")
     beside = file.parent / CONFIG_FILE
@@ -215,7 +216,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     from safetensors import safe_open
 
-    checkpoint = "step" in _metadata(file)
+    checkpoint = _metadata(file).keys() >= CHECKPOINT_KEYS
     with safe_open(file, framework="pt") as opened:
         names = list(opened.keys())
         means = any(name.startswith("ema.") for name in names)

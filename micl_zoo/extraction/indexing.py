@@ -71,7 +71,7 @@ class Indexing:
         first = 0
         if self.only_missing:
             for first, index in enumerate(map(self.store.shard, there), start=1):
-                known.update(index.table["id"].to_pylist())
+                known.update(index.ids)
                 self._announce(first - 1, index, fingerprint)
         rows = _cut(_new(_limited(pieces, self.limit), known), self.store.manifest.shard_rows)
         for number, index in zip(count(first), rows):
@@ -120,7 +120,7 @@ def _new(pieces: Iterator[ImageIndex], known: set[str]) -> Iterator[ImageIndex]:
     """Leave out the images that are known."""
     for piece in pieces:
         if known:
-            fresh = pa.array([name not in known for name in piece.table["id"].to_pylist()], pa.bool_())
+            fresh = pa.array([name not in known for name in piece.ids], pa.bool_())
             yield ImageIndex(piece.table.filter(fresh))
         else:
             yield piece

@@ -1,4 +1,4 @@
-"""Bytes -> upright RGB image, or a refusal with a named reason. Nothing is guessed and nothing is repaired."""
+"""Decodes bytes to an upright RGB image, or refuses them by a named reason; guesses and repairs nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import Refused, UsageError
-from .integrity import file_damage, jpeg_pieces, tags_damage
+from .integrity import check_file, check_tags, jpeg_pieces
 from .transform import MAX_ASPECT, Transform
 
 Exif = Literal["upright", "keep"]
@@ -37,6 +37,24 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Formats that are read, by Pillow's names, and the suffixes of their files. EPS and the like are left out: they start
+# other programs. HEIF and AVIF are there also where this Pillow cannot read them: what is listed must not depend on the
+# packages of the machine, and such files are refused by name.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heics", ".heif", ".heifs", ".hif"),
+    "JPEG2000": (".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "ICO": (".ico",),
+    "TGA": (".tga", ".icb", ".vda", ".vst"),
+}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 _JPEGS = ("JPEG", "MPO")  # MPO: with more pictures behind, as phones and stereo cameras write
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _AVIF_BRANDS = (b"avif", b"avis")
@@ -44,7 +62,7 @@ _AVIF_BRANDS = (b"avif", b"avis")
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the bytes of a file become the pixels that an encoder sees.
+    """Says how the bytes of a file become the pixels that an encoder sees.
 
     Attributes:
         exif: "upright" turns a picture as its EXIF orientation says, "keep" leaves it as it is stored. A HEIC is always
@@ -54,7 +72,7 @@ class Decoding:
         max_pixels: width x height above which a file is refused before it is decoded.
 
     Raises:
-        UsageError: a value that means nothing.
+        UsageError: a value is not valid.
     """
 
     exif: Exif = "upright"
@@ -69,15 +87,15 @@ class Decoding:
 
     @property
     def id(self) -> str:
-        """Names every choice: two stores with the same id and transform id saw the same pixels."""
+        """Name every choice: two stores with the same id and transform id saw the same pixels."""
         return f"{'fast' if self.fast else 'exact'}-{self.exif}-max{self.max_pixels}"
 
     @classmethod
     def from_id(cls, name: str) -> Decoding:
-        """That which has this id.
+        """Return the decoding that has this id.
 
         Raises:
-            UsageError: none has.
+            UsageError: the id is not known.
         """
         match = re.fullmatch(r"(exact|fast)-(upright|keep)-max(\d+)", name)
         if match is None:
@@ -97,33 +115,39 @@ def decode(data: bytes, *, exif: Exif = "upright", max_pixels: int = MAX_PIXELS)
         An image of mode "RGB". Of a GIF or TIFF with several frames, the first.
 
     Raises:
-        Refused: with the reason and a sentence.
+        Refused: the image cannot be used; the error has the reason and a sentence.
     """
     with _refusals(data):
         return to_rgb(_loaded(_opened(data, max_pixels), data), exif=exif)
 
 
 def decode_pixels(data: bytes, transform: Transform, decoding: Decoding = Decoding()) -> np.ndarray:
-    """From the bytes of a file to the pixels that an encoder takes, before they are normalised.
+    """Decode a file to the pixels that an encoder takes, before they are normalised.
 
     Args:
         data: the whole file.
         transform: the encoder's own.
-        decoding: exact or fast, and with which limit.
+        decoding: exact or fast, and the limit.
 
     Returns:
         (size, size, 3) uint8; with the exact decoding equal to `transform.pixels(decode(data))`.
 
     Raises:
-        Refused: with the reason and a sentence.
+        Refused: as from `decode`.
     """
     if not decoding.fast or transform.size > transform.resize:  # no crop to fuse where it is larger than the picture
         image = decode(data, exif=decoding.exif, max_pixels=decoding.max_pixels)
         with _refusals(data):
             return transform.pixels(image)
-    kept = functools.partial(_kept, transform)
-    side, exif = transform.size, decoding.exif
-    return _crop(data, kept, side, transform.interpolation, decoding.max_pixels, FAST_MARGIN, exif)
+    return decode_crop(
+        data,
+        functools.partial(_kept, transform),
+        transform.size,
+        transform.interpolation,
+        max_pixels=decoding.max_pixels,
+        margin=FAST_MARGIN,
+        exif=decoding.exif,
+    )
 
 
 def decode_crop(
@@ -133,35 +157,25 @@ def decode_crop(
     interpolation: Filter,
     *,
     max_pixels: int = MAX_PIXELS,
+    margin: float = 1.0,
+    exif: Exif = "upright",
 ) -> np.ndarray:
-    """Decode, cut and resize in one go, for training: a JPEG is decoded at the scale that the crop needs.
+    """Decode, cut and resize in one go; a JPEG is decoded at the scale that the crop needs.
 
     Args:
         data: the whole file.
-        box: from the upright width and height to left, top, right and bottom as shares of them.
+        box: maps the upright width and height to left, top, right and bottom as shares of them.
         side: of the square crop, in pixels.
         interpolation: filter of the resize, antialiased.
-        max_pixels: as for `decode`.
+        max_pixels, exif: as for `decode`.
+        margin: a JPEG is decoded to at least this many times the pixels of the crop in each direction.
 
     Returns:
         (side, side, 3) uint8.
 
     Raises:
-        Refused: with the reason and a sentence.
+        Refused: as from `decode`.
     """
-    return _crop(data, box, side, interpolation, max_pixels, margin=1.0, exif="upright")
-
-
-def _crop(
-    data: bytes,
-    box: Callable[[int, int], Sequence[float]],
-    side: int,
-    interpolation: Filter,
-    max_pixels: int,
-    margin: float,
-    exif: Exif,
-) -> np.ndarray:
-    """As `decode_crop`; a JPEG is decoded to at least `margin` times the pixels of the crop in each direction."""
     with _refusals(data):
         image = _opened(data, max_pixels)
     shares: Sequence[float] = ()
@@ -180,7 +194,7 @@ def _crop(
 
 
 def _kept(transform: Transform, width: int, height: int) -> tuple[float, float, float, float]:
-    """What `Transform.pixels` keeps of a picture, as shares of its sides: left, top, right, bottom."""
+    """Find what `Transform.pixels` keeps of a picture, as shares of its sides: left, top, right, bottom."""
     short, side = min(width, height), transform.size
     near, far = [0.0, 0.0], [1.0, 1.0]
     for axis, length in enumerate((width, height)):
@@ -193,23 +207,23 @@ def _kept(transform: Transform, width: int, height: int) -> tuple[float, float, 
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
-    if damage := tags_damage(data):
-        raise Refused(*damage)
+    check_tags(data)
     image = Image.open(io.BytesIO(data), formats=_formats())
-    _check_size(image.size, max_pixels)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise Refused("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} in all")
+    if min(width, height) < MIN_SIDE:
+        raise Refused("too_small", f"{width} x {height} pixels, each side must be at least {MIN_SIDE}")
     return image
 
 
 def _loaded(image: Image.Image, data: bytes) -> Image.Image:
-    """Its pixels decoded, and refused where the file's own checks speak against them."""
-    if damage := file_damage(data, image.format):
-        raise Refused(*damage)
+    """Decode the pixels; refuse them where the file's own checks speak against them."""
+    check_file(data, image.format)
     if image.format not in _JPEGS:
         image.load()
         return image
     pieces = jpeg_pieces(data)
-    if isinstance(pieces, tuple):
-        raise Refused(*pieces)
 
     def next_piece(_: int) -> bytes:
         if not pieces:
@@ -225,7 +239,7 @@ def _loaded(image: Image.Image, data: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def _refusals(data: bytes) -> Iterator[None]:
-    """Whatever Pillow raises becomes a refusal with a reason."""
+    """Turn whatever Pillow raises into a refusal with a reason."""
     if not data:
         raise Refused("empty", "the file has no bytes")
     try:
@@ -254,42 +268,34 @@ def _unidentified(data: bytes) -> Refused:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Of the picture formats, those this Pillow reads. Without EPS and the like, which start other programs."""
+    """Return the names of those FORMATS that this Pillow reads."""
     Image.init()
-    with contextlib.suppress(ImportError):  # one core a process: workers share the machine
+    with contextlib.suppress(ImportError):  # one core per process: workers share the machine
         importlib.import_module("pillow_heif").register_heif_opener(decode_threads=1, thumbnails=False)
-    wanted = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO", "TGA")
-    return tuple(name for name in wanted if name in Image.OPEN)
-
-
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise Refused("too_large", f"{width} x {height} pixels, the limit is {max_pixels:,} in all")
-    if min(width, height) < MIN_SIDE:
-        raise Refused("too_small", f"{width} x {height} pixels, each side must be at least {MIN_SIDE}")
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _orientation(image: Image.Image) -> object:
-    """Of EXIF, or of XMP where that has none."""
+    """Read the orientation from EXIF, or from XMP where EXIF has none."""
     try:
         block = image.info.get("exif", b"")
         if "Raw profile type exif" in image.info:  # how ImageMagick writes it to a PNG: hexadecimal, after three lines
             block = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
-        return None if tags_damage(block) else image.getexif().get(_ORIENTATION)
+        check_tags(block)
+        return image.getexif().get(_ORIENTATION)
     except Exception:  # a broken EXIF block says nothing of the pixels, which decode
         return None
 
 
 def to_rgb(image: Image.Image, *, exif: Exif = "upright") -> Image.Image:
-    """An opened image as RGB: upright by its EXIF orientation, transparency on white, 16 bits cut to 8.
+    """Convert an opened image to RGB: upright by its EXIF orientation, transparency on white, 16 bits cut to 8.
 
     Args:
         image: of any mode.
         exif: "keep" leaves it as it is stored.
 
     Raises:
-        Refused: pixels without a defined white.
+        Refused: its pixels have no defined white.
     """
     image.load()  # a PNG may have its EXIF behind its pixels
     orientation = _orientation(image) if exif == "upright" else None

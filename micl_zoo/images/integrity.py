@@ -1,13 +1,13 @@
-"""What the checks inside a file say against it, where a decoder says nothing and fills in grey.
+"""Detects damaged image files that decoders accept silently, filling the gap with grey.
 
-JPEG   whole to its end mark; one scan of Huffman codes must take exactly the bytes there are; restart marks in order;
-       all precision of a progressive file there. A changed bit that leaves the length of the codes is not seen.
-PNG    the checksum of every chunk, to the end mark.
-GIF    every block, to the end mark or, as some writers leave that out, to the end of a block. No checksum of pixels.
-TGA    the footer of version 2; without it nothing tells a TGA from other bytes.
+JPEG   is whole to its end mark; one scan of Huffman codes takes exactly the bytes there are; restart marks are in
+       order; a progressive file has all its precision. A changed bit that leaves the length of the codes is not seen.
+PNG    every chunk fits its checksum, to the end mark.
+GIF    every block is there, to the end mark or, as some writers omit it, to the end of a block. It has no checksums.
+TGA    has the footer of version 2; without it nothing tells a TGA from other bytes.
 
-WebP, AVIF, HEIC, BMP, TIFF, JPEG 2000 and PPM: their decoders refuse what is cut off (TIFF's also a wrong checksum of
-deflate), and nothing in these files tells a changed pixel from another picture.
+The decoders of WebP, AVIF, HEIC, BMP, TIFF, JPEG 2000 and PPM refuse a file that is cut off (TIFF's also a wrong
+checksum of deflate), and nothing in these files tells a changed pixel from another picture.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Damage = tuple[Literal["truncated", "damaged", "too_large", "unsupported"], str]
+from ..errors import Refused
 
 MAX_SCANS = 100  # of a progressive JPEG; encoders write 10 or so, and each costs a pass over all of its coefficients
 _SPARE_BYTES = 8  # unread ones that a JPEG may have before its end mark: some cameras leave a few
@@ -32,23 +32,27 @@ _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TYPE_BYTES = {2: 1, 1: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
-def file_damage(data: bytes, kind: str | None) -> Damage | None:
-    """Reason and sentence, where the file's own checks fail.
+def check_file(data: bytes, kind: str | None) -> None:
+    """Apply the checks that a whole file carries; those of a JPEG are in `jpeg_pieces`.
 
     Args:
         data: the whole file.
         kind: its format as Pillow names it.
+
+    Raises:
+        Refused: a check fails.
     """
     if kind == "PNG":
-        return _png_damage(data)
-    if kind == "GIF":
-        return _gif_damage(data)
-    if kind == "TGA" and not data.endswith(b"TRUEVISION-XFILE.\0"):
-        return "unsupported", "a TGA without the footer of version 2 cannot be told from other bytes: convert it to PNG"
-    return None
+        _check_png(data)
+    elif kind == "GIF":
+        _check_gif(data)
+    elif kind == "TGA" and not data.endswith(b"TRUEVISION-XFILE.\0"):
+        raise Refused(
+            "unsupported", "a TGA without the footer of version 2 cannot be told from other bytes: convert it to PNG"
+        )
 
 
-def _png_damage(data: bytes) -> Damage | None:
+def _check_png(data: bytes) -> None:
     view, at = memoryview(data), 8
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
@@ -56,14 +60,14 @@ def _png_damage(data: bytes) -> Damage | None:
         if end > len(data):
             break
         if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            return "damaged", f"the checksum of the PNG chunk at byte {at:,} does not fit its bytes"
+            raise Refused("damaged", f"the checksum of the PNG chunk at byte {at:,} does not fit its bytes")
         if data[at + 4 : at + 8] == b"IEND":
-            return None
+            return
         at = end
-    return "truncated", f"the PNG stops at byte {len(data):,} before its end mark"
+    raise Refused("truncated", f"the PNG stops at byte {len(data):,} before its end mark")
 
 
-def _gif_damage(data: bytes) -> Damage | None:
+def _check_gif(data: bytes) -> None:
     at, frames = 13 + _colour_table(data[10]), 0
     while at < len(data) and data[at] != 0x3B:
         if data[at] == 0x21:  # extension: its label, then its blocks
@@ -72,13 +76,12 @@ def _gif_damage(data: bytes) -> Damage | None:
             at += 11 + _colour_table(data[at + 9])
             frames += 1
         else:
-            return "damaged", f"byte {at:,} of the GIF begins no block"
+            raise Refused("damaged", f"byte {at:,} of the GIF begins no block")
         while at < len(data) and data[at]:
             at += data[at] + 1
         at += 1
-    if frames and at <= len(data):
-        return None
-    return "truncated", f"the GIF stops at byte {len(data):,} within a block"
+    if not frames or at > len(data):
+        raise Refused("truncated", f"the GIF stops at byte {len(data):,} within a block")
 
 
 def _colour_table(flags: int) -> int:
@@ -102,17 +105,18 @@ class JpegScans(NamedTuple):
     stops: list[int]
 
 
-def jpeg_pieces(data: bytes) -> list[bytes] | Damage:
-    """A JPEG in the pieces that show whether its codes fit its picture, or what is wrong with it.
+def jpeg_pieces(data: bytes) -> list[bytes]:
+    """Check a JPEG and cut it into the pieces that show whether its codes fit its picture.
 
     A decoder must want the second piece after the first, and no more after the second: libjpeg decodes codes that went
     astray to the end of the data or to the end of the picture, whichever comes first, and neither is an error for it.
+
+    Raises:
+        Refused: it is cut off, or its marks or scans do not fit together.
     """
     found = _scans(data)
-    if not isinstance(found, JpegScans):
-        return found
-    if damage := _restart_damage(data, found) or _precision_damage(found):
-        return damage
+    _check_restarts(data, found)
+    _check_precision(found)
     if found.frame not in _SEQUENTIAL or len(found.starts) != 1:
         return [data]  # decoded once all scans are in: nothing shows how far each came
     start, stop = found.starts[0], found.stops[0]
@@ -121,7 +125,7 @@ def jpeg_pieces(data: bytes) -> list[bytes] | Damage:
     return [data[:cut], data[cut:stop] + _PADDING]
 
 
-def _scans(data: bytes) -> JpegScans | Damage:
+def _scans(data: bytes) -> JpegScans:
     frame = interval = 0
     headers: list[bytes] = []
     starts: list[int] = []
@@ -132,7 +136,7 @@ def _scans(data: bytes) -> JpegScans | Damage:
         if marker == _EOI and starts:
             return JpegScans(frame, interval, headers, starts, stops)
         if marker < 0xC0 or 0xD0 <= marker <= 0xD7:
-            return "damaged", f"the marker {marker:02x} at byte {start - 2:,} of the JPEG has no place there"
+            raise Refused("damaged", f"the marker {marker:02x} at byte {start - 2:,} of the JPEG has no place there")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             frame = marker
         elif marker == _DRI:
@@ -141,12 +145,12 @@ def _scans(data: bytes) -> JpegScans | Damage:
             headers.append(data[start + 2 : end])
             starts.append(end)
         if len(starts) > MAX_SCANS:
-            return "too_large", f"more than {MAX_SCANS} scans in one JPEG: a file made to keep a decoder busy"
-    return "truncated", f"the JPEG stops at byte {len(data):,} before its end mark"
+            raise Refused("too_large", f"more than {MAX_SCANS} scans in one JPEG: a file made to keep a decoder busy")
+    raise Refused("truncated", f"the JPEG stops at byte {len(data):,} before its end mark")
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of what stands between two marks, length included; bytes of scans are passed over."""
+    """Yield (marker, start, end) of what stands between two marks, length included; skip the bytes of scans."""
     at, pattern = 2, _MARK_OR_RESTART
     while match := pattern.search(data, at):
         at = start = match.end()
@@ -160,40 +164,41 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             return
 
 
-def _restart_damage(data: bytes, found: JpegScans) -> Damage | None:
+def _check_restarts(data: bytes, found: JpegScans) -> None:
     if not found.interval:
-        return None
+        return
     for start, stop in zip(found.starts, found.stops, strict=True):
         marks = b"".join(_RESTART.findall(data, start, stop))
         expected = bytes(range(0xD0, 0xD8)) * (len(marks) // 8 + 1)
         if not expected.startswith(marks):
-            return "damaged", "the restart marks of the JPEG are not in order: part of it is missing"
-    return None
+            raise Refused("damaged", "the restart marks of the JPEG are not in order: part of it is missing")
 
 
-def _precision_damage(found: JpegScans) -> Damage | None:
+def _check_precision(found: JpegScans) -> None:
     """A progressive JPEG sends every coefficient in several scans, down to its last bit: bit 0."""
     if found.frame not in _PROGRESSIVE:
-        return None
+        return
     missing: dict[int, set[int]] = {}
     for header in found.headers:
         if len(header) < 1 or len(header) != 4 + 2 * header[0]:
-            return "damaged", "a scan of the JPEG has a header of the wrong length"
+            raise Refused("damaged", "a scan of the JPEG has a header of the wrong length")
         first, last, bits = header[-3:]
         for component in header[1:-3:2]:
             left = missing.setdefault(component, set(range(64)))
             if not bits & 15:
                 left.difference_update(range(first, last + 1))
     if any(missing.values()):
-        return "truncated", "the JPEG stops before the scans that complete its picture"
-    return None
+        raise Refused("truncated", "the JPEG stops before the scans that complete its picture")
 
 
-def tags_damage(data: bytes) -> Damage | None:
-    """Tags too many and too long to be read: Pillow copies what each points at, and all may point at one place.
+def check_tags(data: bytes) -> None:
+    """Refuse tags too many and too long to be read: Pillow copies what each points at, and all may point at one place.
 
     Args:
         data: a file that is looked through before Pillow opens it, or a block of EXIF.
+
+    Raises:
+        Refused: as too large.
     """
     if data.startswith(b"\xff\xd8"):
         blocks = _jpeg_tag_blocks(data)
@@ -204,8 +209,7 @@ def tags_damage(data: bytes) -> Damage | None:
     for block in blocks:
         limit = 2 * len(block) + (1 << 20)
         if block.startswith(_TIFF_STARTS) and _tag_bytes(block) > limit:
-            return "too_large", f"its tags claim more than {limit:,} bytes, out of {len(block):,}"
-    return None
+            raise Refused("too_large", f"its tags claim more than {limit:,} bytes, out of {len(block):,}")
 
 
 def _jpeg_tag_blocks(data: bytes) -> list[bytes]:
@@ -221,7 +225,7 @@ def _jpeg_tag_blocks(data: bytes) -> list[bytes]:
 
 
 def _tag_bytes(block: bytes) -> int:
-    """Bytes that the tags of the first directory point at, each as far as the block goes."""
+    """Count the bytes that the tags of the first directory point at, each as far as the block goes."""
     order = "<" if block.startswith(b"I") else ">"
     large = b"+" in block[:4]  # BigTIFF: all numbers are of 8 bytes
     head, entry, pointer = ("Q", "HHQ", 16) if large else ("H", "HHL", 8)

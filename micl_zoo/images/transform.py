@@ -1,4 +1,4 @@
-"""The one evaluation transform: resize, centre crop, normalise. It comes from an encoder's record and nowhere else."""
+"""The evaluation transform: resize, centre crop, normalise. It comes from an encoder's record and nowhere else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_ASPECT = 8  # a longer strip is cut to its middle before it is resized: 2 x 
 
 @dataclass(frozen=True)
 class Transform:
-    """From an upright RGB image to what the encoder sees, as timm's evaluation transform does it.
+    """Turns an upright RGB image into what the encoder sees, as timm's evaluation transform does.
 
     Attributes:
         size: side in pixels of the square the encoder takes.
@@ -34,12 +34,12 @@ class Transform:
 
     @property
     def id(self) -> str:
-        """Names every choice: two stores with the same id saw the same pixels."""
+        """Name every choice: two stores with the same id saw the same pixels."""
         numbers = "-".join(f"{value:g}" for value in (*self.mean, *self.std))
         return f"pillow-{self.interpolation}-{self.resize}-center{self.size}-{numbers}"
 
     def pixels(self, image: Image.Image) -> np.ndarray:
-        """Resize and crop: an RGB image -> (size, size, 3) uint8."""
+        """Resize and crop an RGB image to (size, size, 3) uint8."""
         import numpy as np
         from PIL import Image
 
@@ -58,13 +58,13 @@ class Transform:
         return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """An RGB image -> (3, size, size) float32, normalised; for use in a data set of your own."""
+        """Turn an RGB image into (3, size, size) float32, normalised; for use in a data set of your own."""
         import torch
 
         return self.normalise(torch.from_numpy(self.pixels(image).copy())[None])[0]
 
     def to_timm(self) -> dict[str, Any]:
-        """The same as the fields of a timm `pretrained_cfg`."""
+        """Return the same as the fields of a timm `pretrained_cfg`."""
         return {
             "input_size": [3, self.size, self.size],
             "fixed_input_size": True,
@@ -77,7 +77,7 @@ class Transform:
 
     @classmethod
     def from_timm(cls, config: dict[str, Any]) -> Transform:
-        """From the fields of a timm `pretrained_cfg`; what it leaves out has timm's default."""
+        """Make one from the fields of a timm `pretrained_cfg`; what it leaves out has timm's default."""
         size = config.get("input_size", [3, 224, 224])[-1]
         defaults = cls()
         return cls(

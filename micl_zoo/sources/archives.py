@@ -1,119 +1,79 @@
-"""What archives hold: the rows of tars, zips and parquet files, from their headers alone."""
+"""What files hold: images, tars, zips and parquet files, how each is listed from its headers alone and read again."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import stat
+import struct
 import tarfile
 import zipfile
-from collections.abc import Callable, Generator, Iterable, Iterator
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import SourceError
-from .index import PARQUET_CELL, Row
-from .reader import DEFLATED, STORED, image_column, open_binary, open_parquet
+from ..errors import Refused, SourceError
+from ..images.decode import SUFFIXES
+from . import remote
+from .index import CELL_LENGTH, Entry
+from .places import MAX_BYTES, File, OpenFiles, check_bytes, check_length, open_binary, read_whole, to_path
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-    | {".heic", ".heif"}  # listed even where Pillow cannot read them, so that they are refused by name
-)
-PACKED_STARTS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+ZIP_HEADER = struct.Struct(
+    "<4s2xHH4xI4xIHH"
+)  # signature, flags, method, CRC, bytes unpacked, lengths of name and extra
+ZIP_SLACK = 1024  # bytes a name, the extra fields and what follows the data usually need, so that one read is enough
+ZIP_LATE_CRC = 8  # a flag: the CRC follows the data
+STORED, DEFLATED = 0, 8
 IDS_AT_ONCE = 10_000  # of a parquet's own
 
-Members = Generator[Row, None, int]  # the images in an archive; returns the number of other members
+Members = Iterable[tuple[str, int, int] | None]  # (id, offset, length) of each image, None for each other member
 
 
-def wanted() -> str:
-    """The endings of image names, for people."""
-    return ", ".join(sorted(IMAGE_SUFFIXES))
+def list_file(file: File) -> Members:
+    """List an image file: itself."""
+    size = file.size
+    if size is None:
+        place = to_path(file.place) if file.place.startswith("file://") else file.place
+        try:
+            size = os.stat(place).st_size  # noqa: PTH116 - a Path for each file takes as long again
+        except OSError:
+            size = 0  # a link that leads nowhere: reading it gives the ledger its reason
+    return [(file.name, 0, size)]
 
 
-def list_tars(archives: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    """Images packed in tars, given as (uri, name in the ids); ids are `name#member`.
-
-    Raises:
-        SourceError: one that is compressed, damaged or cannot be read; no image in any.
-    """
-    return _list_members(archives, _tar_images)
-
-
-def list_zips(archives: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    """Images packed in zips, as `list_tars` does.
-
-    Raises:
-        SourceError: one that is damaged or cannot be read, an encrypted image, an odd compression; no image in any.
-    """
-    return _list_members(archives, _zip_images)
-
-
-def _list_members(archives: Iterable[tuple[str, str]], images: Callable[[str, str], Members]) -> Iterator[Row]:
-    first, count, others, found = "", 0, 0, False
-    for uri, name in archives:
-        first, count = first or uri, count + 1
-        members = images(uri, name)
-        while True:
-            try:
-                row = next(members)
-            except StopIteration as end:
-                others += end.value
-                break
-            found = True
-            yield row
-    if not found:
-        where = repr(first) + (f" and {count - 1} more" if count > 1 else "")
-        raise SourceError(f"no images in {where}: looked for members ending in {wanted()}, found {others} others")
-
-
-def _tar_images(uri: str, name: str) -> Members:
-    others = 0
-    for member in _tar_members(uri):
-        inside = member.name.removeprefix("./")
-        if not member.isfile() or not _is_image(inside):
-            others += 1
-            continue
-        if member.issparse():
-            raise SourceError(f"{uri!r} holds {inside!r} as a sparse file: pack it again without --sparse")
-        text = inside.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        yield f"{name}#{text}", uri, member.offset_data, member.size
-    return others
+def read_file(files: OpenFiles, entry: Entry) -> bytes:
+    """Read an image file."""
+    return read_whole(entry.uri, entry.length)
 
 
 def _is_image(member: str) -> bool:
     hidden = any(part[:1] == "." and part not in (".", "..") for part in member.split("/"))
-    return not hidden and "." + member.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    return not hidden and member.lower().endswith(SUFFIXES)
 
 
-def _tar_members(uri: str) -> Iterator[tarfile.TarInfo]:
-    """Every member to the end. An archive that cannot be listed whole is an error, also where its start can."""
-    try:
-        with (
-            open_binary(uri) as file,
-            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar,
-        ):
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # else a kilobyte a member stays in memory
-                if member.size < 0:
-                    raise tarfile.ReadError(f"the size of {member.name!r} is negative")
-                yield member
-            _check_end(file, tar.offset)
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        if packer := _packer(uri):
-            raise SourceError(
-                f"{uri!r} is compressed with {packer}, so its members cannot be read one by one: unpack it into "
-                "a folder, or decompress it to a .tar (images are compressed already)"
-            ) from None
-        raise SourceError(f"cannot read {uri!r} as a tar: {error}. Copy or pack it again.") from None
-
-
-def _packer(uri: str) -> str | None:
-    try:
-        with open_binary(uri) as file:
-            start = file.read(6)
-    except OSError:
-        return None
-    return next((packer for first, packer in PACKED_STARTS.items() if start.startswith(first)), None)
+def list_tar(file: File) -> Members:
+    """List the images in a tar; ids are `name#member`. One that cannot be listed to its end is an error."""
+    with (
+        open_binary(file.place) as data,
+        tarfile.open(fileobj=data, mode="r:", encoding="utf-8", errors="surrogateescape") as tar,
+    ):
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # else a kilobyte per member stays in memory
+            if member.size < 0:
+                raise tarfile.ReadError(f"the size of {member.name!r} is negative")
+            inside = member.name.removeprefix("./")
+            if not member.isfile() or not _is_image(inside):
+                yield None
+                continue
+            if member.issparse():
+                raise SourceError(f"{file.place!r} holds {inside!r} as a sparse file: pack it again without --sparse")
+            text = inside.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            yield f"{file.name}#{text}", member.offset_data, member.size
+        _check_end(data, tar.offset)
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:
@@ -129,61 +89,148 @@ def _check_end(file: BinaryIO, offset: int) -> None:
             raise tarfile.ReadError(f"more follows its end at byte {offset}, as where archives are joined with cat")
 
 
-def _zip_images(uri: str, name: str) -> Members:
-    others = 0
-    for member in _zip_members(uri):
+def read_member(files: OpenFiles, entry: Entry) -> bytes:
+    """Read a member of a tar."""
+    data = files.read_range(entry.uri, entry.offset, entry.length)
+    check_length(data, entry.length, entry.uri)
+    return data
+
+
+def list_zip(file: File) -> Members:
+    """List the images in a zip; ids are `name#member`."""
+    with open_binary(file.place) as data, zipfile.ZipFile(data) as archive:
+        members = archive.infolist()
+    if any(member.header_offset < 0 for member in members):
+        raise zipfile.BadZipFile("its directory points before its start")
+    for member in members:
         inside = member.filename.removeprefix("./")
         if member.is_dir() or stat.S_ISLNK(member.external_attr >> 16) or not _is_image(inside):
-            others += 1
+            yield None
             continue
         if member.flag_bits & 1:
             raise SourceError(
-                f"{uri!r} holds {inside!r} encrypted: unpack it with its password, or pack it without one"
+                f"{file.place!r} holds {inside!r} encrypted: unpack it with its password, or pack it without one"
             )
         if member.compress_type not in (STORED, DEFLATED):
             raise SourceError(
-                f"{uri!r} holds {inside!r} by compression method {member.compress_type}: pack it again, stored or "
-                "deflated (images are compressed already: zip -0)"
+                f"{file.place!r} holds {inside!r} by compression method {member.compress_type}: pack it again, stored "
+                "or deflated (images are compressed already: zip -0)"
             )
-        yield f"{name}#{inside}", uri, member.header_offset, member.compress_size
-    return others
+        yield f"{file.name}#{inside}", member.header_offset, member.compress_size
 
 
-def _zip_members(uri: str) -> Iterator[zipfile.ZipInfo]:
+def read_zipped(files: OpenFiles, entry: Entry) -> bytes:
+    """Read the member of a zip whose local header is at the offset, unpacked and checked."""
+    data = files.read_range(entry.uri, entry.offset, ZIP_HEADER.size + entry.length + ZIP_SLACK)
+    if len(data) < ZIP_HEADER.size or data[:4] != b"PK\x03\x04":
+        raise Refused("unreadable", f"{entry.uri} has no member at byte {entry.offset}, where one was listed")
+    _, flags, method, crc, _, name, extra = ZIP_HEADER.unpack_from(data)
+    start = ZIP_HEADER.size + name + extra
+    if start + entry.length + 8 > len(data):
+        data, start = files.read_range(entry.uri, entry.offset + start, entry.length + ZIP_SLACK), 0
+    packed, rest = data[start : start + entry.length], data[start + entry.length :][:8]
+    check_length(packed, entry.length, entry.uri)
+    image = _inflate(packed) if method == DEFLATED else packed
+    late = (int.from_bytes(rest[:4], "little"), int.from_bytes(rest[4:], "little"))  # without a signature, or with one
+    if zlib.crc32(image) not in (late if flags & ZIP_LATE_CRC else (crc,)):
+        raise Refused("damaged", "its bytes do not have the checksum that the zip gives")
+    return image
+
+
+def _inflate(packed: bytes) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        with open_binary(uri) as file, zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-        if any(member.header_offset < 0 for member in members):
-            raise zipfile.BadZipFile("its directory points before its start")
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise SourceError(f"cannot read {uri!r} as a zip: {error}. Copy or pack it again.") from None
-    yield from members
+        data = inflater.decompress(packed, MAX_BYTES + 1)  # a few kilobytes can stand for gigabytes
+    except zlib.error as error:
+        raise Refused("damaged", f"the zip's member does not unpack: {error}") from None
+    check_bytes(len(data))
+    if not inflater.eof:
+        raise Refused("truncated", "it ends early in the zip")
+    return data
 
 
-def list_parquets(files: Iterable[tuple[str, str]]) -> Iterator[Row]:
-    """Rows of parquet files, given as (uri, name in the ids); ids are the column `id`, or without one `name#row`.
-
-    Raises:
-        SourceError: one that cannot be read, that has no column of images, or a row without an id.
-    """
-    for uri, name in files:
-        try:
-            file = open_parquet(uri)
-            image_column(file.schema_arrow, uri)
-            own = "id" in file.schema_arrow.names
-            ids = _own_ids(file, uri) if own else (f"{name}#{row}" for row in range(file.metadata.num_rows))
-            for row, text in enumerate(ids):
-                yield text, uri, row, PARQUET_CELL
-        except (OSError, pa.ArrowException) as error:
-            raise SourceError(f"cannot read {uri!r} as parquet: {error}") from None
+def list_parquet(file: File) -> Members:
+    """List the rows of a parquet file; ids are its column `id`, or without one `name#row`."""
+    parquet = open_parquet(file.place)
+    image_column(parquet.schema_arrow, file.place)
+    own = "id" in parquet.schema_arrow.names
+    rows = range(parquet.metadata.num_rows)
+    ids = _own_ids(parquet, file.place) if own else (f"{file.name}#{row}" for row in rows)
+    return zip(ids, rows, itertools.repeat(CELL_LENGTH))
 
 
-def _own_ids(file: pq.ParquetFile, uri: str) -> Iterator[str]:
+def _own_ids(parquet: pq.ParquetFile, uri: str) -> Iterator[str]:
     first = 0
-    for batch in file.iter_batches(IDS_AT_ONCE, columns=["id"], use_threads=False):
+    for batch in parquet.iter_batches(IDS_AT_ONCE, columns=["id"], use_threads=False):
         ids = batch.column(0).cast(pa.string())
         if ids.null_count:
             row = first + ids.is_null().to_pylist().index(True)
             raise SourceError(f"row {row} of {uri!r} has no id: fill its column `id`, or rename the column")
         yield from ids.to_pylist()
         first += len(ids)
+
+
+def read_cell(files: OpenFiles, entry: Entry) -> bytes:
+    """Read a cell of a parquet file."""
+    value = files.opened(entry.uri, _Cells)[entry.offset]
+    data = value["bytes"] if isinstance(value, dict) else value
+    if data is None:
+        raise Refused("empty", "the parquet cell is null")
+    return bytes(data)
+
+
+class _Cells:
+    """The images of an open parquet file by row; the row group that was read last is kept."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.file = uri, open_parquet(uri)
+        self.column = image_column(self.file.schema_arrow, uri)
+        self.starts = [0, *itertools.accumulate(parquet_row_groups(self.file))]
+        self.group, self.cells = -1, pa.chunked_array([], pa.binary())
+
+    def __getitem__(self, row: int) -> bytes | dict[str, bytes | None] | None:
+        if row >= self.starts[-1]:
+            raise Refused("unreadable", f"row {row} is past the end of {self.uri} ({self.starts[-1]} rows)")
+        group = bisect_right(self.starts, row) - 1
+        if group != self.group:
+            self.load(group)
+        value: bytes | dict[str, bytes | None] | None = self.cells[row - self.starts[group]].as_py()
+        return value
+
+    def load(self, group: int) -> None:
+        self.cells = self.file.read_row_group(group, columns=[self.column], use_threads=False).column(0)
+        self.group = group
+
+
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """Open a parquet file of an index.
+
+    Raises:
+        OSError, pyarrow.ArrowException: it cannot be opened, or is none.
+    """
+    if remote.is_remote(uri):
+        return pq.ParquetFile(pa.PythonFile(remote.RemoteFile(uri), mode="r"))
+    return pq.ParquetFile(pa.OSFile(os.fsencode(to_path(uri))))  # as bytes: pyarrow refuses text that is not UTF-8
+
+
+def parquet_row_groups(file: pq.ParquetFile) -> list[int]:
+    """Return the rows of each row group."""
+    metadata = file.metadata
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def image_column(schema: pa.Schema, uri: str) -> str:
+    """Find the column of encoded images: binary, or a struct with a binary field `bytes` (the layout of `datasets`).
+
+    Raises:
+        SourceError: there is none.
+    """
+    for field in schema:
+        kind = field.type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            return str(field.name)
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return str(field.name)
+    raise SourceError(
+        f"{uri!r} has no column of encoded images (binary, or a struct with `bytes`); it has {schema.names}"
+    )

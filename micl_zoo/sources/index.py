@@ -11,24 +11,33 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-PARQUET_CELL = -1  # as a length: the bytes are a parquet cell and `offset` is its row
-INDEX_SCHEMA = pa.schema([("id", pa.string()), ("uri", pa.string()), ("offset", pa.int64()), ("length", pa.int64())])
+TEXT, NUMBER = pa.string(), pa.int64()
+INDEX_SCHEMA = pa.schema([("id", TEXT), ("uri", TEXT), ("kind", TEXT), ("offset", NUMBER), ("length", NUMBER)])
+CELL_LENGTH = -1  # in the place of the length of a parquet cell, which its file does not tell
 ROWS_AT_ONCE = 100_000  # of a fingerprint: text of some 10 MB, far below the 2 GB of one string array
+ZIP_URI = r"^https?://[^?]*\.(?i:zip)(\?|$)"  # a web address without its query, in an index that states no kinds
 
-Row = tuple[str, str, int, int]  # an Entry, unnamed where there are millions of them
+Row = tuple[str, str, str, int, int]  # an Entry, unnamed where there are millions of them
 
 
 class Entry(NamedTuple):
     """One image: a stable id, and where its bytes are.
 
-    A file is (path or URI, 0, its size); a member of a tar is (tar, where its bytes start, how many); a member of a zip
-    is (zip, where its local header starts, its compressed bytes); a parquet cell is (file, row, PARQUET_CELL). A path
-    that is not UTF-8 is a file:// URI, and its id has the bytes in question as \\xNN. The size of a file is 0 where
-    nobody told it: of a link that leads nowhere, of a URI in a list.
+    A path that is not UTF-8 is a file:// URI, and its id has the bytes in question as \\xNN.
+
+    Attributes:
+        id: names the image.
+        uri: path or URI of the file that its bytes are in.
+        kind: of that file: "file" is the image itself; others are in `kinds.KINDS`.
+        offset: 0 for a file; where the bytes of a tar's member start; where the local header of a zip's member starts;
+            the row of a parquet cell.
+        length: in bytes, compressed in a zip; -1 for a parquet cell; 0 for a file whose size nobody told: a link that
+            leads nowhere, a URI in a list.
     """
 
     id: str
     uri: str
+    kind: str
     offset: int
     length: int
 
@@ -38,10 +47,22 @@ class ImageIndex:
     """A columnar list of images, in a fixed order.
 
     Attributes:
-        table: columns id, uri (string), offset, length (int64); a row an image.
+        table: columns id, uri, kind (string), offset, length (int64); one row per image.
     """
 
     table: pa.Table
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> ImageIndex:
+        """Take a table as it was stored; where an earlier version wrote it without kinds, they are derived."""
+        if "kind" in table.column_names:
+            return cls(table)
+        uri, web = table["uri"], pc.starts_with(table["uri"], "http://")
+        web = pc.or_(web, pc.starts_with(uri, "https://"))
+        zipped = pc.if_else(web, pc.match_substring_regex(uri, ZIP_URI), pc.match_substring_regex(uri, r"(?i)\.zip$"))
+        cell, inside = pc.equal(table["length"], CELL_LENGTH), pc.not_equal(table["offset"], 0)
+        kind = pc.if_else(cell, "parquet", pc.if_else(zipped, "zip", pc.if_else(inside, "tar", "file")))
+        return cls(table.add_column(2, INDEX_SCHEMA.field("kind"), kind))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -49,17 +70,27 @@ class ImageIndex:
     def __getitem__(self, row: int) -> Entry:
         return Entry(*(column[row].as_py() for column in self.table.columns))
 
+    @property
+    def ids(self) -> list[str]:
+        """The id of every row."""
+        return self.table["id"].to_pylist()
+
     def slice(self, start: int, length: int) -> ImageIndex:
-        """Rows start to start + length."""
+        """Return rows start to start + length."""
         return ImageIndex(self.table.slice(start, length))
 
     def entries(self) -> Iterator[Entry]:
-        """Every row in order."""
+        """Yield every row in order."""
         for batch in self.table.to_batches():
             yield from (Entry(*row) for row in zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
+    def of_kind(self, kind: str) -> np.ndarray:
+        """Tell which images lie in files of a kind: (N,) bool."""
+        mask: np.ndarray = pc.equal(self.table["kind"], kind).to_numpy()
+        return mask
+
     def fingerprint(self) -> str:
-        """See `Fingerprint`."""
+        """Hash the whole index, see `Fingerprint`."""
         whole = Fingerprint()
         whole.update(self)
         return whole.hexdigest()
@@ -77,17 +108,17 @@ class Fingerprint:
     def update(self, index: ImageIndex) -> None:
         """Go on with the next piece."""
         for batch in index.table.to_batches(max_chunksize=ROWS_AT_ONCE):
-            numbers = (batch.column(column).cast(pa.string()) for column in (2, 3))
-            lines = pc.binary_join_element_wise(batch.column(0), *numbers, "\0")
-            self._digest.update(_text_of(pc.binary_join_element_wise(lines, "", "\n")))  # an id, offset, length a line
+            numbers = (batch.column(name).cast(pa.string()) for name in ("offset", "length"))
+            lines = pc.binary_join_element_wise(batch.column("id"), *numbers, "\0")
+            self._digest.update(_text_of(pc.binary_join_element_wise(lines, "", "\n")))  # one image per line
 
     def hexdigest(self) -> str:
-        """Of the pieces so far, in hexadecimal."""
+        """Return the hash of the pieces so far, in hexadecimal."""
         return self._digest.hexdigest()
 
 
 def _text_of(strings: pa.StringArray) -> memoryview:
-    """All strings of an array, one behind the other as they lie in memory: nothing is made for a row."""
+    """All strings of an array, one behind the other as they lie in memory: nothing is made for each row."""
     _, ends, text = strings.buffers()
     if not len(strings) or text is None:
         return memoryview(b"")
@@ -96,7 +127,7 @@ def _text_of(strings: pa.StringArray) -> memoryview:
 
 
 def table_of(rows: list[Row]) -> pa.Table:
-    """Rows as the columns of an index."""
-    columns = zip(*rows, strict=True) if rows else ([], [], [], [])
+    """Turn rows into the columns of an index."""
+    columns = zip(*rows, strict=True) if rows else ([],) * len(INDEX_SCHEMA)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, INDEX_SCHEMA, strict=True)]
     return pa.table(arrays, schema=INDEX_SCHEMA)

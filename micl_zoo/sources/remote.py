@@ -1,7 +1,8 @@
 """Object stores and web servers, through fsspec.
 
 Every call stands for itself: no connection or file is kept here, so nothing of them crosses a fork (fsspec keeps its
-instances by process), and every call is tried again where it fails. fsspec is imported when the first URI is met.
+instances by process). A call that fails is tried three times; then, or where nothing is there, it raises OSError.
+fsspec is imported when the first URI is met.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from ..errors import MiclZooError, SourceError
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 WAITS = (0.5, 2.0)  # seconds before the second and the third try
-BLOCK = 1 << 20  # bytes a request of an archive that is being listed: some ten members of 100 kB
+BLOCK = 1 << 20  # bytes per request of an archive that is being listed: some ten members of 100 kB
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, MiclZooError)  # no use to ask again
 
 Answer = TypeVar("Answer")
 
 
 class Listing(NamedTuple):
-    """One folder, without what is below its folders.
+    """Holds what is directly in a folder.
 
     Attributes:
-        files: name -> bytes, None where that takes a look at the file.
+        files: name -> bytes, None where nobody told them.
         folders: name -> whether it is reached through a link.
     """
 
@@ -35,24 +36,20 @@ class Listing(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a URI names: a folder, or a file of so many bytes (0 where the server does not say)."""
+    """Says what a URI names: a folder, or a file of so many bytes (0 where the server does not say)."""
 
     is_folder: bool
     size: int
 
 
 def is_remote(place: str) -> bool:
-    """Whether a place is a URI of another file system; file:// URIs are paths of this one."""
+    """Tell whether a place is a URI of another file system; file:// URIs are paths of this one."""
     match = SCHEME.match(place)
     return match is not None and match[1].lower() != "file"
 
 
 def list_folder(uri: str) -> Listing:
-    """The folder's own files and folders, hidden ones too.
-
-    Raises:
-        OSError: it is not there, or the third try failed.
-    """
+    """List a folder's own files and folders, hidden ones too."""
     filesystem, path = _filesystem(uri)
     items = _retried(lambda: filesystem.ls(path, detail=True))
     filesystem.invalidate_cache(path)  # it would keep every listing of a walk over millions of files
@@ -69,37 +66,21 @@ def list_folder(uri: str) -> Listing:
 
 
 def describe(uri: str) -> Found:
-    """What a URI names.
-
-    Raises:
-        OSError: nothing, or the third try failed.
-    """
+    """Find out what a URI names."""
     filesystem, path = _filesystem(uri)
     info = _retried(lambda: filesystem.info(path))
     return Found(info["type"] == "directory", info.get("size") or 0)
 
 
 def read_file(uri: str, size: int = 0) -> bytes:
-    """The whole file.
-
-    Args:
-        uri: of a file.
-        size: in bytes when it was listed, 0 if unknown; it may have grown since.
-
-    Raises:
-        OSError: it is not there, or the third try failed.
-    """
+    """Read a whole file, which may have grown since it was listed with `size` bytes (0 if unknown)."""
     filesystem, path = _filesystem(uri)
     start = 0 if size else None  # from byte 0 is one request, where s3fs would first ask how large the file is
     return _retried(lambda: filesystem.cat_file(path, start=start))
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:
-    """So many bytes from there on, fewer at the end of the file: one ranged request.
-
-    Raises:
-        OSError: it is not there, or the third try failed; the server does not serve ranges.
-    """
+    """Read `length` bytes from `offset` on, fewer at the end of the file, by one ranged request."""
     filesystem, path = _filesystem(uri)
     plain = {} if filesystem.async_impl else {"cache_type": "none"}  # else a buffered file reads megabytes ahead
     data: bytes = _retried(lambda: filesystem.cat_file(path, start=offset, end=offset + length, **plain))
@@ -109,7 +90,7 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file to seek and read in; every read is one ranged request."""
+    """A remote file to seek and read in, each time by one ranged request."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.position = uri, 0
@@ -118,19 +99,13 @@ class RemoteFile(io.RawIOBase):
             raise OSError(f"{uri} is empty, or its server does not tell its size")
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def tell(self) -> int:
-        """The position in bytes."""
-        return self.position
+    seekable = readable
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a byte; nothing is asked of the server."""
+        """Go to a byte without a request."""
         self.position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence])
         return self.position
 
@@ -146,7 +121,7 @@ class RemoteFile(io.RawIOBase):
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
-    """The instance that fsspec keeps for this process, and the path in its own words."""
+    """Return the instance that fsspec keeps for this process, and the path as it writes it."""
     import fsspec  # type: ignore[import-untyped,unused-ignore]
 
     scheme = SCHEME.match(uri)
@@ -169,14 +144,13 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 
 def _retried(action: Callable[[], Answer]) -> Answer:
-    """Three tries. Packages of protocols have errors of their own, so all that is not final counts as a network's."""
+    """Try three times. Packages of protocols have their own errors, so all that is not FINAL counts as a network's."""
     for wait in (*WAITS, None):
         try:
             return action()
         except FINAL as error:
-            if wait is None or not isinstance(
-                error.__cause__, OSError
-            ):  # fsspec says so of a web server it cannot reach
+            unreached = isinstance(error.__cause__, OSError)  # how fsspec says that it cannot reach a web server
+            if wait is None or not unreached:
                 raise
         except Exception as error:
             if wait is None:

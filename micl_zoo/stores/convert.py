@@ -1,12 +1,10 @@
-"""A store as one file for other tools: NumPy, safetensors, LanceDB; a part in memory at a time."""
+"""Conversion of a store to one file for other tools: NumPy, safetensors, LanceDB; one part in memory at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import StoreError, UsageError
-from ..files import atomic_path
+from ..files import atomic_folder, atomic_path
 from ..progress import Tick, progress
-from .store import Store
-from .verify import only, shards_of
+from .store import ID, Store, parts_of
 
 ENDINGS = (".npy", ".safetensors", ".lance", ".lancedb")
 DEFAULT_TABLE = "embeddings"  # where OUT names a LanceDB database and no table
-LANCE_ROWS = 4096  # a record batch
+LANCE_ROWS = 4096  # rows per record batch
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,10 @@ class Converted:
 
     Attributes:
         path: the file, or the table's folder.
-        shape: of all rows, (N, D), or (N, h, w, D) where a row is all patch tokens.
-        dtype: of the rows.
-        bytes: on disk, ids included.
-        opens_with: one line of Python that opens it: rows and ids, or a table.
+        shape: shape of all rows: (N, D), or (N, h, w, D) where a row is all patch tokens.
+        dtype: data type of the rows.
+        bytes: size on disk, ids included.
+        opens_with: one line of Python that opens it, as rows and ids or as a table.
     """
 
     path: Path
@@ -60,13 +57,13 @@ def convert(
         out: X.npy, with the ids beside it in X.npy.ids.json, a JSON list; X.safetensors, with tensors `embeddings` and
             `ids` (uint8, the bytes of such a list) and the manifest in its header; DATABASE/X.lance, a LanceDB table
             with columns id and vector; DATABASE.lancedb, the same with a table named embeddings.
-        dtype: of the rows; the store's own by default.
-        overwrite: replace what is there. It stays until the new file is whole.
-        incomplete: take the parts that are there, where some are missing.
+        dtype: data type of the rows; the store's own by default.
+        overwrite: replace `out` if it exists. It stays until the new file is whole.
+        incomplete: accept a store with missing parts and write the others.
 
     Raises:
         UsageError: another ending, or `out` exists.
-        StoreError: the store is not complete, a part is damaged, a number does not fit the dtype, LanceDB is missing.
+        StoreError: an incomplete store, a damaged part, a number that does not fit the dtype, or no LanceDB.
     """
     path, kind = Path(out), np.dtype(dtype or store.manifest.dtype)
     if path.suffix not in ENDINGS:
@@ -75,13 +72,12 @@ def convert(
         path = path / f"{DEFAULT_TABLE}.lance"
     if path.exists() and not overwrite:
         raise UsageError(f"{str(path)!r} exists: give another name, or --overwrite (from Python overwrite=True)")
-    shards = store.done()
-    if len(shards) != store.manifest.shards and not incomplete:
+    view = store.snapshot()
+    if not view.complete and not incomplete:
         raise StoreError(
-            f"{str(store.folder)!r} has {len(shards)} of {shards_of(store.manifest.shards)} parts: run its extract "
-            "command again, or give --incomplete (from Python incomplete=True) for the rows that are there"
+            f"{str(store.folder)!r} has {parts_of(len(view.done()), store.manifest.shards)}: run its extract command "
+            "again, or give --incomplete (from Python incomplete=True) for the rows that are there"
         )
-    view = only(store, shards)
     shape = (len(view), *store.manifest.shape)
     writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".lance": _write_lance}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +87,7 @@ def convert(
 
 
 def _batches(store: Store, dtype: np.dtype, tick: Tick) -> Iterator[tuple[list[str], np.ndarray]]:
-    """(ids, (n, dim) rows in C order) of each part."""
+    """Iterate over (ids, (n, dim) rows in C order) of each part."""
     for ids, rows in store.batches():
         try:
             with np.errstate(over="raise"):
@@ -104,10 +100,10 @@ def _batches(store: Store, dtype: np.dtype, tick: Tick) -> Iterator[tuple[list[s
 
 
 def _write_ids(store: Store, file: BinaryIO) -> None:
-    """A JSON list of all ids, one a line: an id may hold any character, a line break too."""
+    """Write a JSON list of all ids, one per line, since an id may hold any character, line breaks too."""
     between = b"[\n"
     for shard in store.done():
-        for name in only(store, [shard]).ids:
+        for name in store.snapshot([shard]).ids:
             file.write(between + json.dumps(name, ensure_ascii=False).encode())
             between = b",\n"
     file.write(b"\n]\n" if between == b",\n" else b"[]\n")
@@ -163,14 +159,14 @@ def _write_safetensors(
 
 
 def _write_lance(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick) -> tuple[int, str]:
-    """A LanceDB table is a folder NAME.lance in the database's folder, and may be moved: made aside, then renamed."""
+    """Write a LanceDB table: the folder NAME.lance in the database's folder, which may be moved once it is written."""
     try:
         import lancedb
     except ImportError:
         raise StoreError("a LanceDB table needs lancedb: pip install 'micl-zoo[lancedb]'") from None
     width = math.prod(shape[1:])
     vector = pa.list_(pa.from_numpy_dtype(dtype), width)
-    schema = pa.schema([("id", pa.string()), ("vector", vector)])
+    schema = pa.schema([(ID, pa.string()), ("vector", vector)])
 
     failed: list[StoreError] = []
 
@@ -184,7 +180,7 @@ def _write_lance(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dty
             failed.append(error)
             raise
 
-    with _aside(path) as folder:
+    with atomic_folder(path) as folder:
         try:
             table = pa.RecordBatchReader.from_batches(schema, record_batches())
             lancedb.connect(folder).create_table(path.stem, table)
@@ -192,18 +188,8 @@ def _write_lance(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dty
             if failed:  # LanceDB hides what its source raised in an error of its own
                 raise failed[0] from None
             raise StoreError(f"LanceDB cannot write the table {path.stem!r}: {error}") from None
+        for child in (folder / path.name).iterdir():
+            child.rename(folder / child.name)
+        (folder / path.name).rmdir()
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return size, f"import lancedb; table = lancedb.connect({str(path.parent)!r}).open_table({path.stem!r})"
-
-
-@contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`: what the block makes in it under the same name then takes the place of `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
-    try:
-        yield temporary
-        shutil.rmtree(path, ignore_errors=True)
-        (temporary / path.name).replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -27,8 +27,8 @@ class StoreEncoder:
     Attributes:
         encoder: with the weights of the manifest.
         manifest: the store's.
-        autocast: dtype of the arithmetic, or None for float32.
-        decoding: from bytes to pixels.
+        autocast: data type of the arithmetic, or None for float32.
+        decoding: how bytes become pixels.
     """
 
     encoder: Encoder
@@ -37,7 +37,7 @@ class StoreEncoder:
     decoding: Decoding
 
     def pixels(self, data: bytes) -> np.ndarray:
-        """One encoded image -> (size, size, 3) uint8, decoded as for the store.
+        """Decode one encoded image as for the store, to (size, size, 3) uint8.
 
         Raises:
             Refused: with the reason.
@@ -45,24 +45,22 @@ class StoreEncoder:
         return decode_pixels(data, self.encoder.transform, self.decoding)
 
     def rows(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """B of `pixels` -> (B, dim) float32, as the store would hold them."""
-        pool: Any = self.manifest.pool
-        normalize = self.manifest.normalized
-        rows = self.encoder.embed_pixels(np.stack(pixels), normalize=normalize, pool=pool, autocast=self.autocast)
-        return rows.reshape(len(pixels), -1)
+        """Embed B results of `pixels` to (B, dim) float32, as the store would hold them."""
+        options: Any = {"normalize": self.manifest.normalized, "pool": self.manifest.pool}
+        return self.encoder.embed_pixels(np.stack(pixels), autocast=self.autocast, **options).reshape(len(pixels), -1)
 
 
 def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, device: str = "auto") -> StoreEncoder:
-    """Load the encoder that made a store: by the manifest's name where these weights are published, else from a file.
+    """Load the encoder that made a store, by the manifest's name where its weights are published, else from a file.
 
     Args:
-        store: whose encoder.
-        weights: a file or folder, see `load`.
+        store: see `open_store`.
+        weights: file or folder of its weights, see `load`.
         device: see `load`.
 
     Raises:
         WeightsError: the weights are not published and none were given, or they are not those of the store.
-        StoreError: a newer version decoded the images in a way that this one does not know.
+        UsageError: a newer version decoded the images in a way that this one does not know.
     """
     from ..encoders.device import autocast_dtype, backend_again
     from ..encoders.load import load
@@ -72,7 +70,7 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
     published = record and (record.onnx and record.onnx.sha256 if manifest.runtime == "onnx" else record.sha256)
     if weights is None and published != manifest.weights_sha256:
         raise WeightsError(
-            f"the store was made by weights of {manifest.model} that are not published (sha256 "
+            f"the store was made with weights of {manifest.model} that are not published (sha256 "
             f"{manifest.weights_sha256}): give their file or encoder folder with --weights, from Python with weights=. "
             "`verify --sample 0` and `search --id` need no encoder."
         )

@@ -1,31 +1,25 @@
-"""The images of a store that are nearest to an image: exact, the same answer every time, a part in memory at a time."""
+"""Nearest images of a store: exact, the same answer everywhere, with one part in memory at a time."""
 
 from __future__ import annotations
 
-import io
-import itertools
-import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..errors import Refused, UsageError
-from ..files import atomic_path
-from ..images.decode import decode
 from ..progress import progress
-from ..sources.listing import Entry, Reader
-from .reembed import store_encoder
-from .store import Store
-from .verify import only
+from ..sources.index import Entry, ImageIndex
+from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
+from .reembed import StoreEncoder, store_encoder
+from .store import ID, Store
 
 ImageFile = str | os.PathLike[str] | bytes
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+BLOCK = 1024  # queries per matrix product: with a part of 10,000 rows, 41 MB of cosines
 
 
 class Hit(NamedTuple):
@@ -33,35 +27,29 @@ class Hit(NamedTuple):
 
     Attributes:
         rank: 1 for the nearest.
-        cosine: of its row and the query, in double precision.
-        id: of the image.
-        uri, offset, length: where its bytes are, see `micl_zoo.sources.Entry`.
+        cosine: cosine of its row and the query, in double precision.
+        id: its id.
+        uri, kind, offset, length: where its bytes are, see `micl_zoo.sources.index.Entry`.
     """
 
     rank: int
     cosine: float
     id: str
     uri: str
+    kind: str
     offset: int
     length: int
 
     @property
     def entry(self) -> Entry:
-        """For `Reader.read`."""
-        return Entry(self.id, self.uri, self.offset, self.length)
+        """The image, for `Reader.read`."""
+        return Entry(*self[2:])
 
 
 class _Found(NamedTuple):
     cosine: float
     shard: int
     id: str
-
-
-class _Query(NamedTuple):
-    """What is searched for, as the picture shows it: a label and the encoded image, or the refusal."""
-
-    label: str
-    data: bytes | Refused
 
 
 def search(
@@ -72,7 +60,7 @@ def search(
     ids: Sequence[str] = (),
     weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
-    exact: bool = False,
+    exact: bool = True,
     picture: str | os.PathLike[str] | None = None,
 ) -> list[list[Hit]]:
     """Find the k rows of a store with the largest cosine to each image.
@@ -82,13 +70,13 @@ def search(
 
     Args:
         store: see `open_store`.
-        images: files or encoded bytes, embedded with the store's encoder at its settings; one or many.
-        k: hits for each, fewer where the store has fewer rows.
+        images: one or many files or encoded images, embedded with the store's encoder at its settings.
+        k: hits per image, fewer where the store has fewer rows.
         ids: rows of the store to search for, too; they need no encoder, and a row does not find itself.
-        weights: where the store's weights are not published: their file or folder.
+        weights: file or folder of the store's weights, where they are not published.
         device: see `load`.
-        exact: leave faiss out, where it is installed. The hits are the same with it.
-        picture: a file to write: a contact sheet, .png, .jpg or .webp.
+        exact: without effect, every search is exact.
+        picture: contact sheet to write: .png, .jpg or .webp.
 
     Returns:
         A list of hits for each image, then for each id.
@@ -100,20 +88,22 @@ def search(
     """
     many = [images] if isinstance(images, str | bytes | os.PathLike) else list(images)
     _check(store, k, len(many) + len(ids), picture)
-    store = only(store, store.done())
+    store = store.snapshot()
     data = [_read(image, place) for place, image in enumerate(many)]
-    rows = _embedded(store, many, data, weights, device)
-    own = _located(store, ids)
-    rows += [store.rows(shard).embeddings[row].astype(np.float64) for shard, row in own]
-    found = _nearest(store, np.stack(rows), k + bool(ids), None if exact else _faiss())
+    rows = _embedded(store_encoder(store, weights, device), many, data) if many else []
+    own = _own(store, ids)
+    found = _nearest(store, np.stack([*rows, *(own[name][1] for name in ids)]), k + bool(ids))
     for place, name in enumerate(ids, len(many)):
         found[place] = [hit for hit in found[place] if hit.id != name]
-    hits = _placed(store, [line[:k] for line in found])
+    found = [line[:k] for line in found]
+    wanted = {(hit.shard, hit.id) for line in found for hit in line} | {(own[i][0], i) for i in ids if picture}
+    entries = _entries(store, wanted)
+    hits = [[Hit(rank, one.cosine, *entries[one.shard, one.id]) for rank, one in enumerate(line, 1)] for line in found]
     if picture is not None:
-        queries = [_Query(_label(image), one) for image, one in zip(many, data, strict=True)]
-        entries = _entries(store, [(shard, name) for (shard, _), name in zip(own, ids, strict=True)])
-        queries += [_Query(entry.id, _source(Reader(), entry)) for entry in entries]
-        _write_picture(_contact_sheet(queries, hits), Path(picture))
+        queries = [Tile("query", _label(image), one) for image, one in zip(many, data, strict=True)]
+        queries += [Tile("query", name, entries[own[name][0], name]) for name in ids]
+        tiles = [[Tile(f"{hit.rank}   {hit.cosine:.4f}", hit.id, hit.entry) for hit in line] for line in hits]
+        write_contact_sheet(Path(picture), list(zip(queries, tiles, strict=True)))
     return hits
 
 
@@ -142,60 +132,39 @@ def _read(image: ImageFile, place: int) -> bytes:
         raise UsageError(f"image {place} ({os.fspath(image)!r}) cannot be read: {error.strerror or error}") from None
 
 
-def _embedded(
-    store: Store,
-    images: Sequence[ImageFile],
-    data: Sequence[bytes],
-    weights: str | os.PathLike[str] | None,
-    device: str,
-) -> list[np.ndarray]:
-    """A (dim,) float64 row for each image; without images no encoder is loaded."""
-    if not images:
-        return []
-    encoder = store_encoder(store, weights, device)
+def _embedded(encoder: StoreEncoder, images: Sequence[ImageFile], data: Sequence[bytes]) -> list[np.ndarray]:
+    """Embed each image as a (dim,) float64 row."""
     pixels = []
     for place, (image, one) in enumerate(zip(images, data, strict=True)):
         try:
             pixels.append(encoder.pixels(one))
         except Refused as refused:
             raise UsageError(f"image {place} ({_label(image)}): {refused.detail} [{refused.reason}]") from None
-    return [row.astype(np.float64) for one in pixels for row in encoder.rows([one])]  # alone: the same in any company
+    return [encoder.rows([one])[0].astype(np.float64) for one in pixels]  # each alone, so that no other changes it
 
 
-def _located(store: Store, ids: Sequence[str]) -> list[tuple[int, int]]:
-    """(shard, row within its part) of each id; only the id columns are read."""
-    places: dict[str, tuple[int, int]] = {}
+def _own(store: Store, ids: Sequence[str]) -> dict[str, tuple[int, np.ndarray]]:
+    """(shard, (dim,) float64 row) of each id; of parts without one, only the ids are read."""
     wanted = set(ids)
+    found: dict[str, tuple[int, np.ndarray]] = {}
     for shard in store.done():
-        if len(places) == len(wanted):
+        if len(found) == len(wanted):
             break
-        names = only(store, [shard]).ids
-        places |= {name: (shard, row) for row, name in enumerate(names) if name in wanted}
+        if wanted.isdisjoint(store.snapshot([shard]).ids):
+            continue
+        names, rows, _ = store.rows(shard)
+        found |= {name: (shard, rows[at].astype(np.float64)) for at, name in enumerate(names) if name in wanted}
     for name in ids:
-        if name not in places:
+        if name not in found:
             line = next((row for row in store.refused() if row.id == name), None)
-            why = (
-                f"it could not be embedded: {line.detail} [{line.reason}]"
-                if line
-                else "ids are as `store.ids` has them"
-            )
+            why = f"it could not be embedded: {line.detail} [{line.reason}]" if line else "`store.ids` lists the ids"
             raise UsageError(f"no row of {str(store.folder)!r} has the id {name!r}; {why}")
-    return [places[name] for name in ids]
+    return found
 
 
-def _faiss() -> Any:
-    """The module, or None where it is not installed."""
-    try:
-        import faiss
-    except ImportError:
-        return None
-    return faiss
-
-
-def _nearest(store: Store, queries: np.ndarray, k: int, faiss: Any) -> list[list[_Found]]:
-    """The k best of all rows for each of (Q, dim) float64 queries: float32 proposes, float64 decides."""
+def _nearest(store: Store, queries: np.ndarray, k: int) -> list[list[_Found]]:
+    """Find the k best of all rows for each of (Q, D) float64 queries: float32 proposes, float64 decides."""
     queries = queries / _lengths(queries)[:, None]
-    coarse = queries.astype(np.float32)
     best: list[list[_Found]] = [[] for _ in queries]
     shards = store.done()
     with progress("searching", len(shards), unit="parts") as tick:
@@ -204,40 +173,26 @@ def _nearest(store: Store, queries: np.ndarray, k: int, faiss: Any) -> list[list
             single = rows.astype(np.float32)
             single /= _lengths(single)[:, None]
             np.nan_to_num(single, copy=False)
-            floors = np.array([line[-1].cosine if len(line) == k else -np.inf for line in best], np.float32)
-            for place, near in enumerate(_candidates(single, coarse, k, floors, faiss)):
-                cosines = _cosines(rows[near], queries[place])
-                new = [
-                    _Found(float(cosines[at]), shard, ids[near[at]]) for at in np.argsort(-cosines, kind="stable")[:k]
-                ]
-                best[place] = sorted(best[place] + new, key=lambda hit: -hit.cosine)[:k]  # stable: ties in index order
+            for start in range(0, len(queries), BLOCK):
+                scores = queries[start : start + BLOCK].astype(np.float32) @ single.T  # (B, n)
+                for place, line in enumerate(scores, start):
+                    near = _candidates(line, k, best[place], rows.shape[1])
+                    cosines = _cosines(rows[near], queries[place])
+                    new = [_Found(float(cosine), shard, ids[at]) for cosine, at in zip(cosines, near, strict=True)]
+                    best[place] = sorted(best[place] + new, key=lambda hit: -hit.cosine)[:k]  # ties in index order
             tick()
     return best
 
 
-def _candidates(rows: np.ndarray, queries: np.ndarray, k: int, floors: np.ndarray, faiss: Any) -> list[np.ndarray]:
-    """For each query the rows, ascending, that can be among its k best.
-
-    Args:
-        rows: (n, D) float32, unit length.
-        queries: (Q, D) float32, unit length.
-        k: hits wanted.
-        floors: (Q,) the k-th best cosine so far, -inf where there are fewer than k.
-        faiss: the module, or None for NumPy.
-    """
+def _candidates(scores: np.ndarray, k: int, best: Sequence[_Found], width: int) -> np.ndarray:
+    """Rows of a part, ascending, that can be among the k best: (n,) float32 cosines and the best so far tell."""
     # In float32 the product is off by D 2^-24 at most, whatever the order of its sum, the lengths by as much again, the
     # rounding of either side by a few 2^-24; and two such numbers are compared.
-    slack = (2 * rows.shape[1] + 8) * 2.0**-23
-    no_floor = len(rows) > k and bool(np.isinf(floors).any())
-    if faiss is None:
-        scores = queries @ rows.T  # (Q, n)
-        floors = np.maximum(floors, np.partition(scores, -k)[:, -k]) if no_floor else floors
-        return [np.flatnonzero(line >= floor) for line, floor in zip(scores, floors - slack, strict=True)]
-    index = faiss.IndexFlatIP(rows.shape[1])
-    index.add(rows)
-    floors = np.maximum(floors, index.search(queries, k)[0][:, -1]) if no_floor else floors
-    ranges = (index.range_search(query[None], floor) for query, floor in zip(queries, floors - slack, strict=True))
-    return [np.sort(found) for _, _, found in ranges]
+    slack = (2 * width + 8) * 2.0**-23
+    floor = best[-1].cosine if len(best) == k else -np.inf
+    if len(scores) > k and np.isinf(floor):
+        floor = np.partition(scores, -k)[-k]
+    return np.flatnonzero(scores >= np.float32(floor) - np.float32(slack))
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:
@@ -253,97 +208,12 @@ def _cosines(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
     return np.nan_to_num((double * query).sum(1) / np.where(lengths > 0, lengths, 1))
 
 
-def _entries(store: Store, wanted: Sequence[tuple[int, str]]) -> list[Entry]:
-    """Where the images are, of (shard, id) pairs; each shard of the index is read once."""
+def _entries(store: Store, wanted: set[tuple[int, str]]) -> dict[tuple[int, str], Entry]:
+    """Look (shard, id) pairs up in the index; each of its shards is read once."""
     found: dict[tuple[int, str], Entry] = {}
-    for shard, group in itertools.groupby(sorted(set(wanted)), lambda pair: pair[0]):
-        index = store.shard(shard)
-        kept = index.table.filter(pc.is_in(index.table["id"], value_set=pa.array([name for _, name in group])))
-        found |= {(shard, entry.id): entry for entry in type(index)(kept).entries()}
-    return [found[pair] for pair in wanted]
-
-
-def _placed(store: Store, found: Sequence[Sequence[_Found]]) -> list[list[Hit]]:
-    entries = iter(_entries(store, [(hit.shard, hit.id) for line in found for hit in line]))
-    return [[Hit(rank, hit.cosine, *next(entries)) for rank, hit in enumerate(line, 1)] for line in found]
-
-
-# The contact sheet: lengths in pixels, and the most hits of a line.
-TILE, QUERY_TILE, GAP, COLUMNS = 168, 224, 16, 6
-LINE, LABEL_LINES = 17, 3  # under a tile: rank and cosine, and two lines of the id
-PAPER, MOUNT, GREY, INK, SOFT, RULE = "#ffffff", "#f3f3f1", "#c9c9c5", "#1c1c1a", "#6a6a66", "#dcdcd8"
-
-
-def _source(reader: Reader, entry: Entry) -> bytes | Refused:
-    try:
-        return reader.read(entry)
-    except Refused as refused:
-        return refused
-
-
-def _contact_sheet(queries: Sequence[_Query], hits: Sequence[Sequence[Hit]]) -> Image.Image:
-    """Each query at left, what it found at right, on lines of equal length; as many bands as queries."""
-    cell = TILE + LINE * LABEL_LINES + GAP
-    most = max(1, *map(len, hits))
-    columns = math.ceil(most / math.ceil(most / COLUMNS))
-    lines = [max(1, math.ceil(len(line) / columns)) for line in hits]
-    heights = [max(QUERY_TILE + LINE * LABEL_LINES + GAP, count * cell) + GAP for count in lines]
-    width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP)
-    sheet = Image.new("RGB", (width, sum(heights)), PAPER)
-    draw, reader, top = ImageDraw.Draw(sheet), Reader(), 0
-    for query, line, height in zip(queries, hits, heights, strict=True):
-        if top:
-            draw.line((GAP, top, width - GAP, top), RULE)
-        _draw_tile(sheet, (GAP, top + GAP), QUERY_TILE, query.data, "query", query.label)
-        for place, hit in enumerate(line):
-            row, column = divmod(place, columns)
-            corner = (QUERY_TILE + 3 * GAP + column * (TILE + GAP), top + GAP + row * cell)
-            _draw_tile(sheet, corner, TILE, _source(reader, hit.entry), f"{hit.rank}   {hit.cosine:.4f}", hit.id)
-        top += height
-    return sheet
-
-
-def _draw_tile(
-    sheet: Image.Image, corner: tuple[int, int], side: int, data: bytes | Refused, head: str, name: str
-) -> None:
-    """One image in its square, with two labels under it."""
-    draw, (left, top) = ImageDraw.Draw(sheet), corner
-    bold, font = ImageFont.load_default(15), ImageFont.load_default(13)
-    try:
-        if isinstance(data, Refused):
-            raise data
-        image = ImageOps.contain(decode(data), (side, side), Image.Resampling.LANCZOS)
-        draw.rectangle((left, top, left + side - 1, top + side - 1), MOUNT)
-        sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
-    except Refused as refused:
-        what = "source is gone" if refused.reason == "unreadable" else refused.reason.replace("_", " ")
-        draw.rectangle((left, top, left + side - 1, top + side - 1), GREY)
-        draw.text((left + side / 2, top + side / 2), what, INK, font, "mm")
-    draw.text((left, top + side + 4), head, INK, bold)
-    for number, text in enumerate(_fitted(printable(name), font, side), 1):
-        draw.text((left, top + side + 5 + number * LINE), text, SOFT, font)
-
-
-def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text on LABEL_LINES - 1 lines of `width` pixels; of a longer one its end, too, which tells files apart."""
-    lines: list[str] = []
-    while text and len(lines) < LABEL_LINES - 1:
-        fits = next((cut for cut in range(len(text), 1, -1) if font.getlength(text[:cut]) <= width), 1)
-        if len(lines) == LABEL_LINES - 2 and fits < len(text):
-            start = next((i for i in range(len(text)) if font.getlength("..." + text[i:]) <= width), len(text) - 1)
-            return [*lines, "..." + text[start:]]
-        lines.append(text[:fits])
-        text = text[fits:]
-    return lines
-
-
-def printable(text: str) -> str:
-    """An id as one line for people: what would move the cursor or the terminal becomes a question mark."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _write_picture(sheet: Image.Image, out: Path) -> None:
-    encoded = io.BytesIO()
-    sheet.save(encoded, PICTURE_FORMATS[out.suffix.lower()])
-    with atomic_path(out) as temporary:
-        temporary.write_bytes(encoded.getvalue())
+    for shard in {shard for shard, _ in wanted}:
+        table = store.shard(shard).table
+        names = pa.array([name for number, name in wanted if number == shard])
+        kept = ImageIndex(table.filter(pc.is_in(table[ID], value_set=names)))
+        found |= {(shard, entry.id): entry for entry in kept.entries()}
+    return found

@@ -1,14 +1,15 @@
-"""What extract leaves behind: manifest, index, parts, ledger; and how it is opened, checked and read."""
+"""Store: the folder that extract writes, with manifest, index, parts and ledger; opened, checked and read here."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,39 +20,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import StoreError
-from ..files import LOCK_FILE, Folder
-from ..sources.listing import ImageIndex
+from ..files import LOCK_FILE, OWNER_FILE, Folder
+from ..sources.index import ImageIndex
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT_VERSION = 2
-LEDGER_KEY = b"micl_zoo.refused"  # a part carries its own ledger lines, so both exist or neither does
-SHA256_KEY = b"micl_zoo.sha256"  # and the hash of all that it says
+PART, BEGINNING = "part-", ".beginning-"  # files of finished and of unfinished shards, before their number
+ID, EMBEDDING = "id", "embedding"  # columns of a part, see `Store.schema`; those of the ledger are RefusedRow's
+LEDGER_KEY = b"micl_zoo.refused"  # in a part's metadata: its ledger lines, so that both exist or neither does
+SHA256_KEY = b"micl_zoo.sha256"  # in a part's metadata: `Rows.sha256`
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What every row of a store has in common; to go on with a store, the first eleven must agree.
+    """What all rows of a store have in common; resuming needs the first eleven fields to agree.
 
     Attributes:
-        model: `arch.tag`.
-        weights_sha256: of the safetensors file; for random weights, of the tensors.
-        transform: the transform's id.
-        decoding: how bytes became pixels: exact or fast, EXIF, pixel limit.
-        runtime: what ran the model: "torch", "torch compiled" or "openvino".
-        precision: "fp32", "bf16" or "fp16", in which the model ran.
+        model: name of the encoder, `arch.tag`.
+        weights_sha256: checksum of the weights file; for random weights, of the tensors.
+        transform: id of the transform.
+        decoding: id of the decoding, from bytes to pixels: exact or fast, EXIF, pixel limit.
+        runtime: what ran the model: "torch", "torch compiled", "openvino" or "onnx".
+        precision: precision in which the model ran: "fp32", "bf16", "fp16", or "int8" for an ONNX file.
         pool: "cls", "mean", "cls+mean" or "patches".
-        normalized: embeddings have unit length.
-        dtype: of the rows on disk.
-        shape: of a row: [D], or [h, w, D] for patches; rows are stored flat.
-        shard_rows: images a shard, at most.
-        command: what made it.
-        versions: of the packages that made it.
-        rows: images in the index, None until all are listed. Parts hold these less the refused ones.
-        shards: in which they are cut, None until all are listed.
-        index_sha256: the index's fingerprint, None until all are listed.
-        format_version: of this layout.
+        normalized: whether embeddings have unit length.
+        dtype: data type of the stored embeddings.
+        shape: shape of one row: [D], or [h, w, D] for patches; rows are stored flat.
+        shard_rows: most images per shard.
+        command: the command that made the store.
+        versions: versions of the packages that made it.
+        rows: images in the index, refused ones included; None until all are listed.
+        shards: number of shards, None until all images are listed.
+        index_sha256: fingerprint of the index, None until all images are listed.
+        format_version: version of this layout.
     """
 
     model: str
@@ -74,17 +77,15 @@ class Manifest:
 
     @property
     def dim(self) -> int:
-        """Numbers a row."""
+        """Numbers per row."""
         return prod(self.shape)
 
     def differences(self, other: Manifest) -> list[str]:
-        """The fields that keep the two from being one store, as 'field: this in the store, that asked for'."""
+        """List the fields that keep two manifests from being of one store, as 'field: … in the store, … asked for'."""
         free = {"command", "versions", "rows", "shards", "index_sha256"}
-        names = [field.name for field in dataclasses.fields(self) if field.name not in free]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [
-            f"{name}: {mine!r} in the store, {theirs!r} asked for" for name, mine, theirs in pairs if mine != theirs
-        ]
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        unlike = [name for name in mine if name not in free and mine[name] != theirs[name]]
+        return [f"{name}: {mine[name]!r} in the store, {theirs[name]!r} asked for" for name in unlike]
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class RefusedRow:
     """One line of the ledger: an image that could not be embedded.
 
     Attributes:
-        id, uri: the image.
-        reason: one word, see `micl_zoo.decode.Reason`.
+        id, uri: the image, see `micl_zoo.sources.index.Entry`.
+        reason: one word, see `micl_zoo.errors.Reason`.
         detail: one sentence.
     """
 
@@ -104,12 +105,12 @@ class RefusedRow:
 
 
 class Rows(NamedTuple):
-    """Images of a shard after the model, in index order: all of them, or the first ones.
+    """What became of the images of one shard, or of its first ones, in index order.
 
     Attributes:
-        ids: (n,), of the images that have a row.
-        embeddings: (n, dim).
-        refused: the others.
+        ids: (n,) ids of the embedded images.
+        embeddings: (n, dim) their rows.
+        refused: the images that could not be embedded.
     """
 
     ids: list[str]
@@ -118,11 +119,11 @@ class Rows(NamedTuple):
 
     @property
     def images(self) -> int:
-        """That these rows account for."""
+        """Number of images accounted for."""
         return len(self.ids) + len(self.refused)
 
     def sha256(self) -> str:
-        """Of all that it says."""
+        """Hash ids, ledger lines and embeddings."""
         words = json.dumps([self.ids, [dataclasses.astuple(row) for row in self.refused]], ensure_ascii=True)
         digest = hashlib.sha256(words.encode())
         digest.update(np.ascontiguousarray(self.embeddings).tobytes())
@@ -133,31 +134,38 @@ class Store:
     """A folder of embeddings, local or on an object store. Make one with `create`, open one with `open_store`.
 
     Attributes:
-        folder: where it lies.
+        folder: where the store is.
         manifest: what all rows have in common.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._snapshot: list[int] | None = None
+
+    def snapshot(self, shards: Iterable[int] | None = None) -> Store:
+        """View the store with some of its parts only, unmoved by what is written later.
+
+        Args:
+            shards: numbers of the parts; by default those that exist now.
+        """
+        view = copy.copy(self)
+        view._snapshot = self.done() if shards is None else sorted(shards)
+        return view
 
     @property
     def path(self) -> Path:
-        """The local folder.
-
-        Raises:
-            StoreError: it lies elsewhere.
-        """
+        """The local folder, where there is one."""
         if self.folder.local is None:
             raise StoreError(f"{str(self.folder)!r} is no local folder: copy it to one first")
         return self.folder.local
 
     @classmethod
     def create(cls, folder: Folder, manifest: Manifest, *, overwrite: bool = False) -> Store:
-        """Start a store, or go on with the one that is there.
+        """Start a store, or resume the one in the folder.
 
         Raises:
-            StoreError: the folder holds a store of something else (the fields that differ are named), or other files.
+            StoreError: the folder holds another store (the error names the fields that differ), or other files.
         """
         names = folder.names()
         if "manifest.json" in names and overwrite:
@@ -170,7 +178,7 @@ class Store:
                     f"{str(folder)!r} holds other embeddings; " + "; ".join(differences) + ". Give another output "
                     "folder, or --overwrite to lose these."
                 )
-        elif any(not _leftover(name) for name in names):
+        elif not all(name.endswith(".tmp") for name in names):  # a run killed before its manifest leaves such files
             raise StoreError(f"{str(folder)!r} exists and is no store of embeddings: give a new or empty folder")
         else:
             store = cls(folder, manifest)
@@ -179,11 +187,11 @@ class Store:
         return store
 
     def remove_leftovers(self) -> None:
-        """Delete what processes that were killed have left half written."""
-        for below in ("", "index"):
+        """Delete the half-written files of killed processes."""
+        for below in ("", "index/"):
             for name in self.folder.names(below):
-                if name.endswith(".tmp") and name != LOCK_FILE:
-                    self.folder.remove(f"{below}/{name}" if below else name)
+                if name.endswith(".tmp") and name not in (LOCK_FILE, OWNER_FILE):
+                    self.folder.remove(below + name)
 
     def write_manifest(self) -> None:
         """Write manifest.json."""
@@ -191,49 +199,52 @@ class Store:
         self.folder.write("manifest.json", text.encode())
 
     def indexed(self) -> list[int]:
-        """Numbers of the shards whose images are known, by one listing."""
-        return _numbers(self.folder.names("index"), "part-")
+        """List the numbers of the shards in the index."""
+        return _numbers(self.folder.names("index"))
 
     def write_index(self, number: int, index: ImageIndex) -> None:
-        """Write the images of one shard."""
+        """Write one shard of the index."""
         self.folder.write(f"index/{_part(number)}", _parquet(index.table))
 
     def shard(self, number: int) -> ImageIndex:
-        """The images of one shard, from its number alone."""
+        """Read one shard of the index.
+
+        Raises:
+            StoreError: its file is damaged or missing.
+        """
+        table = self._read(f"index/{_part(number)}")
         with self._damage(f"index/{_part(number)}"):
-            return ImageIndex(pq.read_table(self.folder.open(f"index/{_part(number)}"), use_threads=False))
+            return ImageIndex.from_table(table)
 
     def part_path(self, number: int) -> Path:
-        """Where shard `number` is, or will be, in a local store."""
+        """Path of one part in a local store, written or not."""
         return self.path / _part(number)
 
     def done(self) -> list[int]:
-        """Numbers of the shards that exist, in order, by one listing."""
-        return _numbers(self.folder.names(), "part-")
+        """List the numbers of the parts that exist, or that the snapshot has, in order."""
+        return _numbers(self.folder.names()) if self._snapshot is None else [*self._snapshot]
 
     def write_part(self, number: int, rows: Rows) -> None:
-        """Write one finished shard, rows and ledger lines in one file, and drop what was kept of its beginning."""
+        """Write one finished shard, rows and ledger lines in one file, and remove the file of its beginning."""
         self.folder.write(_part(number), self._encoded(rows))
-        self.folder.remove(_beginning(number))
+        self.folder.remove(_part(number, BEGINNING))
 
     def write_beginning(self, number: int, rows: Rows) -> None:
-        """Keep the first rows of a shard that is not finished."""
-        self.folder.write(_beginning(number), self._encoded(rows))
+        """Keep the first rows of an unfinished shard."""
+        self.folder.write(_part(number, BEGINNING), self._encoded(rows))
 
     def beginning(self, number: int) -> Rows | None:
-        """What is kept of a shard that is not finished; None where there is nothing or it is damaged."""
-        if not self.folder.exists(_beginning(number)):
-            return None
-        with contextlib.suppress(StoreError):
-            rows, sha256 = self._decoded(_beginning(number))
-            return rows if rows.sha256() == sha256 else None
+        """Read what is kept of an unfinished shard; None where nothing is kept or it is damaged."""
+        if self.folder.exists(_part(number, BEGINNING)):
+            with contextlib.suppress(StoreError):
+                return self._checked(_part(number, BEGINNING))
         return None
 
     def rows(self, number: int) -> Rows:
-        """One finished shard.
+        """Read one finished shard.
 
         Raises:
-            StoreError: its part is damaged or not there.
+            StoreError: its part is damaged or missing.
         """
         return self._decoded(_part(number))[0]
 
@@ -243,24 +254,22 @@ class Store:
         Raises:
             StoreError: its part is not what was written.
         """
-        rows, sha256 = self._decoded(_part(number))
-        if rows.sha256() != sha256:
-            raise self._damaged(_part(number), f"its sha256 is {rows.sha256()}, not {sha256}")
+        self._checked(_part(number))
 
     def refused(self) -> Iterator[RefusedRow]:
-        """The ledger, in index order, as the parts hold it."""
+        """Iterate over the ledger lines of the parts, in index order."""
         for number in self.done():
             yield from _ledger(self._metadata(number).metadata)
 
     def write_ledger(self) -> int:
-        """Write errors.jsonl from the parts; returns its number of lines."""
+        """Write errors.jsonl from the parts; return its number of lines."""
         lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in self.refused()]
         self.folder.write("errors.jsonl", "".join(lines).encode())
         return len(lines)
 
     @property
     def complete(self) -> bool:
-        """All images are listed, and every shard is there."""
+        """True if all images are listed and every shard has its part."""
         return self.manifest.shards is not None and len(self.done()) == self.manifest.shards
 
     def __len__(self) -> int:
@@ -269,68 +278,73 @@ class Store:
     @property
     def ids(self) -> list[str]:
         """The id of every row, in index order."""
-        return [name for number in self.done() for name in self._table(number, ["id"])["id"].to_pylist()]
+        return [name for number in self.done() for name in self._read(_part(number), [ID])[ID].to_pylist()]
 
     @property
     def embeddings(self) -> np.ndarray:
         """All rows in one array, (N, D) or (N, h, w, D) in the store's dtype. For more than fits, see `batches`."""
-        out = np.empty((len(self), self.manifest.dim), self.manifest.dtype)
+        view = self.snapshot()
+        out = np.empty((len(view), self.manifest.dim), self.manifest.dtype)
         at = 0
-        for _, rows in self.batches():
+        for _, rows in view.batches():
             out[at : at + len(rows)] = rows
             at += len(rows)
         return out.reshape(-1, *self.manifest.shape)
 
     def batches(self) -> Iterator[tuple[list[str], np.ndarray]]:
-        """(ids, (n, dim) rows) part by part in index order; one part in memory at a time."""
+        """Iterate over (ids, (n, dim) rows) part by part in index order, with one part in memory at a time."""
         for number in self.done():
-            yield self._columns(self._table(number, ["id", "embedding"]))
+            yield self._columns(self._read(_part(number), [ID, EMBEDDING]))
 
     def to_arrow(self) -> pa.Table:
-        """Columns id and embedding, all rows."""
-        tables = [self._table(number, ["id", "embedding"]).replace_schema_metadata(None) for number in self.done()]
-        return pa.concat_tables(tables) if tables else self._schema().empty_table()
+        """Return all rows as a table with the columns id and embedding."""
+        tables = [self._read(_part(number)).replace_schema_metadata(None) for number in self.done()]
+        return pa.concat_tables(tables) if tables else self.schema().empty_table()
 
     def to_pandas(self) -> pd.DataFrame:
-        """A frame indexed by id, a column a dimension.
-
-        Raises:
-            StoreError: pandas is not installed.
-        """
+        """Return all rows as a frame indexed by id, with one column per dimension; needs pandas."""
         try:
             import pandas as pd
         except ImportError:
             raise StoreError("to_pandas needs pandas: pip install 'micl-zoo[explore]'") from None
-        rows = self.embeddings.reshape(-1, self.manifest.dim)
-        return pd.DataFrame(rows, index=pd.Index(self.ids, name="id"))
+        view = self.snapshot()
+        return pd.DataFrame(view.embeddings.reshape(-1, self.manifest.dim), index=pd.Index(view.ids, name=ID))
 
-    def _schema(self, metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
+    def schema(self, metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
+        """Columns of a part: id, and embedding, a list of `dim` numbers."""
         kind = pa.list_(pa.from_numpy_dtype(np.dtype(self.manifest.dtype)), self.manifest.dim)
-        return pa.schema([("id", pa.string()), ("embedding", kind)], metadata)
+        return pa.schema([(ID, pa.string()), (EMBEDDING, kind)], metadata)
 
     def _encoded(self, rows: Rows) -> bytes:
         embeddings = np.ascontiguousarray(rows.embeddings, self.manifest.dtype)
         assert embeddings.shape == (len(rows.ids), self.manifest.dim), (embeddings.shape, len(rows.ids))
         rows = rows._replace(embeddings=embeddings)
         ledger = json.dumps([dataclasses.asdict(row) for row in rows.refused])
-        schema = self._schema({LEDGER_KEY: ledger.encode(), SHA256_KEY: rows.sha256().encode()})
-        flat = pa.array(embeddings.reshape(-1), schema.field("embedding").type.value_type)
+        schema = self.schema({LEDGER_KEY: ledger.encode(), SHA256_KEY: rows.sha256().encode()})
+        flat = pa.array(embeddings.reshape(-1), schema.field(EMBEDDING).type.value_type)
         columns = [pa.array(rows.ids, pa.string()), pa.FixedSizeListArray.from_arrays(flat, self.manifest.dim)]
         return _parquet(pa.table(columns, schema=schema))
 
     def _decoded(self, name: str) -> tuple[Rows, str]:
+        """(what a part holds, what `Rows.sha256` was when it was written)."""
+        table = self._read(name)
         with self._damage(name):
-            table = pq.read_table(self.folder.open(name), use_threads=False)
             metadata = table.schema.metadata or {}
             return Rows(*self._columns(table), _ledger(metadata)), metadata.get(SHA256_KEY, b"").decode()
 
-    def _columns(self, table: pa.Table) -> tuple[list[str], np.ndarray]:
-        flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return table["id"].to_pylist(), flat.reshape(-1, self.manifest.dim)
+    def _checked(self, name: str) -> Rows:
+        rows, sha256 = self._decoded(name)
+        if rows.sha256() != sha256:
+            raise self._damaged(name, f"its sha256 is {rows.sha256()}, not {sha256}")
+        return rows
 
-    def _table(self, number: int, columns: list[str]) -> pa.Table:
-        with self._damage(_part(number)):
-            return pq.read_table(self.folder.open(_part(number)), columns=columns)
+    def _columns(self, table: pa.Table) -> tuple[list[str], np.ndarray]:
+        flat = table[EMBEDDING].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return table[ID].to_pylist(), flat.reshape(-1, self.manifest.dim)
+
+    def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        with self._damage(name):
+            return pq.read_table(self.folder.open(name), columns=columns, use_threads=False)
 
     def _metadata(self, number: int) -> pq.FileMetaData:
         with self._damage(_part(number)):
@@ -349,13 +363,13 @@ class Store:
 
 
 def open_store(path: str | os.PathLike[str] | Folder) -> Store:
-    """Open a folder of embeddings: complete, or still being written, of which the finished parts are seen.
+    """Open a folder of embeddings. Of one that is still being written, the finished parts are seen.
 
     Args:
         path: a local folder, or a URI such as s3://bucket/embeddings.
 
     Raises:
-        StoreError: no store there, a damaged manifest, or a layout of another version.
+        StoreError: there is no store, its manifest is damaged, or its layout is of another version.
     """
     folder = path if isinstance(path, Folder) else Folder(path)
     if not folder.exists("manifest.json"):
@@ -363,30 +377,24 @@ def open_store(path: str | os.PathLike[str] | Folder) -> Store:
     try:
         fields: dict[str, Any] = json.loads(folder.read("manifest.json"))
         found = fields.get("format_version")
-        if found != FORMAT_VERSION:
-            newer = isinstance(found, int) and found > FORMAT_VERSION
-            raise StoreError(
-                f"{str(folder)!r} has layout version {found}, this micl-zoo reads {FORMAT_VERSION}: "
-                + ("upgrade micl-zoo" if newer else "extract it again")
-            )
-        return Store(folder, Manifest(**fields))
+        if found == FORMAT_VERSION:
+            return Store(folder, Manifest(**fields))
     except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"the manifest of {str(folder)!r} is damaged: {error}") from None
+    newer = isinstance(found, int) and found > FORMAT_VERSION
+    raise StoreError(
+        f"{str(folder)!r} has layout version {found}, this micl-zoo reads {FORMAT_VERSION}: "
+        + ("upgrade micl-zoo" if newer else "extract it again")
+    )
 
 
-def _part(number: int) -> str:
-    return f"part-{number:05d}.parquet"
+def _part(number: int, start: str = PART) -> str:
+    return f"{start}{number:05d}.parquet"
 
 
-def _beginning(number: int) -> str:
-    return f".beginning-{number:05d}.parquet"
-
-
-def _numbers(names: Sequence[str], start: str) -> list[int]:
-    """Of the files named start + number + .parquet, sorted."""
-    stems = (name.removeprefix(start).removesuffix(".parquet") for name in names if name.startswith(start))
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Numbers of the parts among these files, sorted."""
+    stems = (name.removeprefix(PART).removesuffix(".parquet") for name in names if name.startswith(PART))
     return sorted(int(stem) for stem in stems if stem.isdecimal())
 
 
@@ -395,21 +403,19 @@ def _ledger(metadata: dict[bytes, bytes] | None) -> list[RefusedRow]:
 
 
 def _parquet(table: pa.Table) -> bytes:
-    """With a dictionary for what many rows share; ids and numbers gain nothing by one. The pages carry checksums."""
     out = io.BytesIO()
-    shared = [name for name in ("uri",) if name in table.schema.names]
+    shared = [name for name in ("uri", "kind") if name in table.schema.names]  # ids and numbers gain nothing by it
     pq.write_table(table, out, compression="zstd", use_dictionary=shared, write_page_checksum=True)
     return out.getvalue()
 
 
-def _leftover(name: str) -> bool:
-    """What a run killed before its manifest was written leaves behind."""
-    return name.endswith(".tmp")
+def parts_of(parts: int, shards: int | None) -> str:
+    """Say how many parts there are, and of how many: unknown before all images are listed."""
+    return f"{parts:,} of {'an unknown number of' if shards is None else f'{shards:,}'} parts"
 
 
 def _clear(folder: Folder, names: list[str]) -> None:
-    """Delete a store, the manifest last: killed in between, a store of fewer parts is left."""
-    starts = ("part-", ".part-", ".beginning-", "errors.jsonl")
-    mine = [name for name in names if name.startswith(starts)]
+    """Delete a store, the manifest last: a kill in between leaves a store of fewer parts."""
+    mine = [name for name in names if name.startswith((PART, f".{PART}", BEGINNING, "errors.jsonl"))]
     for name in [*mine, *(f"index/{name}" for name in folder.names("index")), "manifest.json"]:
         folder.remove(name)

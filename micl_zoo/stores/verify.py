@@ -1,9 +1,8 @@
-"""Is a store what it says: parts re-hashed, every image accounted for, a sample embedded again from its source."""
+"""Verification of a store: hashes its parts, accounts for every image, embeds a sample again from its source."""
 
 from __future__ import annotations
 
 import bisect
-import copy
 import dataclasses
 import itertools
 import json
@@ -11,25 +10,22 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import Refused, StoreError, UsageError
 from ..progress import progress
-from ..sources.listing import Entry, Fingerprint, Reader
+from ..sources.index import Entry, Fingerprint
+from ..sources.reader import Reader
 from .reembed import StoreEncoder, store_encoder
-from .store import Manifest, Store
+from .store import Manifest, Store, parts_of
 
-if TYPE_CHECKING:
-    pass
-
-MIN_COSINE = 0.9999  # of a row and the same image embedded again: above it lie other batch sizes and other kernels
+MIN_COSINE = 0.9999  # between a row and its image embedded again: other batch sizes and kernels stay above it
 UNIT_SLACK = 2e-3  # float16 rounds each number by 2^-11 = 5e-4 of it at most, and bfloat16 models end in float32
 BATCH = 32  # images embedded at once
-SHOWN = 3  # ids named in a problem that many have
+SHOWN = 3  # ids named in a problem that many images have
 
 
 @dataclass
@@ -37,14 +33,14 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        parts: part files that are there.
+        parts: part files that exist.
         shards: part files of the complete store; None while its images are still being listed.
-        rows: in the parts that can be read.
+        rows: rows in the readable parts.
         refused: images in the ledgers of these parts.
         sampled: images embedded again and compared.
-        worst_cosine: of these, or None where none was compared.
-        gone: images of the sample that could not be read again, with the reason. No fault of the store.
-        problems: all that is wrong, a sentence each; empty for a sound store.
+        worst_cosine: smallest cosine of these, None where no image was compared.
+        gone: images of the sample that could not be read again, with the reason; not a fault of the store.
+        problems: all that is wrong, one sentence each; empty for a sound store.
     """
 
     parts: int = 0
@@ -57,33 +53,15 @@ class Verification:
     problems: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """One line for a person."""
-        missing = (
-            "" if self.parts == self.shards else "; the store is not complete, and the missing parts were not checked"
-        )
-        worst = (
-            ""
-            if self.worst_cosine is None
-            else f"; {self.sampled} embedded again, worst cosine {self.worst_cosine:.6f}"
-        )
-        gone = f", {len(self.gone)} not to be read any more" if self.gone else ""
-        verdict = f"{len(self.problems)} problems." if self.problems else "No problem found."
-        return (
-            f"{self.parts:,} of {shards_of(self.shards)} parts, {self.rows:,} rows, {self.refused:,} refused images"
-            f"{worst}{gone}{missing}. {verdict}"
-        )
-
-
-def shards_of(shards: int | None) -> str:
-    """How many parts a store is to have, for a person: not known before all images are listed."""
-    return "an unknown number of" if shards is None else f"{shards:,}"
-
-
-def only(store: Store, shards: Iterable[int]) -> Store:
-    """The store with these parts alone. Given those that are done, a snapshot: what is written later is not seen."""
-    view, kept = copy.copy(store), sorted(shards)
-    view.done = lambda: kept  # type: ignore[method-assign]
-    return view
+        """Sum it up in one line."""
+        said = f"{parts_of(self.parts, self.shards)}, {self.rows:,} rows, {self.refused:,} refused images"
+        if self.worst_cosine is not None:
+            said += f"; {self.sampled} embedded again, worst cosine {self.worst_cosine:.6f}"
+        if self.gone:
+            said += f", {len(self.gone)} no longer readable"
+        if self.parts != self.shards:
+            said += "; the store is not complete, and the missing parts were not checked"
+        return said + (f". {len(self.problems)} problems." if self.problems else ". No problem found.")
 
 
 def verify(
@@ -96,15 +74,15 @@ def verify(
 ) -> Verification:
     """Check a store, or what there is of one that is still being written.
 
-    The index and every part are hashed again, and a part's ids and ledger lines are held against the index; rows must
-    be finite, and of unit length where the manifest says so; errors.jsonl must be the parts' ledgers. Then a sample is
-    read again from its source, embedded at the store's precision, pool and decoding, and compared.
+    Hashes the index and every part again and compares a part's ids and ledger lines with the index. Rows must be
+    finite, and of unit length where the manifest says so; errors.jsonl must agree with the parts. Then a sample is read
+    again from its source, embedded at the store's precision, pool and decoding, and compared.
 
     Args:
         store: see `open_store`.
         sample: images to embed again; 0 needs no encoder.
-        seed: of the sample.
-        weights: where the store's weights are not published: their file or folder.
+        seed: seed of the sample.
+        weights: file or folder of the store's weights, where they are not published.
         device: see `load`.
 
     Returns:
@@ -117,6 +95,7 @@ def verify(
     if sample < 0:
         raise UsageError(f"sample must be 0 or more images, got {sample}")
     encoder = store_encoder(store, weights, device) if sample else None
+    store = store.snapshot()
     shards = store.done()
     found = Verification(parts=len(shards), shards=store.manifest.shards, problems=_index_problems(store))
     counts: list[tuple[int, int]] = []  # (shard, rows) of the parts a sample can be taken from
@@ -125,14 +104,14 @@ def verify(
             counts.append((shard, _check_part(store, shard, found)))
             tick(1, f"{len(found.problems)} problems" if found.problems else "")
     if len(shards) == found.shards:
-        found.problems += _ledger_problems(only(store, shards))
+        found.problems += _ledger_problems(store)
     if encoder is not None:
         _embed_again(encoder, list(_sample(store, counts, sample, seed)), found)
     return found
 
 
 def _check_part(store: Store, shard: int, found: Verification) -> int:
-    """Adds what one part holds and what is wrong with it to `found`; returns its rows, 0 where it cannot be used."""
+    """Add what one part holds and what is wrong with it to `found`; return its rows, 0 where it cannot be used."""
     where = f"part {shard}"
     if found.shards is not None and shard >= found.shards:
         found.problems.append(f"{where} belongs to no shard of the index, which has {found.shards}")
@@ -144,7 +123,7 @@ def _check_part(store: Store, shard: int, found: Verification) -> int:
         wrong.append(str(error))
     try:
         ids, rows, ledger = store.rows(shard)
-        expected = store.shard(shard).table["id"].to_pylist()
+        expected = store.shard(shard).ids
     except StoreError as error:
         found.problems += [f"{where}: {problem}" for problem in dict.fromkeys([*wrong, str(error)])]
         return 0
@@ -156,7 +135,7 @@ def _check_part(store: Store, shard: int, found: Verification) -> int:
 
 
 def _index_problems(store: Store) -> list[str]:
-    """The index against the fingerprint in the manifest, which is there once all images are listed."""
+    """Compare the index with its fingerprint, which the manifest has once all images are listed."""
     if store.manifest.index_sha256 is None:
         return []
     fingerprint = Fingerprint()
@@ -170,12 +149,12 @@ def _index_problems(store: Store) -> list[str]:
 
 
 def account(expected: Sequence[str], rows: Sequence[str], refused: Sequence[str]) -> list[str]:
-    """What keeps rows and ledger from being the images of the index, each once and in its order.
+    """Say what keeps rows and ledger from being the images of the index, each once and in its order.
 
     Args:
         expected: ids of a shard of the index.
-        rows: ids of the part's rows.
-        refused: ids of its ledger lines.
+        rows: ids of the rows of its part.
+        refused: ids of the ledger lines of its part.
     """
     held, known, ledger = Counter([*rows, *refused]), set(expected), set(refused)
     problems = []
@@ -213,28 +192,29 @@ def _named(ids: Sequence[str]) -> str:
 
 
 def _ledger_problems(store: Store) -> list[str]:
-    """Errors.jsonl against the ledgers in the parts, line by line. `extract` writes it last, so of a complete store."""
+    """Compare errors.jsonl with the ledgers in the parts. `extract` writes it last, so a complete store has one."""
     again = "the same extract command writes it anew"
     if not store.folder.exists("errors.jsonl"):
         return [f"errors.jsonl is missing; {again}"]
-    lines = [line for line in store.folder.read("errors.jsonl").split(b"\n") if line]
     try:
-        for number, (line, row) in enumerate(itertools.zip_longest(lines, store.refused()), 1):
-            if line is None or row is None:
-                return [f"errors.jsonl has {'fewer' if line is None else 'more'} lines than the parts say; {again}"]
-            if json.loads(line) != dataclasses.asdict(row):
-                return [f"line {number} of errors.jsonl is not what the part says of {row.id!r}; {again}"]
+        lines = [json.loads(line) for line in store.folder.read("errors.jsonl").split(b"\n") if line]
+        ledger = list(store.refused())
     except StoreError:
-        return []  # of the damaged part, which has its own line
+        return []  # the damaged part is a problem of its own
     except ValueError as error:
         return [f"errors.jsonl is damaged ({error}); {again}"]
+    for number, (line, row) in enumerate(zip(lines, ledger, strict=False), 1):
+        if line != dataclasses.asdict(row):
+            return [f"line {number} of errors.jsonl is not what the part says of {row.id!r}; {again}"]
+    if len(lines) != len(ledger):
+        return [f"errors.jsonl has {'fewer' if len(lines) < len(ledger) else 'more'} lines than the parts say; {again}"]
     return []
 
 
 def _sample(
     store: Store, counts: Sequence[tuple[int, int]], sample: int, seed: int
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-    """(where the image is, its row) of `sample` rows out of all, in index order; each part is read once."""
+    """Draw (image, its row) for `sample` of all rows, in index order; each part is read once."""
     starts = list(itertools.accumulate((rows for _, rows in counts), initial=0))
     picks = sorted(random.Random(seed).sample(range(starts[-1]), min(sample, starts[-1])))
     for place, group in itertools.groupby(picks, lambda pick: bisect.bisect_right(starts, pick) - 1):
@@ -246,44 +226,40 @@ def _sample(
 
 
 def _embed_again(encoder: StoreEncoder, sample: Sequence[tuple[Entry, np.ndarray]], found: Verification) -> None:
-    """Adds the sample's cosines to `found`."""
+    """Add the sample's cosines to `found`."""
     reader = Reader()
     with progress("embedding again", len(sample)) as tick:
         for start in range(0, len(sample), BATCH):
-            entries, rows, pixels = [], [], []
+            there, pixels = [], []
             for entry, row in sample[start : start + BATCH]:
                 try:
                     pixels.append(encoder.pixels(reader.read(entry)))
+                    there.append((entry.id, row))
                 except Refused as refused:
                     gone = refused.reason == "unreadable"
                     text = f"{entry.id!r} has a row, but its source now is {refused.reason} ({refused.detail})"
                     (found.gone if gone else found.problems).append(text)
-                    continue
-                entries.append(entry)
-                rows.append(row)
-            if entries:
-                _compare(encoder, entries, np.stack(rows), encoder.rows(pixels), found)
+            if there:
+                _compare(there, encoder.rows(pixels), encoder.manifest.shape[-1], found)
             tick(min(BATCH, len(sample) - start))
     if sample and not found.sampled:
         found.problems.append("no image of the sample could be embedded again, so no number was checked")
 
 
-def _compare(
-    encoder: StoreEncoder, entries: Sequence[Entry], stored: np.ndarray, again: np.ndarray, found: Verification
-) -> None:
-    cosines = _cosines(stored, again, encoder.manifest.shape[-1])
-    found.sampled += len(entries)
-    found.worst_cosine = min([float(cosines.min()), *([] if found.worst_cosine is None else [found.worst_cosine])])
-    for entry, cosine in zip(entries, cosines, strict=True):
-        if cosine < MIN_COSINE:
-            found.problems.append(
-                f"{entry.id!r}: its row and its source embedded again have cosine {cosine:.6f}, {MIN_COSINE} at least "
-                "is expected: the row or the picture is another"
-            )
+def _compare(stored: Sequence[tuple[str, np.ndarray]], again: np.ndarray, width: int, found: Verification) -> None:
+    cosines = _cosines(np.stack([row for _, row in stored]), again, width)
+    found.sampled += len(stored)
+    found.worst_cosine = min(cosines.min().item(), 1.0 if found.worst_cosine is None else found.worst_cosine)
+    found.problems += [
+        f"{name!r}: its row and its source embedded again have cosine {cosine:.6f}, {MIN_COSINE} at least is expected: "
+        "the row or the picture is another"
+        for (name, _), cosine in zip(stored, cosines, strict=True)
+        if cosine < MIN_COSINE
+    ]
 
 
 def _cosines(first: np.ndarray, second: np.ndarray, width: int) -> np.ndarray:
-    """(n, dim) twice -> (n,) float64: the cosine of each pair, of its worst patch token; 0 where it is undefined."""
+    """(n, dim) twice -> (n,) float64: cosine of each pair, or of its worst patch token; 0 where it is undefined."""
     a, b = (rows.astype(np.float64).reshape(len(rows), -1, width) for rows in (first, second))  # (n, t, width)
     with np.errstate(invalid="ignore", divide="ignore"):
         cosines = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))  # (n, t)

@@ -1,4 +1,4 @@
-"""Labelled images: a training part to learn or look among, a test part to be asked about, and what exactly was used."""
+"""Opens labelled sets: train images, test images, their classes, and a record of what exactly was used."""
 
 from __future__ import annotations
 
@@ -15,87 +15,17 @@ import pyarrow as pa
 
 from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256
-from micl_zoo.sources.listing import PARQUET_CELL, ImageIndex, index_source
-from micl_zoo.sources.reader import open_parquet, to_path
+from micl_zoo.sources.archives import open_parquet
+from micl_zoo.sources.listing import ImageIndex, index_source
+from micl_zoo.sources.places import to_path
+
+from ..corpora import CORPORA
 
 Label = str | int
 
 TEST_NAMES = ("test", "val", "valid", "validation")  # the first that has labels
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 ID_COLUMNS = ("id", "path", "file", "filename", "file_name", "image")
-
-
-@dataclass(frozen=True)
-class KnownSet:
-    """What a figure on this set needs, to be comparable.
-
-    Attributes:
-        classes, train, test: how many classes, training images and test images.
-        test_part: name of the part that figures are given for.
-        terms: of its images.
-        sha256: of its files, where this project pins them.
-    """
-
-    classes: int
-    train: int
-    test: int
-    test_part: str
-    terms: str
-    sha256: Mapping[str, str]
-
-
-KNOWN_SETS = {
-    "imagenet-1k": KnownSet(
-        1000, 1_281_167, 50_000, "val", "ImageNet's: non-commercial research and education", sha256={}
-    ),
-    "tin200": KnownSet(
-        200,
-        100_000,
-        5_000,
-        "val",
-        "ImageNet's: non-commercial research and education",
-        sha256={
-            "train-000.parquet": "1f5f482e6c4fd9a765214fc4d44d27c2659528bbec79891fbd22468fc3821a4f",
-            "train-001.parquet": "afd6b6b502400ac32c96213e501ad8fe97962397c86dd0973651f71ee29f620c",
-            "train-002.parquet": "8f61dba4c188f05e0c55e114c4d46d52955d7ad7a45b5d25b38426411fee7c96",
-            "train-003.parquet": "e24d3ad3b0ae799d640cd30ccb6a2966428d46b7b554e32e1dd747ed7f0fd60f",
-            "val.parquet": "8d40dbb9edb6db8e95186f2c58e391077a149b028ccf24b5ef00a32863250982",
-        },
-    ),
-    "caltech101": KnownSet(
-        100,
-        3_000,
-        1_672,
-        "test",
-        "CC BY 4.0",
-        sha256={
-            "train.parquet": "0e0a80f19eb5f628b9f0d06ab252849780c22a304e54fb1721c85d945b13940a",
-            "test.parquet": "2a3945f9871d2b40e3e6aef370eb55259364a0eb3bda8dc451405b67fc49b3ee",
-        },
-    ),
-    "flowers5": KnownSet(
-        5,
-        2_000,
-        800,
-        "test",
-        "unknown; for evaluation only",
-        sha256={
-            "train.parquet": "1eb60a6eb1f2d892ea739df5acc12a4d0de166920c6dacab17a49e40f61f0e3d",
-            "test.parquet": "a8464e57ac3a9c609d4f7387501fa3e6ae046494daa412e13852825affb7c03c",
-        },
-    ),
-    "cifar10": KnownSet(
-        10,
-        5_000,
-        2_000,
-        "test",
-        "none stated by its makers",
-        sha256={
-            "train.parquet": "e22981316064b46bdd138fa031d39f9b0dacc39c0e0c869f01158c5cf52210a2",
-            "test.parquet": "1c0ae13d7dd0ea4dc9a1f9650a8cd3a506789fec46fc40eae7f06476e70efda7",
-        },
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -111,7 +41,7 @@ class LabelledImages:
     labels: np.ndarray
 
     def most(self, count: int | None) -> LabelledImages:
-        """At most `count` of them, classes as even as they come, the same ones at every call; in index order."""
+        """Take at most `count` of them, balanced over the classes, the same ones at every call, in index order."""
         if count is None or count >= len(self.labels):
             return self
         rows = balanced_rows(self.labels, count)
@@ -123,7 +53,7 @@ class LabelledSet:
     """A set to measure an encoder on.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         classes: names, sorted; a label is a number into it.
         train, test: its parts.
         facts: where it came from, how much of it was taken, the sha256 of its files; whether it is a known set.
@@ -149,9 +79,9 @@ class LabelledSet:
         Args:
             place: a folder here or at a URI, or the name of a data set on the Hugging Face hub ("uoft-cs/cifar10"),
                 with train*.parquet and test*.parquet (or val…, also below `data/`), or with the folders train/ and
-                test/ or val/ that have a folder a class, as ImageNet-1k is laid out.
+                test/ or val/ that have a folder per class, as ImageNet-1k is laid out.
             labels: a .csv with the columns id and label, for images whose place does not say it.
-            train_images, test_images: take so many at most, classes as even as they come.
+            train_images, test_images: take at most so many, balanced over the classes.
 
         Raises:
             SourceError: a part is missing, or labels are.
@@ -180,7 +110,7 @@ def _counts(part: str, there: np.ndarray, taken: np.ndarray) -> dict[str, int]:
 
 
 def _where(place: str) -> tuple[str, str]:
-    """What to list, and the set's name."""
+    """Find what to list, and the set's name."""
     path = Path(place)
     if path.exists() or "://" in place:
         return place.rstrip("/"), path.resolve().name if path.exists() else place.rstrip("/").rpartition("/")[2]
@@ -188,12 +118,12 @@ def _where(place: str) -> tuple[str, str]:
         return f"hf://datasets/{place}", place
     raise SourceError(
         f"no data set at {place!r}: give a folder, a URI, or OWNER/NAME of a data set on the hub. Known sets, by the "
-        f"name of their folder: {', '.join(KNOWN_SETS)}"
+        f"name of their folder: {', '.join(CORPORA)}"
     )
 
 
 def _open_part(where: str, names: Sequence[str], given: dict[str, str] | None) -> tuple[ImageIndex, list[Label]]:
-    """The first part of one of these names that can be listed and has labels."""
+    """Open the first part of one of these names that can be listed and has labels."""
     said: list[str] = []
     for name in names:
         for index in _listed(where, name, said):
@@ -225,25 +155,29 @@ def _there(where: str, source: str) -> bool:
 
 
 def _hashes(index: ImageIndex) -> dict[str, str]:
-    """The sha256 of the local parquet files behind an index; other images are told by the index's fingerprint."""
+    """Hash the local parquet files behind an index; the index's fingerprint identifies other images."""
     files = index.table["uri"].combine_chunks().dictionary_encode().dictionary.to_pylist()
     local = [to_path(uri) for uri in files if uri.endswith(".parquet") and "://" not in uri]
     return {file.name: file_sha256(file) for file in local}
 
 
 def _known(name: str, facts: dict[str, Any]) -> str:
-    """How this set compares with the known one of its name."""
-    known = KNOWN_SETS.get(name.lower().replace("_", "-").rpartition("/")[2])
+    """Say how this set compares with the known one of its name."""
+    known = CORPORA.get(name.lower().replace("_", "-").rpartition("/")[2])
     if known is None:
         return "not a known set: compare figures only where the sha256 or the fingerprints are the same"
-    there = {"classes": facts["classes"], "train": facts["train_images_there"], "test": facts["test_images_there"]}
-    differ = [f"{key} {there[key]}, not {getattr(known, key)}" for key in there if there[key] != getattr(known, key)]
+    counts = {
+        "classes": (facts["classes"], known.classes),
+        "train": (facts["train_images_there"], known.images),
+        "test": (facts["test_images_there"], known.test_images),
+    }
+    differ = [f"{part} {there}, not {expected}" for part, (there, expected) in counts.items() if there != expected]
     differ += [f"other bytes in {file}" for file, sha in known.sha256.items() if facts["sha256"].get(file) != sha]
     return "the known set of this name" if not differ else "other than the known set: " + "; ".join(differ)
 
 
 def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
-    """Id -> label of a .csv with a column label (or class) and one of ids or paths.
+    """Read labels by id from a .csv with a column label (or class) and one of ids or paths.
 
     Raises:
         SourceError: it cannot be read, or lacks a column.
@@ -264,13 +198,13 @@ def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list[Label]:
-    """The label of each image: given by its id, or the parquet's column, or the first folder of its id.
+    """Find the label of each image: given by its id, or the parquet's column, or the first folder of its id.
 
     Raises:
         SourceError: an image that has none.
     """
     if given is not None:
-        ids = index.table["id"].to_pylist()
+        ids = index.ids
         if missing := [name for name in ids if name not in given]:
             raise SourceError(
                 f"{len(missing):,} of {len(ids):,} images have no label, {missing[0]!r} the first of them: labels go "
@@ -281,19 +215,19 @@ def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list
     return [_label(columns, *row) for row in zip(*(index.table[c].to_pylist() for c in _INDEX), strict=True)]
 
 
-_INDEX = ("id", "uri", "offset", "length")
+_INDEX = ("id", "uri", "kind", "offset")
 
 
-def _label(columns: dict[str, list[Label]], name: str, uri: str, offset: int, length: int) -> Label:
-    if length == PARQUET_CELL:
+def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offset: int) -> Label:
+    if kind == "parquet":
         if uri not in columns:
             columns[uri] = _label_column(uri)
         return columns[uri][offset]
     folder, slash, _ = name.partition("/")
     if not slash:
         raise SourceError(
-            f"{name!r} has no label: put images into a folder a class, have a column `label` in parquet files, or give "
-            "--labels with a csv of id and label"
+            f"{name!r} has no label: put images into a folder per class, have a column `label` in parquet files, or "
+            "give --labels with a csv of id and label"
         )
     return folder
 
@@ -317,7 +251,7 @@ def _label_column(uri: str) -> list[Label]:
 
 
 def _class_names(schema: pa.Schema, column: str) -> list[str]:
-    """Of a ClassLabel column of `datasets`; none where the file does not say them, or says one twice."""
+    """Read the names of a ClassLabel column of `datasets`; none where the file lacks them, or has one twice."""
     told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     names = told.get("info", {}).get("features", {}).get(column, {}).get("names", [])
     return names if len(set(names)) == len(names) else []
@@ -326,7 +260,7 @@ def _class_names(schema: pa.Schema, column: str) -> list[str]:
 def number_classes(
     train: Sequence[Label], test: Sequence[Label], where: str
 ) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-    """Class names in order, and the labels of both parts as numbers into them.
+    """Sort the class names, and turn the labels of both parts into numbers into them.
 
     Raises:
         SourceError: fewer than two classes, or test images of classes that the training part lacks.
@@ -342,7 +276,7 @@ def number_classes(
 
 
 def balanced_rows(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Sorted rows of `count` images, drawn so that no class has two more than another that still has some."""
+    """Draw sorted rows of `count` images so that no class has two more than another that still has some."""
     order = np.random.default_rng(seed).permutation(len(labels))
     turn = np.empty(len(labels), np.int64)  # of each image within its class
     seen: dict[int, int] = {}

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -21,10 +20,10 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from micl_zoo.encoders.device import autocasting
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.weights import EncoderConfig, save_weights
+from micl_zoo.encoders.weights import EncoderConfig, save_weights, without_head
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.images.transform import Transform
 
@@ -33,22 +32,23 @@ from ..recipes import FineTuneRecipe
 from ..run.optim import make_layered_optimizer
 from ..run.order import RefusedImage, seeded
 from ..run.ranks import Ranks
+from ..run.step import Step
 from .augment import Pictures, Resized, drawing
 
-TOP = 5  # guesses an image of the second accuracy, told where there are more classes than twice as many
+TOP = 5  # guesses per image of the second accuracy, told where there are more classes than twice as many
 TIMM_POOL = {"mean": "avg", "cls": "token"}
 
 
 def make_classifier(encoder: Encoder, recipe: FineTuneRecipe, classes: int) -> VisionTransformer:
-    """The encoder's ViT with a linear head, on the CPU, in train mode; the encoder keeps its own weights.
+    """Put a linear head on the encoder's ViT, on the CPU, in train mode; the encoder keeps its own weights.
 
     With pool "mean" the final norm comes after the mean and is new, as in MAE: the encoder's own, which is of single
     tokens, is left out. The position table is trained along with the rest.
 
     Args:
-        encoder: in torch.
-        recipe: for the pool, drop path, the head's first weights and the seed.
-        classes: C.
+        encoder: encoder in torch.
+        recipe: gives the pool, drop path, the head's first weights and the seed.
+        classes: number of classes C.
     """
     model: VisionTransformer = timm.create_model(
         encoder.config.architecture,
@@ -76,8 +76,8 @@ class GivenDropPath(nn.Module):
     """timm's DropPath, but the random numbers are handed in: they do not depend on how a batch is shared or cut.
 
     Attributes:
-        drop_prob: of a branch's output being set to 0; the others are scaled to keep the mean.
-        draws: (b,) uniform, of the images that come next.
+        drop_prob: chance that a branch's output is set to 0; the others are scaled to keep the mean.
+        draws: (b,) uniform, one per image that comes next.
     """
 
     def __init__(self, drop_prob: float) -> None:
@@ -86,32 +86,28 @@ class GivenDropPath(nn.Module):
         self.draws = torch.empty(0)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(b, N, D), the same shape back."""
+        """Drop whole branches: (b, N, D), the same shape back."""
         if not self.training:
             return tokens
         kept = (self.draws >= self.drop_prob).to(tokens) / (1 - self.drop_prob)
         return tokens * kept[:, None, None]
 
 
-class ClassifierStep:
-    """Takes steps: `step(pictures)` changes the weights in place.
-
-    Attributes:
-        model: on its device, under its own names.
-        optimizer: of the recipe.
-        ema: running means of the weights, or None.
-        autocast: dtype of the matrix products, None for that of the weights.
+class ClassifierStep(Step):
+    """Takes steps of a classifier: `step(pictures)` changes the weights in place, see `Step`.
 
     Args:
         model: made by `make_classifier`, on its device.
-        recipe: of the run.
+        recipe: recipe of the run.
         ranks: this process among all.
         autocast: dtype of the matrix products, None for that of the weights.
-        micro_batch: images a forward pass at most; None takes the share whole. The gradients are the same.
+        micro_batch: most images per forward pass; None takes the share whole. The gradients are the same.
 
     Raises:
         UsageError: a batch that does not divide among the processes.
     """
+
+    recipe: FineTuneRecipe
 
     def __init__(
         self,
@@ -122,14 +118,13 @@ class ClassifierStep:
         autocast: torch.dtype | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        world = 1 if ranks is None else ranks.world
-        check_share(recipe, world)
-        self.model, self.recipe, self.autocast = model, recipe, autocast
-        self.micro_batch = micro_batch or recipe.batch_size
+        ranks = ranks or Ranks()
+        check_share(recipe, ranks.world)
+        super().__init__(model, model, recipe, ranks, autocast)
+        self.model, self.micro_batch = model, micro_batch or recipe.batch_size
         self.optimizer = make_layered_optimizer(model, recipe)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         self._drops = [module for module in model.modules() if isinstance(module, GivenDropPath)]
-        self._loss = SoftTargetCrossEntropy()
         self._mixup = Mixup(
             recipe.mixup,
             recipe.cutmix,
@@ -137,25 +132,9 @@ class ClassifierStep:
             label_smoothing=recipe.label_smoothing,
             num_classes=model.num_classes,
         )
-        device = model.cls_token.device
-        own = [device] if device.type == "cuda" else None
-        self._forward = model if world == 1 else DistributedDataParallel(model, own, gradient_as_bucket_view=True)
-
-    def __call__(self, pictures: Pictures) -> Tensor:
-        """One step.
-
-        Returns:
-            Loss () of this share, without gradient and still on the device. The mean over the processes is the batch's.
-        """
-        loss = self.accumulate(pictures)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        return loss
 
     def accumulate(self, pictures: Pictures) -> Tensor:
-        """The gradients of one step, without taking it."""
+        """Compute the gradients of one step, without taking it: loss () of this share."""
         with drawing(self.recipe.seed, 5, pictures.step):  # the same shares and boxes on every rank
             pixels, targets = self._mixup(pictures.pixels, pictures.labels)  # (b, 3, S, S), (b, C)
         draws = self._drop_draws(pictures)  # (L, b)
@@ -172,23 +151,16 @@ class ClassifierStep:
     def _piece_loss(self, pixels: Tensor, targets: Tensor, draws: Tensor) -> Tensor:
         for drop, drawn in zip(self._drops, draws, strict=True):
             drop.draws = drawn
-        with torch.autocast(pixels.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            logits = self._forward(pixels)  # (b, C)
-        return cast(Tensor, self._loss(logits.float(), targets))
+        return SoftTargetCrossEntropy()(self._compute(pixels).float(), targets)  # of logits (b, C)
 
     def _drop_draws(self, pictures: Pictures) -> Tensor:
         generator = seeded(self.recipe.seed, 6, pictures.step)
         draws = torch.rand(len(self._drops), self.recipe.batch_size, generator=generator)
         return draws[:, pictures.places].to(pictures.pixels.device, non_blocking=True)
 
-    def _synchronise(self, now: bool) -> AbstractContextManager[None]:
-        """Whether the backward pass in this context averages the gradients over the processes."""
-        wrapped = self._forward
-        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not now else nullcontext()
-
 
 def check_share(recipe: FineTuneRecipe, world: int) -> None:
-    """A batch falls into equal shares, and each of them into pairs.
+    """Check that a batch falls into equal shares, and each of them into pairs.
 
     Raises:
         UsageError: it does not.
@@ -205,7 +177,7 @@ class Tested(NamedTuple):
     """What a classifier makes of a test part.
 
     Attributes:
-        top1: (n,) bool, an entry an image that can be decoded: the best guess is right.
+        top1: (n,) bool, one per image that can be decoded: the best guess is right.
         top5: (n,) bool: one of the five best guesses is.
         refused: the images that cannot be decoded; they are not counted.
     """
@@ -215,7 +187,7 @@ class Tested(NamedTuple):
     refused: list[RefusedImage]
 
     def scores(self, classes: int) -> dict[str, dict[str, float]]:
-        """Accuracy and its interval in percent: top1, and top5 where there are more than ten classes."""
+        """Give the accuracy and its interval in percent: top1, and top5 where there are more than ten classes."""
         return {"top1": score(self.top1)} | ({"top5": score(self.top5)} if classes > 2 * TOP else {})
 
 
@@ -231,9 +203,9 @@ def measure_classifier(
     """Test on the shares of all ranks together; each image counts once.
 
     Args:
-        model: left in the mode that it was in.
+        model: classifier, left in the mode that it was in.
         batches: this rank's share of the test part, on the device of the model.
-        transform: of the encoder, to normalise.
+        transform: transform of the encoder, to normalise.
         ranks: this process among all.
         autocast: dtype of the matrix products, None for that of the weights.
 
@@ -245,7 +217,7 @@ def measure_classifier(
     for pixels, labels, bad in batches:
         refused += bad
         if len(pixels):
-            with torch.autocast(pixels.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            with autocasting(pixels.device, autocast):
                 logits = model(transform.normalise(pixels)).float()  # (n, C)
             guesses = logits.topk(min(TOP, model.num_classes)).indices  # (n, 5)
             hit = guesses == labels[:, None]
@@ -270,9 +242,9 @@ def save_classifier(
 
     Args:
         folder: made if need be.
-        state: of `make_classifier`'s model.
-        config: of the encoder.
-        recipe: for the pool.
+        state: state of `make_classifier`'s model.
+        config: config of the encoder.
+        recipe: gives the pool.
         classes: names, by number.
         provenance: goes into the file's header.
     """
@@ -283,18 +255,6 @@ def save_classifier(
     return save_weights(folder, state, body, provenance, "float32")
 
 
-def save_backbone(
-    folder: Path,
-    state: dict[str, Tensor],
-    config: EncoderConfig,
-    recipe: FineTuneRecipe,
-    provenance: dict[str, Any],
-) -> Path:
-    """Write a classifier without its head as an encoder, which `micl_zoo.load(weights=…)` takes; returns the file.
-
-    An encoder has its final norm before it pools. With pool "mean" it gets the classifier's norm, which was trained for
-    the mean of the patch tokens: the embeddings by pool "mean" are near what the head saw, and not equal to it.
-    """
-    renamed = {"fc_norm.weight": "norm.weight", "fc_norm.bias": "norm.bias"} if recipe.pool == "mean" else {}
-    kept = {renamed.get(key, key): value for key, value in state.items() if not key.startswith("head.")}
-    return save_weights(folder, kept, config, provenance, "float32")
+def save_backbone(folder: Path, state: dict[str, Tensor], config: EncoderConfig, provenance: dict[str, Any]) -> Path:
+    """Write a classifier without its head as an encoder, see `without_head`; returns the weights file."""
+    return save_weights(folder, without_head(state), config, provenance, "float32")

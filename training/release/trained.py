@@ -16,33 +16,26 @@ from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256, write_text
 from micl_zoo.images.transform import Transform
 
+from ..corpora import CORPORA, Corpus
 from ..recipes import Recipe, record_differences, recorded_recipe
-from .corpora import CORPORA, Corpus
 
 RECORDS_FOLDER = Path(__file__).parents[1] / "records"
+Json = dict[str, Any]
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
 
 
 class Repeat(NamedTuple):
-    """The same recipe trained again with another seed, and measured alike.
-
-    Attributes:
-        file: of the run's record.
-        record: as that of the encoder.
-        evaluation_file: of its figures.
-        evaluation: record of `micl-zoo eval all`.
-    """
+    """The same recipe trained again with another seed, and measured alike: records and their files."""
 
     file: str
-    record: dict[str, Any]
+    record: Json
     evaluation_file: str
-    evaluation: dict[str, Any]
+    evaluation: Json
 
     @property
-    def run(self) -> dict[str, Any]:
-        """What run.json says."""
-        run: dict[str, Any] = self.record["run"]
-        return run
+    def run(self) -> Json:
+        """Content of run.json."""
+        return self.record["run"]
 
 
 @dataclass(frozen=True)
@@ -52,21 +45,19 @@ class Trained:
     Attributes:
         name: `arch.tag`.
         record: weights (sha256 and bytes), run (run.json), curve, and knn, measured on the way.
-        file: of the weights, as the card names it.
-        load: the line of Python that loads it, without the hub.
-        run_file: the record of its training, as the card names it.
-        transform: of its images.
-        license: of the weights.
-        entry: its row in the table of encoders, of a published one.
+        file, run_file, onnx_file: weights, record of the training and ONNX file, as the card names them.
+        load: line of Python that loads it without the hub.
+        transform: transform of its images.
+        license: terms of the weights.
+        entry: its row in the table of encoders, if it is published.
         repeats: the recipe trained again with other seeds.
-        onnx: the same weights as an ONNX file that is published with them, and onnx_file: where, as the card names it.
+        onnx: the same weights as an ONNX file that is published with them.
         evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
         export, upright: records of benchmarks/export.py and benchmarks/upright.py.
-        rivals, ablations: records of benchmarks/rivals.py, by file.
     """
 
     name: str
-    record: dict[str, Any]
+    record: Json
     file: str
     load: str
     transform: Transform
@@ -76,12 +67,10 @@ class Trained:
     repeats: tuple[Repeat, ...] = ()
     onnx: OnnxFile | None = None
     onnx_file: str = ""
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    finetunings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    export: dict[str, Any] | None = None
-    upright: dict[str, Any] | None = None
-    rivals: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ablations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, Json] = field(default_factory=dict)
+    finetunings: dict[str, Json] = field(default_factory=dict)
+    export: Json | None = None
+    upright: Json | None = None
 
     def __post_init__(self) -> None:
         measured = {file: one["encoder"]["weights_sha256"] for file, one in self.evaluations.items()}
@@ -97,36 +86,47 @@ class Trained:
             _check_repeat(repeat, self.run)
 
     @property
-    def weights(self) -> dict[str, Any]:
-        """Of the file: sha256 and bytes."""
-        weights: dict[str, Any] = self.record["weights"]
-        return weights
+    def weights(self) -> Json:
+        """Checksum (sha256) and size (bytes) of the file."""
+        return self.record["weights"]
 
     @property
-    def run(self) -> dict[str, Any]:
-        """What run.json says."""
-        run: dict[str, Any] = self.record["run"]
-        return run
+    def run(self) -> Json:
+        """Content of run.json."""
+        return self.record["run"]
 
     @property
     def target(self) -> str:
-        """What a command names it by."""
+        """Name for it in commands."""
         return self.name if self.entry else "RUN"
 
     @property
     def corpus(self) -> Corpus | None:
-        """Of a run on the images that its recipe is for; None where the images are the user's own."""
-        corpus = CORPORA.get(self.run["recipe"]["corpus"])
+        """Corpus of a run on the images that its recipe is for; None where the images are the user's own."""
+        corpus = CORPORA.get(self.recipe.corpus)
         return corpus if corpus and corpus.images == self.run["data"]["images"] else None
 
     @property
     def recipe(self) -> Recipe:
-        """Of the run, whichever version wrote it."""
+        """Recipe of the run, whichever version wrote it."""
         return recorded_recipe(self.run)
+
+    @property
+    def made(self) -> Iterator[tuple[str, str, Json]]:
+        """Every record: what it is of, its file, its content."""
+        yield "training", self.run_file, self.run
+        yield from (("evaluation", file, one) for file, one in self.evaluations.items())
+        for again in self.repeats:
+            yield "training again", again.file, again.run
+            yield "evaluation", again.evaluation_file, again.evaluation
+        yield from (("fine-tuning", file, one) for file, one in self.finetunings.items())
+        for what, name in (("ONNX", "export"), ("orientations", "upright")):
+            if record := getattr(self, name):
+                yield what, f"{self.name}.{name}.json", record
 
 
 def published(name: str, records: Path | None = None) -> Trained:
-    """A published encoder with the records that come with the package.
+    """Gather a published encoder and the records that come with the package.
 
     Raises:
         UsageError: no such name, no weights, or records of other weights.
@@ -147,24 +147,22 @@ def published(name: str, records: Path | None = None) -> Trained:
         repeats=tuple(_read_repeats(records, entry.name)),
         onnx=entry.onnx,
         onnx_file=at.format(entry.onnx.file) if entry.onnx else "",
-        evaluations=_read_all(records, f"{entry.name}.eval*.json"),
-        finetunings=_read_all(records, f"{entry.name}.finetune*.json"),
-        export=_read_if_there(records / f"{entry.name}.export.json"),
-        upright=_read_if_there(records / f"{entry.name}.upright.json"),
-        rivals=_read_all(records, "rivals*.json"),
-        ablations=_read_all(records, "ablations*.json"),
+        evaluations=read_all(records, f"{entry.name}.eval*.json"),
+        finetunings=read_all(records, f"{entry.name}.finetune*.json"),
+        export=next(iter(read_all(records, f"{entry.name}.export.json").values()), None),
+        upright=next(iter(read_all(records, f"{entry.name}.upright.json").values()), None),
     )
 
 
 def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
-    """The encoder of a finished run of one's own.
+    """Gather the encoder of a finished run of one's own.
 
     Args:
         run: folder that `train` wrote.
         measured: records of `micl-zoo eval all`, and the result.json of `eval finetune`.
 
     Raises:
-        TrainingError: no run, or one that has not come to its end.
+        TrainingError: no run, or one that is not finished.
         UsageError: records of other weights.
     """
     record, weights = run_record(run), local_weights(run / "encoder")
@@ -184,11 +182,11 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
     return trained
 
 
-def run_record(run: Path) -> dict[str, Any]:
-    """What a run is kept by: the weights' sha256 and bytes, run.json, every 50th step of its curve, and its k-NN.
+def run_record(run: Path) -> Json:
+    """Make the record of a run: the weights' sha256 and bytes, run.json, every 50th step of its curve, its k-NN.
 
     Raises:
-        TrainingError: no run, one that has not come to its end, or one of fine-tuning.
+        TrainingError: no run, one that is not finished, or one of fine-tuning.
     """
     try:
         made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -202,7 +200,7 @@ def run_record(run: Path) -> dict[str, Any]:
         raise TrainingError(f"run.json or metrics.jsonl in {str(run)!r} is damaged: {error}") from None
     file = run / "encoder" / "model.safetensors"
     if "result" not in made_by or not file.exists():
-        raise TrainingError(f"{str(run)!r} has not come to its end: give the command it was started by again, to go on")
+        raise TrainingError(f"{str(run)!r} is not finished: rerun the command that started it to resume")
     steps = [line for line in lines if "loss" in line]
     kept = steps[::CURVE_EVERY] + ([] if (len(steps) - 1) % CURVE_EVERY == 0 else steps[-1:])
     return {
@@ -224,8 +222,8 @@ def _read_repeats(folder: Path, name: str) -> Iterator[Repeat]:
         yield Repeat(run.name, _read(run), measured.name, _read(measured))
 
 
-def _check_repeat(repeat: Repeat, run: dict[str, Any]) -> None:
-    """It is the run's recipe on the run's images, and the figures are of its weights.
+def _check_repeat(repeat: Repeat, run: Json) -> None:
+    """Refuse one that is not the run's recipe on the run's images, or whose figures are of other weights.
 
     Raises:
         UsageError: it is not.
@@ -237,21 +235,23 @@ def _check_repeat(repeat: Repeat, run: dict[str, Any]) -> None:
         raise UsageError(f"{repeat.evaluation_file} is of other weights (sha256 {found}) than {repeat.file} ({wanted})")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_all(folder: Path | None, pattern: str) -> dict[str, Json]:
+    """Read the records of a folder, by default those of the package, whose names match a pattern.
+
+    Raises:
+        UsageError: a file that is no record.
+    """
+    files = sorted((folder or RECORDS_FOLDER).glob(pattern), key=lambda file: file.stem)
+    return {file.name: _read(file) for file in files}
+
+
+def _read(file: Path) -> Json:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"no such record: {str(file)!r}") from None
     except ValueError as error:
-        raise UsageError(f"{str(file)!r} is no record: {error}") from None
+        raise UsageError(f"{str(file)!r} is not a record: {error}") from None
     if not isinstance(found, dict):
-        raise UsageError(f"{str(file)!r} is no record: it holds no JSON object")
+        raise UsageError(f"{str(file)!r} is not a record: it holds no JSON object")
     return found
-
-
-def _read_if_there(file: Path) -> dict[str, Any] | None:
-    return _read(file) if file.exists() else None
-
-
-def _read_all(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
-    return {file.name: _read(file) for file in sorted(folder.glob(pattern), key=lambda file: file.stem)}

@@ -13,14 +13,14 @@ from ..recipes import AnyRecipe, FineTuneRecipe, Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices and the class token, none on biases, norms and learned positions."""
+    """Make fused AdamW; weight decay on matrices and the class token, none on biases, norms and learned positions."""
     without = ["pos_embed"] if recipe.positions == "learned" else []
     groups = param_groups_weight_decay(model, weight_decay=recipe.weight_decay, no_weight_decay_list=without)
     return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
 
 
 def make_layered_optimizer(model: VisionTransformer, recipe: FineTuneRecipe) -> torch.optim.AdamW:
-    """Fused AdamW for fine-tuning: deeper layers learn slower (BEiT, arXiv 2106.08254), by `lr_scale` of their group.
+    """Make fused AdamW whose deeper layers learn slower (BEiT, arXiv 2106.08254), by `lr_scale` of their group.
 
     No weight decay on biases, norms, the class token and the position table.
     """
@@ -34,7 +34,7 @@ def make_layered_optimizer(model: VisionTransformer, recipe: FineTuneRecipe) -> 
 
 
 def learning_rate(recipe: AnyRecipe, step: int, total_steps: int) -> float:
-    """Linear warm-up to recipe.lr, then a half-cycle cosine to min_lr, set per step (reference code)."""
+    """Compute the linear warm-up to recipe.lr, then a half-cycle cosine to min_lr, set per step (reference code)."""
     warmup = total_steps * recipe.warmup_epochs / recipe.epochs
     if step < warmup:
         return recipe.lr * step / warmup
@@ -43,6 +43,6 @@ def learning_rate(recipe: AnyRecipe, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """For every group, times its `lr_scale` where it has one."""
+    """Set the rate of every group, times its `lr_scale` where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from micl_zoo.errors import SourceError, UsageError
 
 from ..recipes import AnyRecipe, Recipe
 
+if TYPE_CHECKING:
+    import torch
+
 
 def images_per_process(recipe: Recipe, world: int) -> int:
-    """Images of one optimiser step that each of `world` processes takes.
+    """Count the images of one optimiser step that each of `world` processes takes.
 
     Raises:
         UsageError: processes that cannot share the batch alike; says what could.
@@ -54,13 +56,15 @@ class RefusedImage(NamedTuple):
 
 
 def seeded(*parts: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all the parts and nothing else."""
+    """Make a CPU generator whose stream depends on all the parts and nothing else."""
+    import torch  # here, because plans and cards need the rest without it
+
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 def steps_per_epoch(recipe: AnyRecipe, images: int) -> int:
-    """Whole batches in a corpus.
+    """Count the whole batches in a corpus.
 
     Raises:
         SourceError: a corpus smaller than one batch.

@@ -15,7 +15,7 @@ from micl_zoo._version import package_versions
 
 
 def code_commit() -> str | None:
-    """The commit this code was run from, "-dirty" added where files differ from it; None outside a checkout."""
+    """Name the commit this code was run from, "-dirty" added where files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         run = subprocess.run(
@@ -32,7 +32,7 @@ def code_commit() -> str | None:
 
 
 def made_with(device: torch.device) -> dict[str, Any]:
-    """What a record of figures says of when, where and by what they were made."""
+    """Say when, where and with what the figures of a record were made."""
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": code_commit(),
@@ -42,7 +42,7 @@ def made_with(device: torch.device) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The processor, or the card, in words and numbers."""
+    """Describe the processor, or the card, in words and numbers."""
     facts: dict[str, Any] = {"device": device.type, "processor": _processor(), "cores": os.cpu_count()}
     facts["threads"] = torch.get_num_threads()
     if device.type == "cuda":

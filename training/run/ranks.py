@@ -33,9 +33,9 @@ class Ranks:
     """This process among those that train together.
 
     Attributes:
-        rank: from 0; rank 0 writes.
-        world: how many there are.
-        words: the gloo group, or None for a process alone.
+        rank: number of this process, from 0; rank 0 writes.
+        world: number of processes.
+        words: gloo group, or None for a process alone.
         parent: process that started this one together with others and looks after them, or None.
     """
 
@@ -46,16 +46,16 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """This is the one that writes."""
+        """Whether this is the one that writes."""
         return self.rank == 0
 
     @property
     def orphaned(self) -> bool:
-        """Whoever started the ranks is gone: nobody would stop them any more."""
+        """Whether whoever started the ranks is gone, so that nobody would stop them any more."""
         return self.parent is not None and os.getppid() != self.parent
 
     def gather(self, thing: T) -> list[T]:
-        """One picklable object of every rank, by rank; all ranks get all."""
+        """Gather one picklable object of every rank, by rank; all ranks get all."""
         if self.world == 1:
             return [thing]
         things: list[Any] = [None] * self.world
@@ -63,7 +63,7 @@ class Ranks:
         return things
 
     def any(self, *flags: bool) -> list[bool]:
-        """Each flag True on every rank when it is on one; a fraction of a millisecond: it can be asked every step."""
+        """Raise each flag on all ranks that is True on one; in a fraction of a millisecond, so every step can ask."""
         if self.world == 1:
             return list(flags)
         words = torch.tensor([float(flag) for flag in flags])
@@ -74,11 +74,11 @@ class Ranks:
         return words.bool().tolist()
 
     def first(self, thing: T) -> T:
-        """What rank 0 has, on every rank."""
+        """Give every rank what rank 0 has."""
         return self.gather(thing)[0]
 
     def all_rows(self, rows: Tensor) -> Tensor:
-        """(b, ...) of each rank -> (world * b, ...) in order of rank; gradients flow back to the rows' owners."""
+        """Gather (b, ...) of each rank as (world * b, ...), by rank; gradients flow back to the rows' owners."""
         return rows if self.world == 1 else _AllRows.apply(rows, self.rank, self.world)
 
 
@@ -146,24 +146,23 @@ def _own_device(device: str, local_rank: int) -> torch.device:
 
 
 def says() -> bool:
-    """Of several processes one speaks to the person: rank 0."""
+    """Tell whether this process is the one that speaks to the person: rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(arguments: Sequence[str], *, gpus: int, nodes: int = 1, rdzv: str | None = None, restarts: int = 0) -> None:
-    """Run `python -m micl_zoo.training ARGUMENTS` in `gpus` processes on this machine, by torchrun's elastic agent.
+def launch(words: Sequence[str], *, gpus: int = 1, nodes: int = 1, rdzv: str | None = None, restarts: int = 0) -> None:
+    """Run `python -m micl_zoo.training WORDS` in `gpus` processes on this machine, by torchrun's elastic agent.
 
     Args:
-        arguments: of `micl-zoo train`, or those of `micl-zoo` from `eval` on, without those that say how many processes
-            there are.
-        gpus: processes on this machine, one a GPU.
-        nodes: machines; the same command runs on each of them.
-        rdzv: "host:port" of one of the machines, where they meet; needed for more than one.
+        words: of `micl-zoo`, from `train` or `eval` on, without the options that say how many processes there are.
+        gpus: processes on this machine, one per GPU.
+        nodes: machines; the same call runs on each of them.
+        rdzv: rendezvous endpoint, "host:port" of one of the machines; required for more than one.
         restarts: how often all ranks start again, from the last checkpoint, after one has failed.
 
     Raises:
-        UsageError: several nodes without a meeting point.
-        TrainingError: a rank failed; its own message stands above.
+        UsageError: several nodes without a rendezvous endpoint.
+        TrainingError: a rank failed.
         Interrupted: a signal; the ranks had 30 seconds for their checkpoint.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -171,7 +170,7 @@ def launch(arguments: Sequence[str], *, gpus: int, nodes: int = 1, rdzv: str | N
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if nodes > 1 and not rdzv:
-        raise UsageError("--nodes needs --rdzv HOST:PORT, the same on every machine: where the processes meet")
+        raise UsageError("--nodes needs --rdzv HOST:PORT, the address of one machine, the same on all of them")
     config = LaunchConfig(
         min_nodes=nodes,
         max_nodes=nodes,
@@ -184,12 +183,12 @@ def launch(arguments: Sequence[str], *, gpus: int, nodes: int = 1, rdzv: str | N
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "micl_zoo.training", *arguments)
+        elastic_launch(config, sys.executable)("-u", "-m", "micl_zoo.training", *words)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise TrainingError(f"rank {rank} ended with code {failure.exitcode}; what it said stands above") from None
+        raise TrainingError(f"rank {rank} ended with code {failure.exitcode}; see its output above") from None
     except SignalException as error:
-        raise Interrupted("the ranks were told to stop; what they said stands above", signal=error.sigval) from None
+        raise Interrupted("the ranks were told to stop; see their output above", signal=error.sigval) from None
 
 
 def _free_port() -> int:

@@ -27,7 +27,7 @@ class Tracker(Protocol):
 def open_trackers(
     run: Path, record: dict[str, Any], first_step: int, *, wandb_project: str | None = None
 ) -> list[Tracker]:
-    """The trackers of a run, new or resumed. Steps from `first_step` on replace those that were tracked before.
+    """Open the trackers of a run, new or resumed. Steps from `first_step` on replace those that were tracked before.
 
     TensorBoard's files go to RUN/tensorboard. Weights & Biases sends data away, so it is used only when named.
 
@@ -49,7 +49,7 @@ def open_trackers(
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line under the names they are tracked by: train/loss, knn/NAME, test/top1, ..."""
+    """Name the numbers of a line as they are tracked: train/loss, knn/NAME, test/top1, ..."""
     measured = next((kind for kind in ("knn", "test") if kind in line), None)
     found = line if measured is None else line[measured]
     named = {f"{measured or 'train'}/{name}": value for name, value in found.items() if name != "step"}
@@ -57,7 +57,7 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
 
 
 def wandb_id(record: dict[str, Any]) -> str:
-    """The same for every piece of one run: of when it started and of its recipe's name."""
+    """Make an id that is the same for every piece of one run, from its start and its recipe's name."""
     return hashlib.sha256(f"{record['started']}{record['recipe']['name']}".encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,133 @@
+"""What the commands share: options, help with examples, and the words that start the same call again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from ..encoders.zoo import find_record
+
+F = TypeVar("F", bound=Callable[..., Any])
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
+class Command(click.Command):
+    """A command that shows the "Examples:" of its docstring below the options, line by line."""
+
+    def __init__(self, name: str | None, *, help: str | None = None, **settings: Any) -> None:
+        text, _, examples = inspect.cleandoc(help or "").partition("Examples:\n")
+        super().__init__(name, help=text, epilog=f"\b\nExamples:\n{examples}", **settings)
+
+
+class Group(Command, click.Group):
+    """A group of commands with examples."""
+
+    command_class = Command
+
+
+def value(*words: str, **settings: Any) -> Callable[[F], F]:
+    """An option from its names and, last, its help."""
+    *names, text = words
+    return click.option(*names, help=text + " May be repeated." * ("multiple" in settings), **settings)
+
+
+def flag(*words: str) -> Callable[[F], F]:
+    """An option without a value."""
+    return value(*words, is_flag=True)
+
+
+def count(*words: str, least: int = 1, **settings: Any) -> Callable[[F], F]:
+    """An option with a whole number."""
+    return value(*words, type=click.IntRange(least), **settings)
+
+
+def number(*words: str, least: float = 0, **settings: Any) -> Callable[[F], F]:
+    """An option with a number."""
+    return value(*words, type=click.FloatRange(least), **settings)
+
+
+def path(*words: str, **settings: Any) -> Callable[[F], F]:
+    """An option with a local file or folder."""
+    return value(*words, type=click.Path(path_type=Path), **settings)
+
+
+def choice(*words: Any, **settings: Any) -> Callable[[F], F]:
+    """An option from its names, its possible values, the default first, and its help."""
+    *names, values, text = words
+    chosen = {} if "multiple" in settings else {"default": values[0]}
+    return value(*names, text, type=click.Choice(values), **{**chosen, **settings})
+
+
+def workers(text: str = "Number of decoding processes.", default: str = "one per core, at most 16") -> Callable[[F], F]:
+    """The option --workers; `default` says what is taken without it."""
+    return count("--workers", text, least=0, show_default=default)
+
+
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator; help shows them in this order."""
+    return lambda command: functools.reduce(lambda made, one: one(made), reversed(options), command)
+
+
+AS_JSON = flag("--json", "as_json", "Print one JSON object.")
+DEVICE = value("--device", "Device of the model: auto, cpu, cuda, cuda:N or mps.", default="auto")
+TRAINING_DEVICE = value("--device", "Device of the model: auto, cpu, cuda or cuda:N.", default="auto")
+STORE_WEIGHTS = path("--weights", "Weights of the store's encoder, where they are not published.")
+SOURCE = "any source that extract takes."
+OVERRIDES = value("--set", "overrides", "Change to one number of the recipe.", multiple=True, metavar="KEY=VALUE")
+RANKS = together(
+    count("--gpus", "Number of processes on this machine, one per GPU (or CPU processes)."),
+    count("--nodes", "Number of machines; run the same command on each of them.", default=1),
+    value("--rdzv", "Rendezvous endpoint: HOST:PORT of one of the machines.", metavar="HOST:PORT"),
+    count("--restarts", "How often to restart after a process fails.", least=0, default=0),
+    count("--micro-batch", "Images per forward pass: fewer take less memory and give the same gradients."),
+    count("--max-steps", "Number of steps after which the run stops with a checkpoint."),
+    TRAINING_DEVICE,
+)
+
+
+def encoder_of(text: str) -> dict[str, Any]:
+    """The argument `weights` for a path, of a run's folder too; else the argument `model`, a name of the table."""
+    return {"weights": Path(text)} if Path(text).exists() else {"model": find_record(text).name}
+
+
+def call_words(leave_out: Collection[str] = ()) -> list[str]:
+    """The words behind `micl-zoo` that make the running call again: its parsed parameters, but those in `leave_out`."""
+    context = click.get_current_context()
+    arguments, options = list[str](), list[str]()
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in leave_out or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        values = [str(one) for one in (value if isinstance(value, tuple) else [value])]
+        if isinstance(parameter, click.Argument):
+            arguments += values
+        elif isinstance(value, bool):
+            options += (parameter.opts if value else parameter.secondary_opts)[:1]
+        else:
+            options += [word for one in values for word in (parameter.opts[0], one)]
+    names = context.command_path.removeprefix(context.find_root().command_path).split()
+    if any(one.startswith("-") for one in arguments):
+        return [*names, *options, "--", *arguments]
+    return [*names, *arguments, *options]
+
+
+def start_ranks(options: dict[str, Any]) -> bool:
+    """Run this command in several processes if its options ask for them; these options are taken out.
+
+    Returns:
+        Whether the processes ran: then nothing is left to do.
+    """
+    how = {name: options.pop(name) for name in ("gpus", "nodes", "rdzv", "restarts")}
+    if not how["gpus"] and how["nodes"] == 1:
+        return False
+    from micl_zoo.training.run.ranks import launch
+
+    launch(call_words(leave_out=how), **{**how, "gpus": how["gpus"] or 1})
+    return True

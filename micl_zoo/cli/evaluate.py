@@ -1,0 +1,182 @@
+"""What an encoder is worth on labelled images."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..encoders.zoo import DEFAULT
+from . import _options as opt
+
+SET = (
+    "Labelled set: a folder with train*.parquet and test*.parquet or val…, or with train/CLASS/ and test/ or val/; "
+    "a URI; or OWNER/NAME on the hub."
+)
+LABELS = opt.path("--labels", "Table of the classes: a csv of id and label.")
+MEASURED = opt.together(  # of knn, linear, logreg, few-shot and all
+    click.argument("encoder", required=False),
+    opt.value("--data", SET, multiple=True),
+    opt.value("--train", "train_store", "Store with the training embeddings, instead of ENCODER and --data."),
+    opt.value("--test", "test_store", "Store with the test embeddings, made with the same encoder."),
+    LABELS,
+    opt.count("--train-images", "Use at most N train images per set, balanced over the classes."),
+    opt.count("--test-images", "Use at most N test images per set, balanced over the classes."),
+    opt.choice(
+        "--baseline", "baselines", ["random", "pixels"], "Baseline to add: untrained ViT, raw pixels.", multiple=True
+    ),
+    opt.count("--batch-size", "Images per forward pass.", default=64),
+    opt.workers(default="one per core"),
+    opt.DEVICE,
+    opt.path("-o", "--out", "Record to write; the same command resumes it."),
+    opt.path("--plot", "picture", "Picture to write, a name that ends in .png, .svg or .pdf."),
+    opt.flag("--json", "as_json", "Print the record instead of a table."),
+)
+
+
+def _setting(field: Any) -> Callable[[opt.F], opt.F]:
+    """An option from a field of a `Protocol`; its values have the type of the default's."""
+    several, least = isinstance(field.default, tuple), field.metadata["least"]
+    kinds = {int: click.IntRange(least), float: click.FloatRange(least, min_open=True)}
+    kind = kinds.get(type(field.default[0] if several else field.default)) or click.Choice(field.default)
+    words = [field.metadata["flag"], field.name, field.metadata["help"].removesuffix(" May be repeated.")]
+    if several:
+        return opt.value(*words, type=kind, multiple=True, show_default=", ".join(map(str, field.default)))
+    return opt.value(*words, type=kind, default=field.default)
+
+
+class _Methods(opt.Group):
+    """A group whose commands are the rows of METHODS, besides those that are added to it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from micl_zoo.training.evaluation.protocols import METHODS
+
+        return sorted([*METHODS, "all", *self.commands])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from micl_zoo.training.evaluation.protocols import ALL, METHODS, option_fields
+
+        method = ALL if cmd_name == "all" else METHODS.get(cmd_name)
+        if method is None:
+            return super().get_command(ctx, cmd_name)
+        methods = tuple(METHODS) if method is ALL else (cmd_name,)
+        examples = "".join(f"\n  micl-zoo eval {cmd_name} {example}" for example in method.examples)
+        options = opt.together(MEASURED, *map(_setting, option_fields(method.settings)))
+        command = options(lambda **given: _measure(methods, given))
+        return click.command(cmd_name, cls=opt.Command, help=f"{method.help}\n\nExamples:{examples}")(command)
+
+
+@click.group("eval", cls=_Methods)
+def eval_() -> None:
+    """Measure an encoder on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning.
+
+    Examples:
+      micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
+      micl-zoo eval knn runs/first --data imagenet
+      micl-zoo eval knn --train embeddings-train --test embeddings-val --labels labels.csv
+      micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers
+    """
+
+
+def _measure(methods: Any, options: dict[str, Any]) -> None:
+    """Measure, print, write the record and the picture; `methods` are those of a `Protocol`."""
+    from micl_zoo.training.evaluation.protocols import Protocol, option_fields
+    from micl_zoo.training.evaluation.tables import plot, table
+
+    from ..files import write_text
+
+    names = [field.name for field in option_fields()]
+    given = {name: value for name in names if (value := options.pop(name, None)) not in (None, ())}
+    out, picture, as_json = options["out"], options.pop("picture"), options.pop("as_json")
+    record = _record(Protocol(methods=methods, **given), options)
+    text = json.dumps(record, indent=1)
+    if out is not None:
+        write_text(out, text + "\n")
+    if picture is not None:
+        plot(record, picture)
+    click.echo(text if as_json else table(record))
+    for written in filter(None, (out, picture)):
+        click.echo(f"Written: {written}", err=True)
+
+
+def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from micl_zoo.training.evaluation.evaluate import evaluate, evaluate_stores
+    from micl_zoo.training.evaluation.labelled import LabelledSet, read_label_file
+
+    from ..encoders.device import resolve_device
+    from ..encoders.load import load
+
+    encoder, data, labels, device = (options.pop(name) for name in ("encoder", "data", "labels", "device"))
+    stores = [options.pop(name) for name in ("train_store", "test_store")]
+    most = {name: options.pop(name) for name in ("train_images", "test_images")}
+    command = shlex.join(["micl-zoo", *opt.call_words()])
+    if any(stores):
+        if not all(stores) or encoder or data or options["baselines"]:
+            raise click.UsageError("two stores need --train and --test, and neither ENCODER, --data nor --baseline")
+        from ..stores.store import open_store
+
+        opened, given = map(open_store, stores), read_label_file(labels) if labels else None
+        return evaluate_stores(*opened, protocol, labels=given, command=command, device=str(resolve_device(device)))
+    if encoder is None or not data:
+        raise click.UsageError("give an ENCODER and --data, or two stores by --train and --test")
+    sets = [LabelledSet.open(place, labels=labels, **most) for place in data]
+    weights = opt.encoder_of(encoder)
+    loaded = load(weights.pop("model", DEFAULT), **weights, device=device)
+    return evaluate(loaded, sets, protocol, command=command, **options)
+
+
+@eval_.command("finetune")
+@click.argument("encoder")
+@opt.value("--data", SET, required=True)
+@opt.path("--out", "Folder of the run; the same command resumes it.", required=True)
+@LABELS
+@opt.value("--recipe", "Recipe: small, mae_b or mae_l.", show_default="the one for the encoder's width")
+@opt.OVERRIDES
+@opt.flag("--smoke", "Two epochs on 64 images, a test of the whole chain.")
+@opt.RANKS
+@opt.workers("Decoding processes per GPU.", "the cores, shared; at most 16")
+@opt.AS_JSON
+def eval_finetune(encoder: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Fine-tune ENCODER and a linear head on the training part of a labelled set, and test on its test part.
+
+    ENCODER is a name (see `micl-zoo models`), the folder of a training run or of an encoder, or a .safetensors file.
+
+    Follows MAE's protocol; the recipe holds the numbers. Writes run.json, metrics.jsonl, checkpoints/, result.json,
+    classifier/, which timm loads, and encoder/, the same without its head. The accuracy is that of the last step. A
+    killed run resumes from its last checkpoint; SIGTERM and Ctrl-C write one first.
+
+    Examples:
+      micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers
+      micl-zoo eval finetune runs/first --data birds/ --out runs/birds --set epochs=30 --set eval_epochs=5
+      micl-zoo eval finetune runs/vit_b16 --data imagenet --out runs/vit_b16-ft --recipe mae_b --gpus 8
+      micl-zoo eval finetune runs/vit_b16 --data imagenet --out runs/smoke --smoke --device cpu --gpus 2
+    """
+    if opt.start_ranks(options):
+        return
+    from micl_zoo.training.finetuning.finetune import finetune
+    from micl_zoo.training.run.ranks import says
+
+    found = finetune(data, out, **opt.encoder_of(encoder), **options)
+    if not says():
+        return
+    if found is None:
+        click.echo(f"Stopped at --max-steps. Run the same command without it to resume {out}.", err=as_json)
+    elif as_json:
+        click.echo(json.dumps(found))
+    else:
+        click.echo(_finetuned(found, out))
+
+
+def _finetuned(found: dict[str, Any], out: Path) -> str:
+    top1, top5 = found["top1"], f", top-5 {found['top5']['accuracy']:.1f} %" if "top5" in found else ""
+    left_out = f", {len(found['test_refused'])} left out: see result.json" if found["test_refused"] else ""
+    return (
+        f"Top-1 {top1['accuracy']:.1f} % (95 % interval {top1['low']:.1f} to {top1['high']:.1f}){top5} "
+        f"on {found['test_images']:,} test images{left_out}.\n"
+        f'The classifier is in {out / "classifier"}: timm.create_model("local-dir:{out / "classifier"}", '
+        f"pretrained=True). The encoder is in {out / 'encoder'}."
+    )

@@ -1,0 +1,109 @@
+"""Images -> a store of embeddings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from ..encoders.device import BACKENDS, PRECISIONS
+from ..encoders.zoo import DEFAULT
+from . import _options as opt
+
+REFUSED_EXIT_CODE = 3
+
+
+@click.command(cls=opt.Command)
+@click.argument("source", nargs=-1, required=True)
+@opt.value("-o", "--out", "Output folder or URI; the same command resumes it.", required=True)
+@opt.value("--model", "Name of an encoder, see `micl-zoo models`.", default=DEFAULT)
+@opt.path("--weights", "Your own .safetensors or .onnx file or folder, in place of --model.")
+@opt.choice(
+    "--pool",
+    ["cls", "mean", "cls+mean", "patches"],
+    "Class token, mean of the patches, both, or all patches.",
+)
+@opt.value("--normalize/--no-normalize", "Embeddings of unit length, or as they are.", default=True)
+@opt.choice("--dtype", ["float32", "float16"], "Data type of the stored embeddings.")
+@opt.choice(
+    "--precision",
+    ["auto", *PRECISIONS],
+    "Compute precision. auto: bf16 where it is fast, else fp32. ONNX files keep their own.",
+)
+@opt.choice(
+    "--backend",
+    ["auto", *BACKENDS],
+    "Library that runs the model. auto: onnx for ONNX files, openvino (faster) on CPUs that have it, else torch.",
+)
+@opt.value(
+    "--provider",
+    "providers",
+    "Provider of ONNX Runtime, first choice first: tensorrt, cuda, cpu …",
+    multiple=True,
+    show_default="cuda on a GPU, else cpu",
+)
+@opt.flag("--compile", "Compile the model by torch.compile: pays off after thousands of images.")
+@opt.value(
+    "--devices",
+    "Devices of the model, one process each: auto, all GPUs, cpu, cuda, mps, or a list such as cuda:0,cuda:1.",
+    default="auto",
+)
+@opt.count("--processes", "Number of model processes, which share the devices.", show_default="one per device")
+@opt.choice("--engine", ["local", "ray"], "Where the work runs: this machine, or all machines of a Ray cluster.")
+@opt.value("--address", "Address of the Ray cluster.", show_default="this machine's, or a new one on it")
+@opt.workers()
+@opt.count("--batch-size", "Images per forward pass.", show_default="256 on a GPU, else 16")
+@opt.count("--shard-rows", "Images per part file.", show_default="10,000, fewer for patches")
+@opt.flag("--fast-decode", "Decode JPEG at the scale needed: nearly the same pixels; recorded.")
+@opt.choice("--exif", ["upright", "keep"], "Orientation: as the camera says, or as the pixels are stored.")
+@opt.count("--max-pixels", "Largest image in pixels; larger ones are refused.", show_default="89,478,485")
+@opt.value("--image-timeout", "Seconds per image, after which its process is replaced.", type=opt.POSITIVE, default=120)
+@opt.count("--limit", "Number of images to embed, from the first of the source.")
+@opt.flag("--only-missing", "Add only the images that the store in --out lacks.")
+@opt.flag("--overwrite", "Delete the embeddings in --out first.")
+@opt.flag("--strict", f"Exit with code {REFUSED_EXIT_CODE} when an image could not be embedded.")
+@opt.AS_JSON
+@opt.flag("--quiet", "Print nothing but errors.")
+def extract(
+    source: tuple[str, ...], out: str, strict: bool, as_json: bool, quiet: bool, max_pixels: int | None, **options: Any
+) -> None:
+    """Embed the images of SOURCE.
+
+    SOURCE is any number of folders, images, globs, lists (.txt, .csv, .jsonl, or - for standard input), tar and zip
+    archives, and parquet files with encoded images, local or at URIs such as s3://, gs://, https:// and hf://.
+
+    Writes manifest.json, index/, part-*.parquet (columns id, embedding) and errors.jsonl, one line per image that
+    could not be embedded. Ctrl-C keeps everything computed so far; a run that is killed loses at most its last minute.
+
+    Examples:
+      micl-zoo extract ~/Pictures -o embeddings
+      micl-zoo extract "scans/**/*.png" -o embeddings --pool mean --precision fp32
+      micl-zoo extract "shards/train-{0000..0099}.tar" -o embeddings --devices all --dtype float16
+      micl-zoo extract s3://bucket/photos -o s3://bucket/embeddings --engine ray --address auto
+      find photos -name "*.jpg" -newer last | micl-zoo extract - -o embeddings --only-missing
+      micl-zoo extract list.csv -o embeddings --weights runs/first/encoder --json
+    """
+    from ..extraction.extract import extract as run
+
+    if max_pixels is not None:
+        options["max_pixels"] = max_pixels
+    say = (lambda text: None) if quiet else (lambda text: click.echo(text, err=True))
+    try:
+        summary = run(source, out, show=not quiet, say=say, **options)
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped. Finished shards are safe in {out}: run the same command to resume.", err=True)
+        sys.exit(130)
+    if as_json:
+        click.echo(json.dumps(summary.as_dict()))
+    elif not quiet:
+        click.echo(summary.text())
+    for shard, why in summary.failed.items():
+        click.echo(f"shard {shard} failed twice: {why}. The same command tries it again.", err=True)
+    if summary.refused and not quiet:
+        click.echo(f"{summary.refused:,} could not be embedded: see {out}/errors.jsonl", err=True)
+    if summary.failed:
+        sys.exit(1)
+    if summary.refused and strict:
+        sys.exit(REFUSED_EXIT_CODE)

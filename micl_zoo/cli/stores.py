@@ -1,0 +1,115 @@
+"""What can be done with a store of embeddings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import _options as opt
+
+
+@click.command(cls=opt.Command)
+@click.argument("store")
+@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(path_type=Path))
+@opt.value("--id", "ids", "Id of a row of the store to search for.", multiple=True)
+@opt.count("-k", "Number of hits per image.", default=10)
+@opt.STORE_WEIGHTS
+@opt.DEVICE
+@opt.flag("--exact", "Without effect: every search is exact.")
+@opt.path("--picture", "Contact sheet to write too, a name that ends in .png, .jpg or .webp.")
+@opt.flag("--json", "as_json", "Print one JSON object per hit and line.")
+def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | None, **options: Any) -> None:
+    """Find the images in STORE that are nearest to each IMAGE: rank, cosine, id.
+
+    A row given by --id does not find itself. Of a store that is still being written, the finished parts are searched.
+
+    Examples:
+      micl-zoo search embeddings cat.jpg
+      micl-zoo search embeddings cat.jpg dog.jpg -k 20 --picture nearest.png
+      micl-zoo search embeddings --id 2024/beach.jpg --json
+    """
+    if not images and not options["ids"]:
+        raise click.UsageError("search needs an IMAGE, or --id")
+    from ..stores.contact_sheet import printable
+    from ..stores.search import search as run
+    from ..stores.store import open_store, parts_of
+
+    opened = open_store(store)
+    if not opened.complete:
+        parts = parts_of(len(opened.done()), opened.manifest.shards)
+        click.echo(f"{store} is not complete: searching {parts}", err=True)
+    found = run(opened, images, picture=picture, **options)
+    for query, hits in zip([*map(str, images), *options["ids"]], found, strict=True):
+        if not as_json:
+            click.echo(printable(query))
+        for hit in hits:
+            if as_json:
+                click.echo(json.dumps({"query": query, **hit._asdict()}))
+            else:
+                click.echo(f"{hit.rank:>4}  {hit.cosine:7.4f}  {printable(hit.id)}")
+    if picture:
+        click.echo(f"The contact sheet is in {picture}.", err=as_json)
+
+
+@click.command(cls=opt.Command)
+@click.argument("store")
+@opt.count("--sample", "Number of images to read again, embed and compare; 0 needs no encoder.", least=0, default=32)
+@opt.value("--seed", "Seed of the sample.", type=int, default=0)
+@opt.STORE_WEIGHTS
+@opt.DEVICE
+@opt.AS_JSON
+def verify(store: str, as_json: bool, **options: Any) -> None:
+    """Check the embeddings in STORE: no part damaged, no image lost, and the same numbers when computed again.
+
+    Hashes every part, compares ids and ledger with the index, and embeds a sample of the images once more (cosine at
+    least 0.9999). Lists all problems; exit code 1 when there is one.
+
+    Examples:
+      micl-zoo verify embeddings
+      micl-zoo verify embeddings --sample 200 --weights runs/first/encoder
+      micl-zoo verify embeddings --sample 0 --json
+    """
+    from ..stores.store import open_store
+    from ..stores.verify import verify as run
+
+    found = run(open_store(store), **options)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        for line in found.problems:
+            click.echo(f"Problem: {line}", err=True)
+        for line in found.gone:
+            click.echo(f"Not compared: {line}", err=True)
+        click.echo(found.summary())
+    sys.exit(1 if found.problems else 0)
+
+
+@click.command(cls=opt.Command)
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@opt.choice("--dtype", ["float16", "float32"], "Data type of the rows.", default=None, show_default="the store's")
+@opt.flag("--overwrite", "Replace OUT if it exists.")
+@opt.flag("--incomplete", "Convert the parts that exist, where some are missing.")
+def convert(store: str, out: Path, **options: Any) -> None:
+    """Write the embeddings in STORE to OUT, in the format of its name: .npy, .safetensors, .lance or .lancedb.
+
+    The ids go into OUT.ids.json beside a .npy, into the tensor `ids` of a .safetensors, and into the column `id` beside
+    `vector` of a LanceDB table. DATABASE/X.lance is the table X, DATABASE.lancedb the table `embeddings` in it.
+
+    Examples:
+      micl-zoo convert embeddings rows.npy
+      micl-zoo convert embeddings rows.safetensors --dtype float16
+      micl-zoo convert embeddings database/photos.lance
+    """
+    from ..stores.convert import convert as run
+    from ..stores.store import open_store
+
+    made = run(open_store(store), out, **options)
+    rows, *each = made.shape
+    found = f"{rows:,} rows of {' x '.join(map(str, each))} numbers, {made.dtype}, {made.bytes:,} bytes, in {made.path}"
+    click.echo(f"{found}. Open it by:\n  {made.opens_with}")

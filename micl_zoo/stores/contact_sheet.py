@@ -1,0 +1,101 @@
+"""Contact sheet: each query and the images found for it, in one picture."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from ..errors import Refused
+from ..files import atomic_path
+from ..images.decode import decode
+from ..sources.index import Entry
+from ..sources.reader import Reader
+
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+TILE, QUERY_TILE, GAP = 168, 224, 16  # pixels
+COLUMNS = 6  # most hits beside each other
+LINE, LABEL_LINES = 17, 3  # below a tile: its head, and two lines of its name
+PAPER, MOUNT, GREY, INK, SOFT, RULE = "#ffffff", "#f3f3f1", "#c9c9c5", "#1c1c1a", "#6a6a66", "#dcdcd8"
+
+
+class Tile(NamedTuple):
+    """One image of the sheet.
+
+    Attributes:
+        head: first line below it.
+        name: its id or file, on the lines after that.
+        source: the encoded image, or where it is.
+    """
+
+    head: str
+    name: str
+    source: bytes | Entry
+
+
+def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]]) -> None:
+    """Draw a band for each query: the query at the left, its hits at the right, on lines of equal length.
+
+    Args:
+        out: file to write, in a format of PICTURE_FORMATS by its ending.
+        bands: each query and its hits.
+    """
+    cell = TILE + LINE * LABEL_LINES + GAP
+    most = max(1, *(len(hits) for _, hits in bands))
+    columns = math.ceil(most / math.ceil(most / COLUMNS))
+    lines = [max(1, math.ceil(len(hits) / columns)) for _, hits in bands]
+    heights = [max(QUERY_TILE + LINE * LABEL_LINES + GAP, count * cell) + GAP for count in lines]
+    width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP)
+    sheet = Image.new("RGB", (width, sum(heights)), PAPER)
+    reader, top = Reader(), 0
+    for (query, hits), height in zip(bands, heights, strict=True):
+        if top:
+            ImageDraw.Draw(sheet).line((GAP, top, width - GAP, top), RULE)
+        _draw(sheet, (GAP, top + GAP), QUERY_TILE, query, reader)
+        for place, hit in enumerate(hits):
+            row, column = divmod(place, columns)
+            _draw(sheet, (QUERY_TILE + 3 * GAP + column * (TILE + GAP), top + GAP + row * cell), TILE, hit, reader)
+        top += height
+    encoded = io.BytesIO()
+    sheet.save(encoded, PICTURE_FORMATS[out.suffix.lower()])
+    with atomic_path(out) as temporary:
+        temporary.write_bytes(encoded.getvalue())
+
+
+def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, reader: Reader) -> None:
+    draw, (left, top) = ImageDraw.Draw(sheet), corner
+    bold, font = ImageFont.load_default(15), ImageFont.load_default(13)
+    try:
+        data = tile.source if isinstance(tile.source, bytes) else reader.read(tile.source)
+        image = ImageOps.contain(decode(data), (side, side), Image.Resampling.LANCZOS)
+        draw.rectangle((left, top, left + side - 1, top + side - 1), MOUNT)
+        sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
+    except Refused as refused:
+        what = "source is gone" if refused.reason == "unreadable" else refused.reason.replace("_", " ")
+        draw.rectangle((left, top, left + side - 1, top + side - 1), GREY)
+        draw.text((left + side / 2, top + side / 2), what, INK, font, "mm")
+    draw.text((left, top + side + 4), tile.head, INK, bold)
+    for number, text in enumerate(_fitted(printable(tile.name), font, side), 1):
+        draw.text((left, top + side + 5 + number * LINE), text, SOFT, font)
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Break a name into two lines of `width` pixels; a longer one keeps its end, which tells files apart."""
+    lines: list[str] = []
+    while text and len(lines) < LABEL_LINES - 1:
+        fits = next((cut for cut in range(len(text), 1, -1) if font.getlength(text[:cut]) <= width), 1)
+        if len(lines) == LABEL_LINES - 2 and fits < len(text):
+            start = next((i for i in range(len(text)) if font.getlength("..." + text[i:]) <= width), len(text) - 1)
+            return [*lines, "..." + text[start:]]
+        lines.append(text[:fits])
+        text = text[fits:]
+    return lines
+
+
+def printable(text: str) -> str:
+    """Make an id one line that is safe to show: what would move the cursor becomes a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
