@@ -4,8 +4,8 @@
     python benchmarks/rivals.py train --data data --work work --minutes 60 --arms ablations --jobs 2
     python benchmarks/rivals.py evaluate --data data --work work -o record.json --jobs 2
 
-The rivals need `pip install lightly`; MiCL and its ablations do not. The data folder holds tin200/{train-*,val}.parquet and
-{caltech101,flowers5,cifar10}/{train,test}.parquet, with the columns image and label.
+The rivals need `pip install lightly`; MiCL and its ablations do not. The data folder holds
+tin200/{train-*,val}.parquet and {caltech101,flowers5,cifar10}/{train,test}.parquet, with the columns image and label.
 
 Equal time: on a CPU each arm is a process of its own with one thread on one core, and its minutes are those of that
 process (`time.process_time`), so that nothing else on the machine favours an arm; on a GPU they are the wall clock's.
@@ -255,9 +255,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--arms", default="rivals", show_default=True, help="Names, rivals, ablations or all, with commas between."
 )
-@click.option(
-    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Arms trained at once, one core each."
-)
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Arms at once, one core each.")
 @budget_options
 def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
     """Train arms, each in a process of its own."""
@@ -488,9 +486,7 @@ def curve(losses: list[float], batch_size: int) -> list[dict[str, float]]:
 @main.command()
 @data_option
 @work_option
-@click.option(
-    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Record to write; the figure goes beside it."
-)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record to write, with its figure.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Encoders measured at once.")
 def evaluate(data: Path, work: Path, out: Path, jobs: int) -> None:
     """Measure every arm of the work folder, the ViT before training, and raw pixels; write record, table and figure."""
@@ -585,7 +581,7 @@ def measure(encoder: Path | None, sets: list[LabelledSet]) -> dict[str, Figures]
     found: dict[str, Figures] = {}
     for labelled in sets:
         train, test = (
-            pixel_features(part) if model is None else embed_labelled(model, part, pools=POOLS)
+            pixel_features(part) if model is None else embed_labelled(model, part, pools=POOLS, workers=0)
             for part in (labelled.train, labelled.test)
         )
         by_pool = {
