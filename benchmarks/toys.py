@@ -6,11 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from micl_zoo.encoders.weights import save_weights
-from micl_zoo.training.pretraining.pretrain import make_vit
+from micl_zoo.training.pretraining.pretrain import initial_model
 from micl_zoo.training.recipes import get_recipe
 from micl_zoo.training.run.rundir import encoder_config
 
@@ -21,11 +20,10 @@ PHOTO_WIDTH, PHOTO_HEIGHT = 500, 375  # the usual size of ImageNet's photographs
 
 def random_encoder(folder: Path, recipe: str, changes: tuple[str, ...] = ()) -> Path:
     """Write an encoder folder with random weights of a recipe's shape; its name ends in `.random`."""
-    torch.manual_seed(0)
     chosen = get_recipe(recipe, changes)
     config = encoder_config(chosen)
     config = dataclasses.replace(config, name=f"{config.name.partition('.')[0]}.random")
-    save_weights(folder, make_vit(chosen).state_dict(), config, {"recipe": "none: random weights"}, "float32")
+    save_weights(folder, initial_model(chosen).vit.state_dict(), config, {"recipe": "none: random weights"}, "float32")
     return folder
 
 

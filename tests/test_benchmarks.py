@@ -100,7 +100,6 @@ def test_upright(script: Script, image_folder: Callable[..., Path], encoder_fold
     assert found["lowest_pairwise_cosine"] == pytest.approx(float((scene @ scene.T).min()), abs=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN")  # from onnxruntime's calibration
 def test_export(script: Script, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     file = tmp_path / "record.json"
