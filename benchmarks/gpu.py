@@ -39,7 +39,7 @@ STEP_RECIPES = ("vit_b16.in1k", "vit_l16.in1k", "vit_s16.tin200")
 STEP_FIGURES = ("batch_size", "images_per_second", "ratio", "share_of_matrix_rate", "peak_memory_gib")
 # (sequences, heads, tokens): two views of the batch each, 64 numbers per head
 ATTENTION = {"vit_s16.tin200": (6144, 6, 4), "vit_s16.tin200, mask 0.69": (6144, 6, 6), "vit_b16.in1k": (3600, 12, 20)}
-ATTENTION_TRIAL = {"toy": (64, 2, 4)}
+ATTENTION_TRIAL = {"toy": (8, 2, 4)}
 COPY_BYTES = {"cuda": 2**32, "cpu": 2**26}
 PIECE_BYTES, PIECES = 15 * 10**6, 4  # with the four other files of a run, eight in all
 METRIC_LINES = 4000  # of metrics.jsonl, evenly spaced
@@ -114,6 +114,8 @@ class Session:
         """
         log = log or self.work / "job.log"
         environment = {**os.environ, "PYTHONPATH": str(self.site)}
+        if self.trial:
+            environment["OMP_NUM_THREADS"] = "1"  # networks this small are slowed down by a second thread
         # Away from the checkout, whose micl_zoo/ has no micl_zoo.training below it; in a process group of its own, so
         # that what the job has started goes with it.
         with log.open("w", encoding="utf-8") as said:
@@ -201,7 +203,8 @@ def first(out: Path, work: Path, data: Path, commit: str | None, trial: bool, se
     session.job("tests", 90, lambda limit: gpu_tests(session, limit))
     for recipe in STEP_RECIPES:
         session.job(f"step {recipe}", 90, partial(step, session, recipe))
-    session.job("photographs", 30, lambda limit: session.run([__file__, "photographs", str(session.photos)], limit))
+    count = "9" if trial else "128"
+    session.job("photographs", 30, partial(session.run, [__file__, "photographs", str(session.photos), count]))
     session.job("extract", 90, lambda limit: extraction(session, limit))
 
 
@@ -274,7 +277,11 @@ def train_run(session: Session, words: list[str], limit: float) -> dict[str, Any
     """Train for as many epochs as end in time; past it, the run is told to stop and leaves a checkpoint."""
     found = session.results["rate"]
     seconds = MARGIN * (limit - CLOSING_SECONDS - found["start_up_seconds"])
-    epochs = round(max(0.1, seconds * found["images_per_second"] / found["images"]), 2)
+    epochs = round(seconds * found["images_per_second"] / found["images"], 2)
+    if epochs <= 0:
+        raise RuntimeError(
+            f"too little time for a run: {limit:.0f} seconds are left, starting takes {found['start_up_seconds']}"
+        )
     chosen = {"epochs": epochs, "warmup_epochs": round(0.04 * epochs, 3), "save_dtype": "float16"}
     chosen["checkpoint_minutes"] = 60  # none but the last: each would take time from the steps
     sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
@@ -290,7 +297,7 @@ def hand_over(session: Session, limit: float) -> dict[str, Any]:
     """Put the run's record, its metrics and its encoder into OUT."""
     run = session.work / "run"
     if not (run / "run.json").exists():
-        return {"pieces": 0}
+        raise RuntimeError("there was no run")
     (session.out / "run.json").write_bytes((run / "run.json").read_bytes())
     lines = metrics(run)
     with gzip.open(session.out / "metrics.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -320,7 +327,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 @click.argument("file", type=click.Path(path_type=Path))
 def join(out: Path, file: Path) -> None:
     """Put the pieces of an encoder in OUT together to FILE, and its config.json beside it."""
-    wanted = json.loads((out / "session.json").read_text(encoding="utf-8"))["encoder"]
+    wanted = json.loads((out / "session.json").read_text(encoding="utf-8")).get("encoder")
+    if not isinstance(wanted, dict) or "sha256" not in wanted:
+        raise click.ClickException(f"session.json in {str(out)!r} tells of no encoder: {wanted}")
     weights = b"".join(piece.read_bytes() for piece in sorted(out.glob("weights.*")))
     found = hashlib.sha256(weights).hexdigest()
     if not weights or found != wanted["sha256"]:
@@ -350,12 +359,13 @@ def rescue(run: Path, folder: Path) -> None:
 
 @main.command("photographs", hidden=True)
 @click.argument("folder", type=click.Path(path_type=Path))
-def photographs_command(folder: Path) -> None:
-    """Make the photographs of the extraction job."""
+@click.argument("count", type=int)
+def photographs_command(folder: Path, count: int) -> None:
+    """Make the photographs of the extraction job, unless they are there."""
     from toys import photographs
 
     if not folder.exists():
-        photographs(folder, 128)
+        photographs(folder, count)
 
 
 @main.command(hidden=True)
