@@ -32,7 +32,7 @@ from micl_zoo import Encoder
 from micl_zoo.encoders.weights import save_weights
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.export import quantize, write
-from micl_zoo.export.check import BOUNDS, measure, photographs
+from micl_zoo.export.check import measure, photographs
 from micl_zoo.export.graph import encoder_graph
 from micl_zoo.images.decode import decode
 from micl_zoo.progress import progress
@@ -42,7 +42,7 @@ from micl_zoo.training.evaluation.labelled import LabelledSet
 OPSET = write.OPSET
 KNN_IMAGES = 10_000  # to search, of each set
 CALIBRATION_BATCH = 10
-OURS = {"fp32": quantize.store_in_half, "fp16": quantize.to_fp16, "int8": quantize.to_int8}
+OURS = {precision: row.convert for precision, row in quantize.CONVERSIONS.items()}
 THEIRS = ("int8, 8 bits of weights", "int8, onnxruntime dynamic", "int8, onnxruntime static")
 
 
@@ -100,8 +100,8 @@ def compare(
             opened[variant] = micl_zoo.load(weights=file, backend="onnx", device="cpu")
             rows[variant] = {"bytes": file.stat().st_size, **dataclasses.asdict(drift)}
             rows[variant]["alone_and_in_a_batch"] = batch_dependence(opened[variant], pictures[:8])
-            if variant in BOUNDS:
-                rows[variant]["within_bounds"] = not BOUNDS[variant].broken_by(drift)
+            if variant in OURS:
+                rows[variant]["within_bounds"] = not quantize.CONVERSIONS[variant].bounds.broken_by(drift)
     every = contenders(encoder, scratch) | {f"onnx {name}": one.embed_pixels for name, one in opened.items()}
     pixels = np.stack([encoder.transform.pixels(picture) for picture in pictures])
 

@@ -35,8 +35,8 @@ from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretraining.data import MemoryCorpus, batch_rows
 from micl_zoo.training.pretraining.pretrain import make_model
 from micl_zoo.training.recipes import Recipe
-from micl_zoo.training.run.loop import resolve_autocast
 from micl_zoo.training.run.optim import make_optimizer
+from micl_zoo.training.run.step import resolve_autocast
 
 SIMCLR = {"temperature": 0.1, "hidden_dim": 2048, "output_dim": 128}  # lightly's ImageNet benchmark
 SMALL_IMAGES: dict[str, Any] = {"cj_strength": 0.5}  # what SimCLRTransform recommends for them

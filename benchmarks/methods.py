@@ -18,7 +18,7 @@ from micl_zoo.training.pretraining.data import MemoryCorpus
 from micl_zoo.training.pretraining.pretrain import make_model
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe
-from micl_zoo.training.run.loop import resolve_autocast
+from micl_zoo.training.run.step import resolve_autocast
 
 FOREVER = 10**9  # steps; the budget ends a run
 LAST_SHARE, LAST_MASK_RATIO = 0.15, 0.5  # of a run's end with more patches

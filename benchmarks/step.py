@@ -27,9 +27,9 @@ from micl_zoo.training.pretraining.plan import step_flops
 from micl_zoo.training.pretraining.pretrain import make_model
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe, get_recipe
-from micl_zoo.training.run.loop import resolve_autocast
 from micl_zoo.training.run.optim import set_learning_rate
 from micl_zoo.training.run.provenance import made_with
+from micl_zoo.training.run.step import resolve_autocast
 
 LEARNING_RATE = 1e-6
 WARM_UP_STEPS = 3

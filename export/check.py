@@ -1,6 +1,6 @@
-"""An exported file against its encoder, on real photographs and at several batch sizes.
+"""Compares an exported file with its encoder, on real photographs and at several batch sizes.
 
-Shapes: n images, D numbers an embedding.
+Shapes: n images, D numbers per embedding.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from micl_zoo.encoders.encoder import Encoder, pooled
-from micl_zoo.encoders.onnx_session import OnnxCard, Output, choose_providers, open_session
+from micl_zoo.encoders.encoder import Encoder, Output
+from micl_zoo.encoders.onnx_session import OnnxCard, choose_providers, open_session
 from micl_zoo.errors import ExportError, Refused, UsageError
 from micl_zoo.images.decode import decode
 from micl_zoo.sources.listing import Reader, SourceLike, index_source
@@ -31,9 +31,9 @@ class Drift:
     """How far an exported file is from its encoder in float32, over images and outputs.
 
     Attributes:
-        images: that were compared.
-        max_difference: between numbers of embeddings of unit length.
-        cosine_mean, cosine_min: of the two embeddings of an image.
+        images: number of images compared.
+        max_difference: largest difference of two numbers, in embeddings of unit length.
+        cosine_mean, cosine_min: between the two embeddings of an image.
         neighbour_agreement: share of the images whose nearest other image is the same.
     """
 
@@ -44,7 +44,7 @@ class Drift:
     neighbour_agreement: float
 
     def text(self) -> str:
-        """One line for a person."""
+        """Return one line for a person."""
         return (
             f"{self.images} photographs: cosine {self.cosine_mean:.6f} on average and {self.cosine_min:.6f} at least, "
             f"largest difference {self.max_difference:.1e}, nearest neighbour the same for "
@@ -65,42 +65,30 @@ class Bounds:
     neighbour_agreement: float = 0.0
 
     def broken_by(self, drift: Drift) -> list[str]:
-        """What of it a drift does not keep, in words."""
-        broken = []
-        if not drift.max_difference <= self.max_difference:  # also where it is NaN
-            broken.append(f"a difference of {drift.max_difference:.2e}, where {self.max_difference:.0e} is allowed")
-        if not drift.cosine_min >= self.cosine_min:
-            broken.append(f"a cosine of {drift.cosine_min:.6f}, where {self.cosine_min} is the least")
-        if not drift.neighbour_agreement >= self.neighbour_agreement:
-            least = f"{self.neighbour_agreement:.0%} is the least"
-            broken.append(
-                f"the same nearest neighbour for {drift.neighbour_agreement:.1%} of the images, where {least}"
-            )
-        return broken
-
-
-BOUNDS = {
-    "fp32": Bounds(max_difference=1e-4, cosine_min=0.99999),
-    "fp16": Bounds(cosine_min=0.999),
-    "int8": Bounds(cosine_min=0.98, neighbour_agreement=0.95),
-}
-# With the transform inside, some pixels in ten thousand come out a level away from Pillow's.
-PREPROCESS_BOUNDS = BOUNDS | {"fp32": Bounds(cosine_min=0.9999)}
+        """List in words what a drift does not keep; NaN keeps nothing."""
+        most, least, share = self.max_difference, self.cosine_min, self.neighbour_agreement
+        kept = {
+            f"a difference of {drift.max_difference:.2e}, where {most:.0e} is allowed": drift.max_difference <= most,
+            f"a cosine of {drift.cosine_min:.6f}, where {least} is the least": drift.cosine_min >= least,
+            f"the same nearest neighbour for {drift.neighbour_agreement:.1%} of the images, where {share:.0%} is the "
+            "least": drift.neighbour_agreement >= share,
+        }
+        return [text for text, is_kept in kept.items() if not is_kept]
 
 
 def measure(
     file: Path, encoder: Encoder, images: Sequence[Image.Image], tick: Callable[[int], Any] = lambda images: None
 ) -> Drift:
-    """Open a file with ONNX Runtime, embed images with it and with the encoder it was made from, and compare.
+    """Embed images with a file in ONNX Runtime and with the encoder it was made from, and compare.
 
     Args:
-        file: that was written.
+        file: the ONNX file.
         encoder: in torch, float32.
-        images: RGB, at least as many as BATCHES run.
-        tick: is called with the number of images done.
+        images: RGB, at least sum(BATCHES).
+        tick: called with the number of images done.
 
     Raises:
-        ExportError: the file cannot be opened, or not run at one of the batch sizes.
+        ExportError: the file does not run at one of the batch sizes.
     """
     session, card = open_session(file, choose_providers("cpu"))
     pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in card.outputs]
@@ -119,7 +107,7 @@ def measure(
 
 
 def in_batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
-    """The images in batches of BATCHES, the last of them until there are no more."""
+    """Cut images into batches of BATCHES, of the last size until there are no more."""
     rest = iter(images)
     for size in chain(BATCHES, repeat(BATCHES[-1])):
         batch = list(islice(rest, size))
@@ -129,13 +117,13 @@ def in_batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
 
 
 def same_size(images: Sequence[Image.Image]) -> list[Image.Image]:
-    """Cut from the corner, as one array holds images of one size only."""
+    """Cut images from their corner to one size, as one array holds no others."""
     width, height = (min(image.size[axis] for image in images) for axis in (0, 1))
     return [image.crop((0, 0, width, height)) for image in images]
 
 
 def _by_file(session: Any, card: OnnxCard, batch: Sequence[Image.Image]) -> list[np.ndarray]:
-    """What a file's outputs are, one by one: (B, D), patches (B, h, w, D)."""
+    """Compute a file's outputs, one by one: (B, D), patches (B, h, w, D)."""
     if card.preprocess:
         raw = session.run(None, {"images": np.stack([np.asarray(image) for image in batch])})
     else:  # through the file's own transform, as a user's images will go
@@ -147,9 +135,8 @@ def _by_file(session: Any, card: OnnxCard, batch: Sequence[Image.Image]) -> list
 
 @torch.inference_mode()
 def _by_encoder(encoder: Encoder, outputs: Sequence[Output], batch: Sequence[Image.Image]) -> list[np.ndarray]:
-    """What they should be."""
-    cls, patches = encoder.features(torch.stack([encoder.transform(image) for image in batch]))
-    return [pooled(cls, patches, name).numpy() for name in outputs]
+    found = encoder.outputs(torch.stack([encoder.transform(image) for image in batch]), outputs)
+    return [found[name].numpy() for name in outputs]
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -160,7 +147,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _drift(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Drift:
-    """The worst over the outputs, each as (n, numbers) twice."""
+    """Return the worst drift over the outputs, each given as (n, numbers) twice."""
     cosines = np.stack([(a * b).sum(1) for a, b in pairs])
     return Drift(
         images=len(pairs[0][0]),
@@ -172,7 +159,7 @@ def _drift(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Drift:
 
 
 def nearest(rows: np.ndarray) -> np.ndarray:
-    """(n, D) of unit length -> (n,): which other row is nearest to each."""
+    """Return which other row is nearest to each of (n, D) of unit length: (n,)."""
     cosines = rows @ rows.T
     np.fill_diagonal(cosines, -np.inf)
     found: np.ndarray = cosines.argmax(1)
@@ -180,7 +167,7 @@ def nearest(rows: np.ndarray) -> np.ndarray:
 
 
 def photographs(source: SourceLike | None = None) -> list[Image.Image]:
-    """What files are compared on: a source's, or ten photographs that come with the package, whole and in quarters.
+    """Read the images to compare on: a source's, or ten photographs of the package, whole and in quarters.
 
     Raises:
         UsageError: fewer images than all batch sizes take.
@@ -199,14 +186,14 @@ def photographs(source: SourceLike | None = None) -> list[Image.Image]:
             break
     if len(images) < sum(BATCHES):
         raise UsageError(
-            f"to compare takes {sum(BATCHES)} images or more, {len(images)} could be read: give more, or leave images "
-            "out for those that come with micl-zoo"
+            f"comparing takes {sum(BATCHES)} images or more and {len(images)} could be read: give more, or leave "
+            "images out for those that come with micl-zoo"
         )
     return images
 
 
 def quarters(image: Image.Image) -> list[Image.Image]:
-    """The four of them."""
+    """Cut an image into its four quarters."""
     width, height = image.width // 2, image.height // 2
     corners = [(left, top) for left in (0, width) for top in (0, height)]
     return [image.crop((left, top, left + width, top + height)) for left, top in corners]

@@ -1,6 +1,6 @@
-"""An encoder, and its transform, as ONNX graphs.
+"""Turns an encoder and its transform into ONNX graphs.
 
-Shapes: B images, S the transform's side in pixels, h x w patches, D numbers a token.
+Shapes: B images, S the transform's side in pixels, h x w patches, D numbers per token.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from onnx import ModelProto, checker, compose, parser
 from torch import Tensor, nn
 
-from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.onnx_session import Output
+from micl_zoo.encoders.encoder import Encoder, Output
+from micl_zoo.encoders.torch_model import split_tokens
 from micl_zoo.errors import ExportError
 from micl_zoo.images.transform import MAX_ASPECT, Transform
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-EXAMPLES = 2  # images to trace with: of one, torch takes the size of the batch for a constant
-MOST = 2**31 - 1  # images a batch; without a bound torch 2.6 finds that one number of images would not do
+EXAMPLES = 2  # images to trace with: torch takes a batch of one for a constant
+MOST = 2**31 - 1  # images per batch; torch 2.6 needs a bound
 
 
 class _Outputs(nn.Module):
@@ -34,16 +34,15 @@ class _Outputs(nn.Module):
         self.outputs, self.grid = tuple(outputs), encoder.grid
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, S, S) -> `embedding` (B, D or 2D) and `patches` (B, h, w, D), what there is of them."""
-        tokens = self.vit.forward_features(pixel_values)  # (B, 1 + h w, D)
-        pooled = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
-        parts = [pooled[name] for name in self.outputs if name != "patches"]
-        found = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]] if parts else []
-        return tuple(found + [tokens[:, 1:].unflatten(1, self.grid)] * ("patches" in self.outputs))
+        """Compute `embedding` (B, D or 2D) and `patches` (B, h, w, D), or one of them, of (B, 3, S, S)."""
+        found = split_tokens(self.vit.forward_features(pixel_values), self.grid, self.outputs)
+        parts = [found[name] for name in self.outputs if name != "patches"]
+        pooled = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]] if parts else []
+        return tuple(pooled + [found[name] for name in self.outputs if name == "patches"])
 
 
 def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> ModelProto:
-    """Pixel_values (B, 3, S, S) -> embedding[, patches], in float32, of any batch size.
+    """Trace an encoder: pixel_values (B, 3, S, S) -> embedding[, patches], in float32, for any batch size.
 
     Raises:
         ExportError: torch's exporter failed, or made another opset than the one asked for.
@@ -51,7 +50,7 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
     side = encoder.transform.size
     names = ["embedding"] * (set(outputs) != {"patches"}) + ["patches"] * ("patches" in outputs)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch's own parts, to torch's own developers
+        warnings.simplefilter("ignore")  # meant for torch's own developers
         try:
             made = torch.onnx.export(
                 _Outputs(encoder, outputs).eval(),
@@ -83,7 +82,7 @@ def _opset(model: ModelProto) -> int:
 
 
 def _without_traces(model: ModelProto) -> ModelProto:
-    """Torch notes for each node where it stood in which file of this machine; nobody else needs to know."""
+    """Drop what torch notes for each node: files and lines of this machine."""
     graph = model.graph
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
         del item.metadata_props[:]
@@ -92,7 +91,7 @@ def _without_traces(model: ModelProto) -> ModelProto:
 
 
 def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:
-    """The same, from `images` (B, H, W, 3) uint8 RGB: any size, one size a batch."""
+    """Put the transform in front: `images` (B, H, W, 3) uint8 RGB of any size, one size per batch."""
     before = parser.parse_model(preprocess_text(transform, _opset(model), model.ir_version))
     checker.check_model(before, full_check=True)
     merged: ModelProto = compose.merge_models(before, model, io_map=[("pre_pixels", "pixel_values")])
@@ -102,10 +101,10 @@ def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:
 
 
 def preprocess_text(transform: Transform, opset: int, ir_version: int) -> str:
-    """`Transform.pixels` and `normalise`, line by line, in ONNX's own notation.
+    """Write `Transform.pixels` and `normalise`, line by line, in ONNX's own notation.
 
-    ONNX's antialiased cubic Resize is Pillow's bicubic, given a = -0.5 and that no pixel outside of the image counts;
-    its Round takes halves to the even number, as Python's does. To normalise is
+    ONNX's antialiased cubic Resize is Pillow's bicubic for a = -0.5 and without pixels outside of the image;
+    its Round takes halves to the even number, as Python's does. Normalising is
     (pixel / 255 - mean) / std = pixel * gain - offset.
     """
     gain = ", ".join(repr(1 / (255 * std)) for std in transform.std)

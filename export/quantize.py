@@ -1,24 +1,28 @@
-"""Smaller graphs: half-precision weights and arithmetic, int8 matrix products."""
+"""Turns a float32 graph into each precision that is exported, and says how near it must stay to the encoder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from .check import Bounds
+
 # What stays in float32 where the rest is fp16: norms, the softmax, the mean over patches.
 FLOAT32_OPS = ("LayerNormalization", "Softmax", "ReduceMean")
-LARGE = 1024  # numbers from which on a tensor is worth a node
+LARGE = 1024  # numbers that a tensor needs to be worth a node
 # Weights take 7 bits of their 8. Processors without VNNI add pairs of products of 8 bits in 16, which overflow: on the
 # encoder that comes with the package all 8 bits lose more there than the eighth bit gains (benchmarks/records).
 WEIGHT_MAX = 63
 ZERO = 128  # of activations, as unsigned bytes: fixed, so that an image's numbers do not depend on its batch
-SMALLEST = 1e-12  # scale of a token: one that is all zero stays that
+SMALLEST = 1e-12  # scale of a token, so that one of zeros stays zero
 
 
 def store_in_half(model: ModelProto) -> ModelProto:
-    """Keep float32 tensors as float16 in the file where that loses nothing; ONNX Runtime turns them back on opening."""
+    """Store float32 tensors as float16 where that loses nothing; ONNX Runtime turns them back on opening."""
     kept, casts = [], []
     for tensor in model.graph.initializer:
         values = numpy_helper.to_array(tensor) if tensor.data_type == TensorProto.FLOAT else np.zeros(0)
@@ -34,13 +38,13 @@ def store_in_half(model: ModelProto) -> ModelProto:
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
-    """Weights and arithmetic in float16, but for FLOAT32_OPS with their weights; inputs and outputs stay float32.
+    """Turn weights and arithmetic into float16, except inputs, outputs, and FLOAT32_OPS with their weights.
 
     ONNX Runtime's own converter also rounds the weights of those, and before 1.32 it breaks on tensors that two of them
     share.
     """
     graph = model.graph
-    del graph.value_info[:]  # types that are none any more
+    del graph.value_info[:]  # these types no longer hold
     outer = {one.name: f"{one.name}_fp16" for one in (*graph.input, *graph.output)}
     nodes = [_cast(one.name, outer[one.name], TensorProto.FLOAT16) for one in graph.input]
     exact = {name for node in graph.node if node.op_type in FLOAT32_OPS for name in node.input[1:]}  # their weights
@@ -65,7 +69,7 @@ def _cast(source: str, target: str, to: int) -> NodeProto:
 
 
 def _half(tensor: TensorProto, name: str) -> TensorProto:
-    """The same by another name, in float16 where it was float32."""
+    """Rename a tensor, and turn float32 into float16."""
     values = numpy_helper.to_array(tensor)
     if tensor.data_type == TensorProto.FLOAT:
         largest = np.finfo(np.float16).max
@@ -74,10 +78,10 @@ def _half(tensor: TensorProto, name: str) -> TensorProto:
 
 
 def to_int8(model: ModelProto) -> ModelProto:
-    """The blocks' matrix products with weights in int8: weights a scale a column, activations a scale a token.
+    """Compute the blocks' matrix products in int8, with one scale per column of weights and per token.
 
-    ONNX Runtime's own dynamic quantisation has one scale for a whole batch, so that an image's embedding would depend
-    on the images beside it; its static one needs calibration, and was further off (benchmarks/records).
+    ONNX Runtime's own dynamic quantisation has one scale per batch, so that an image's embedding would depend on the
+    images beside it; its static one needs calibration, and was further off (benchmarks/records).
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[NodeProto] = []
@@ -100,13 +104,13 @@ def to_int8(model: ModelProto) -> ModelProto:
 
 
 def _quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(in, out) float32 -> the same int8, and (out,) float32 scales."""
+    """Quantise (in, out) float32: (in, out) int8 and (out,) float32 scales."""
     scales = np.maximum(np.abs(weight).max(axis=0) / WEIGHT_MAX, SMALLEST).astype(np.float32)
     return np.rint(weight / scales).astype(np.int8), scales
 
 
 def _integer_product(node: NodeProto) -> list[NodeProto]:
-    """X (B, N, in) times weights, as nodes: bytes = x / scale + ZERO, product in int32, times both scales."""
+    """Build x (B, N, in) times weights: bytes = x / scale + ZERO, product in int32, times both scales."""
     x, result, own = node.input[0], node.output[0], node.name
 
     def make(kind: str, inputs: list[str], output: str, **settings: Any) -> NodeProto:
@@ -130,7 +134,7 @@ def _integer_product(node: NodeProto) -> list[NodeProto]:
 
 
 def _rebuilt(model: ModelProto, nodes: list[NodeProto], tensors: list[TensorProto]) -> ModelProto:
-    """The model with other nodes, and those of the tensors that they read; no copy, as it may be gigabytes."""
+    """Replace a model's nodes, and keep the tensors that they read; no copy, as it may be gigabytes."""
     graph = model.graph
     read = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in tensors if tensor.name in read]
@@ -138,3 +142,26 @@ def _rebuilt(model: ModelProto, nodes: list[NodeProto], tensors: list[TensorProt
     graph.node.extend(nodes)
     graph.initializer.extend(kept)
     return model
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One precision.
+
+    Attributes:
+        convert: from the float32 graph; may change it in place.
+        bounds: what the file must keep.
+        inside: what it must keep with the transform inside: some pixels in ten thousand come out a level away from
+            Pillow's; None: the same.
+    """
+
+    convert: Callable[[ModelProto], ModelProto]
+    bounds: Bounds
+    inside: Bounds | None = None
+
+
+CONVERSIONS = {
+    "fp32": Conversion(store_in_half, Bounds(max_difference=1e-4, cosine_min=0.99999), Bounds(cosine_min=0.9999)),
+    "fp16": Conversion(to_fp16, Bounds(cosine_min=0.999)),
+    "int8": Conversion(to_int8, Bounds(cosine_min=0.98, neighbour_agreement=0.95)),
+}

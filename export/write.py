@@ -1,4 +1,4 @@
-"""Writes an encoder as one ONNX file, opens it again, and keeps it only if its embeddings are the encoder's."""
+"""Writes an encoder as one ONNX file and keeps it only if its embeddings are the encoder's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.encoder import Encoder, load
-from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, Output, Precision, runtime
+from micl_zoo.encoders.device import ONNX_PRECISIONS, Precision
+from micl_zoo.encoders.encoder import Encoder, Output
+from micl_zoo.encoders.load import load
+from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, runtime
+from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import ExportError, UsageError, unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
@@ -24,7 +27,7 @@ from micl_zoo.sources.listing import SourceLike
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from .check import Bounds, Drift
+    from .check import Drift
 
 OPSET, OLDEST_OPSET = 18, 18  # 18: the first with an antialiased Resize, and what the oldest runtimes in use have
 LARGEST = 2**31 - 1  # bytes of one protobuf
@@ -35,9 +38,8 @@ class Export:
     """A file that was written and found good.
 
     Attributes:
-        path: of the file.
-        bytes, sha256: of it.
-        card: what it says of itself.
+        path, bytes, sha256: of the file.
+        card: what the file says of itself.
         drift: what was measured.
     """
 
@@ -48,7 +50,7 @@ class Export:
     drift: Drift
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON holds it."""
+        """Return all of it as JSON holds it."""
         card = dataclasses.asdict(self.card)
         drift = dataclasses.asdict(self.drift)
         return {"file": self.path.name, "bytes": self.bytes, "sha256": self.sha256, "card": card, "drift": drift}
@@ -73,15 +75,15 @@ def to_onnx(
     Args:
         model: a name of `list_models`, or a loaded encoder.
         out: folder.
-        weights: a file or folder of your own, see `load`.
+        weights: your own weights, see `load`.
         precision: "fp32"; "fp16", with norms, softmax and pooling in float32; "int8", the blocks' matrix products.
         outputs: "cls" and "mean" go one after the other into `embedding`, "patches" into an output of its own.
-        image_size: side in pixels, a multiple of the patch size; None is the encoder's own. For another one the
-            position embedding is resampled.
-        with_preprocess: take `images` (B, H, W, 3) uint8 RGB of any size, in the place of `pixel_values` (B, 3, S, S).
+        image_size: side in pixels, a multiple of the patch size, for which the position embedding is resampled; None is
+            the encoder's own.
+        with_preprocess: take `images` (B, H, W, 3) uint8 RGB of any size instead of `pixel_values` (B, 3, S, S).
         opset: of the file, 18 or later.
-        images: to compare on, see `micl_zoo.sources.index_source`; None are photographs that come with the package.
-        overwrite: replace the file, where there is one.
+        images: source of the images to compare on, see `index_source`; None takes photographs of the package.
+        overwrite: replace an existing file.
         show: a progress bar, on a terminal.
 
     Raises:
@@ -89,57 +91,60 @@ def to_onnx(
         UsageError, WeightsError, SourceError: what was asked for does not exist.
     """
     _check(precision, outputs, opset)
-    file = Path(out) / f"{_stem(precision, with_preprocess)}.onnx"
+    suffix = f"_{precision}" * (precision != "fp32") + "_with_preprocess" * with_preprocess
+    file = Path(out) / f"model{suffix}.onnx"
     if file.exists() and not overwrite:
         raise UsageError(f"{str(file)!r} exists: take another folder, or overwrite")
     runtime()  # before any work
     try:
-        from .check import BATCHES, BOUNDS, PREPROCESS_BOUNDS, measure, photographs
+        from .check import BATCHES, measure, photographs
         from .graph import encoder_graph
+        from .quantize import CONVERSIONS
     except ImportError as error:
         raise UsageError(f"an export needs {error.name}: {INSTALL}") from None
     encoder = model if isinstance(model, Encoder) else load(model, weights=weights, device="cpu")
     if encoder.backend != "torch":
         raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
     encoder = _at_size(encoder, image_size).cpu().float()
-    bounds = (PREPROCESS_BOUNDS if with_preprocess else BOUNDS)[precision]
+    row = CONVERSIONS[precision]
+    bounds = (with_preprocess and row.inside) or row.bounds
     pictures = photographs(images)
     if images is None and not bounds.neighbour_agreement:
         pictures = pictures[: sum(BATCHES)]  # the whole ones: quarters are there for neighbours to differ
     ordered: list[Output] = [name for name in get_args(Output) if name in outputs]
     with progress(f"exporting {encoder.name}", len(pictures), show=show) as tick:
         tick(0, "tracing")
-        graph = _at_precision(encoder_graph(encoder, ordered, opset), precision)
+        graph = row.convert(encoder_graph(encoder, ordered, opset))
         card = make_card(encoder, precision, ordered, with_preprocess)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary:
             save(graph, card, temporary)
             tick(0, "comparing")
             drift = measure(temporary, encoder, pictures, tick)
-            _raise_if_broken(encoder, precision, bounds, drift)
+            if broken := bounds.broken_by(drift):
+                raise ExportError(
+                    f"{encoder.name} as ONNX in {precision} is not the encoder any more: {'; '.join(broken)}. Compared "
+                    f"on {drift.text()}. No file was written. Try precision fp32, which loses nothing, or another "
+                    "version of torch or onnxruntime"
+                )
             made = Export(file, temporary.stat().st_size, file_sha256(temporary), card, drift)
     write_text(file.with_suffix(".json"), json.dumps(made.as_dict(), indent=1) + "\n")
     return made
 
 
 def _check(precision: str, outputs: Sequence[str], opset: int) -> None:
-    if precision not in get_args(Precision):
-        raise UsageError(unknown("precision", precision, get_args(Precision)))
-    for name in outputs:
-        if name not in get_args(Output):
-            raise UsageError(unknown("output", name, get_args(Output)))
+    valid = {"precision": ONNX_PRECISIONS, "output": get_args(Output)}
+    for kind, name in [("precision", precision), *(("output", output) for output in outputs)]:
+        if name not in valid[kind]:
+            raise UsageError(unknown(kind, name, valid[kind]))
     if not outputs:
-        raise UsageError(f"an export needs an output: {', '.join(get_args(Output))}")
+        raise UsageError(f"an export needs an output: {', '.join(valid['output'])}")
     if opset < OLDEST_OPSET:
         raise UsageError(f"opset must be {OLDEST_OPSET} or later, got {opset}")
 
 
-def _stem(precision: str, with_preprocess: bool) -> str:
-    return "model" + f"_{precision}" * (precision != "fp32") + "_with_preprocess" * with_preprocess
-
-
 def _at_size(encoder: Encoder, side: int | None) -> Encoder:
-    """The encoder, or one for another size of image: the crop's share kept, the position embedding resampled."""
+    """Return the encoder for another size of image: the crop's share kept, the position embedding resampled."""
     config, patch = encoder.config, encoder.vit.patch_embed.patch_size[0]
     if side is None or side == config.transform.size:
         return encoder
@@ -153,26 +158,20 @@ def _at_size(encoder: Encoder, side: int | None) -> Encoder:
         transform=dataclasses.replace(config.transform, size=side, resize=resize),
         model_args=config.model_args | {"img_size": side},
     )
-    return Encoder(vit, config, record=encoder.record, weights_sha256=encoder.weights_sha256)
-
-
-def _at_precision(graph: ModelProto, precision: Precision) -> ModelProto:
-    from .quantize import store_in_half, to_fp16, to_int8
-
-    return {"fp32": store_in_half, "fp16": to_fp16, "int8": to_int8}[precision](graph)
+    return Encoder(TorchModel(vit), config, record=encoder.record, weights_sha256=encoder.weights_sha256)
 
 
 def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], preprocess: bool) -> OnnxCard:
-    """What a file says of itself."""
+    """Return what a file will say of itself."""
     versions = package_versions() | {name: version(name) for name in ("onnx", "onnxscript")}
     config = encoder.config
-    if encoder.record:  # which says all of the terms, the weights' own config but a word
+    if encoder.record:  # whose terms are complete, unlike those of the weights' own config
         config = dataclasses.replace(config, license=encoder.record.license)
     return OnnxCard(config, encoder.weights_sha256, precision, tuple(outputs), encoder.grid, preprocess, versions)
 
 
 def save(graph: ModelProto, card: OnnxCard, file: Path) -> None:
-    """One file, with its metadata."""
+    """Write one file with its metadata."""
     import onnx
 
     from .graph import with_preprocess
@@ -187,13 +186,3 @@ def save(graph: ModelProto, card: OnnxCard, file: Path) -> None:
             "take precision fp16 or int8"
         )
     file.write_bytes(graph.SerializeToString())
-
-
-def _raise_if_broken(encoder: Encoder, precision: str, bounds: Bounds, drift: Drift) -> None:
-    if broken := bounds.broken_by(drift):
-        raise ExportError(
-            f"{encoder.name} as ONNX in {precision} is not the encoder any more: {'; '.join(broken)}. Compared on "
-            f"{drift.text()}. No file was written. "
-            + ("" if precision == "fp32" else "fp32 loses nothing; ")
-            + "if this is fp32 already, another version of torch or onnxruntime may do better"
-        )

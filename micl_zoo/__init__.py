@@ -4,8 +4,9 @@
 
     encoder = micl_zoo.load()
     rows = encoder.embed(["a.jpg", "b.jpg"])  # (2, D)
+    micl_zoo.extract("photos/", "embeddings")
 
-Names are resolved when they are used, so importing this package imports neither torch nor timm.
+Importing this package imports neither torch nor timm: names whose modules do are resolved when they are used.
 """
 
 from __future__ import annotations
@@ -14,34 +15,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .encoders.zoo import Record, list_models
+from .errors import (
+    ExportError,
+    Interrupted,
+    MiclZooError,
+    Refused,
+    SourceError,
+    StoreError,
+    TrainingError,
+    UsageError,
+    WeightsError,
+)
+from .images.transform import Transform
 
-if TYPE_CHECKING:
-    from .encoders.encoder import Encoder, Features, load
-    from .encoders.zoo import Record, list_models
-    from .errors import ExportError, MiclZooError, SourceError, StoreError, TrainingError, UsageError, WeightsError
-    from .images.transform import Transform
-    from .sources.listing import ImageIndex, index_source, list_source
+if TYPE_CHECKING:  # what _LATER says, for type checkers; a test compares the two
+    from .encoders.encoder import Encoder, Features
+    from .encoders.hub import download
+    from .encoders.load import load
+    from .extraction.extract import Summary, extract
+    from .sources.index import ImageIndex
+    from .sources.listing import index_source, list_source
+    from .stores.convert import convert
+    from .stores.search import search
     from .stores.store import Store, open_store
+    from .stores.verify import verify
 
-_HOME = {
-    "Encoder": "encoders.encoder",
-    "ExportError": "errors",
-    "Features": "encoders.encoder",
-    "ImageIndex": "sources.listing",
-    "MiclZooError": "errors",
-    "Record": "encoders.zoo",
-    "SourceError": "errors",
-    "Store": "stores.store",
-    "StoreError": "errors",
-    "TrainingError": "errors",
-    "Transform": "images.transform",
-    "UsageError": "errors",
-    "WeightsError": "errors",
-    "index_source": "sources.listing",
-    "list_models": "encoders.zoo",
-    "list_source": "sources.listing",
-    "load": "encoders.encoder",
-    "open_store": "stores.store",
+_LATER = {
+    "encoders.encoder": ("Encoder", "Features"),
+    "encoders.hub": ("download",),
+    "encoders.load": ("load",),
+    "extraction.extract": ("Summary", "extract"),
+    "sources.index": ("ImageIndex",),
+    "sources.listing": ("index_source", "list_source"),
+    "stores.convert": ("convert",),
+    "stores.search": ("search",),
+    "stores.store": ("Store", "open_store"),
+    "stores.verify": ("verify",),
 }
 
 __all__ = [
@@ -49,28 +59,37 @@ __all__ = [
     "ExportError",
     "Features",
     "ImageIndex",
+    "Interrupted",
     "MiclZooError",
     "Record",
+    "Refused",
     "SourceError",
     "Store",
     "StoreError",
+    "Summary",
     "TrainingError",
     "Transform",
     "UsageError",
     "WeightsError",
     "__version__",
+    "convert",
+    "download",
+    "extract",
     "index_source",
     "list_models",
     "list_source",
     "load",
     "open_store",
+    "search",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'micl_zoo' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module 'micl_zoo' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

@@ -586,7 +586,7 @@ def _free(name: str, folder: Path, advice: str) -> Finding:
 
 def embedded_weights() -> Iterator[Finding]:
     """Whether the weights and ONNX files that come with the package are the published ones."""
-    from .encoders.weights import record_onnx, record_weights
+    from .encoders.hub import record_onnx, record_weights
     from .encoders.zoo import RECORDS
 
     for record in RECORDS.values():
@@ -598,8 +598,8 @@ def embedded_weights() -> Iterator[Finding]:
 
 def golden_embeddings() -> Iterator[Finding]:
     """Whether the encoders that come with the package give the published embeddings on this machine."""
-    from .encoders.encoder import load
     from .encoders.golden import TOLERANCE, golden_difference, golden_file
+    from .encoders.load import load
     from .encoders.zoo import RECORDS
 
     for record in RECORDS.values():

@@ -33,7 +33,8 @@ def every_command() -> dict[str, click.Command]:
     found: dict[str, click.Command] = {"": main, **main.commands}
     for name, group in main.commands.items():
         if isinstance(group, click.Group):
-            found |= {f"{name} {below}": command for below, command in group.commands.items()}
+            context = click.Context(group)
+            found |= {f"{name} {below}": group.get_command(context, below) for below in group.list_commands(context)}
     return found
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import pickle
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,13 +17,26 @@ from conftest import picture
 from safetensors.torch import load_file
 
 import micl_zoo
-from micl_zoo.encoders import encoder as encoder_module
-from micl_zoo.encoders.device import bf16_is_fast
-from micl_zoo.encoders.encoder import Encoder, Pool, precision_advice
+from micl_zoo.cli import main
+from micl_zoo.encoders import device as device_module
+from micl_zoo.encoders.device import (
+    BACKENDS,
+    ONNX_PRECISIONS,
+    PRECISIONS,
+    Backend,
+    Precision,
+    backend_again,
+    bf16_is_fast,
+    choose_backend,
+    precision_advice,
+    resolve_precision,
+)
+from micl_zoo.encoders.encoder import Encoder, Pool
 from micl_zoo.errors import UsageError
 
 SHAPES: dict[Pool, tuple[int, ...]] = {"cls": (32,), "mean": (32,), "cls+mean": (64,), "patches": (4, 4, 32)}
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -75,7 +92,6 @@ def test_tensors_are_embedded_as_the_transform_says(encoder: Encoder) -> None:
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows, expected, rtol=0, atol=0)
     np.testing.assert_array_equal(encoder.embed_pixels(pixels.numpy()), expected.numpy())
-    assert torch.equal(encoder._normalised(pixels), encoder.transform.normalise(pixels))
     in_bf16 = encoder.embed_tensor(pixels, autocast=torch.bfloat16)
     assert in_bf16.dtype == torch.float32
     assert F.cosine_similarity(in_bf16, rows).min() > 0.999
@@ -117,8 +133,8 @@ def test_really_compiled_blocks_agree(encoder: Encoder) -> None:
 
 
 def test_compiling_without_a_compiler_says_what_to_do(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module.shutil, "which", lambda _: None)
-    with pytest.raises(UsageError, match=r"takes a C\+\+ compiler, none was found: install one, or do not compile"):
+    monkeypatch.setattr(device_module.shutil, "which", lambda _: None)
+    with pytest.raises(UsageError, match=r"C\+\+ compiler.* none was found: install one"):
         encoder.compile_blocks(4)
 
 
@@ -126,7 +142,7 @@ def test_advice_on_slow_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "several times slower than fp32" in (precision_advice("fp16", CPU) or "")
     assert precision_advice("fp32", CPU) is None
     assert (precision_advice("bf16", CPU) is None) == bf16_is_fast(CPU)
-    monkeypatch.setattr(encoder_module, "bf16_is_fast", lambda _: False)
+    monkeypatch.setattr(device_module, "bf16_is_fast", lambda _: False)
     assert "Take precision auto, which takes fp32 here" in (precision_advice("bf16", CPU) or "")
     assert "Take precision fp16" in (precision_advice("bf16", torch.device("cuda")) or "")
     assert precision_advice("fp16", torch.device("cuda")) is None
@@ -135,7 +151,7 @@ def test_advice_on_slow_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backends_that_cannot_be(encoder_folder: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown backend 'openvin'\. Did you mean openvino"):
         micl_zoo.load(weights=encoder_folder, backend="openvin")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="openvino runs on the CPU, not on 'cuda'"):
+    with pytest.raises(UsageError, match="openvino runs on cpu, not on 'cuda'"):
         micl_zoo.load(weights=encoder_folder, backend="openvino", device="cuda")
     with pytest.raises(UsageError, match="keeps weights in float32, not in 'bfloat16'"):
         micl_zoo.load(weights=encoder_folder, backend="openvino", dtype="bfloat16")
@@ -184,3 +200,70 @@ def test_openvino_says_what_it_cannot_do(encoder_folder: Path) -> None:
     else:
         rows = [fast.embed_tensor(made_up_pixels(4), autocast=kind) for kind in (None, torch.bfloat16)]
         assert F.cosine_similarity(*rows).min() > 0.999
+
+
+def test_a_torch_encoder_is_a_module(encoder: Encoder) -> None:
+    pixels = torch.randn(2, 3, 32, 32)
+    assert next(iter(encoder.state_dict())) == "vit.cls_token"
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert twin.vit is not encoder.vit
+        assert torch.equal(twin(pixels), encoder(pixels))
+        twin.load_state_dict({key: value * 0 for key, value in encoder.state_dict().items()})
+        assert not twin(pixels).any()
+    encoder(pixels)[:, 0].sum().backward()
+    assert encoder.vit.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+    half = copy.deepcopy(encoder).to(torch.bfloat16)
+    assert half(pixels).dtype == torch.bfloat16
+    half.vit = encoder.vit
+    assert torch.equal(half(pixels), encoder(pixels))  # a model put in the place of the first is what computes
+
+
+def test_precisions_and_backends_stand_in_one_table() -> None:
+    assert get_args(Precision) == ("auto", *PRECISIONS)
+    assert get_args(Backend) == tuple(BACKENDS)
+    for command, option, valid in [
+        ("extract", "precision", get_args(Precision)),
+        ("extract", "backend", ("auto", *BACKENDS)),
+        ("export", "precision", ONNX_PRECISIONS),
+    ]:
+        choice = next(one.type for one in main.get_command(None, command).params if one.name == option)  # type: ignore[arg-type,union-attr]
+        assert sorted(choice.choices) == sorted(valid)  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="only in a checkout")
+def test_nowhere_is_a_second_list_of_precisions() -> None:
+    files = {file for room in ("micl_zoo", "training", "export") for file in (ROOT / room).rglob("*.py")}
+    files -= {ROOT / "micl_zoo" / "encoders" / "device.py", ROOT / "export" / "quantize.py"}
+    files -= {ROOT / "training" / "recipes.py"}  # training computes in two of them, which is a choice of its own
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            words = {text for text in _texts(node) if text != "auto"}
+            assert len(words) < 2 or not words <= set(PRECISIONS), f"{file}:{getattr(node, 'lineno', 0)} lists {words}"
+
+
+def _texts(node: ast.AST) -> list[str | None]:
+    """The elements of a literal list, tuple, set or dict, or the words of a text."""
+    if isinstance(node, ast.Constant):
+        return [*node.value.split()] if isinstance(node.value, str) else []
+    elements = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
+    return [element.value if isinstance(element, ast.Constant) else None for element in elements]
+
+
+def test_auto_is_the_fastest_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "bf16_is_fast", lambda device: device.type == "cuda")
+    assert resolve_precision("auto", CPU) == (None, "fp32")
+    assert resolve_precision("auto", torch.device("cuda")) == (torch.bfloat16, "bf16")
+    for installed in (True, False):
+        monkeypatch.setattr(device_module, "find_spec", lambda name, found=installed: object() if found else None)
+        fast = "openvino" if installed else "torch"
+        assert choose_backend("auto", device=CPU) == fast
+        assert backend_again("openvino", "auto") == backend_again("openvino", "cpu") == fast
+    monkeypatch.setattr(device_module, "find_spec", lambda name: object())
+    assert choose_backend("auto", device=CPU, precision="bf16") == "torch"  # emulated: torch does it no worse
+    assert choose_backend("auto", device=CPU, compile=True) == choose_backend("auto") == "torch"
+    assert choose_backend("auto", device=torch.device("cuda")) == backend_again("openvino", "cuda:1") == "torch"
+    assert choose_backend("auto", weights="x/model.onnx", device=CPU) == backend_again("onnx", "cuda") == "onnx"
+    assert choose_backend("openvino", device=torch.device("cuda")) == "openvino"
+    assert backend_again("torch compiled", "cuda") == "torch"
+    with pytest.raises(UsageError, match="Did you mean onnx"):
+        choose_backend("onxn")

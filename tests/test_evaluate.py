@@ -17,10 +17,11 @@ import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.errors import SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import extract
-from micl_zoo.training.evaluation.evaluate import Protocol, evaluate, evaluate_stores, random_encoder
+from micl_zoo.training.evaluation.evaluate import evaluate, evaluate_stores, random_encoder
 from micl_zoo.training.evaluation.features import store_features
 from micl_zoo.training.evaluation.knn import knn_accuracy
 from micl_zoo.training.evaluation.labelled import LabelledSet
+from micl_zoo.training.evaluation.protocols import Protocol
 from micl_zoo.training.evaluation.tables import interval, plot, table
 
 QUICK = Protocol(ks=(1, 3), epochs=2, inverse_penalties=(0.01, 1.0), shots=(1, 2, 30), draws=2)
@@ -58,7 +59,7 @@ def test_a_record_has_every_method_for_every_subject(record: dict[str, Any]) -> 
         assert found["logreg"]["cls"]["C"] in QUICK.inverse_penalties
         assert len(found["few-shot"]["2"]["draws"]) == 2
         assert found["few-shot"]["30"] == {
-            "left_out": "30 images a class asked for, but a class has 10 training images"
+            "left_out": "30 images per class asked for, but a class has 10 training images"
         }
     assert record["data"]["colours"]["train_images"] == 20
     assert record["protocol"]["ks"] == [1, 3]
@@ -98,7 +99,7 @@ def test_stores_give_what_their_images_give(colours: Path, encoder_folder: Path,
     with pytest.raises(SourceError, match="7 of 7 images have no label"):
         evaluate_stores(*stores, QUICK, labels={"elsewhere.png": "a"})
     other = extract(colours / "test", tmp_path / "mean", **{**settings, "pool": "mean"}).store
-    with pytest.raises(StoreError, match="the stores differ in pool: 'cls\\+mean' to learn from, 'mean'"):
+    with pytest.raises(StoreError, match="the stores differ in pool: 'cls\\+mean' in the training store, 'mean'"):
         evaluate_stores(stores[0], other, QUICK)
     alone = evaluate_stores(other, other, QUICK)["results"]["vit_ti16.tin200"]["stores"]
     assert list(alone["linear"]) == ["mean"]
@@ -127,7 +128,7 @@ def test_a_record_goes_on_where_it_was(
     with pytest.raises(UsageError, match="two sets are called colours"):
         evaluate(encoder, sets * 2, knn, **settings)
     out.write_text("{}", encoding="utf-8")
-    with pytest.raises(UsageError, match="no record of an evaluation"):
+    with pytest.raises(UsageError, match="not an evaluation record"):
         evaluate(encoder, sets, knn, **settings)
 
 

@@ -17,6 +17,7 @@ from conftest import picture
 
 import micl_zoo
 from micl_zoo.cli import main
+from micl_zoo.encoders.device import ONNX_PRECISIONS
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import ExportError, UsageError
 from micl_zoo.images.transform import Transform
@@ -29,7 +30,7 @@ from micl_zoo.export import to_onnx  # noqa: E402
 from micl_zoo.export import write as writing  # noqa: E402
 from micl_zoo.export.check import nearest, photographs, quarters, same_size  # noqa: E402
 from micl_zoo.export.graph import encoder_graph, preprocess_text  # noqa: E402
-from micl_zoo.export.quantize import FLOAT32_OPS, store_in_half, to_fp16, to_int8  # noqa: E402
+from micl_zoo.export.quantize import CONVERSIONS, FLOAT32_OPS, store_in_half, to_fp16, to_int8  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +106,12 @@ def test_a_drifted_weight_is_noticed_and_an_older_file_stays(
     good = to_onnx(encoder, tmp_path, outputs=ALL)
     before = good.path.read_bytes()
 
-    def drift(graph: Any, precision: str) -> Any:
+    def drift(graph: Any) -> Any:
         tensor = next(one for one in graph.graph.initializer if one.name.endswith("pos_embed"))
         tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1.01, tensor.name))
         return graph
 
-    monkeypatch.setattr(writing, "_at_precision", drift)
+    monkeypatch.setitem(CONVERSIONS, "fp32", dataclasses.replace(CONVERSIONS["fp32"], convert=drift))
     with pytest.raises(ExportError, match=r"is not the encoder any more: a difference of .* where 1e-04 is allowed"):
         to_onnx(encoder, tmp_path, outputs=ALL, overwrite=True)
     assert good.path.read_bytes() == before
@@ -188,6 +189,10 @@ def test_norms_and_softmax_of_fp16_compute_in_float32(graph: bytes) -> None:
     assert len(products) == 8  # four in each of the two blocks
 
 
+def test_what_is_exported_is_what_the_table_says() -> None:
+    assert tuple(CONVERSIONS) == ONNX_PRECISIONS
+
+
 def test_half_precision_is_stored_only_where_nothing_is_lost(graph: bytes) -> None:
     model = onnx.load_from_string(graph)
     first = next(one for one in model.graph.initializer if len(one.dims) == 2 and np.prod(one.dims) >= 1024)
@@ -240,7 +245,7 @@ def test_files_are_not_replaced_nor_made_larger_than_one_may_be(
 
 def test_photographs_of_your_own(image_folder: Callable[..., Path]) -> None:
     assert len(photographs(image_folder(12))) == 12
-    with pytest.raises(UsageError, match="to compare takes 10 images or more, 4 could be read"):
+    with pytest.raises(UsageError, match="comparing takes 10 images or more and 4 could be read"):
         photographs(image_folder(4, "few"))
     assert len(photographs()) == 50
 

@@ -37,7 +37,14 @@ from micl_zoo.training.finetuning.classifier import ClassifierStep, make_classif
 from micl_zoo.training.finetuning.finetune import finetune
 from micl_zoo.training.pretraining.data import Share
 from micl_zoo.training.pretraining.report import write_report
-from micl_zoo.training.recipes import FINETUNE_RECIPES, FineTuneRecipe, finetune_recipe_for, get_finetune_recipe
+from micl_zoo.training.recipes import (
+    FINETUNE_RECIPES,
+    AnyRecipe,
+    FineTuneRecipe,
+    Recipe,
+    finetune_recipe_for,
+    get_finetune_recipe,
+)
 from micl_zoo.training.release.trained import of_run
 from micl_zoo.training.run.optim import make_layered_optimizer
 from micl_zoo.training.run.ranks import Ranks
@@ -393,8 +400,9 @@ def test_the_recipes_have_the_numbers_of_mae() -> None:
     for name, make in FINETUNE_RECIPES.items():
         assert make().name == name
         assert f"--recipe {name}" in (make.__doc__ or "")
-        attributes = (FineTuneRecipe.__doc__ or "").partition("Attributes:")[2]
-        assert all(re.search(rf"\b{field.name}\b", attributes) for field in dataclasses.fields(make()))
+    for kind in (Recipe, FineTuneRecipe):
+        attributes = "".join((part.__doc__ or "").partition("Attributes:")[2] for part in (AnyRecipe, kind))
+        assert all(re.search(rf"\b{field.name}\b", attributes) for field in dataclasses.fields(kind))
 
 
 def test_the_command_says_what_came_of_it(colors: Path, encoder_folder: Path, tmp_path: Path) -> None:

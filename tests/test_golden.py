@@ -11,7 +11,7 @@ from PIL import Image
 
 import micl_zoo
 from micl_zoo import doctor
-from micl_zoo.encoders.encoder import Backend
+from micl_zoo.encoders.device import Backend
 from micl_zoo.encoders.golden import NUMBERS, TOLERANCE, golden_difference, golden_file, golden_images, write_golden
 from micl_zoo.encoders.zoo import DEFAULT, RECORDS
 
@@ -46,7 +46,7 @@ def test_a_changed_weight_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         encoder.vit.blocks[5].mlp.fc1.weight[0] += 0.5
     assert golden_difference(encoder, FILE) > TOLERANCE
-    monkeypatch.setattr("micl_zoo.encoders.encoder.load", lambda name: encoder)
+    monkeypatch.setattr("micl_zoo.encoders.load.load", lambda name: encoder)
     (found,) = doctor.golden_embeddings()
     assert found.state == "problem"
     assert "torch does not compute as it should here" in found.text

@@ -15,9 +15,9 @@ from conftest import picture
 import micl_zoo
 from micl_zoo.errors import SourceError
 from micl_zoo.sources.listing import index_source
-from micl_zoo.training.evaluation import labelled
+from micl_zoo.training.corpora import CORPORA, Corpus
 from micl_zoo.training.evaluation.features import embed_labelled
-from micl_zoo.training.evaluation.labelled import KnownSet, LabelledSet, balanced_rows, labels_of
+from micl_zoo.training.evaluation.labelled import LabelledSet, balanced_rows, labels_of
 
 
 def png(seed: int) -> bytes:
@@ -137,13 +137,13 @@ def test_a_known_set_is_recognised_and_another_one_told_apart(tmp_path: Path, mo
     known = LabelledSet.open(folder).facts["known"]
     assert known.startswith("other than the known set: classes 2, not 10; train 2, not 5000")
     assert "other bytes in train.parquet" in known
-    mine = KnownSet(2, 2, 1, "test", "mine", LabelledSet.open(folder).facts["sha256"])
-    monkeypatch.setitem(labelled.KNOWN_SETS, "cifar10", mine)
+    mine = Corpus("cifar10", 2, 2, 1, "mine", LabelledSet.open(folder).facts["sha256"])
+    monkeypatch.setitem(CORPORA, "cifar10", mine)
     assert LabelledSet.open(folder).facts["known"] == "the known set of this name"
 
 
 def test_features_stay_with_their_labels(tmp_path: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("micl_zoo.extraction.engines.bf16_is_fast", lambda device: False)  # the same in fp32 everywhere
+    monkeypatch.setattr("micl_zoo.encoders.device.bf16_is_fast", lambda device: False)  # the same in fp32 everywhere
     write_parquet(tmp_path / "train.parquet", [4, 3, 2, 1, 0], broken=2)
     write_parquet(tmp_path / "test.parquet", [0, 1])
     images = LabelledSet.open(tmp_path).train

@@ -64,7 +64,7 @@ def test_who_imports_whom() -> None:
 def test_the_command_line_imports_lightly() -> None:
     light = {"__future__", "collections", "dataclasses", "json", "shlex", "sys", "pathlib", "typing", "click"}
     outside = {name for name, inside in imports(ROOT / "micl_zoo" / "cli" / "__init__.py", "micl_zoo.cli") if not inside}
-    own = ("micl_zoo._version.", "micl_zoo.errors.", "micl_zoo.encoders.zoo.")
+    own = ("micl_zoo._version.", "micl_zoo.errors.", "micl_zoo.encoders.zoo.", "micl_zoo.encoders.device.")
     assert not [name for name in outside if not name.startswith(own) and name.split(".")[0] not in light]
 
 

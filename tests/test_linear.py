@@ -91,7 +91,7 @@ def test_few_shots_draw_anew_and_need_enough_images() -> None:
     assert len({tuple(predictions) for predictions in one}) == 5
     accuracies = [np.mean([(predictions == truth).mean() for predictions in found]) for found in (one, ten)]
     assert accuracies[0] < accuracies[1]
-    with pytest.raises(UsageError, match="41 images a class asked for, but a class has 40"):
+    with pytest.raises(UsageError, match="41 images per class asked for, but a class has 40"):
         few_shot(train, labels, test, classes=5, shots=41)
 
 

@@ -17,10 +17,10 @@ from conftest import picture
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoders import onnx_session as onnx_backend
 from micl_zoo.encoders import zoo
 from micl_zoo.encoders.encoder import Encoder, Pool
-from micl_zoo.encoders.onnx_session import choose_providers, local_onnx, open_session
+from micl_zoo.encoders.hub import embedded_file
+from micl_zoo.encoders.onnx_session import OnnxSession, choose_providers, local_onnx, open_session
 from micl_zoo.errors import MiclZooError, UsageError, WeightsError
 from micl_zoo.extraction.extract import extract
 from micl_zoo.extraction.runner import Model
@@ -69,11 +69,10 @@ def test_the_default_comes_with_the_package() -> None:
     assert opened.weights_sha256 == record.onnx.sha256
     assert opened.record is record
     assert opened.precision == record.onnx.precision
-    assert isinstance(opened, onnx_backend.OnnxEncoder)
-    assert opened.card.weights_sha256 == record.sha256
-    assert opened.card.config.license == record.license
-    file = Path(zoo.__file__).parent / "embedded" / record.onnx.file
-    assert file.stat().st_size == record.onnx.bytes
+    assert isinstance(opened.runtime, OnnxSession)
+    assert opened.runtime.card.weights_sha256 == record.sha256
+    assert opened.runtime.card.config.license == record.license
+    assert embedded_file(record.onnx.file).stat().st_size == record.onnx.bytes
 
 
 def test_changed_bytes_of_the_package_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +80,7 @@ def test_changed_bytes_of_the_package_are_noticed(monkeypatch: pytest.MonkeyPatc
     assert record.onnx is not None
     other = dataclasses.replace(record, onnx=dataclasses.replace(record.onnx, sha256="0" * 64))
     monkeypatch.setitem(zoo.RECORDS, zoo.DEFAULT, other)
-    with pytest.raises(WeightsError, match=r"is not the published one: sha256 .*, expected 0000"):
+    with pytest.raises(WeightsError, match=r"are not the published ones: sha256 .*, expected 0000"):
         micl_zoo.load(backend="onnx")
 
 
@@ -99,7 +98,7 @@ def test_what_an_exported_encoder_cannot_do(opened: Encoder, encoder: Encoder, t
     assert opened.device.type == "cpu"
     with pytest.raises(UsageError, match="backend onnx computes no gradients"):
         opened(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(AttributeError, match="load the encoder with backend='torch'"):
+    with pytest.raises(AttributeError, match="load with backend='torch'"):
         _ = opened.vit
     with pytest.raises(AttributeError, match="no attribute 'vti'"):
         _ = opened.vti
@@ -116,9 +115,9 @@ def test_what_an_exported_encoder_cannot_do(opened: Encoder, encoder: Encoder, t
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dtype": "float16"}, "an ONNX file has its own precision"),
+        ({"dtype": "float16"}, "keeps weights in the precision of the file, not in 'float16'"),
         ({"pretrained": False}, "backend onnx runs exported files"),
-        ({"device": "mps"}, "backend onnx takes the devices auto, cpu, cuda and cuda:N"),
+        ({"device": "mps"}, "backend onnx runs on cpu and cuda, not on 'mps'"),
         ({"providers": ["xpu"]}, r"this ONNX Runtime has no xpu provider, it has .*CPUExecutionProvider"),
         ({"backend": "torch", "providers": ["cpu"]}, "providers are ONNX Runtime's"),
         ({"name": "vit_l16"}, r"no ONNX file of vit_l16.in1k comes with micl-zoo: micl-zoo export vit_l16.in1k"),
@@ -196,8 +195,8 @@ def test_a_gpu_that_onnx_runtime_cannot_use_is_said(
 
 
 def test_memory_that_is_short_halves_the_batch(opened: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(opened, onnx_backend.OnnxEncoder)
-    session = opened.session
+    assert isinstance(opened.runtime, OnnxSession)
+    session = opened.runtime.session
 
     class Small:
         def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> Any:
@@ -205,12 +204,12 @@ def test_memory_that_is_short_halves_the_batch(opened: Encoder, monkeypatch: pyt
                 raise Exception("Failed to allocate memory for requested buffer of size 1")
             return session.run(names, inputs)
 
-    monkeypatch.setattr(opened, "session", Small())
+    monkeypatch.setattr(opened.runtime, "session", Small())
     model = Model(opened, pool="cls", normalize=True, autocast=None)
     pixels = np.stack([opened.transform.pixels(picture(number)) for number in range(5)])
     rows = model.finish(*model.launch(pixels))
     assert model.images_at_once == 2
-    monkeypatch.setattr(opened, "session", session)
+    monkeypatch.setattr(opened.runtime, "session", session)
     np.testing.assert_allclose(rows, opened.embed_pixels(pixels), rtol=0, atol=1e-6)
 
 

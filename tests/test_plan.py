@@ -18,7 +18,6 @@ from micl_zoo.encoders.weights import save_weights
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.training.micl import MiCL, draw_views, init_weights
 from micl_zoo.training.pretraining.plan import (
-    CARDS,
     GIB,
     format_plan,
     frozen_count,
@@ -28,7 +27,8 @@ from micl_zoo.training.pretraining.plan import (
     step_flops,
 )
 from micl_zoo.training.pretraining.pretrain import make_vit
-from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, smoke_twin
+from micl_zoo.training.recipes import RECIPES, Recipe, corpus_images, get_recipe, smoke_twin
+from micl_zoo.training.run.gpus import GPUS
 from micl_zoo.training.run.order import images_per_process
 from micl_zoo.training.run.rundir import encoder_config
 
@@ -44,11 +44,6 @@ SMALL = (
     "batch_size=16",
     "contrast_batch=16",
 )
-
-
-def corpus(recipe: Recipe) -> int:
-    """Images of the recipe's corpus, read from its own words."""
-    return int(re.findall(r"([\d,]+) images", recipe.corpus)[0].replace(",", ""))
 
 
 def small_model(recipe: Recipe, *, fused: bool) -> tuple[MiCL, Tensor, Tensor, tuple[int, int]]:
@@ -216,7 +211,7 @@ def test_cards_name_the_micro_batch_that_fits() -> None:
         assert (f"does not fit, --micro-batch {row.micro_batch} would" in format_plan(plan)) != row.fits
     huge = make_plan(dataclasses.replace(recipe, cache="memory"), images=IMAGENET, gpus=4)  # 252 GB on each GPU
     assert {row.micro_batch for row in huge.cards} == {0}
-    assert format_plan(huge).count("does not fit at any --micro-batch") == len(CARDS)
+    assert format_plan(huge).count("does not fit at any --micro-batch") == len(GPUS)
 
 
 def test_the_encoder_s_file_has_the_planned_size(tmp_path: Path) -> None:
@@ -275,9 +270,9 @@ def test_plans_that_cannot_be() -> None:
 @pytest.mark.parametrize("small", [False, True])
 def test_every_recipe_s_plan_is_one_narrow_screen(name: str, small: bool) -> None:
     recipe = smoke_twin(get_recipe(name)) if small else get_recipe(name)
-    plan = make_plan(recipe, images=corpus(recipe), micro_batch=max(1, recipe.contrast_size // 3))
+    plan = make_plan(recipe, images=corpus_images(recipe), micro_batch=max(1, recipe.contrast_size // 3))
     lines = format_plan(plan).splitlines()
-    assert lines[0].startswith(f"{recipe.name}, {corpus(recipe):,} images, 1 GPU:")
+    assert lines[0].startswith(f"{recipe.name}, {corpus_images(recipe):,} images, 1 GPU:")
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 34
     assert (plan.paper is not None) == (recipe.name in {"vit_l16.in1k", "vit_l16.in1k-color"})

@@ -34,9 +34,9 @@ from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretraining import pretrain as module
 from micl_zoo.training.pretraining.pretrain import pretrain
-from micl_zoo.training.pretraining.step import fsdp_works_on
 from micl_zoo.training.recipes import RECIPES, get_recipe
 from micl_zoo.training.run import rundir
+from micl_zoo.training.run.step import fsdp_works_on
 
 RECIPE = "vit_ti16.tin200"
 

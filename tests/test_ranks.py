@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from micl_zoo.errors import UsageError
 from micl_zoo.training.micl import MiCL, contrastive_loss
 from micl_zoo.training.pretraining.data import WHOLE, Share
-from micl_zoo.training.pretraining.step import TrainStep, fsdp_works_on
+from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe
 from micl_zoo.training.run.ranks import Ranks, joined, launch
+from micl_zoo.training.run.step import fsdp_works_on
 
 BATCH = 16
 FSDP = fsdp_works_on(torch.device("cpu"))

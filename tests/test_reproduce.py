@@ -28,20 +28,20 @@ from click.testing import CliRunner
 from conftest import picture
 
 from micl_zoo.cli import main
-from micl_zoo.training.evaluation.labelled import KNOWN_SETS, LabelledSet
+from micl_zoo.training.corpora import CORPORA
+from micl_zoo.training.evaluation.labelled import LabelledSet
 from micl_zoo.training.evaluation.tables import interval
 from micl_zoo.training.pretraining.plan import GIB, PAPER_HOURS, Plan, make_plan, memory_estimate
 from micl_zoo.training.pretraining.pretrain import COLLAPSE, COLLAPSE_STEPS
-from micl_zoo.training.recipes import get_finetune_recipe, get_recipe
-from micl_zoo.training.release.card import CARD_WATTS
-from micl_zoo.training.run.rundir import KEPT_CHECKPOINTS
+from micl_zoo.training.recipes import KEPT_CHECKPOINTS, get_finetune_recipe, get_recipe
+from micl_zoo.training.run.gpus import gpu_watts
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "reproduce.md"
 pytestmark = pytest.mark.skipif(not DOCUMENT.exists(), reason="only in a checkout")
 
 RECIPE = "vit_l16.in1k"
-IMAGENET = KNOWN_SETS["imagenet-1k"]
+IMAGENET = CORPORA["imagenet-1k"]
 
 # Commands that are not run, by how they begin, and why. All others are.
 SKIPPED = {
@@ -291,8 +291,8 @@ def test_the_images_are_unpacked_into_folders_and_counted(played: Played) -> Non
     assert LabelledSet.open(played.other / "parquet").facts["test_images"] == VAL * len(CLASSES)
 
     here = {
-        IMAGENET.train: TRAIN * len(CLASSES),
-        IMAGENET.test: VAL * len(CLASSES),
+        IMAGENET.images: TRAIN * len(CLASSES),
+        IMAGENET.test_images: VAL * len(CLASSES),
         IMAGENET.classes: len(CLASSES),
         0: 0,
     }
@@ -336,7 +336,7 @@ def test_options_that_are_named_in_passing_exist() -> None:
 
 
 def planned(*changes: str, micro_batch: int | None = None) -> Plan:
-    return make_plan(get_recipe(RECIPE, changes), images=IMAGENET.train, gpus=4, micro_batch=micro_batch)
+    return make_plan(get_recipe(RECIPE, changes), images=IMAGENET.images, gpus=4, micro_batch=micro_batch)
 
 
 def on_card(plan: Plan, name: str = "A100 80GB") -> tuple[float, float, int]:
@@ -383,7 +383,7 @@ def test_machine_and_disk_are_what_the_plan_says() -> None:
     tuned = ((KEPT_CHECKPOINTS + 1) * plan.checkpoint_bytes + 2 * plan.encoder_bytes) / 1e9
     hours, rate, _ = on_card(plan)
     pace = plan.paper.images_per_second if plan.paper else 0
-    image = train_tar / IMAGENET.train
+    image = train_tar / IMAGENET.images
     record = json.loads(
         (ROOT / "benchmarks/records/2026-11-24-bench-data-vit_l16.in1k.json").read_text(encoding="utf-8")
     )
@@ -395,7 +395,7 @@ def test_machine_and_disk_are_what_the_plan_says() -> None:
         f"archives {archives:.0f} GB + images {archives:.0f} GB + pre-training {run:.0f} GB + "
         f"fine-tuning {tuned:.0f} GB = {2 * archives + run + tuned:.0f} GB",
         f"unpacked and gone, {archives + run + tuned:.0f} GB",
-        f"{IMAGENET.train + IMAGENET.test:,} | {IMAGENET.train:,} + {IMAGENET.test:,} images",
+        f"{IMAGENET.images + IMAGENET.test_images:,} | {IMAGENET.images:,} + {IMAGENET.test_images:,} images",
         f"| {rate * image / 1e6:.0f} MB/s | {rate:,.0f} images/s x {image / 1e3:.0f} kB an image, at 50 % MFU; "
         f"{pace * image / 1e6:.0f} MB/s at the paper's pace of {pace:,.0f} images/s",
         f"| {math.ceil(rate / core)}, or {math.ceil(pace / core)} | {rate:,.0f}, or {pace:,.0f}, images/s at "
@@ -409,8 +409,9 @@ def test_machine_and_disk_are_what_the_plan_says() -> None:
         f"in {2 * plan.encoder_bytes / 1e9:.1f} GB",
         f"The {plan.lasting_checkpoints} checkpoints that stay for good, one every {plan.recipe.keep_epochs:g} epochs, "
         f"are {plan.lasting_checkpoints * plan.checkpoint_bytes / 1e9:.1f} GB",
-        f"{(IMAGENET.train + IMAGENET.test):,} images on one GPU and holds {IMAGENET.train:,} x 1,024 x 4 bytes = "
-        f"{IMAGENET.train * 4096 / 1e9:.1f} GB",
+        f"{(IMAGENET.images + IMAGENET.test_images):,} images on one GPU and holds {IMAGENET.images:,} x 1,024 x 4 "
+        "bytes = "
+        f"{IMAGENET.images * 4096 / 1e9:.1f} GB",
         f"or {rate / 4:,.0f} images/s a GPU",
     )
     assert round(train_tar / GIB) == 138
@@ -424,7 +425,7 @@ def test_hours_energy_and_fine_tuning_are_arithmetic() -> None:
     blocks = 3 * 2 * depth * 12 * width**2 * tokens / 1e9
     attention = 3 * 2 * depth * 2 * tokens**2 * width / 1e9
     patches = 2 * 2 * 196 * 768 * width / 1e9
-    an_image, steps = blocks + attention + patches, round(tuning.epochs * (IMAGENET.train // tuning.batch_size))
+    an_image, steps = blocks + attention + patches, round(tuning.epochs * (IMAGENET.images // tuning.batch_size))
     rate = 0.5 * 4 * 312e3 / an_image
     tuning_hours = steps * tuning.batch_size / rate / 3600
     costs = {
@@ -433,17 +434,18 @@ def test_hours_energy_and_fine_tuning_are_arithmetic() -> None:
         "pre-training as the paper has it": PAPER_HOURS,
         "fine-tuning at 50 % MFU": tuning_hours,
     }
+    watts = gpu_watts("NVIDIA A100-SXM4-80GB") or 0
     for name, hours in costs.items():
-        energy = hours * 4 * CARD_WATTS["A100"] / 1e3
+        energy = hours * 4 * watts / 1e3
         held(f"| {name} | {hours:.1f} | {4 * hours:.0f} | {energy:.0f} kWh |")
     kept = memory_estimate(get_recipe(RECIPE, ["mask_ratio=0"]), images_per_gpu=1, gpus=4)  # two views of 98 patches
     activations = 256 * kept.activations * tokens / 198 / GIB
     fixed = (kept.weights + kept.gradients + kept.adamw + kept.casts) / GIB
     held(
-        f"hours x 4 x {CARD_WATTS['A100']} W",
+        f"hours x 4 x {watts} W",
         f"{depth} blocks x 12 x {width:,}^2 weights x 2 x {tokens} tokens x 3 = {blocks:.1f} GFLOP an image, "
         f"attention {attention:.1f}, patches {patches:.1f}: {an_image:.1f}.",
-        f"{IMAGENET.train:,} // {tuning.batch_size:,} = {IMAGENET.train // tuning.batch_size:,} steps an epoch, "
+        f"{IMAGENET.images:,} // {tuning.batch_size:,} = {IMAGENET.images // tuning.batch_size:,} steps an epoch, "
         f"x {tuning.epochs:g} = {steps:,}, x {tuning.batch_size:,} = {steps * tuning.batch_size / 1e6:.1f} M images",
         f"{rate:,.0f} images/s, which the cores must decode",
         f"is {tuning.batch_size // 4} images a GPU, of {tokens} tokens each: about {activations + fixed:.0f} GiB by "
@@ -463,7 +465,7 @@ def test_what_to_expect_follows_from_the_recipe_and_from_records() -> None:
     pace = plan.paper.images_per_second if plan.paper else 0
     warm_up = plan.recipe.warmup_epochs / plan.recipe.epochs
     worst = math.log(plan.recipe.contrast_size)
-    low, high = (f"{100 * edge:.1f}" for edge in interval(0.858, IMAGENET.test))
+    low, high = (f"{100 * edge:.1f}" for edge in interval(0.858, IMAGENET.test_images))
     days = [
         f"{plan.recipe.epochs * 24 / PAPER_HOURS:.0f} at the paper's pace",
         f"{plan.recipe.epochs * 24 / hours:.0f} |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -17,18 +18,20 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from conftest import picture
+from conftest import TWIN, picture
 from hub import Hub, environment_for, hub_on_loopback
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoders import weights as weights_module
-from micl_zoo.encoders.hub import download
-from micl_zoo.encoders.weights import embedded_file, header
+from micl_zoo.encoders import hub as hub_module
+from micl_zoo.encoders.hub import download, embedded_file
+from micl_zoo.encoders.weights import header
 from micl_zoo.encoders.zoo import ARCHS, DEFAULT, RECORDS, find_record, timm_architecture
 from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.files import file_sha256
+from micl_zoo.training.pretraining.pretrain import pretrain
+from micl_zoo.training.recipes import Recipe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -41,6 +44,25 @@ def test_names() -> None:
         micl_zoo.load("vit_l61")
 
 
+def test_public_names_are_what_they_say() -> None:
+    tree = ast.parse(Path(micl_zoo.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
+    homes = {alias.name: f"micl_zoo.{node.module}" for node in imports for alias in node.names}
+    assert sorted(homes) == micl_zoo.__all__ == dir(micl_zoo)
+    for name in set(homes) - {"__version__"}:
+        found = getattr(micl_zoo, name)
+        assert callable(found), name
+        assert (found.__module__, found.__name__) == (homes[name], name)
+    with pytest.raises(AttributeError, match=r"no attribute 'lod'; it has .*load"):
+        _ = micl_zoo.lod
+
+
+def test_to_import_is_cheap() -> None:
+    heavy = "{'torch', 'timm', 'PIL', 'numpy', 'pyarrow', 'click'}"
+    code = f"import sys, micl_zoo; micl_zoo.list_models(), micl_zoo.UsageError; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_every_record_is_whole() -> None:
     for name, record in RECORDS.items():
         assert record.name == name
@@ -51,7 +73,7 @@ def test_every_record_is_whole() -> None:
             assert record.embedded or len(record.hub_commit or "") == 40
             assert record.metrics
         else:
-            assert "no weights published yet" in record.summary
+            assert record.bytes is None
 
 
 def test_the_shapes_are_timm_s() -> None:
@@ -99,7 +121,7 @@ def test_changed_embedded_bytes_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp
     data[-1] ^= 1
     (tmp_path / "embedded").mkdir()
     (tmp_path / "embedded" / source.name).write_bytes(data)
-    monkeypatch.setattr(weights_module, "__file__", str(tmp_path / "encoders" / "weights.py"))
+    monkeypatch.setattr(hub_module, "__file__", str(tmp_path / "encoders" / "hub.py"))
     with pytest.raises(WeightsError, match="are not the published ones: sha256"):
         micl_zoo.load()
 
@@ -233,6 +255,66 @@ def test_embed_names_the_image_it_cannot_read(encoder_folder: Path, tmp_path: Pa
         encoder.embed(np.zeros((8, 8, 3), np.float32))
     with pytest.raises(UsageError, match=r"pixel_values must be \(B, 3, 32, 32\)"):
         encoder(torch.zeros(1, 3, 64, 64))
+
+
+def a_run(folder: Path, header: dict[str, str], tensors: dict[str, torch.Tensor], step: int = 7) -> Path:
+    """A run's folder with one checkpoint, as `training.run.rundir` writes them; returns the checkpoint."""
+    file = folder / "checkpoints" / f"step-{step:08d}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, {"format": "pt", "step": str(step), "seconds": "1.5", **header})
+    file.with_name(f"{file.name}.sha256").write_text(f"{file_sha256(file)}  {file.name}\n")
+    return file
+
+
+def test_every_checkpoint_of_a_run_loads(twin: Recipe, encoder_folder: Path, tmp_path: Path) -> None:
+    state, pixels = load_file(encoder_folder / "model.safetensors"), torch.randn(2, 3, 32, 32)
+    moments = {f"exp_avg.{key}": value + 1 for key, value in state.items()}
+    file = a_run(tmp_path, {}, {f"model.{key}": value for key, value in state.items()} | moments)
+    with pytest.raises(WeightsError, match=r"does not say what was trained, nor does .*run\.json"):
+        micl_zoo.load(file)
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": dataclasses.asdict(twin)}))
+    older = a_run(tmp_path, {}, {f"model.{key}": value * 2 for key, value in state.items()}, step=3)
+    expected = micl_zoo.load(encoder_folder, device="cpu")
+    for found in (micl_zoo.load(file, device="cpu"), micl_zoo.load(str(tmp_path), device="cpu")):
+        assert found.name == "vit_ti16.tin200-step-00000007"
+        assert (found.record, found.transform) == (None, expected.transform)
+        assert found.weights_sha256 == file_sha256(file)
+        with torch.inference_mode():
+            assert torch.equal(found(pixels), expected(pixels))
+            assert not torch.equal(found(pixels), micl_zoo.load(older, device="cpu")(pixels))
+    shutil.copytree(encoder_folder, tmp_path / "encoder")
+    assert micl_zoo.load(tmp_path, device="cpu").name == expected.name  # a finished encoder comes first
+    shutil.rmtree(tmp_path / "encoder")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(WeightsError, match="is damaged, it has sha256"):
+        micl_zoo.load(tmp_path)
+
+
+def test_a_checkpoint_of_fine_tuning_loads_without_its_head(encoder_folder: Path, tmp_path: Path) -> None:
+    state, weights = load_file(encoder_folder / "model.safetensors"), encoder_folder / "model.safetensors"
+    classifier = {
+        key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value for key, value in state.items()
+    }
+    classifier["head.weight"] = torch.zeros(3, 32)
+    tensors = {f"model.{key}": value * 0 for key, value in classifier.items()}
+    tensors |= {f"ema.{key}": value for key, value in classifier.items()}
+    a_run(tmp_path, {"micl_zoo": json.dumps({"config": header(weights)["config"]})}, tensors)
+    found, expected = (micl_zoo.load(folder, device="cpu") for folder in (tmp_path, encoder_folder))
+    assert all(torch.equal(found.vit.state_dict()[key], value) for key, value in expected.vit.state_dict().items())
+
+
+def test_a_run_that_was_stopped_embeds_exports_and_goes_on(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    images, run = image_folder(16), tmp_path / "run"
+    pretrain("vit_ti16.tin200", images, run, overrides=TWIN, device="cpu", max_steps=2)
+    store = micl_zoo.extract(images, tmp_path / "store", weights=run, devices="cpu", workers=0, show=False).store
+    assert (store.manifest.model, len(store)) == ("vit_ti16.tin200-step-00000002", 16)
+    pytest.importorskip("onnxscript")
+    from micl_zoo.export import to_onnx
+
+    made = to_onnx(weights=run, out=tmp_path / "onnx", show=False)
+    assert made.card.weights_sha256 == store.manifest.weights_sha256
 
 
 def test_random_weights_only_when_asked_for() -> None:

@@ -1,66 +1,122 @@
-"""Every number of a run, pre-training or fine-tuning, as frozen dataclasses made by one function a recipe."""
+"""Every number of a run, pre-training or fine-tuning, as frozen dataclasses made by one function per recipe."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from micl_zoo.encoders.zoo import ARCHS, IN1K, TIN200
 from micl_zoo.errors import TrainingError, UsageError, unknown
+from micl_zoo.images.transform import Transform
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from .corpora import CORPORA, corpus_key
+
+KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The resolved numbers of one run; what is not here is not a choice.
+@dataclass(frozen=True, kw_only=True)
+class AnyRecipe:
+    """The numbers that every run has.
 
     Attributes:
-        name: of the recipe, `arch.tag`.
-        corpus: what it is meant to be trained on.
+        name: name of the recipe; for pre-training `arch.tag`.
+        epochs, warmup_epochs: length of the run and of the linear warm-up.
+        batch_size: images per optimiser step, over all processes; even for fine-tuning, as mixup pairs them.
+        base_lr: learning rate at batch 256; the peak is base_lr * batch_size / 256.
+        min_lr: learning rate at the end of the half-cycle cosine.
+        beta1, beta2, weight_decay: settings of AdamW; biases, norms and positions do not decay, and in fine-tuning the
+            class token does not either.
+        crop_scale_min, crop_scale_max: area of a crop as a share of the image.
+        crop_ratio_min, crop_ratio_max: width / height of a crop before it is resized to a square.
+        flip_probability: chance of a horizontal flip.
+        precision: "auto" is bf16 autocast where the device computes it fast, else fp32.
+        seed: seed of the initialisation, the order and every draw.
+        checkpoint_minutes: time between checkpoints, of which the last two stay; one is always written at the end.
+        keep_epochs: epochs between checkpoints that stay for good; 0 keeps none.
+    """
+
+    name: str
+    epochs: float
+    warmup_epochs: float
+    batch_size: int
+    base_lr: float
+    min_lr: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+    crop_scale_min: float = 0.2
+    crop_scale_max: float = 1.0
+    crop_ratio_min: float = 3 / 4
+    crop_ratio_max: float = 4 / 3
+    flip_probability: float = 0.5
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: int = 0
+    checkpoint_minutes: float = 10
+    keep_epochs: float = 0
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: base_lr * batch_size / 256."""
+        return self.base_lr * self.batch_size / 256
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Count the optimiser steps of the run."""
+        return max(1, round(self.epochs * steps_per_epoch))
+
+    def _hold(self, rules: dict[str, bool]) -> None:
+        """Raise the broken ones of a kind's own rules and of those that all have; a rule begins with its field."""
+        scale_min, scale_max = self.crop_scale_min, self.crop_scale_max
+        must = {
+            "seed must be at least 0": self.seed >= 0,
+            "epochs must be above 0": self.epochs > 0,
+            f"warmup_epochs must be from 0 to epochs {self.epochs:g}": 0 <= self.warmup_epochs <= self.epochs,
+            "keep_epochs must be at least 0": self.keep_epochs >= 0,
+            "crop_scale_min must be above 0 and crop_scale_max at most 1": 0 < scale_min <= scale_max <= 1,
+            **rules,
+        }
+        if broken := [f"{rule}, got {getattr(self, rule.split()[0])}" for rule, kept in must.items() if not kept]:
+            raise UsageError(f"recipe {self.name}: {'; '.join(broken)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(AnyRecipe):
+    """The numbers of a pre-training run; what is neither here nor in `AnyRecipe` is not a choice.
+
+    Attributes:
+        corpus: key in CORPORA of the images that the recipe is meant for.
         image_size: side in pixels of the images the finished encoder takes.
-        patch_size, embed_dim, depth, num_heads, mlp_ratio, norm_eps: of the ViT.
-        mask_ratio: share of a crop's patches that neither view sees.
+        patch_size, embed_dim, depth, num_heads, mlp_ratio, norm_eps: shape of the ViT.
+        mask_ratio: share of a crop's patches that no view sees.
         views: V, disjoint views that the patches kept are split into; the loss is the mean over all pairs of them.
         pooled_token: what is contrasted: "cls", the class token, or "mean" of a view's patch tokens.
         class_position: position of the class token: "zero", or "centre", that of the middle of the grid.
-        positions: "sincos", a frozen table, or "learned", one that is drawn at the start and trained without decay.
-        kappa, temperature: of the tSP similarity.
+        positions: "sincos", a frozen table, or "learned", drawn at the start and trained without decay.
+        kappa, temperature: parameters of the tSP similarity.
         negatives: "local": a batch falls into groups of contrast_batch images that are contrasted among themselves, as
             each GPU of the reference code does; "global": all images of the batch are contrasted with each other.
-        contrast_batch: images of one group with local negatives; 0 is the whole batch.
+        contrast_batch: images per group with local negatives; 0 is the whole batch.
         crop_size: side in pixels of the training crops; when below image_size, positions are stretched.
-        crop_scale_min, crop_scale_max: area of a crop as a share of the image.
-        crop_ratio_min, crop_ratio_max: its width / height before it is resized to a square.
-        interpolation: filter of that resize, antialiased.
-        flip_probability: of a horizontal flip.
+        interpolation: antialiased filter of the resize to crop_size.
         pixel_mean, pixel_std: RGB, for pixels in 0..1.
         view_color: draw a gain, a bias and greyscale per view (not in the paper).
         color_gain, color_bias: half-widths of the uniform draws, per channel, on normalised pixels.
-        grey_probability: of a view without colour.
+        grey_probability: chance of a view without colour.
         cache: "memory" decodes the corpus once to source_size; "none" cuts every crop from the full image, in workers.
         source_size: side in pixels of the cached images.
-        epochs, warmup_epochs: length of the run and of the linear warm-up.
-        batch_size: images an optimiser step, over all processes.
-        base_lr: learning rate at batch 256; the one used is base_lr * batch_size / 256.
-        min_lr: where the half-cycle cosine ends.
-        beta1, beta2, weight_decay: of AdamW; no decay on biases, norms and positions.
         parallel: how several processes share the work: "ddp", each with all weights, or "fsdp", each with a part of
             them and of the optimiser's state.
         activation_checkpointing: compute each block again in the backward pass instead of keeping what it made.
         compile: compile the transformer blocks; on a CPU this needs a C++ compiler and a minute at the start.
-        save_dtype: of the finished encoder's file.
-        precision: "auto" is bf16 autocast where the device computes it fast, else fp32.
-        seed: of the initialisation, the order and every draw.
-        checkpoint_minutes: time between checkpoints, of which the last two stay; one is always written at the end.
-        keep_epochs: epochs between checkpoints that stay for good; 0 is none.
+        save_dtype: data type of the finished encoder's file.
     """
 
-    name: str
+    epochs: float = 200
+    warmup_epochs: float = 10
+    batch_size: int = 1800
+    base_lr: float = 5e-5
     corpus: str
     image_size: int = 224
     patch_size: int = 16
@@ -79,41 +135,19 @@ class Recipe:
     negatives: Literal["local", "global"] = "local"
     contrast_batch: int = 0
     crop_size: int = 224
-    crop_scale_min: float = 0.2
-    crop_scale_max: float = 1.0
-    crop_ratio_min: float = 3 / 4
-    crop_ratio_max: float = 4 / 3
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    flip_probability: float = 0.5
-    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
-    pixel_std: tuple[float, float, float] = IMAGENET_STD
+    pixel_mean: tuple[float, float, float] = Transform.mean
+    pixel_std: tuple[float, float, float] = Transform.std
     view_color: bool = False
     color_gain: float = 0.4
     color_bias: float = 0.4
     grey_probability: float = 0.2
     cache: Literal["memory", "none"] = "none"
     source_size: int = 256
-    epochs: float = 200
-    warmup_epochs: float = 10
-    batch_size: int = 1800
-    base_lr: float = 5e-5
-    min_lr: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.05
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     activation_checkpointing: bool = False
     compile: bool = False
     save_dtype: Literal["float32", "float16"] = "float32"
-    seed: int = 0
-    checkpoint_minutes: float = 10
-    keep_epochs: float = 0
-
-    @property
-    def lr(self) -> float:
-        """Peak learning rate: base_lr * batch_size / 256."""
-        return self.base_lr * self.batch_size / 256
 
     @property
     def contrast_size(self) -> int:
@@ -121,74 +155,69 @@ class Recipe:
         return self.batch_size if self.negatives == "global" else self.contrast_batch or self.batch_size
 
     @property
+    def grid(self) -> int:
+        """Patches along a side of one training crop."""
+        return self.crop_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
         """N, patches of one training crop."""
-        return (self.crop_size // self.patch_size) ** 2
+        return self.grid**2
+
+    @property
+    def patch_numbers(self) -> int:
+        """P, numbers of one patch."""
+        return 3 * self.patch_size**2
 
     def __post_init__(self) -> None:
         whole = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "crop_size", "source_size")
-        if wrong := [name for name in whole if getattr(self, name) < 1]:
-            raise UsageError(f"recipe {self.name}: {wrong[0]} must be at least 1, got {getattr(self, wrong[0])}")
+        self._hold({f"{name} must be at least 1": getattr(self, name) >= 1 for name in whole})
+        groups = self.contrast_batch >= 2 and self.batch_size % self.contrast_size == 0
+        one_class_position = self.positions == "sincos" or self.class_position == "zero"
         must = {
             "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
             f"crop_size must be a multiple of patch_size {self.patch_size}": self.crop_size % self.patch_size == 0,
             f"image_size must be a multiple of patch_size {self.patch_size}": self.image_size % self.patch_size == 0,
             f"embed_dim must be a multiple of num_heads {self.num_heads}": self.embed_dim % self.num_heads == 0,
             "batch_size must be at least 2: each image needs a negative": self.batch_size >= 2,
-            "contrast_batch must be 0, or at least 2 and divide batch_size": self.contrast_batch == 0
-            or (self.contrast_batch >= 2 and self.batch_size % self.contrast_size == 0),
+            "contrast_batch must be 0, or at least 2 and divide batch_size": self.contrast_batch == 0 or groups,
             "mask_ratio must be at least 0 and below 1": 0 <= self.mask_ratio < 1,
             "views must be 2, 3 or 4": 2 <= self.views <= 4,
-            "class_position must be zero with learned positions, which have a row for the class token": self.positions
-            == "sincos"
-            or self.class_position == "zero",
             "temperature must be above 0": self.temperature > 0,
         }
-        _hold(self, must)
+        must["class_position must be zero with learned positions, which have a row for the class token"] = (
+            one_class_position
+        )
+        self._hold(must)
 
 
-@dataclass(frozen=True)
-class FineTuneRecipe:
-    """The resolved numbers of one fine-tuning run; what is not here is not a choice.
+@dataclass(frozen=True, kw_only=True)
+class FineTuneRecipe(AnyRecipe):
+    """The numbers of a fine-tuning run; what is neither here nor in `AnyRecipe` is not a choice.
 
     Attributes:
-        name: of the recipe.
-        epochs, warmup_epochs: length of the run and of the linear warm-up.
-        batch_size: images an optimiser step, over all processes; even, as mixup pairs them.
-        base_lr: learning rate at batch 256; the one used is base_lr * batch_size / 256.
-        min_lr: where the half-cycle cosine ends.
-        beta1, beta2, weight_decay: of AdamW; no decay on biases, norms, the class token and the position table.
         layer_decay: the head learns at the full rate, each block below at layer_decay times that of the one above it,
             and the patch embedding with class token and position table below all of them.
         drop_path: chance that an image skips a residual branch of the last block, rising linearly from 0 at the first.
         pool: what the head sees: "mean" of the patch tokens and then a new norm, or "cls", the class token after the
             encoder's own.
-        head_std: deviation of the head's first weights.
-        ema_decay: of a running mean of the weights, which is tested and saved; 0 takes the weights themselves.
+        head_std: standard deviation of the head's first weights.
+        ema_decay: decay of a running mean of the weights, which is tested and saved; 0 takes the weights themselves.
         mixup, cutmix: alpha of the beta distribution that the shares of two images are drawn from; 0 is off.
-        mix_probability: of a batch being mixed at all; where mixup and cutmix are both on, by one of them.
+        mix_probability: chance that a batch is mixed at all; where mixup and cutmix are both on, by one of them.
         label_smoothing: share of each target that is spread over all classes.
-        augment: timm's name of an automatic augmentation, as rand-m9-mstd0.5-inc1; empty is none.
-        erase_probability: of one rectangle of noise in an image.
-        crop_scale_min, crop_scale_max: area of a crop as a share of the image.
-        crop_ratio_min, crop_ratio_max: its width / height before it is resized to a square.
-        flip_probability: of a horizontal flip.
+        augment: timm's name of an automatic augmentation, such as rand-m9-mstd0.5-inc1; empty is none.
+        erase_probability: chance of one rectangle of noise in an image.
         eval_epochs: epochs between measurements on the test part; 0 is one at the end. None of them chooses anything.
-        precision: "auto" is bf16 autocast where the device computes it fast, else fp32.
-        seed: of the head, the order and every draw.
-        checkpoint_minutes: time between checkpoints, of which the last two stay; one is always written at the end.
-        keep_epochs: epochs between checkpoints that stay for good; 0 is none.
     """
 
-    name: str
     epochs: float = 100
     warmup_epochs: float = 5
     batch_size: int = 1024
     base_lr: float = 5e-4
     min_lr: float = 1e-6
-    beta1: float = 0.9
     beta2: float = 0.999
-    weight_decay: float = 0.05
+    crop_scale_min: float = 0.08
     layer_decay: float = 0.65
     drop_path: float = 0.1
     pool: Literal["mean", "cls"] = "mean"
@@ -200,48 +229,27 @@ class FineTuneRecipe:
     label_smoothing: float = 0.1
     augment: str = "rand-m9-mstd0.5-inc1"
     erase_probability: float = 0.25
-    crop_scale_min: float = 0.08
-    crop_scale_max: float = 1.0
-    crop_ratio_min: float = 3 / 4
-    crop_ratio_max: float = 4 / 3
-    flip_probability: float = 0.5
     eval_epochs: float = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    seed: int = 0
-    checkpoint_minutes: float = 10
-    keep_epochs: float = 0
-
-    @property
-    def lr(self) -> float:
-        """Peak learning rate of the head: base_lr * batch_size / 256."""
-        return self.base_lr * self.batch_size / 256
 
     def __post_init__(self) -> None:
         shares = ("drop_path", "ema_decay", "label_smoothing", "mix_probability", "erase_probability")
-        if wrong := [name for name in (*shares, "flip_probability") if not 0 <= getattr(self, name) <= 1]:
-            raise UsageError(f"recipe {self.name}: {wrong[0]} must be from 0 to 1, got {getattr(self, wrong[0])}")
-        must = {
-            "batch_size must be even and at least 2: mixup pairs its images": self.batch_size >= 2
-            and self.batch_size % 2 == 0,
-            "layer_decay must be above 0 and at most 1": 0 < self.layer_decay <= 1,
-            "drop_path must be below 1": self.drop_path < 1,
-            "ema_decay must be below 1": self.ema_decay < 1,
-            "mixup must be at least 0": self.mixup >= 0,
-            "cutmix must be at least 0": self.cutmix >= 0,
-            "eval_epochs must be at least 0": self.eval_epochs >= 0,
-        }
-        _hold(self, must)
+        must = {f"{n} must be from 0 to 1": 0 <= getattr(self, n) <= 1 for n in (*shares, "flip_probability")}
+        must |= {f"{n} must be below 1": getattr(self, n) != 1 for n in ("drop_path", "ema_decay")}
+        must |= {f"{n} must be at least 0": getattr(self, n) >= 0 for n in ("mixup", "cutmix", "eval_epochs")}
+        pairs = self.batch_size >= 2 and self.batch_size % 2 == 0
+        must["batch_size must be even and at least 2: mixup pairs its images"] = pairs
+        must["layer_decay must be above 0 and at most 1"] = 0 < self.layer_decay <= 1
+        self._hold(must)
 
 
-AnyRecipe = Recipe | FineTuneRecipe
 R = TypeVar("R", Recipe, FineTuneRecipe)
 
 
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
-    """The recipe of a run.json, whichever version wrote it.
+    """Read the recipe of a run.json, whichever version wrote it.
 
     Raises:
-        TrainingError: a fine-tuning run's.
+        TrainingError: the run is one of fine-tuning.
     """
     there, known = record["recipe"], {one.name for one in dataclasses.fields(Recipe)}
     if "layer_decay" in there:
@@ -249,17 +257,19 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
             f"that is a fine-tuning run, by recipe {there.get('name')}: its figures are in its result.json and "
             "metrics.jsonl. Give the folder of a pre-training run, which `train --out` wrote."
         )
-    return Recipe(**{key: value for key, value in there.items() if key in known})
+    kept = {key: value for key, value in there.items() if key in known}
+    return Recipe(**kept | {"corpus": corpus_key(kept["corpus"])})  # runs before 0.2 recorded a line of text
 
 
 def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
-    """Fields of recipe, data and encoder that keep two runs from being one; an unrecorded one had its default.
+    """List the fields of recipe, data and encoder that keep two runs from being one; an unrecorded one had its default.
 
     Args:
         there, asked: what their run.json say.
         free: fields that may differ beside those that change no number.
     """
-    free = {*free, "checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source"}
+    # The images are told apart by their fingerprint; `corpus` is only what the recipe is meant for.
+    free = {*free, "checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source", "corpus"}
     kind = Recipe if "corpus" in asked["recipe"] else FineTuneRecipe
     defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     there, asked = (
@@ -270,25 +280,8 @@ def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free:
     return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]
 
 
-def _hold(recipe: AnyRecipe, rules: dict[str, bool]) -> None:
-    """Raise what is broken of a kind's own rules and of those that both kinds have; a rule begins with its field."""
-    must = {
-        "seed must be at least 0": recipe.seed >= 0,
-        "epochs must be above 0": recipe.epochs > 0,
-        f"warmup_epochs must be from 0 to epochs {recipe.epochs:g}": 0 <= recipe.warmup_epochs <= recipe.epochs,
-        "keep_epochs must be at least 0": recipe.keep_epochs >= 0,
-        "crop_scale_min must be above 0 and crop_scale_max at most 1": 0
-        < recipe.crop_scale_min
-        <= recipe.crop_scale_max
-        <= 1,
-        **rules,
-    }
-    if broken := [f"{rule}, got {getattr(recipe, rule.split()[0])}" for rule, kept in must.items() if not kept]:
-        raise UsageError(f"recipe {recipe.name}: {'; '.join(broken)}")
-
-
 def vit_b16_in1k() -> Recipe:
-    """ViT-B/16 on ImageNet-1k: the paper's 800 epochs on 4 GPUs.
+    """Train ViT-B/16 on ImageNet-1k: the paper's 800 epochs on 4 GPUs.
 
     Command: `micl-zoo train vit_b16.in1k --data /data/imagenet/train --out runs/vit_b16 --gpus 4`
     Hardware: 4 x A100 in the paper; this repository has not run it. Hours: not measured, `--plan` shows the arithmetic.
@@ -296,7 +289,8 @@ def vit_b16_in1k() -> Recipe:
     """
     return Recipe(
         name="vit_b16.in1k",
-        corpus="ImageNet-1k train, 1,281,167 images",
+        corpus=IN1K,
+        **_shape("vit_b16"),
         epochs=800,
         warmup_epochs=40,
         batch_size=7200,  # 4 GPUs x 1800
@@ -308,19 +302,19 @@ def vit_b16_in1k() -> Recipe:
 
 
 def vit_l16_in1k() -> Recipe:
-    """ViT-L/16 on ImageNet-1k: the paper's 800 epochs on 4 GPUs.
+    """Train ViT-L/16 on ImageNet-1k: the paper's 800 epochs on 4 GPUs.
 
     Command: `micl-zoo train vit_l16.in1k --data /data/imagenet/train --out runs/vit_l16 --gpus 4`
     Hardware: 4 x A100 in the paper, which states 133 h and 85.8 % after fine-tuning; this repository has not run it.
-    The sources disagree (docs/method.md). Epochs and warm-up are those of the authors' pre-training text; batch a GPU,
-    base learning rate and mask ratio are their code's defaults. The peak, 5e-5 x 7200 / 256 = 1.41e-3, is close to
+    The sources disagree (docs/method.md). Epochs and warm-up are those of the authors' pre-training text; batch per
+    GPU, base learning rate and mask ratio are their code's defaults. The peak, 5e-5 x 7200 / 256 = 1.41e-3, is close to
     the 1.2e-3 that the text's own pair gives, 1.5e-4 at a batch of 2048.
     """
-    return dataclasses.replace(vit_b16_in1k(), name="vit_l16.in1k", embed_dim=1024, depth=24, num_heads=16)
+    return dataclasses.replace(vit_b16_in1k(), name="vit_l16.in1k", **_shape("vit_l16"))
 
 
 def vit_b16_in1k_color() -> Recipe:
-    """ViT-B/16 on ImageNet-1k: the paper's settings and a colour change per view, which is ours.
+    """Train ViT-B/16 on ImageNet-1k: the paper's settings and a colour change per view, which is ours.
 
     Command: `micl-zoo train vit_b16.in1k-color --data /data/imagenet/train --out runs/vit_b16-color --gpus 4`
     Not run by this repository; hours and score: not measured. In minutes of a small ViT the change was the clearest
@@ -330,7 +324,7 @@ def vit_b16_in1k_color() -> Recipe:
 
 
 def vit_l16_in1k_color() -> Recipe:
-    """ViT-L/16 on ImageNet-1k: the paper's settings and a colour change per view, see `vit_b16_in1k_color`.
+    """Train ViT-L/16 on ImageNet-1k: the paper's settings and a colour change per view, see `vit_b16_in1k_color`.
 
     Command: `micl-zoo train vit_l16.in1k-color --data /data/imagenet/train --out runs/vit_l16-color --gpus 4`
     Not run by this repository; hours and score: not measured.
@@ -339,7 +333,7 @@ def vit_l16_in1k_color() -> Recipe:
 
 
 def vit_ti16_tin200() -> Recipe:
-    """ViT-Ti/16 on 100,000 images of 64 x 64 (Tiny ImageNet-200): the encoder that comes with the package.
+    """Train ViT-Ti/16 on 100,000 images of 64 x 64 (Tiny ImageNet-200): the encoder that comes with the package.
 
     Command: `micl-zoo train vit_ti16.tin200 --data "tin200/train-*.parquet" --out runs/vit_ti16.tin200`
     Hardware: one CPU core with bf16. Hours: 1.1. Score: k-NN 35.1 % on caltech101, 51.6 % on cifar10, 62.6 % on
@@ -349,11 +343,10 @@ def vit_ti16_tin200() -> Recipe:
     """
     return Recipe(
         name="vit_ti16.tin200",
-        corpus="Tiny ImageNet-200 train, 100,000 images of 64 x 64",
-        embed_dim=192,
-        num_heads=3,
+        corpus=TIN200,
+        **_shape("vit_ti16"),
         image_size=112,
-        mask_ratio=0.69,  # 15 of 49 patches, 5 a view
+        mask_ratio=0.69,  # 15 of 49 patches, 5 per view
         views=3,
         temperature=0.03,
         crop_size=112,
@@ -370,7 +363,7 @@ def vit_ti16_tin200() -> Recipe:
 
 
 def vit_s16_tin200() -> Recipe:
-    """ViT-S/16 on 100,000 images of 64 x 64 (Tiny ImageNet-200), the corpus in the memory of one GPU.
+    """Train ViT-S/16 on 100,000 images of 64 x 64 (Tiny ImageNet-200), the corpus in the memory of one GPU.
 
     Command: `micl-zoo train vit_s16.tin200 --data "tin200/train-*.parquet" --out runs/vit_s16.tin200`
     Hardware: meant for ten minutes of one H100; not run yet. Score: not measured.
@@ -382,9 +375,8 @@ def vit_s16_tin200() -> Recipe:
     return dataclasses.replace(
         vit_ti16_tin200(),
         name="vit_s16.tin200",
-        embed_dim=384,
-        num_heads=6,
-        mask_ratio=0.8,  # 9 of 49 patches, 3 a view
+        **_shape("vit_s16"),
+        mask_ratio=0.8,  # 9 of 49 patches, 3 per view
         epochs=600,
         warmup_epochs=20,
         batch_size=2048,
@@ -393,58 +385,50 @@ def vit_s16_tin200() -> Recipe:
 
 
 def vit_b16_tin200() -> Recipe:
-    """ViT-B/16 on 100,000 images of 64 x 64 (Tiny ImageNet-200), the corpus in the memory of one GPU.
+    """Train ViT-B/16 as `vit_s16_tin200`, in fewer epochs.
 
     Command: `micl-zoo train vit_b16.tin200 --data "tin200/train-*.parquet" --out runs/vit_b16.tin200`
     Hardware: meant for ten minutes of one H100; not run yet. Score: not measured.
     Arithmetic: 200 epochs = 20 M images x 6.17 GFLOP = 121 PFLOP: 4 minutes at half of the card's 989 TFLOP/s, 8 at a
     quarter. At 172 MB in float16 the encoder is too large to come with the package.
     """
+    shape, lr = _shape("vit_b16"), 1.5e-4  # 1.2e-3 at batch 2048
     return dataclasses.replace(
-        vit_s16_tin200(),
-        name="vit_b16.tin200",
-        embed_dim=768,
-        num_heads=12,
-        epochs=200,
-        warmup_epochs=10,
-        base_lr=1.5e-4,  # 1.2e-3 at batch 2048
+        vit_s16_tin200(), name="vit_b16.tin200", **shape, epochs=200, warmup_epochs=10, base_lr=lr
     )
 
 
 def vit_l16_tin200() -> Recipe:
-    """ViT-L/16 on 100,000 images of 64 x 64 (Tiny ImageNet-200), the corpus in the memory of one GPU.
+    """Train ViT-L/16 as `vit_s16_tin200`, in fewer epochs.
 
     Command: `micl-zoo train vit_l16.tin200 --data "tin200/train-*.parquet" --out runs/vit_l16.tin200`
     Hardware: meant for ten minutes of one H100; not run yet. Score: not measured.
     Arithmetic: 60 epochs = 5.9 M images x 21.8 GFLOP = 129 PFLOP: 4 minutes at half of the card's 989 TFLOP/s, 9 at a
     quarter.
     """
-    return dataclasses.replace(
-        vit_b16_tin200(),
-        name="vit_l16.tin200",
-        embed_dim=1024,
-        depth=24,
-        num_heads=16,
-        epochs=60,
-        warmup_epochs=5,
-        base_lr=1e-4,  # 8e-4 at batch 2048
-    )
+    shape, lr = _shape("vit_l16"), 1e-4  # 8e-4 at batch 2048
+    return dataclasses.replace(vit_s16_tin200(), name="vit_l16.tin200", **shape, epochs=60, warmup_epochs=5, base_lr=lr)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
-    "vit_b16.in1k": vit_b16_in1k,
-    "vit_l16.in1k": vit_l16_in1k,
-    "vit_b16.in1k-color": vit_b16_in1k_color,
-    "vit_l16.in1k-color": vit_l16_in1k_color,
-    "vit_ti16.tin200": vit_ti16_tin200,
-    "vit_s16.tin200": vit_s16_tin200,
-    "vit_b16.tin200": vit_b16_tin200,
-    "vit_l16.tin200": vit_l16_tin200,
-}
+def _shape(arch: str) -> dict[str, Any]:
+    return {name: getattr(ARCHS[arch], name) for name in ("embed_dim", "depth", "num_heads")}
+
+
+_PRETRAINING = (
+    vit_b16_in1k,
+    vit_l16_in1k,
+    vit_b16_in1k_color,
+    vit_l16_in1k_color,
+    vit_ti16_tin200,
+    vit_s16_tin200,
+    vit_b16_tin200,
+    vit_l16_tin200,
+)
+RECIPES: dict[str, Callable[[], Recipe]] = {make().name: make for make in _PRETRAINING}
 
 
 def mae_b() -> FineTuneRecipe:
-    """ViT-B on ImageNet-1k, as MAE (arXiv 2111.06377, table 9) and after it MiCL fine-tune.
+    """Fine-tune ViT-B on ImageNet-1k, as MAE (arXiv 2111.06377, table 9) does and MiCL after it.
 
     Command: `micl-zoo eval finetune runs/vit_b16 --data /data/imagenet --out runs/vit_b16-ft --recipe mae_b --gpus 8`
     Not run by this repository. Score: not measured; the paper does not state one for ViT-B at 224 pixels.
@@ -453,7 +437,7 @@ def mae_b() -> FineTuneRecipe:
 
 
 def mae_l() -> FineTuneRecipe:
-    """ViT-L on ImageNet-1k, as MAE (arXiv 2111.06377, table 9) and after it MiCL fine-tune.
+    """Fine-tune ViT-L on ImageNet-1k, as MAE (arXiv 2111.06377, table 9) does and MiCL after it.
 
     Command: `micl-zoo eval finetune runs/vit_l16 --data /data/imagenet --out runs/vit_l16-ft --recipe mae_l --gpus 8`
     Not run by this repository. Score: not measured; the paper states 85.8 %.
@@ -462,7 +446,7 @@ def mae_l() -> FineTuneRecipe:
 
 
 def small() -> FineTuneRecipe:
-    """ViT-Ti or ViT-S on some thousands of images, on a CPU or one GPU.
+    """Fine-tune ViT-Ti or ViT-S on some thousands of images, on a CPU or one GPU.
 
     Command: `micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers --recipe small`
     Our own, from no paper, and not tuned. Measured once: 67.1 % on flowers5, where logistic regression on the frozen
@@ -490,80 +474,76 @@ FINETUNE_RECIPES: dict[str, Callable[[], FineTuneRecipe]] = {"mae_b": mae_b, "ma
 
 
 def finetune_recipe_for(embed_dim: int) -> str:
-    """Name of the recipe for an encoder of this width: `small` below ViT-B's 768, `mae_l` from ViT-L's 1024 on."""
+    """Name the recipe for an encoder of this width: `small` below ViT-B's 768, `mae_l` from ViT-L's 1024 on."""
     return "small" if embed_dim < 768 else "mae_b" if embed_dim < 1024 else "mae_l"
 
 
-def finetune_smoke_twin(recipe: FineTuneRecipe) -> FineTuneRecipe:
-    """The same recipe at a length of seconds: real code paths, a worthless classifier, named `.smoke`."""
-    return dataclasses.replace(
-        recipe,
-        name=recipe.name + ".smoke",
-        epochs=2,
-        warmup_epochs=0.5,
-        batch_size=16,
-        precision="fp32",
-        eval_epochs=1,
-        keep_epochs=0,
-    )
-
-
 def corpus_images(recipe: Recipe) -> int:
-    """Size of the corpus that a recipe is meant for, as its text says it."""
-    return int(re.findall(r"([\d,]{4,}) images", recipe.corpus)[0].replace(",", ""))
+    """Count the images of the corpus that a recipe is meant for.
 
-
-def smoke_twin(recipe: Recipe) -> Recipe:
-    """The same recipe at a size that trains in seconds on a CPU: real code paths, a worthless encoder.
-
-    It keeps what the method is made of (mask ratio, views, similarity, negatives and their groups, colour, cache,
-    parallel) and shrinks the network, the crops and the batch. Its name ends in `.smoke`: nobody takes it for the real
-    one.
+    Raises:
+        UsageError: the recipe names no known corpus.
     """
+    if recipe.corpus not in CORPORA:
+        raise UsageError(unknown("corpus", recipe.corpus, CORPORA))
+    return CORPORA[recipe.corpus].images
+
+
+def smoke_twin(recipe: R) -> R:
+    """Shrink a recipe to what trains in seconds on a CPU: real code paths, a worthless result, a name with `.smoke`.
+
+    The twin for pre-training keeps what the method is made of (mask ratio, views, similarity, negatives and their
+    groups, colour, cache, parallel) and shrinks the network, the crops and the batch.
+    """
+    changes: dict[str, Any] = {"name": f"{recipe.name}.smoke", "epochs": 2, "warmup_epochs": 0.5, "batch_size": 16}
+    changes |= {"precision": "fp32", "keep_epochs": 0}
+    if isinstance(recipe, FineTuneRecipe):
+        return dataclasses.replace(recipe, **changes | {"eval_epochs": 1})
     groups = recipe.batch_size // recipe.contrast_size
-    return dataclasses.replace(
-        recipe,
-        name=recipe.name.partition(".")[0] + ".smoke",
-        image_size=64,
-        crop_size=64 if recipe.crop_size == recipe.image_size else 32,  # 64 or 16 patches
-        patch_size=8,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        source_size=min(recipe.source_size, 64),
-        batch_size=16,
-        contrast_batch=16 // groups if recipe.contrast_batch else 0,
-        epochs=2,
-        warmup_epochs=0.5,
-        precision="fp32",
-        compile=False,
-        checkpoint_minutes=0,
-        keep_epochs=0,
-    )
+    changes |= {"name": f"{recipe.name.partition('.')[0]}.smoke", "checkpoint_minutes": 0, "compile": False}
+    changes |= {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "image_size": 64}
+    changes["crop_size"] = 64 if recipe.crop_size == recipe.image_size else 32  # 64 or 16 patches
+    changes["source_size"] = min(recipe.source_size, 64)
+    changes["contrast_batch"] = 16 // groups if recipe.contrast_batch else 0
+    return dataclasses.replace(recipe, **changes)
 
 
 def get_recipe(name: str, overrides: Iterable[str] = (), *, smoke: bool = False) -> Recipe:
-    """A recipe by name, or its smoke twin, with `key=value` changes.
+    """Make a recipe by name, or its smoke twin, with `key=value` changes.
 
     Raises:
         UsageError: a name, a key or a value that does not exist; the nearest names are listed.
     """
-    if name not in RECIPES:
-        raise UsageError(unknown("recipe", name, RECIPES))
-    recipe = smoke_twin(RECIPES[name]()) if smoke else RECIPES[name]()
-    return changed(recipe, overrides)
+    return _get("recipe", RECIPES, name, overrides, smoke)
 
 
 def get_finetune_recipe(name: str, overrides: Iterable[str] = (), *, smoke: bool = False) -> FineTuneRecipe:
-    """A recipe for fine-tuning, see `get_recipe`."""
-    if name not in FINETUNE_RECIPES:
-        raise UsageError(unknown("fine-tuning recipe", name, FINETUNE_RECIPES))
-    recipe = finetune_smoke_twin(FINETUNE_RECIPES[name]()) if smoke else FINETUNE_RECIPES[name]()
-    return changed(recipe, overrides)
+    """Make a recipe for fine-tuning, see `get_recipe`."""
+    return _get("fine-tuning recipe", FINETUNE_RECIPES, name, overrides, smoke)
+
+
+def _get(kind: str, table: Mapping[str, Callable[[], R]], name: str, overrides: Iterable[str], smoke: bool) -> R:
+    if name not in table:
+        raise UsageError(unknown(kind, name, table))
+    recipe = table[name]()
+    return changed(smoke_twin(recipe) if smoke else recipe, overrides)
+
+
+def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[str] = (), *, smoke: bool = False) -> R:
+    """Take a recipe as it is, or by name from `get_recipe` or `get_finetune_recipe` with its changes.
+
+    Raises:
+        UsageError: changes to a recipe that is not given by name.
+    """
+    if isinstance(recipe, str):
+        return get(recipe, overrides, smoke=smoke)
+    if tuple(overrides):
+        raise UsageError("overrides change a recipe given by name; change your own with dataclasses.replace")
+    return smoke_twin(recipe) if smoke else recipe
 
 
 def changed(recipe: R, overrides: Iterable[str]) -> R:
-    """A recipe with `key=value` changes, each checked for its name and type.
+    """Change a recipe by `key=value` texts, each checked for its name and type.
 
     Raises:
         UsageError: a key or a value that does not exist, or numbers that do not go together.
@@ -578,32 +558,16 @@ def _parse_override(text: str, types: dict[str, Any]) -> tuple[str, Any]:
         raise UsageError(f"--set takes key=value, got {text!r}")
     if key not in types:
         raise UsageError(unknown("recipe field", key, types))
+    kind, choices = types[key], get_args(types[key])
+    origin = get_origin(kind)
     try:
-        return key, _convert(value, types[key])
-    except ValueError:
-        raise UsageError(f"{key}={value}: expected {_describe(types[key])}") from None
-
-
-def _convert(value: str, kind: Any) -> Any:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(value)
-        return value
-    if get_origin(kind) is tuple:
-        numbers = json.loads(f"[{value}]")
-        if len(numbers) != len(get_args(kind)):
-            raise ValueError(value)
-        return tuple(float(number) for number in numbers)
-    if kind is bool:
-        if value.lower() not in ("true", "false"):
-            raise ValueError(value)
-        return value.lower() == "true"
-    return kind(value)
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
-    if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} numbers with commas between"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+        if origin is Literal:
+            return key, {choice: choice for choice in choices}[value]
+        if origin is tuple:
+            return key, tuple(kind(part) for kind, part in zip(choices, value.split(","), strict=True))
+        return key, {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        many = f"{len(choices)} numbers with commas between"
+        expected = " or ".join(choices) if origin is Literal else many if origin is tuple else names[kind]
+        raise UsageError(f"{key}={value}: expected {expected}") from None

@@ -8,11 +8,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from .._version import __version__
+from ..encoders.device import BACKENDS, ONNX_PRECISIONS, Precision
 from ..encoders.zoo import DEFAULT, RECORDS, Record, find_record
 from ..errors import MiclZooError
 
@@ -78,14 +79,14 @@ Examples:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
+    type=click.Choice(get_args(Precision)),
     default="auto",
     show_default=True,
     help="Of the arithmetic. auto: bf16 where it is fast, else fp32; of an ONNX file its own.",
 )
 @click.option(
     "--backend",
-    type=click.Choice(["auto", "torch", "openvino", "onnx"]),
+    type=click.Choice(["auto", *BACKENDS]),
     default="auto",
     show_default=True,
     help="auto: onnx for an .onnx file; openvino on a processor where it is installed, for it is faster; else torch.",
@@ -384,19 +385,6 @@ def bench_data(recipe: str, data: tuple[str, ...], as_json: bool, **options: Any
     click.echo(found.json() if as_json else found.text())
 
 
-@main.group(
-    "eval",
-    epilog="""\b
-Examples:
-  micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
-  micl-zoo eval knn runs/first --data imagenet
-  micl-zoo eval knn --train embeddings-train --test embeddings-val --labels labels.csv
-  micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers""",
-)
-def eval_() -> None:
-    """Measure an encoder on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning."""
-
-
 _MEASURED = _together(  # of knn, linear, logreg, few-shot and all
     click.argument("encoder", required=False),
     click.option(
@@ -425,113 +413,62 @@ _MEASURED = _together(  # of knn, linear, logreg, few-shot and all
     click.option("--json", "as_json", is_flag=True, help="Print the record instead of a table."),
 )
 
-_POOLS = click.option(
-    "--pool",
-    "pools",
-    multiple=True,
-    type=click.Choice(["cls", "mean", "cls+mean"]),
-    help="Features: class token, mean of the patch tokens, both. May be repeated.",
-)
-_SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the validation split and the order.")
+
+def _setting(field: Any) -> Callable[[F], F]:
+    """An option from a field of a `Protocol`; its values have the type of the default's."""
+    several, least = isinstance(field.default, tuple), field.metadata["least"]
+    kinds = {int: click.IntRange(least), float: click.FloatRange(least, min_open=True)}
+    kind = kinds.get(type(field.default[0] if several else field.default)) or click.Choice(field.default)
+    return click.option(
+        field.metadata["flag"], field.name, type=kind, multiple=several, help=field.metadata["help"],
+        default=None if several else field.default,
+        show_default=", ".join(map(str, field.default)) if several else True,
+    )  # fmt: skip
 
 
-@eval_.command(
-    "knn",
-    epilog="""\b
-Examples:
-  micl-zoo eval knn vit_ti16.tin200 --data caltech101
-  micl-zoo eval knn --train embeddings-train --test embeddings-val -o knn.json""",
-)
-@_MEASURED
-@_POOLS
-@click.option("-k", "ks", multiple=True, type=click.IntRange(1), help="Neighbours.  [default: 10, 20, 100, 200]")
-@click.option(
-    "--temperature", type=click.FloatRange(0, min_open=True), default=0.07, show_default=True, help="Of the votes."
-)
-def eval_knn(**options: Any) -> None:
-    """Weighted k-nearest neighbours: nothing is trained, nothing is chosen.
+class _Methods(click.Group):
+    """A group whose commands are the rows of METHODS, besides those that are added to it."""
 
-    Of two stores the one to learn from may be larger than memory.
-    """
-    _measure(("knn",), options)
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from micl_zoo.training.evaluation.protocols import METHODS
 
+        return sorted([*METHODS, "all", *self.commands])
 
-@eval_.command(
-    "linear",
-    epilog="""\b
-Examples:
-  micl-zoo eval linear vit_ti16.tin200 --data caltech101 --pool cls --pool cls+mean
-  micl-zoo eval linear --train embeddings-train --test embeddings-val --epochs 20""",
-)
-@_MEASURED
-@_POOLS
-@_SEED
-@click.option("--epochs", type=click.IntRange(1), default=50, show_default=True, help="Over the training part.")
-def eval_linear(**options: Any) -> None:
-    """A linear probe on frozen features, fifteen learning rates at once.
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        from micl_zoo.training.evaluation.protocols import ALL, METHODS, option_fields
 
-    A fifth of the training part chooses the learning rate; the test part is classified once.
-    """
-    _measure(("linear",), options)
+        method = ALL if cmd_name == "all" else METHODS.get(cmd_name)
+        if method is None:
+            return super().get_command(ctx, cmd_name)
+        methods = tuple(METHODS) if method is ALL else (cmd_name,)
+        examples = "".join(f"\n  micl-zoo eval {cmd_name} {example}" for example in method.examples)
+        decorate = _together(_MEASURED, *map(_setting, option_fields(method.settings)))
+        command = decorate(lambda **options: _measure(methods, options))
+        return click.command(cmd_name, help=method.help, epilog=f"\b\nExamples:{examples}")(command)
 
 
-@eval_.command(
-    "logreg",
-    epilog="""\b
-Examples:
-  micl-zoo eval logreg vit_ti16.tin200 --data caltech101
-  micl-zoo eval logreg --train embeddings-train --test embeddings-val""",
-)
-@_MEASURED
-@_POOLS
-@_SEED
-def eval_logreg(**options: Any) -> None:
-    """Logistic regression on frozen features, by L-BFGS over a grid of C.
-
-    A fifth of the training part chooses C; the test part is classified once.
-    """
-    _measure(("logreg",), options)
-
-
-@eval_.command(
-    "few-shot",
-    epilog="""\b
-Examples:
-  micl-zoo eval few-shot vit_ti16.tin200 --data caltech101
-  micl-zoo eval few-shot vit_ti16.tin200 --data caltech101 --shots 2 --shots 20 --draws 10""",
-)
-@_MEASURED
-@_POOLS
-@click.option("--shots", multiple=True, type=click.IntRange(1), help="Images a class.  [default: 1, 5, 10]")
-@click.option("--draws", type=click.IntRange(1), default=5, show_default=True, help="Of those images.")
-def eval_few_shot(**options: Any) -> None:
-    """Logistic regression on a few images a class: mean and spread over several draws of them."""
-    _measure(("few-shot",), options)
-
-
-@eval_.command(
-    "all",
+@main.group(
+    "eval",
+    cls=_Methods,
     epilog="""\b
 Examples:
   micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
-  micl-zoo eval all runs/first --data imagenet --baseline random --baseline pixels""",
+  micl-zoo eval knn runs/first --data imagenet
+  micl-zoo eval knn --train embeddings-train --test embeddings-val --labels labels.csv
+  micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers""",
 )
-@_MEASURED
-@_POOLS
-@_SEED
-def eval_all(**options: Any) -> None:
-    """k-NN, linear probe, logistic regression and few-shot from one pass over the images."""
-    _measure(("knn", "linear", "logreg", "few-shot"), options)
+def eval_() -> None:
+    """Measure an encoder on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning."""
 
 
 def _measure(methods: Any, options: dict[str, Any]) -> None:
     """Run, print, write the record and the picture; `methods` are those of a `Protocol`."""
-    from micl_zoo.training.evaluation.evaluate import Protocol
+    from micl_zoo.training.evaluation.protocols import Protocol, option_fields
     from micl_zoo.training.evaluation.tables import plot, table
 
     from ..files import write_text
 
-    names = ("pools", "ks", "temperature", "epochs", "shots", "draws", "seed")
+    names = [field.name for field in option_fields()]
     given = {name: value for name in names if (value := options.pop(name, None)) not in (None, ())}
     out, picture, as_json = options.pop("out"), options.pop("picture"), options.pop("as_json")
     record = _evaluated(Protocol(methods=methods, **given), out, **options)
@@ -565,7 +502,7 @@ def _evaluated(
     from micl_zoo.training.evaluation.labelled import LabelledSet, read_label_file
 
     from ..encoders.device import resolve_device
-    from ..encoders.encoder import load
+    from ..encoders.load import load
 
     command = shlex.join(["micl-zoo", *sys.argv[1:]])
     if train_store or test_store:
@@ -689,7 +626,10 @@ def models(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def info(name: str, as_json: bool) -> None:
     """Show all that is known of the encoder NAME: weights, data, licence, recipe, metrics."""
+    from micl_zoo.training.corpora import corpus_text
+
     record = find_record(name)
+    record = dataclasses.replace(record, corpus=corpus_text(record.corpus))
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(record), indent=2))
         return
@@ -711,7 +651,7 @@ def info(name: str, as_json: bool) -> None:
     for key, value in rows.items():
         click.echo(f"{key:<{width}}  {value}")
     if not record.published:
-        from ..encoders.weights import not_published
+        from ..encoders.hub import not_published
 
         click.echo("\n" + not_published(record))
 
@@ -875,7 +815,7 @@ Examples:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write to.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int8"]),
+    type=click.Choice(ONNX_PRECISIONS),
     default="fp32",
     show_default=True,
     help="fp16: norms and softmax stay in fp32. int8: the matrix products of the blocks, for CPUs.",
@@ -961,7 +901,8 @@ Examples:
   micl-zoo card vit_ti16.tin200
   micl-zoo card -o MODEL_CARD.md
   micl-zoo card runs/first --eval record.json --hub -o hub/README.md
-  micl-zoo card --check MODEL_CARD.md"""
+  micl-zoo card --check MODEL_CARD.md
+  micl-zoo card --ablations --check docs/ablations.md"""
 )
 @click.argument("encoder", required=False)
 @click.option(
@@ -972,6 +913,9 @@ Examples:
     help="Of a run: a record of `eval all`, or the result.json of `eval finetune`. May be repeated.",
 )
 @click.option("--hub", is_flag=True, help="With the front matter that the Hugging Face hub reads.")
+@click.option(
+    "--ablations", is_flag=True, help="Instead of a card: MiCL beside other methods, and with one thing changed."
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write to this file.  [default: print it]")
 @click.option("--check", type=click.Path(path_type=Path), help="Exit with code 1 when this file is not the card.")
 @click.option("--record", type=click.Path(path_type=Path), help="Write the record of a run, and no card.")
@@ -979,6 +923,7 @@ def card(
     encoder: str | None,
     measured: tuple[Path, ...],
     hub: bool,
+    ablations: bool,
     out: Path | None,
     check: Path | None,
     record: Path | None,
@@ -990,6 +935,8 @@ def card(
     """
     if encoder is None and (measured or hub or record):
         raise click.UsageError("--eval, --hub and --record need an ENCODER")
+    if encoder and ablations:
+        raise click.UsageError("--ablations is of no single ENCODER: leave it out")
     if sum(map(bool, (out, check, record))) > 1 or (record and (measured or hub)):
         raise click.UsageError("-o, --check and --record go alone; a record takes neither --eval nor --hub")
     from micl_zoo.training.release.card import card as write_card
@@ -1002,9 +949,13 @@ def card(
         write_run_record(Path(encoder), record)
         click.echo(f"The record of {encoder} is in {record}.")
         return
-    text = write_card(encoder, measured, hub=hub)
+    text = write_card(encoder, measured, hub=hub, ablations=ablations)
     if check:
-        words = [*([encoder] if encoder else []), *(word for file in measured for word in ("--eval", str(file)))]
+        words = [
+            *([encoder] if encoder else []),
+            *["--ablations"] * ablations,
+            *(word for file in measured for word in ("--eval", str(file))),
+        ]
         check_card(check, text, shlex.join(["micl-zoo", "card", *words, *["--hub"] * hub, "-o", str(check)]))
         click.echo(f"{check} is what the records say.")
     elif out:

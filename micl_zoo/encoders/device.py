@@ -1,35 +1,105 @@
-"""What the machine has: cores, devices, fast precisions. torch is imported inside: decoding children do without."""
+"""What can compute here: cores and devices, and the one table of precisions and of backends.
+
+torch is imported inside the functions, because the processes that decode images do without it.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Literal
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
 
-from ..errors import UsageError
+from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
     import torch
 
 MAX_WORKERS = 16  # processes that decode
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
-AUTOCAST = {"fp32": None, "bf16": "bfloat16", "fp16": "float16", "int8": None}  # precision -> torch's dtype
+Backend = Literal["torch", "openvino", "onnx"]
+
+
+@dataclass(frozen=True)
+class PrecisionRow:
+    """Where a precision of the arithmetic can be had.
+
+    Attributes:
+        dtype: torch's name of it; None: torch does not compute in it.
+        openvino: OpenVINO's name of it; None: OpenVINO does not compute in it.
+        exported: `micl-zoo export` writes ONNX files in it, see export/quantize.py.
+    """
+
+    dtype: str | None = None
+    openvino: str | None = None
+    exported: bool = False
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """What a backend can do.
+
+    Attributes:
+        devices: kinds of device it runs on; None: every one that torch has here.
+        dtypes: of the weights in memory, as `load` takes them.
+        exported: it runs the files of `micl-zoo export`, each in its own precision, and knows `providers`.
+        compiles: `Encoder.compile_blocks` works; the others compile by themselves.
+        module: that must be installed besides torch.
+        install: the command that does so.
+    """
+
+    devices: tuple[str, ...] | None
+    dtypes: tuple[str, ...]
+    exported: bool = False
+    compiles: bool = False
+    module: str | None = None
+    install: str = ""
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be imported here."""
+        return self.module is None or find_spec(self.module) is not None
+
+
+PRECISIONS = {
+    "fp32": PrecisionRow("float32", "f32", exported=True),
+    "bf16": PrecisionRow("bfloat16", "bf16"),
+    "fp16": PrecisionRow("float16", "f16", exported=True),
+    "int8": PrecisionRow(exported=True),
+}
+ONNX_PRECISIONS = tuple(name for name, row in PRECISIONS.items() if row.exported)
+DTYPES = tuple(row.dtype for row in PRECISIONS.values() if row.dtype)
+BACKENDS = {
+    "torch": BackendRow(None, DTYPES, compiles=True),
+    "openvino": BackendRow(("cpu",), ("float32",), module="openvino", install="pip install 'micl-zoo[openvino]'"),
+    "onnx": BackendRow(
+        ("cpu", "cuda"), (), exported=True, module="onnxruntime", install="pip install 'micl-zoo[onnx]'"
+    ),
+}
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers() -> int:
-    """Processes that decode, where nothing else is asked for: one a usable core, MAX_WORKERS at most."""
+    """Return the default number of decoding processes: one per usable core, MAX_WORKERS at most."""
     return min(usable_cores(), MAX_WORKERS)
 
 
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which `torch.compile` needs for the CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")))
+
+
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is a GPU when there is one, else Apple's, else the CPU.
+    """Return torch's device; "auto" is a GPU if there is one, else Apple's, else the CPU.
 
     Raises:
-        UsageError: a device this machine, or this build of torch, does not have.
+        UsageError: this machine, or this build of torch, does not have the device.
     """
     import torch
 
@@ -45,7 +115,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """The device multiplies bf16 matrices faster than float32 ones: Ampere and later, AVX-512 BF16, AMX."""
+    """Whether the device multiplies bf16 matrices faster than float32 ones: Ampere and later, AVX-512 BF16, AMX."""
     import torch
 
     if device.type == "cuda":
@@ -56,27 +126,106 @@ def bf16_is_fast(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+def fast_precision(device: torch.device) -> Precision:
+    """Return what "auto" is on a device: bf16 where it is fast, else fp32."""
+    return "bf16" if bf16_is_fast(device) else "fp32"
+
+
 def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """The autocast dtype, None for float32, and its name.
+    """Return torch's autocast dtype, None for float32, and the name of the precision.
 
     Raises:
-        UsageError: a precision that does not exist.
+        UsageError: the precision does not exist, or torch does not compute in it.
     """
     if precision == "auto":
-        precision = "bf16" if bf16_is_fast(device) else "fp32"
-    if precision not in AUTOCAST:
-        raise UsageError(f"unknown precision {precision!r}. Valid: auto, {', '.join(AUTOCAST)}.")
-    if precision == "int8":
+        precision = fast_precision(device)
+    if precision not in PRECISIONS:
+        raise UsageError(unknown("precision", precision, ("auto", *PRECISIONS)))
+    if PRECISIONS[precision].dtype is None:
         raise UsageError(
-            "int8 is a precision of ONNX files: export one with `micl-zoo export … --precision int8`, and give it as "
-            "weights"
+            f"{precision} is a precision of ONNX files: export one with `micl-zoo export … --precision {precision}`, "
+            "and give it as weights"
         )
     return autocast_dtype(precision), precision
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What `torch.autocast` takes for a precision; None: it is off."""
+    """Return what `torch.autocast` takes for a precision; None: autocast is off."""
     import torch
 
-    name = AUTOCAST[precision]
-    return None if name is None else getattr(torch, name)
+    name = PRECISIONS[precision].dtype
+    return None if name in (None, "float32") else getattr(torch, name)
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Return the context in which matrix products are of a dtype; None leaves them that of the weights."""
+    import torch
+
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def precision_advice(precision: str, device: torch.device) -> str | None:
+    """Return a one-line warning of a precision that works on the device but is slow there, or None."""
+    auto = f"auto, which takes {fast_precision(device)} here"
+    if precision == "fp16" and device.type == "cpu":
+        return f"fp16 is several times slower than fp32 on a CPU. Take precision {auto}."
+    if precision == "bf16" and device.type in ("cpu", "cuda") and not bf16_is_fast(device):
+        what, better = ("CPU", auto) if device.type == "cpu" else ("GPU", "fp16")
+        return f"this {what} emulates bf16, which takes longer than fp32. Take precision {better}."
+    return None
+
+
+def find_backend(name: str) -> BackendRow:
+    """Return the row of a backend.
+
+    Raises:
+        UsageError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise UsageError(unknown("backend", name, BACKENDS))
+    return BACKENDS[name]
+
+
+def choose_backend(
+    asked: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    device: torch.device | None = None,
+    precision: str = "fp32",
+    compile: bool = False,
+) -> Backend:
+    """Resolve "auto": "onnx" for an .onnx file; OpenVINO on a CPU where it is installed and fast; else torch.
+
+    Args:
+        asked: a backend, or "auto".
+        weights: file or folder of the weights, if they are not those of a name.
+        device: that the model will run on; None: not known yet, and no reason for OpenVINO.
+        precision: that the model will compute in.
+        compile: whether `torch.compile` is asked for, which only torch has.
+
+    Raises:
+        UsageError: there is no such backend.
+    """
+    if asked != "auto":
+        find_backend(asked)
+        return cast(Backend, asked)
+    if weights is not None and Path(weights).suffix == ".onnx":
+        return "onnx"
+    if device is None or device.type != "cpu" or compile or not BACKENDS["openvino"].installed:
+        return "torch"
+    return "openvino" if precision == "fp32" or precision == fast_precision(device) else "torch"
+
+
+def backend_again(runtime: str, device: str) -> Backend:
+    """Return the backend that made a store if it can be had here, else torch, whose last digits may differ.
+
+    Args:
+        runtime: of the store's manifest.
+        device: that the model will run on, as `load` takes it.
+    """
+    name = runtime.split()[0]  # without "compiled"
+    row = BACKENDS.get(name)
+    if row is None or not (row.exported or row.installed):
+        return "torch"
+    fits = row.exported or row.devices is None or device.partition(":")[0] in ("auto", *row.devices)
+    return cast(Backend, name) if fits else "torch"

@@ -1,7 +1,6 @@
-"""What a published encoder makes of four generated images, to hold an installation and a machine against.
+"""Reference embeddings of four generated images, which show whether an installation and a machine compute right.
 
-The images are made of whole numbers, the same everywhere, and have the size that the encoder takes, so that no resize
-comes between.
+The images are computed in whole numbers, the same everywhere, at the encoder's own size, so that nothing resizes them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_text
-from .weights import embedded_file
+from .hub import embedded_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,18 +18,18 @@ if TYPE_CHECKING:
     from .encoder import Encoder
     from .zoo import Record
 
-NUMBERS = 64  # of each embedding, its first
+NUMBERS = 64  # the first of each embedding, that are kept
 DIGITS = 7
 TOLERANCE = 1e-4  # of each number, in fp32
 
 
 def golden_file(record: Record) -> Path:
-    """Where that of a row of the table lies; only encoders that come with the package have one."""
+    """Return the golden file of an encoder that comes with the package."""
     return embedded_file(f"{record.name}.golden.json")
 
 
 def golden_images(size: int) -> dict[str, np.ndarray]:
-    """The images, by name: (size, size, 3) uint8."""
+    """Return the images by name: (size, size, 3) uint8."""
     import numpy as np
 
     down, across = np.mgrid[:size, :size]
@@ -47,7 +46,7 @@ def golden_images(size: int) -> dict[str, np.ndarray]:
 
 
 def make_golden(encoder: Encoder) -> dict[str, Any]:
-    """What the golden file of an encoder holds: the sha256 of the weights and, by image, the first NUMBERS numbers."""
+    """Compute a golden file: the sha256 of the weights and, by image, the first NUMBERS numbers."""
     images = golden_images(encoder.transform.size)
     rows = encoder.embed(list(images.values()))
     numbers = {name: [round(float(n), DIGITS) for n in row[:NUMBERS]] for name, row in zip(images, rows, strict=True)}
@@ -55,7 +54,7 @@ def make_golden(encoder: Encoder) -> dict[str, Any]:
 
 
 def write_golden(encoder: Encoder, file: Path) -> None:
-    """Write a golden file, an image a line."""
+    """Write a golden file, one line per image."""
     made = make_golden(encoder)
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in made.pop("embeddings").items())
     head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in made.items())
@@ -63,10 +62,7 @@ def write_golden(encoder: Encoder, file: Path) -> None:
 
 
 def golden_difference(encoder: Encoder, file: Path) -> float:
-    """The largest difference of a number to the golden file's; sound is TOLERANCE at most, in fp32.
-
-    The encoder may run the same weights in another backend.
-    """
+    """Return the largest difference to the golden file's numbers; in fp32 any backend keeps it within TOLERANCE."""
     wanted = json.loads(file.read_text(encoding="utf-8"))["embeddings"]
     made = make_golden(encoder)["embeddings"]
     return max(abs(one - other) for name in wanted for one, other in zip(wanted[name], made[name], strict=True))

@@ -1,4 +1,4 @@
-"""The files of a published encoder in a folder of one's own, for a place without a network."""
+"""Published files: from the package or the hub, their sha256 checked on every load, or copied into a folder."""
 
 from __future__ import annotations
 
@@ -10,17 +10,8 @@ from pathlib import Path
 
 from ..errors import UsageError, WeightsError
 from ..files import atomic_path, file_sha256
-from .weights import (
-    CONFIG_FILE,
-    ONNX_FILE,
-    WEIGHTS_FILE,
-    config_text,
-    header,
-    not_published,
-    record_onnx,
-    record_weights,
-)
-from .zoo import find_record
+from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
+from .zoo import Record, find_record
 
 
 @dataclass(frozen=True)
@@ -28,9 +19,9 @@ class Placed:
     """A file in the folder.
 
     Attributes:
-        path: of it.
-        bytes, sha256: of it.
-        kept: it was there already.
+        path: of the file.
+        bytes, sha256: of its content.
+        kept: whether it was there already.
     """
 
     path: Path
@@ -43,7 +34,7 @@ def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, o
     """Put `config.json` and `model.safetensors` of a published encoder into a folder, for `load(weights=folder)`.
 
     They come from the package, or from the hub by full commit, and have the sha256 of the table. A file that is there
-    with the right bytes stays, so the same call again goes on where one was stopped.
+    with the right bytes stays, so repeating an interrupted call completes it.
 
     Args:
         name: `arch.tag`, or a bare arch for its best published tag.
@@ -76,7 +67,7 @@ def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, o
 
 
 def _is_there(file: Path, sha256: str, overwrite: bool) -> bool:
-    """The file need not be written again."""
+    """Return whether the file exists with the right bytes; raise if others are in its place."""
     if not file.exists():
         return False
     found = file_sha256(file)
@@ -97,3 +88,93 @@ def _place(file: Path, source: Path | bytes, sha256: str) -> None:
             shutil.copyfile(source, temporary)
         if (found := file_sha256(temporary)) != sha256:
             raise WeightsError(f"the copy to {str(file)!r} has sha256 {found}, expected {sha256}: try it again")
+
+
+def record_weights(record: Record) -> Weights:
+    """Find the weights of a row of the table, in the package or on the hub.
+
+    Raises:
+        WeightsError: not published, not reachable, or not the right bytes.
+    """
+    if not record.embedded and not (record.hub_repo and record.hub_commit):
+        raise WeightsError(not_published(record))
+    file = _published(record, "weights", record.embedded or WEIGHTS_FILE, record.sha256)
+    config = EncoderConfig.from_json(header(file).get("config", {}), where=record.name)
+    assert config.transform == record.transform, (config.transform, record.transform)
+    return Weights(file, record.sha256 or "", config)
+
+
+def record_onnx(record: Record) -> tuple[Path, str]:
+    """Find the ONNX file of a row of the table, where its weights are, and its sha256.
+
+    Raises:
+        WeightsError: there is none, it is not reachable, or has not the right bytes.
+    """
+    if record.onnx is None:
+        raise WeightsError(
+            f"no ONNX file of {record.name} comes with micl-zoo: micl-zoo export {record.name} -o DIR, and then "
+            'micl_zoo.load(weights="DIR", backend="onnx")'
+        )
+    return _published(record, "ONNX file", record.onnx.file, record.onnx.sha256), record.onnx.sha256
+
+
+def _published(record: Record, what: str, name: str, sha256: str | None) -> Path:
+    """Find a published file and check its bytes."""
+    if record.embedded:
+        file, way_on = embedded_file(name), "Reinstall micl-zoo."
+        found = file_sha256(file)
+    else:
+        file, found = _from_hub(record, name, sha256)
+        way_on = f"Delete {file.name} in {str(file.parent)!r} and load again."
+    if found != sha256:
+        raise WeightsError(
+            f"the bytes of {file.name}, {what} of {record.name}, are not the published ones: sha256 {found}, expected "
+            f"{sha256}. {way_on}"
+        )
+    return file
+
+
+def embedded_file(name: str) -> Path:
+    """Return a file that comes with the package.
+
+    Raises:
+        WeightsError: it is missing.
+    """
+    file = Path(__file__).parents[1] / "embedded" / name
+    if not file.is_file():
+        raise WeightsError(f"the package is incomplete: {name} is missing. Reinstall micl-zoo.")
+    return file
+
+
+def not_published(record: Record) -> str:
+    """Return the text for an encoder without weights: the three ways on."""
+    arch = record.arch
+    return (
+        f"no weights of {record.name} are published yet. Three ways on: "
+        f"(1) train it: micl-zoo train {record.recipe} --data IMAGES --out RUN; "
+        f'(2) load weights of your own: micl_zoo.load("{arch}", weights="RUN"); '
+        f'(3) start from random weights: micl_zoo.load("{arch}", pretrained=False).'
+    )
+
+
+def _from_hub(record: Record, name: str, sha256: str | None) -> tuple[Path, str]:
+    """Download a file or find it in the cache, by full commit; a cached one with wrong bytes is fetched once more."""
+    from huggingface_hub import hf_hub_download
+
+    assert record.hub_repo is not None
+    repo, found, file = record.hub_repo, "", Path()
+    for force in (False, True):
+        try:
+            file = Path(hf_hub_download(repo, name, revision=record.hub_commit, force_download=force))
+        except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
+            if found:
+                break
+            raise WeightsError(
+                f"cannot fetch {record.name} from {repo} at {record.hub_commit}: {error}. "
+                f"Without a network, run micl-zoo download {record.name} --to FOLDER where there is one, bring FOLDER "
+                f'here and give micl_zoo.load("{record.name}", weights="FOLDER").'
+            ) from error
+        found = file_sha256(file)
+        if found == sha256:
+            break
+    return file, found

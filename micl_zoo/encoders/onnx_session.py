@@ -1,32 +1,30 @@
-"""An exported encoder in ONNX Runtime, with the same `embed`. Optional: micl-zoo[onnx]."""
+"""A file of `micl-zoo export` in ONNX Runtime, without gradients. Optional: micl-zoo[onnx]."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import MiclZooError, UsageError, WeightsError
-from ..files import file_sha256
 from ..images.transform import Transform
-from .encoder import Backend, Encoder, Features, Pool, check_arch
-from .weights import ONNX_FILE, EncoderConfig, record_onnx
-from .zoo import Record, find_record, record_of
+from .device import BACKENDS, Backend, Precision
+from .weights import ONNX_FILE, EncoderConfig
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-Precision = Literal["fp32", "fp16", "int8"]
-Output = Literal["cls", "mean", "patches"]
+    from .encoder import Output
+
 FORMAT = "1"  # of the metadata
-INSTALL = "pip install 'micl-zoo[onnx]'"
+INSTALL = BACKENDS["onnx"].install
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GPU = (CUDA, TENSORRT)
 
@@ -41,7 +39,7 @@ class OnnxCard:
         precision: of its arithmetic.
         outputs: "cls" and "mean", one after the other in `embedding`, and "patches" in an output of that name.
         grid: (h, w), patches down and across.
-        preprocess: it takes uint8 images of any size, and has the transform inside.
+        preprocess: whether the transform is inside, for uint8 images of any size.
         versions: of the packages that wrote it.
     """
 
@@ -55,11 +53,11 @@ class OnnxCard:
 
     @property
     def pooled(self) -> list[Output]:
-        """What is in `embedding`, one after the other."""
+        """The outputs in `embedding`, one after the other."""
         return [name for name in self.outputs if name != "patches"]
 
     def to_metadata(self) -> dict[str, str]:
-        """As ONNX keeps it: texts by name."""
+        """Return it as ONNX keeps it: texts by name."""
         return {
             "micl_zoo": FORMAT,
             "name": self.config.name,
@@ -78,10 +76,10 @@ class OnnxCard:
 
     @classmethod
     def from_metadata(cls, found: dict[str, str], *, where: str) -> OnnxCard:
-        """Read it.
+        """Read the metadata of a file.
 
         Raises:
-            WeightsError: it was not written by `micl-zoo export`, or by a newer one.
+            WeightsError: `micl-zoo export` did not write it, or a newer one did.
         """
         if found.get("micl_zoo") != FORMAT:
             said = f"has format {found['micl_zoo']}" if "micl_zoo" in found else "does not say which encoder it holds"
@@ -100,64 +98,44 @@ class OnnxCard:
         )
 
 
-class OnnxEncoder(Encoder):
-    """An exported file as an encoder: the same `embed`, no gradients and no `vit`. Made by `load`.
+class OnnxSession:
+    """An exported file in ONNX Runtime as an encoder's runtime, see `encoder.Runtime`.
 
     Attributes:
-        card: what the file says of itself.
         session: ONNX Runtime's.
+        card: what the file says of itself.
     """
 
-    def __init__(self, session: InferenceSession, card: OnnxCard, *, record: Record | None, sha256: str) -> None:
-        nn.Module.__init__(self)
+    name: Backend = "onnx"
+    vit = None
+    device = torch.device("cpu")  # pixels go in from the host and embeddings come back to it, wherever it computes
+
+    def __init__(self, session: InferenceSession, card: OnnxCard) -> None:
         self.session, self.card = session, card
-        self._describe(card.config, record, sha256)
-        self.precision = card.precision
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "vit":
-            raise AttributeError("an exported file has no torch model: load the encoder with backend='torch' for one")
-        return super().__getattr__(name)
 
     @property
-    def device(self) -> torch.device:
-        """Where pixels and embeddings are: ONNX Runtime takes them from the host and brings them back."""
-        return torch.device("cpu")
-
-    @property
-    def backend(self) -> Backend:
-        """What computes the tokens."""
-        return "onnx"
+    def precision(self) -> Precision:
+        """Of the file."""
+        return self.card.precision
 
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w), patches down and across."""
         return self.card.grid
 
-    def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
-        """Normalised images (B, 3, S, S) to embeddings (B, *row_shape(pool)) float32, see `Encoder.forward`.
+    def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
+        """Compute outputs in float32; the mean is taken from the patches if the file lacks it.
 
         Raises:
-            UsageError: the file has not the outputs for that pool, or gradients are asked for.
+            UsageError: the file lacks an output, or gradients are asked for.
         """
-        self.row_shape(pool)  # raises
-        found = self._run(pixel_values, cast("list[Output]", pool.split("+")))
-        return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
-
-    def features(self, pixel_values: Tensor) -> Features:
-        """Normalised images (B, 3, S, S) -> class tokens (B, D) and patch tokens (B, h, w, D)."""
-        return Features(*self._run(pixel_values, ("cls", "patches")))
-
-    def _run(self, pixel_values: Tensor, wanted: Sequence[Output]) -> list[Tensor]:
-        """The outputs asked for; the mean is taken from the patches where the file has none."""
-        self._check_pixels(pixel_values)
         if torch.is_grad_enabled():
             raise UsageError("backend onnx computes no gradients: call it under torch.no_grad(), or take backend torch")
         has = self.card.outputs
-        sources = ["patches" if one == "mean" and one not in has else one for one in wanted]
-        if missing := sorted(set(sources) - set(has)):
+        sources: set[Output] = {"patches" if one == "mean" and one not in has else one for one in wanted}
+        if missing := sorted(sources - set(has)):
             raise UsageError(
-                f"{self.name}'s ONNX file gives {', '.join(has)} and not {', '.join(missing)}: "
+                f"the ONNX file of {self.card.config.name} gives {', '.join(has)} and not {', '.join(missing)}: "
                 f"export it with --outputs {','.join(dict.fromkeys([*has, *missing]))}"
             )
         names = sorted({"patches" if one == "patches" else "embedding" for one in sources})
@@ -168,40 +146,20 @@ class OnnxEncoder(Encoder):
             if "allocate memory" in str(error):
                 raise MemoryError(str(error)) from None  # as the others say it
             raise MiclZooError(f"ONNX Runtime failed on {len(images)} images: {error}") from error
-        found = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
-        if "embedding" in found:
-            found |= dict(zip(self.card.pooled, found["embedding"].split(self.embed_dim, dim=1), strict=True))
-        pairs = zip(wanted, sources, strict=True)
-        return [found[source] if one == source else found[source].flatten(1, 2).mean(1) for one, source in pairs]
-
-
-def load_onnx(name: str, weights: Path | None, device: str, providers: Sequence[str] | None) -> OnnxEncoder:
-    """See `micl_zoo.load` with backend "onnx".
-
-    Raises:
-        UsageError: no ONNX Runtime, or it cannot run on what was asked for.
-        WeightsError: no such file, not the published bytes, or not one that `micl-zoo export` wrote.
-    """
-    if weights is None:
-        file, sha256 = record_onnx(find_record(name))
-    else:
-        file = local_onnx(weights)
-        sha256 = file_sha256(file)
-    session, card = open_session(file, choose_providers(device, providers))
-    if card.preprocess:
-        raise WeightsError(
-            f"{str(file)!r} has the transform inside, for use without micl-zoo: export one without --with-preprocess"
-        )
-    if weights is not None:
-        check_arch(name, card.config)
-    return OnnxEncoder(session, card, record=record_of(sha256), sha256=sha256)
+        raw = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+        found: dict[Output, Tensor] = {}
+        if "embedding" in raw:
+            found |= zip(self.card.pooled, raw["embedding"].split(self.card.config.embed_dim, dim=1), strict=True)
+        if "patches" in raw:
+            found = {"mean": raw["patches"].flatten(1, 2).mean(1), **found, "patches": raw["patches"]}
+        return found
 
 
 def local_onnx(path: Path) -> Path:
-    """The .onnx file at a path, or the one in a folder.
+    """Find the .onnx file at a path, or the one in a folder.
 
     Raises:
-        WeightsError: there is none, or several and none is model.onnx.
+        WeightsError: there is none, or several and none of them is model.onnx.
     """
     if path.is_file() and path.suffix == ".onnx":
         return path
@@ -216,46 +174,40 @@ def local_onnx(path: Path) -> Path:
 
 
 def choose_providers(device: str, providers: Sequence[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """ONNX Runtime's names of what is to compute, with their settings, first choice first.
+    """Return ONNX Runtime's execution providers with their settings, first choice first.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N".
         providers: see `micl_zoo.load`.
 
     Raises:
-        UsageError: this ONNX Runtime has not what was asked for.
+        UsageError: this ONNX Runtime lacks what was asked for.
     """
     kind, _, number = device.partition(":")
-    if providers is None and kind not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"backend onnx takes the devices auto, cpu, cuda and cuda:N, or providers; got {device!r}")
     has = runtime().get_available_providers()
     if providers is None and kind == "auto" and torch.cuda.is_available() and CUDA not in has:
         logging.getLogger(__name__).warning(
             "there is a GPU, but ONNX Runtime has no CUDAExecutionProvider: running on the CPU. "
-            "`micl-zoo doctor` says how to mend it"
+            "`micl-zoo doctor` says how to fix it"
         )
     on_gpu = kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and CUDA in has)
     names = {one.removesuffix(tail).lower(): one for one in has for tail in ("", "ExecutionProvider")}
-    chosen = []
+    chosen: list[tuple[str, dict[str, Any]]] = []
     for asked in providers or (["cuda"] if on_gpu else ["cpu"]):
         name = names.get(asked.lower())
         if name is None:
             raise UsageError(
                 f"this ONNX Runtime has no {asked} provider, it has {', '.join(has)}. For NVIDIA GPUs: {INSTALL}; "
-                "`micl-zoo doctor` says what is installed and how to mend it"
+                "`micl-zoo doctor` says what is installed and how to fix it"
             )
-        chosen.append((name, _settings(name, number or "0")))
+        # Without use_tf32 fp32 would have 10 bits of mantissa, unlike torch's by default.
+        settings = {CUDA: {"device_id": number or "0", "use_tf32": "0"}, TENSORRT: {"device_id": number or "0"}}
+        chosen.append((name, settings.get(name, {})))
     return chosen
 
 
-def _settings(provider: str, number: str) -> dict[str, Any]:
-    if provider == CUDA:
-        return {"device_id": number, "use_tf32": "0"}  # else fp32 has 10 bits of mantissa, unlike torch's by default
-    return {"device_id": number} if provider == TENSORRT else {}
-
-
 def runtime() -> Any:
-    """The module onnxruntime.
+    """Import onnxruntime.
 
     Raises:
         UsageError: it is not installed, or broken.
@@ -265,12 +217,12 @@ def runtime() -> Any:
     except ImportError as error:
         raise UsageError(f"backend onnx needs ONNX Runtime ({error}): {INSTALL}") from None
     if not hasattr(onnxruntime, "InferenceSession"):
-        raise UsageError("onnxruntime is installed in part only: `micl-zoo doctor` says how to mend it")
+        raise UsageError("onnxruntime is installed in part only: `micl-zoo doctor` says how to fix it")
     return onnxruntime
 
 
 def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tuple[Any, OnnxCard]:
-    """A session that runs on the first of the providers, and not on the CPU in its place; and what the file says.
+    """Open a file on the first of the providers, never on the CPU in its place, and read its card.
 
     Raises:
         UsageError: ONNX Runtime fell back to another provider.
@@ -281,7 +233,7 @@ def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tup
         onnxruntime.preload_dlls()  # CUDA's libraries, where torch or NVIDIA's packages have them
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; what it warns of is not for the user to mend
+    options.log_severity_level = 3  # errors; nobody can do anything about its warnings
     names = [name for name, _ in providers]
     try:
         session = onnxruntime.InferenceSession(

@@ -1,47 +1,61 @@
-"""A ViT in OpenVINO, which runs it faster than torch does on Intel's and AMD's CPUs. Optional: micl-zoo[openvino]."""
+"""A ViT in OpenVINO, faster than torch on Intel's and AMD's CPUs, without gradients. Optional: micl-zoo[openvino]."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .device import BACKENDS, PRECISIONS, Backend
+from .torch_model import split_tokens
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-# dtype of torch.autocast -> OpenVINO's hint, the CPU's capability that it takes, our name
-PRECISIONS = {
-    torch.float32: ("f32", "FP32", "fp32"),
-    torch.bfloat16: ("bf16", "BF16", "bf16"),
-    torch.float16: ("f16", "FP16", "fp16"),
-}
+    from .encoder import Output
+
+# dtype of torch.autocast -> our name of the precision
+NAMES = {getattr(torch, row.dtype): name for name, row in PRECISIONS.items() if row.dtype and row.openvino}
 
 
-class OpenVinoViT:
-    """Normalised images to tokens. Converted from the timm model when made; compiled for a precision at its first use.
+class OpenVinoModel:
+    """A timm ViT converted to OpenVINO as an encoder's runtime, see `encoder.Runtime`.
+
+    It is compiled for a precision when that is first used.
 
     Attributes:
-        model: OpenVINO's graph, of any batch size; its weights are the timm model's own memory.
+        vit: the timm model.
+        model: OpenVINO's graph, for any batch size; its weights are the timm model's own memory.
     """
+
+    name: Backend = "openvino"
+    precision = None
+    device = torch.device("cpu")
 
     def __init__(self, vit: VisionTransformer) -> None:
         try:
             import openvino
         except ImportError:
-            raise UsageError("backend openvino needs OpenVINO: pip install 'micl-zoo[openvino]'") from None
+            raise UsageError(f"backend openvino needs OpenVINO: {BACKENDS['openvino'].install}") from None
+        self.vit = vit
         self._core = openvino.Core()
         self._compiled: dict[torch.dtype, Any] = {}
         self.model = openvino.convert_model(_traced(vit))
 
-    def __call__(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 1 + N, D) float32, in the precision of `torch.autocast`, float32 outside of it.
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), patches down and across."""
+        return self.vit.patch_embed.grid_size
+
+    def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
+        """Compute outputs in the precision of `torch.autocast`, in float32 outside of it.
 
         Raises:
-            UsageError: gradients are asked for, a GPU, or a precision that this CPU does not have.
+            UsageError: gradients, a GPU, or a precision that this CPU lacks are asked for.
         """
         if torch.is_grad_enabled():
             raise UsageError(
@@ -52,20 +66,19 @@ class OpenVinoViT:
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
         if dtype not in self._compiled:
-            self._compiled[dtype] = self._compile(dtype)
+            self._compiled[dtype] = self._compile(NAMES[dtype])
         images = pixel_values.detach().float().contiguous().numpy()
-        tokens = self._compiled[dtype](images, share_inputs=True)[0]
-        return torch.from_numpy(cast(Any, tokens))
+        tokens = self._compiled[dtype](images, share_inputs=True)[0]  # (B, T, D)
+        return split_tokens(torch.from_numpy(cast(Any, tokens)), self.grid, wanted)
 
-    def _compile(self, dtype: torch.dtype) -> Any:
-        hint, capability, name = PRECISIONS[dtype]
+    def _compile(self, precision: str) -> Any:
         found = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if capability not in found:
+        if precision.upper() not in found:
             raise UsageError(
-                f"backend openvino has no {name} arithmetic on this CPU (it has {', '.join(found)}): take fp32"
+                f"backend openvino has no {precision} arithmetic on this CPU (it has {', '.join(found)}): take fp32"
             )
         settings = {
-            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_PRECISION_HINT": PRECISIONS[precision].openvino,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,  # one batch at a time, on all threads
         }
@@ -73,19 +86,18 @@ class OpenVinoViT:
 
 
 class _Tokens(nn.Module):
-    """The part of a timm ViT that is converted: all but pooling."""
+    """The part of a timm ViT that is converted: everything but pooling."""
 
     def __init__(self, vit: VisionTransformer) -> None:
         super().__init__()
         self.vit = vit
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 1 + N, D)."""
         return cast(Tensor, self.vit.forward_features(pixel_values))
 
 
 def _traced(vit: VisionTransformer) -> torch.jit.ScriptModule:
-    """What OpenVINO converts, traced here: by itself it would run the model four times over, to check the trace."""
+    """Trace what OpenVINO converts; by itself it would run the model four times over, to check the trace."""
     example = torch.zeros(1, 3, *vit.patch_embed.img_size)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch would rather have torch.export, which takes OpenVINO four times as long

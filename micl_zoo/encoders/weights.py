@@ -1,20 +1,21 @@
-"""Embedded file | local file or folder | hub -> the verified safetensors of one encoder. Never a pickle."""
+"""Safetensors files of encoders: what their headers and config.json say, written and read. Never a pickle."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import WeightsError
-from ..files import file_sha256
+from ..files import atomic_path, file_sha256, write_text
 from ..images.transform import Transform
+from .zoo import RECORDS, timm_architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .zoo import Record
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -25,14 +26,14 @@ HEADER_KEY = "micl_zoo"
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What it takes to build an encoder before its weights are read: timm's hub `config.json`.
+    """What building an encoder takes before its weights are read: timm's hub `config.json`.
 
     Attributes:
         name: `arch.tag`.
         architecture: timm's model name.
         model_args: where the model departs from timm's defaults for that name.
-        embed_dim: numbers an embedding.
-        transform: of the images.
+        embed_dim: numbers per embedding.
+        transform: from an image to pixel_values.
         license: of the weights.
     """
 
@@ -44,7 +45,7 @@ class EncoderConfig:
     license: str = "unknown"
 
     def to_json(self) -> str:
-        """The text of `config.json`."""
+        """Return the text of `config.json`."""
         body = {
             "architecture": self.architecture,
             "num_classes": 0,
@@ -68,7 +69,7 @@ class EncoderConfig:
         """Read a parsed `config.json`, ours or timm's.
 
         Raises:
-            WeightsError: what is missing, and where.
+            WeightsError: something is missing; the text says what, and where.
         """
         try:
             name = body.get("micl_zoo", {}).get("name") or f"{body['architecture']}.local"
@@ -87,7 +88,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class Weights:
-    """A safetensors file whose bytes were checked where there is something to check them against.
+    """A safetensors file, its bytes checked where there is something to check them against.
 
     Attributes:
         path: of the file.
@@ -100,61 +101,65 @@ class Weights:
     config: EncoderConfig
 
 
+def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
+    """Return how to build the encoder that a pre-training recipe trains, from the recipe's fields, see run.json."""
+    shape = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    architecture, model_args = timm_architecture(**{name: recipe[name] for name in shape})
+    size, record = recipe["image_size"], RECORDS.get(recipe["name"])
+    if record and record.transform.size == size:
+        transform = record.transform
+    else:
+        transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
+    return EncoderConfig(recipe["name"], architecture, model_args, recipe["embed_dim"], transform)
+
+
 def save_weights(
     folder: Path,
     state: dict[str, Tensor],
-    config: EncoderConfig,
+    config: EncoderConfig | dict[str, Any],
     provenance: dict[str, Any],
     dtype: Literal["float32", "float16"],
 ) -> Path:
-    """Write `model.safetensors` and `config.json`, the layout of timm's hub repositories.
+    """Write `model.safetensors` and `config.json`, in the layout of timm's hub repositories; return the former.
 
     Args:
         folder: made if need be.
-        state: the ViT's state dict, under timm's names.
-        config: goes beside the weights and into their header.
+        state: the model's state dict, under timm's names.
+        config: goes beside the weights and into their header; of another timm model than an encoder as a dict.
         provenance: goes into the header: recipe, code, data, machine.
         dtype: of the tensors on disk.
     """
-    return write_weights(folder, state, json.loads(config.to_json()), provenance, dtype)
-
-
-def config_text(config: dict[str, Any]) -> str:
-    """The text of a `config.json`: the same bytes wherever it is written."""
-    return json.dumps(config, indent=2) + "\n"
-
-
-def write_weights(
-    folder: Path,
-    state: dict[str, Tensor],
-    config: dict[str, Any],
-    provenance: dict[str, Any],
-    dtype: Literal["float32", "float16"],
-) -> Path:
-    """As `save_weights`, of any timm model: `config` is what its hub `config.json` says."""
     import torch
     from safetensors.torch import save_file
 
-    from ..files import atomic_path, write_text
-
+    body = config if isinstance(config, dict) else json.loads(config.to_json())
     tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
-    entry = json.dumps({"config": config, "provenance": provenance})
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, {HEADER_KEY: entry})
-    write_text(folder / CONFIG_FILE, config_text(config))
+        save_file(tensors, temporary, {HEADER_KEY: json.dumps({"config": body, "provenance": provenance})})
+    write_text(folder / CONFIG_FILE, config_text(body))
     return folder / WEIGHTS_FILE
 
 
+def config_text(config: dict[str, Any]) -> str:
+    """Return the text of a `config.json`: the same bytes wherever it is written."""
+    return json.dumps(config, indent=2) + "\n"
+
+
 def local_weights(path: Path) -> Weights:
-    """Weights from a file, or from a folder with `model.safetensors` and `config.json`. They are taken as they are.
+    """Find weights and how to build their encoder.
+
+    Args:
+        path: a .safetensors file, among them a checkpoint of a run; a folder with `model.safetensors` and
+            `config.json`; or the folder of a run, which stands for its finished encoder, else its newest checkpoint.
 
     Raises:
-        WeightsError: nothing there, a pickle, or a file without a config.
+        WeightsError: nothing is there, or a pickle, a damaged file, or one without a config.
     """
-    file = path / WEIGHTS_FILE if path.is_dir() else path
+    file = _weights_file(path)
     if not file.is_file():
         raise WeightsError(
-            f"no weights at {str(path)!r}: expected a .safetensors file, or a folder with {WEIGHTS_FILE}"
+            f"no weights at {str(path)!r}: expected a .safetensors file, a folder with {WEIGHTS_FILE}, or the folder "
+            "of a training run"
         )
     if file.suffix == ".onnx":
         raise WeightsError(f'{str(file)!r} is an ONNX file: load it with backend="onnx", extract with --backend onnx')
@@ -163,6 +168,8 @@ def local_weights(path: Path) -> Weights:
             f"{str(file)!r} is not a .safetensors file. Other formats can run code when they are read; convert it "
             "once with safetensors.torch.save_file(state_dict, 'model.safetensors') on a machine you can lose"
         )
+    if "step" in _metadata(file):
+        return _checkpoint(file)
     config = header(file).get("config")
     beside = file.parent / CONFIG_FILE
     if config is None and beside.is_file():
@@ -172,20 +179,77 @@ def local_weights(path: Path) -> Weights:
     return Weights(file, file_sha256(file), EncoderConfig.from_json(config, where=str(file)))
 
 
-def header(file: Path) -> dict[str, Any]:
-    """What this package wrote into a safetensors header: `config` and `provenance`; empty for others' files.
+def _weights_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    newest_first = sorted(path.glob("checkpoints/step-*.safetensors"), reverse=True)
+    choices = [path / WEIGHTS_FILE, path / "encoder" / WEIGHTS_FILE, *newest_first]
+    return next((file for file in choices if file.is_file()), choices[0])
+
+
+def _checkpoint(file: Path) -> Weights:
+    """Read a run's checkpoint, of which older versions say in run.json alone what was trained."""
+    sha256, beside = file_sha256(file), file.with_name(f"{file.name}.sha256")
+    if beside.is_file() and beside.read_text(encoding="utf-8").split()[:1] != [sha256]:
+        raise WeightsError(f"{str(file)!r} is damaged, it has sha256 {sha256}: take another checkpoint")
+    body, run = header(file).get("config"), file.parent.parent / "run.json"
+    if body is not None:
+        config = EncoderConfig.from_json(body, where=str(file))
+    else:
+        recipe = _parse(run.read_text(encoding="utf-8"), str(run)).get("recipe", {}) if run.is_file() else {}
+        try:
+            config = recipe_config(recipe)
+        except KeyError:
+            raise WeightsError(
+                f"{str(file)!r} is a checkpoint that does not say what was trained, nor does {str(run)!r} beside it: "
+                "put it back into its run's folder; of an older run of fine-tuning load RUN/encoder"
+            ) from None
+    return Weights(file, sha256, dataclasses.replace(config, name=f"{config.name}-{file.stem}"))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them.
 
     Raises:
         WeightsError: the file is damaged or no safetensors.
     """
+    from safetensors import safe_open
+
+    checkpoint = "step" in _metadata(file)
+    with safe_open(file, framework="pt") as opened:
+        names = list(opened.keys())
+        means = any(name.startswith("ema.") for name in names)
+        prefix = "" if not checkpoint else "ema." if means else "model."
+        tensors = {name[len(prefix) :]: opened.get_tensor(name) for name in names if name.startswith(prefix)}
+    return without_head(tensors) if checkpoint else tensors
+
+
+def without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the state of a classifier into that of an encoder; an encoder's own state comes back as it is.
+
+    An encoder has its final norm before it pools. One that pools by the mean gets the classifier's norm, which was
+    trained for the mean of the patch tokens: embeddings by pool "mean" are near what the head saw, and not equal to it.
+    """
+    return {key.replace("fc_norm.", "norm."): value for key, value in state.items() if not key.startswith("head.")}
+
+
+def _metadata(file: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as opened:
-            entry = (opened.metadata() or {}).get(HEADER_KEY, "{}")
+            return opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{str(file)!r} is damaged or no safetensors file: {error}") from None
-    return _parse(entry, f"the header of {file}")
+
+
+def header(file: Path) -> dict[str, Any]:
+    """Return what this package wrote into a safetensors header: `config` and `provenance`; {} for others' files.
+
+    Raises:
+        WeightsError: the file is damaged or no safetensors.
+    """
+    return _parse(_metadata(file).get(HEADER_KEY, "{}"), f"the header of {file}")
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -196,98 +260,3 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise WeightsError(f"{where} must be a JSON object, got {type(parsed).__name__}")
     return parsed
-
-
-def record_weights(record: Record) -> Weights:
-    """The weights of a row of the table: embedded in the package or from the hub, sha256 checked on every load.
-
-    Raises:
-        WeightsError: not published, not reachable, or not the right bytes.
-    """
-    if record.embedded:
-        file = embedded_file(record.embedded)
-        found = file_sha256(file)
-    elif record.hub_repo and record.hub_commit:
-        file, found = _from_hub(record, WEIGHTS_FILE, record.sha256)
-    else:
-        raise WeightsError(not_published(record))
-    if found != record.sha256:
-        raise WeightsError(
-            f"the weights of {record.name} are not the published ones: sha256 {found}, expected {record.sha256}. "
-            f"Delete {file.name} where it lies ({file.parent}) and load again."
-        )
-    config = EncoderConfig.from_json(header(file).get("config", {}), where=record.name)
-    assert config.transform == record.transform, (config.transform, record.transform)
-    return Weights(file, found, config)
-
-
-def record_onnx(record: Record) -> tuple[Path, str]:
-    """The ONNX file of a row of the table, from where its weights are, and its sha256, checked on every load.
-
-    Raises:
-        WeightsError: there is none, not reachable, or not the right bytes.
-    """
-    if record.onnx is None:
-        raise WeightsError(
-            f"no ONNX file of {record.name} comes with micl-zoo: micl-zoo export {record.name} -o DIR, and then "
-            'micl_zoo.load(weights="DIR", backend="onnx")'
-        )
-    if record.embedded:
-        file, mend = embedded_file(record.onnx.file), "Reinstall micl-zoo."
-        found = file_sha256(file)
-    else:
-        file, found = _from_hub(record, record.onnx.file, record.onnx.sha256)
-        mend = f"Delete {file.name} where it lies ({file.parent}) and load again."
-    if found != record.onnx.sha256:
-        raise WeightsError(
-            f"the ONNX file of {record.name} is not the published one: sha256 {found}, expected {record.onnx.sha256}. "
-            + mend
-        )
-    return file, found
-
-
-def embedded_file(name: str) -> Path:
-    """A file that comes with the package.
-
-    Raises:
-        WeightsError: it does not.
-    """
-    file = Path(__file__).parents[1] / "embedded" / name
-    if not file.is_file():
-        raise WeightsError(f"the package is incomplete: {name} is missing. Reinstall micl-zoo.")
-    return file
-
-
-def not_published(record: Record) -> str:
-    """The text for an encoder without weights: the three ways on."""
-    arch = record.arch
-    return (
-        f"no weights of {record.name} are published yet. Three ways on: "
-        f"(1) train it: micl-zoo train {record.recipe} --data IMAGES --out RUN; "
-        f'(2) load weights of your own: micl_zoo.load("{arch}", weights="RUN/encoder"); '
-        f'(3) start from random weights: micl_zoo.load("{arch}", pretrained=False).'
-    )
-
-
-def _from_hub(record: Record, name: str, sha256: str | None) -> tuple[Path, str]:
-    """Download a file or find it in the cache, by full commit; a cached one with wrong bytes is fetched once more."""
-    from huggingface_hub import hf_hub_download
-
-    assert record.hub_repo is not None
-    repo, found, file = record.hub_repo, "", Path()
-    for force in (False, True):
-        try:
-            file_name = hf_hub_download(repo, name, revision=record.hub_commit, force_download=force)
-        except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
-            if found:
-                break
-            raise WeightsError(
-                f"cannot fetch {record.name} from {repo} at {record.hub_commit}: {error}. "
-                f"Without a network, run micl-zoo download {record.name} --to FOLDER where there is one, bring FOLDER "
-                f'here and give micl_zoo.load("{record.name}", weights="FOLDER").'
-            ) from error
-        file = Path(file_name)
-        found = file_sha256(file)
-        if found == sha256:
-            break
-    return file, found

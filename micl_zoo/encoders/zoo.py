@@ -62,7 +62,7 @@ class Record:
         name: `arch.tag`.
         summary: one line.
         recipe: that trains it.
-        corpus: it was, or is to be, trained on.
+        corpus: key of the images it was, or is to be, trained on.
         license: of the weights, with the terms of the data.
         transform: of the images.
         embedded: file in the package, or None.
@@ -108,14 +108,13 @@ class Record:
 
 RECIPE_TERMS = "Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)"
 FILE_TERMS = "Apache-2.0 for the file; ImageNet's terms for its images (non-commercial research and education)"
-IN1K, TIN200 = "ImageNet-1k train, 1,281,167 images", "Tiny ImageNet-200 train, 100,000 images of 64 x 64"
+IN1K, TIN200 = "imagenet-1k", "tin200"  # keys of training/corpora.py
 
 
 def _unpublished(name: str, summary: str, corpus: str) -> Record:
     """Of a recipe that has the encoder's name."""
     transform = Transform(112, 112) if corpus == TIN200 else Transform(224, 256)  # small ones have no margin to cut off
-    said = f"{summary}; no weights published yet"
-    return Record(name, said, recipe=name, corpus=corpus, license=RECIPE_TERMS, transform=transform)
+    return Record(name, summary, recipe=name, corpus=corpus, license=RECIPE_TERMS, transform=transform)
 
 
 _RECORDS = [

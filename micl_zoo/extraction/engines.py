@@ -12,6 +12,7 @@ from multiprocessing.connection import wait
 import torch
 
 from ..encoders.device import (
+    Backend,
     Precision,
     autocast_dtype,
     default_workers,
@@ -19,7 +20,8 @@ from ..encoders.device import (
     resolve_precision,
     usable_cores,
 )
-from ..encoders.encoder import Backend, Encoder, Pool, load
+from ..encoders.encoder import Encoder, Pool
+from ..encoders.load import load
 from ..errors import MiclZooError, UsageError
 from ..files import Folder
 from ..images.decode import Decoding

@@ -12,19 +12,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from .._version import package_versions
-from ..encoders.device import Precision, bf16_is_fast, default_workers
-from ..encoders.encoder import Backend, Encoder, Pool, load, precision_advice
+from ..encoders.device import Backend, Precision, choose_backend, default_workers, precision_advice
+from ..encoders.encoder import Encoder, Pool
+from ..encoders.load import load
 from ..encoders.zoo import DEFAULT
-from ..errors import Interrupted, MiclZooError, UsageError, unknown
+from ..errors import Interrupted, MiclZooError, UsageError
 from ..files import Folder
 from ..images.decode import MAX_PIXELS, Decoding
 from ..progress import Tick, progress
@@ -118,7 +118,7 @@ def extract(
     normalize: bool = True,
     dtype: Dtype = "float32",
     precision: Precision = "auto",
-    backend: Literal["auto", "torch", "openvino", "onnx"] = "auto",
+    backend: Backend | Literal["auto"] = "auto",
     providers: Sequence[str] | None = None,
     compile: bool = False,
     devices: str = "auto",
@@ -356,12 +356,7 @@ def _backend(model: str | Encoder, wanted: str, kind: str, precision: str, *, co
     """ "auto" is OpenVINO on a processor where it is installed and computes in that precision, else torch."""
     if isinstance(model, Encoder):
         return model.backend
-    if wanted not in ("auto", *get_args(Backend)):
-        raise UsageError(unknown("backend", wanted, ("auto", *get_args(Backend))))
-    if wanted != "auto":
-        return cast(Backend, wanted)
-    fast = precision == "fp32" or (precision == "bf16" and bf16_is_fast(torch.device(kind)))
-    return "openvino" if kind == "cpu" and fast and not compile and find_spec("openvino") else "torch"
+    return choose_backend(wanted, device=torch.device(kind), precision=precision, compile=compile)
 
 
 def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from PIL import Image
     from torch import Tensor
 
@@ -51,10 +53,8 @@ class Transform:
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(B, size, size, 3) uint8, on any device -> (B, 3, size, size) float32."""
-        import torch
-
-        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        """Normalise (B, size, size, 3) uint8 on any device: (B, 3, size, size) float32 there."""
+        mean, std = (one[:, None, None] for one in statistics(self.mean, self.std, pixels.device))
         return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -87,6 +87,15 @@ class Transform:
             mean=tuple(config.get("mean", defaults.mean)),
             std=tuple(config.get("std", defaults.std)),
         )
+
+
+@functools.cache
+def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return means and standard deviations on a device, kept there: sending them anew would wait for the device."""
+    import torch
+
+    with torch.inference_mode(False):  # what they first serve may be inference, what they serve later training
+        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 def _cut_strip(image: Image.Image) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,8 +64,8 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
         WeightsError: the weights are not published and none were given, or they are not those of the store.
         StoreError: a newer version decoded the images in a way that this one does not know.
     """
-    from ..encoders.device import autocast_dtype
-    from ..encoders.encoder import load
+    from ..encoders.device import autocast_dtype, backend_again
+    from ..encoders.load import load
 
     manifest = store.manifest
     record = RECORDS.get(manifest.model)
@@ -78,7 +77,7 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
             "`verify --sample 0` and `search --id` need no encoder."
         )
     name: Any = {} if weights else {"name": manifest.model}
-    encoder = load(**name, weights=weights, device=device, backend=_backend(manifest, device))
+    encoder = load(**name, weights=weights, device=device, backend=backend_again(manifest.runtime, device))
     for what, mine, theirs in (
         ("weights of sha256", manifest.weights_sha256, encoder.weights_sha256),
         ("the transform", manifest.transform, encoder.transform.id),
@@ -89,11 +88,3 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
                 f"({weights or 'published'}) has {theirs}: give the weights that made it with --weights"
             )
     return StoreEncoder(encoder, manifest, autocast_dtype(manifest.precision), Decoding.from_id(manifest.decoding))
-
-
-def _backend(manifest: Manifest, device: str) -> Any:
-    """What ran the model then, where that can be had; torch gives the same rows but for the last digits."""
-    if manifest.runtime == "onnx":
-        return "onnx"
-    here = manifest.runtime == "openvino" and device in ("auto", "cpu") and importlib.util.find_spec("openvino")
-    return "openvino" if here else "torch"

@@ -1,4 +1,4 @@
-"""What an encoder is worth downstream: k-NN, linear probe, logistic regression and few-shot, with their intervals.
+"""Measures what an encoder is worth downstream, by the methods of protocols.py, with intervals.
 
 A record says which images, weights, settings and code gave each figure.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,6 +19,7 @@ import torch
 
 from micl_zoo.encoders.device import resolve_precision
 from micl_zoo.encoders.encoder import Encoder, Pool
+from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import Refused, StoreError, UsageError, unknown
 from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
@@ -30,65 +31,15 @@ from micl_zoo.stores.store import Store
 from ..micl import init_weights, position_table
 from ..run.order import seeded
 from ..run.provenance import made_with
-from .features import POOLS, Features, check_names, embed_labelled, split_pools, store_features, store_labels
-from .knn import KS, TEMPERATURE, Bank, knn_predict
+from .features import Features, embed_labelled, split_pools, store_features, store_labels
+from .knn import Bank, measure_bank
 from .labelled import LabelledImages, LabelledSet, number_classes
-from .linear import (
-    EPOCHS,
-    FEW_SHOT_C,
-    INVERSE_PENALTIES,
-    LEARNING_RATES,
-    Chosen,
-    few_shot,
-    linear_probe,
-    logistic_regression,
-)
-from .tables import _percent, score
+from .protocols import METHODS, PIXELS, Protocol
 
-Method = Literal["knn", "linear", "logreg", "few-shot"]
 Baseline = Literal["random", "pixels"]
 Results = dict[str, Any]  # of one subject on one set, by method
 
 SAME_IMAGES = ("sha256", "train_fingerprint", "test_fingerprint", "classes")  # of a set's facts
-PIXELS = 32  # side of the images whose pixels are a baseline's features
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Every choice of a measurement.
-
-    Attributes:
-        methods: which are run.
-        pools: features of the linear probe and of logistic regression; k-NN and few-shot take the first.
-        ks: neighbours of k-NN.
-        temperature: of its votes.
-        learning_rates, epochs: of the linear probe.
-        inverse_penalties: C of logistic regression.
-        shots: images a class of few-shot.
-        draws: of those images.
-        few_shot_c: C of few-shot.
-        seed: of the validation split and the order of the linear probe.
-    """
-
-    methods: tuple[Method, ...] = ("knn", "linear", "logreg", "few-shot")
-    pools: tuple[Pool, ...] = POOLS
-    ks: tuple[int, ...] = KS
-    temperature: float = TEMPERATURE
-    learning_rates: tuple[float, ...] = LEARNING_RATES
-    epochs: int = EPOCHS
-    inverse_penalties: tuple[float, ...] = INVERSE_PENALTIES
-    shots: tuple[int, ...] = (1, 5, 10)
-    draws: int = 5
-    few_shot_c: float = FEW_SHOT_C
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_names("method", self.methods, get_args(Method))
-        check_names("pool", self.pools, POOLS)
-        counts = {"k": min(self.ks, default=0), "shots": min(self.shots, default=0), "draws": self.draws}
-        for name, number in (counts | {"epochs": self.epochs}).items():
-            if number < 1:
-                raise UsageError(f"{name} must be at least 1, got {number}")
 
 
 def evaluate(
@@ -106,16 +57,16 @@ def evaluate(
     """Measure an encoder on labelled sets. Every image is embedded once, whatever the methods.
 
     Args:
-        encoder: to measure.
-        sets: to measure it on, of different names.
+        encoder: encoder to measure.
+        sets: sets to measure it on, with different names.
         protocol: methods and settings.
-        out: file of the record, which is written after every set; what is in it already is not measured again.
+        out: file of the record, written after every set; what it holds already is not measured again.
         baselines: "random", the same ViT as it is initialised, measured alike, and "pixels", 32 x 32 of them, measured
             by k-NN alone where that is asked for: classifiers of their 3,072 numbers take longer than all else.
-        batch_size: images a forward pass.
-        workers: processes that decode; one a core by default, none for 0.
-        command: that was given, for the record.
-        show: progress bars, on a terminal.
+        batch_size: images per forward pass.
+        workers: decoding processes; one per core by default, none for 0.
+        command: the command that was given, for the record.
+        show: show progress bars, on a terminal.
 
     Returns:
         The record: `results[subject][set][method]`, accuracies in percent of the test images with 95 % intervals, and
@@ -153,14 +104,14 @@ def _features(model: Encoder | None, images: LabelledImages, protocol: Protocol,
 
 
 def _begun(out: Path | None, asked: dict[str, Any], sets: Sequence[LabelledSet]) -> dict[str, Any]:
-    """The record in a file, to go on with, or the one asked for."""
+    """Take the record in a file to continue it, or the one asked for."""
     if out is None or not out.exists():
         return asked
     try:
         there: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         before = {key: dict(there[key]) for key in ("encoder", "protocol", "data", "results")}
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{str(out)!r} is there and no record of an evaluation: give another file") from None
+        raise UsageError(f"{str(out)!r} exists and is not an evaluation record: choose another file") from None
     pairs = [
         (key, before[part].get(key), value) for part in ("encoder", "protocol") for key, value in asked[part].items()
     ]
@@ -182,15 +133,15 @@ def evaluate_stores(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure embeddings that `extract` wrote; no image is opened. The record is that of `evaluate`.
 
-    For k-NN alone the rows of the training store are gone through a part at a time.
+    For k-NN alone, the rows of the training store are read one part at a time.
 
     Args:
         train, test: complete stores of the same encoder.
-        protocol: methods and settings; of a store with one token, that one is the only pool.
+        protocol: methods and settings; the token of a store with one token is the only pool.
         labels: label by id, for images whose place does not say it.
-        name: of the set, in the record.
-        command: that was given, for the record.
-        device: that computes the classifiers.
+        name: name of the set in the record.
+        command: the command that was given, for the record.
+        device: device that computes the classifiers.
 
     Raises:
         StoreError: a store that is not complete, or two of different encoders.
@@ -200,7 +151,7 @@ def evaluate_stores(
     _check_pair(train, test)
     stored = train.manifest.pool
     if stored != "cls+mean":
-        protocol = Protocol(**{**asdict(protocol), "pools": (stored,)})
+        protocol = replace(protocol, pools=(stored,))  # type: ignore[arg-type]  # store_features refuses "patches"
     train_labels, test_labels = store_labels(train, labels), store_labels(test, labels)
     classes, (first, second) = number_classes(list(train_labels.values()), list(test_labels.values()), name)
     numbers = [
@@ -208,7 +159,8 @@ def evaluate_stores(
     ]
     asked = store_features(test, numbers[1], protocol.pools)
     if protocol.methods == ("knn",):
-        found = {"knn": _knn(_streamed(train, numbers[0], protocol.pools[0]), asked, len(classes), protocol, device)}
+        bank = _streamed(train, numbers[0], protocol.pools[0])
+        found = {"knn": measure_bank(bank, asked, protocol, len(classes), device)}
     else:
         features = store_features(train, numbers[0], protocol.pools)
         found = probe(features, asked, classes=len(classes), protocol=protocol, device=device)
@@ -232,65 +184,12 @@ def probe(
     train: Features, test: Features, *, classes: int, protocol: Protocol, device: str | torch.device = "cpu"
 ) -> Results:
     """Run the protocol's methods on features; accuracies in percent."""
-    pools = [pool for pool in train.rows if pool in protocol.pools or pool == "pixels"]
-    first, found = pools[0], Results()
-    if "knn" in protocol.methods:
-        found["knn"] = _knn([(train.rows[first], train.labels)], test, classes, protocol, device)
-    if "linear" in protocol.methods:
-        found["linear"] = {
-            pool: _chosen("lr", linear_probe(
-                train.rows[pool], train.labels, test.rows[pool], classes=classes,
-                learning_rates=protocol.learning_rates, epochs=protocol.epochs, seed=protocol.seed, device=device,
-            ), test.labels)
-            for pool in pools
-        }  # fmt: skip
-    if "logreg" in protocol.methods:
-        found["logreg"] = {
-            pool: _chosen("C", logistic_regression(
-                train.rows[pool], train.labels, test.rows[pool], classes=classes,
-                inverse_penalties=protocol.inverse_penalties, seed=protocol.seed, device=device,
-            ), test.labels)
-            for pool in pools
-        }  # fmt: skip
-    if "few-shot" in protocol.methods:
-        found["few-shot"] = dict(_few_shots(train, test, first, classes, protocol, device))
-    return found
-
-
-def _knn(
-    bank: Bank, test: Features, classes: int, protocol: Protocol, device: str | torch.device
-) -> dict[str, dict[str, float]]:
-    queries = next(iter(test.rows.values()))
-    found = knn_predict(
-        bank, queries, classes=classes, ks=protocol.ks, temperature=protocol.temperature, device=device
-    )  # fmt: skip
-    return {str(k): score(predictions == test.labels) for k, predictions in found.items()}
-
-
-def _chosen(setting: str, found: Chosen, labels: np.ndarray) -> dict[str, float]:
-    validation = _percent(max(found.validation.values()))
-    return {**score(found.predictions == labels), setting: found.setting, "validation": validation}
-
-
-def _few_shots(
-    train: Features, test: Features, pool: str, classes: int, protocol: Protocol, device: str | torch.device
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Mean and spread over the draws; a class with too few images leaves that number of shots out, with the reason."""
-    for shots in protocol.shots:
-        try:
-            found = few_shot(
-                train.rows[pool], train.labels, test.rows[pool], classes=classes, shots=shots, draws=protocol.draws,
-                inverse_penalty=protocol.few_shot_c, device=device,
-            )  # fmt: skip
-        except UsageError as error:
-            yield str(shots), {"left_out": str(error)}
-            continue
-        draws = [float((predictions == test.labels).mean()) for predictions in found]
-        spread = float(np.std(draws, ddof=1)) if len(draws) > 1 else 0.0
-        yield (
-            str(shots),
-            {"accuracy": _percent(float(np.mean(draws))), "spread": _percent(spread), "draws": [*map(_percent, draws)]},
-        )
+    train, test = (
+        one._replace(rows={pool: one.rows[pool] for pool in one.rows if pool in (*protocol.pools, "pixels")})
+        for one in (train, test)
+    )
+    chosen = [method for method in METHODS.values() if method.name in protocol.methods]
+    return {one.name: one.measure(train, test, protocol, classes, device) for one in chosen}
 
 
 def _baseline(name: str, encoder: Encoder) -> Encoder | None:
@@ -305,17 +204,17 @@ def random_encoder(encoder: Encoder, seed: int = 0) -> Encoder:
     Raises:
         UsageError: an encoder that is no torch model.
     """
-    if not isinstance(encoder, Encoder) or encoder.runtime is not None:
+    if encoder.backend != "torch":
         raise UsageError("the baseline 'random' needs the encoder in torch: load it with backend='torch'")
     vit = copy.deepcopy(encoder.vit)
     init_weights(vit, generator=seeded(seed, 2))
     with torch.no_grad():
         vit.pos_embed.copy_(position_table(encoder.embed_dim, encoder.grid, encoder.grid))
-    return Encoder(vit, encoder.config, record=None, weights_sha256=None)
+    return Encoder(TorchModel(vit), encoder.config, record=None, weights_sha256=None)
 
 
 def pixel_features(images: LabelledImages) -> Features:
-    """32 x 32 RGB pixels as features: rows {"pixels": (N, 3072)}."""
+    """Take 32 x 32 RGB pixels as features: rows {"pixels": (N, 3072)}."""
     transform, reader = Transform(PIXELS, PIXELS), Reader()
     pixels, kept, refused = list[np.ndarray](), list[int](), list[str]()
     for row, entry in enumerate(images.index.entries()):
@@ -336,11 +235,13 @@ def _check_pair(train: Store, test: Store) -> None:
     for field in same:
         mine, theirs = getattr(train.manifest, field), getattr(test.manifest, field)
         if mine != theirs:
-            raise StoreError(f"the stores differ in {field}: {mine!r} to learn from, {theirs!r} to be asked about")
+            raise StoreError(
+                f"the stores differ in {field}: {mine!r} in the training store, {theirs!r} in the test store"
+            )
 
 
 def _streamed(store: Store, numbers: Mapping[str, int], pool: Pool) -> Bank:
-    """The rows of a store a part at a time, of the pool that k-NN takes."""
+    """Read one pool of a store, one part at a time."""
     for ids, rows in store.batches():
         chosen = split_pools(rows, store.manifest.pool, (pool,))[pool]
         yield chosen.astype(np.float32), np.array([numbers[name] for name in ids], np.int64)
@@ -357,7 +258,6 @@ def _described(encoder: Encoder) -> dict[str, Any]:
 
 
 def _record(encoder: dict[str, Any], protocol: Protocol, command: str, device: str | torch.device) -> dict[str, Any]:
-    """A record without figures."""
     return {
         "encoder": encoder,
         "results": {},

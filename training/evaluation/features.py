@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from micl_zoo.encoders.device import resolve_precision
 from micl_zoo.encoders.encoder import Encoder, Pool
-from micl_zoo.errors import SourceError, UsageError, unknown
+from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.extraction.extract import embed_index
 from micl_zoo.stores.store import Store
 
 from .labelled import Label, LabelledImages, labels_of
-
-POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")  # of one row an image
+from .protocols import POOLS, check_names
 
 
 class Features(NamedTuple):
-    """What a probe sees of a part: frozen features and classes.
+    """Frozen features and classes of a part, as methods see them.
 
     Attributes:
         rows: by pool ("cls", "mean", "cls+mean"): (N, D) float32, not normalised unless their store was.
@@ -33,6 +33,8 @@ class Features(NamedTuple):
 
 
 Told = Callable[[int], object]
+Device = str | torch.device
+Figures = dict[str, dict[str, Any]]  # of one method, by key or by pool
 
 
 def embed_labelled(
@@ -47,26 +49,19 @@ def embed_labelled(
     """Embed a labelled part once, for all pools.
 
     Args:
-        encoder: of any backend.
+        encoder: encoder of any backend.
         images: the part.
-        pools: which features to keep.
-        batch_size: images a forward pass.
-        workers: processes that decode; one a core by default, none for 0.
-        tick: called with the number of images, as they are done.
+        pools: features to keep.
+        batch_size: images per forward pass.
+        workers: decoding processes; one per core by default, none for 0.
+        tick: called with the number of images whenever some are done.
     """
     check_names("pool", pools, POOLS)
     autocast, _ = resolve_precision("auto", encoder.device)
     both: Pool = "cls+mean" if set(pools) != {"cls"} else "cls"
     pieces, ids = [], list[str]()
-    for batch in embed_index(
-        encoder,
-        images.index,
-        batch_size=batch_size,
-        workers=workers,
-        autocast=autocast,
-        pool=both,
-        normalize=False,
-    ):
+    how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "autocast": autocast, "normalize": False}
+    for batch in embed_index(encoder, images.index, pool=both, **how):
         pieces.append(batch.embeddings.astype(np.float32, copy=False))
         ids += batch.ids
         tick(batch.images)
@@ -80,17 +75,8 @@ def embed_labelled(
     return Features(split_pools(np.concatenate(pieces), both, pools), labels, refused)
 
 
-def check_names(kind: str, names: Sequence[str], valid: Sequence[str]) -> None:
-    """Raise a UsageError unless there are names and all of them are valid."""
-    if not names:
-        raise UsageError(f"no {kind} given. Valid: {', '.join(valid)}.")
-    for name in names:
-        if name not in valid:
-            raise UsageError(unknown(kind, name, valid))
-
-
 def split_pools(rows: np.ndarray, stored: str, pools: Sequence[str]) -> dict[str, np.ndarray]:
-    """The wanted pools out of rows that hold one, or both tokens side by side."""
+    """Take the wanted pools out of rows that hold one, or both tokens side by side."""
     if stored != "cls+mean":
         return {stored: rows}
     half = rows.shape[1] // 2
@@ -99,7 +85,7 @@ def split_pools(rows: np.ndarray, stored: str, pools: Sequence[str]) -> dict[str
 
 
 def store_labels(store: Store, given: Mapping[str, str] | None = None) -> dict[str, Label]:
-    """Id -> label of a store's images, from its index; no image is opened.
+    """Map the ids of a store's images to labels, from its index; no image is opened.
 
     Raises:
         SourceError: an image that has none.
@@ -112,12 +98,12 @@ def store_labels(store: Store, given: Mapping[str, str] | None = None) -> dict[s
 
 
 def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Pool] | None = None) -> Features:
-    """All rows of a store with the class number of each id.
+    """Read all rows of a store with the class number of each id.
 
     Args:
-        store: of pool "cls", "mean" or "cls+mean".
-        numbers: id -> class.
-        pools: which features to keep, of a "cls+mean" store; all that it holds by default.
+        store: store of pool "cls", "mean" or "cls+mean".
+        numbers: class by id.
+        pools: features to keep of a "cls+mean" store; all that it holds by default.
 
     Raises:
         UsageError: a store of patch tokens, or pools that it does not hold.
@@ -126,7 +112,7 @@ def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Poo
     held = POOLS if stored == "cls+mean" else (stored,)
     if stored == "patches" or (pools and not set(pools) <= set(held)):
         raise UsageError(
-            f"{str(store.folder)!r} holds the pool {stored!r}, asked for {', '.join(pools or ['one row an image'])}: "
+            f"{str(store.folder)!r} holds the pool {stored!r}, asked for {', '.join(pools or ['one row per image'])}: "
             "extract again with --pool cls+mean"
         )
     rows = store.embeddings.astype(np.float32, copy=False)

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen embeddings, the contract of DINO: cosine, T = 0.07."""
+"""Weighted k-nearest-neighbour classification of frozen embeddings, with DINO's settings: cosine, T = 0.07."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from micl_zoo.encoders.encoder import Encoder, Pool
 from micl_zoo.errors import UsageError
 
-from .features import embed_labelled
+from .features import Device, Features, Figures, embed_labelled
 from .labelled import LabelledSet
+from .protocols import Protocol
+from .tables import score
 
-KS = (10, 20, 100, 200)
-TEMPERATURE = 0.07
+KS, TEMPERATURE = Protocol.ks, Protocol.temperature
 QUERY_ROWS, BANK_ROWS = 1024, 65_536  # of one matrix of cosines: 268 MB in float32
 
 Bank = Iterable[tuple[np.ndarray, np.ndarray]]  # pieces: rows (n, D) and their class numbers (n,)
@@ -29,23 +30,23 @@ def knn_predict(
     classes: int,
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> dict[int, np.ndarray]:
-    """The class that the k nearest rows of the bank vote for, for several k from one search.
+    """Classify queries by the votes of the k nearest rows of the bank, for several k from one search.
 
-    A neighbour votes exp(cosine / temperature) for its class. The bank may be larger than memory: it is gone through
-    once, and of each piece only the nearest rows stay.
+    A neighbour votes exp(cosine / temperature) for its class. The bank may be larger than memory: it is read
+    once, and only the nearest rows of each piece stay.
 
     Args:
         bank: pieces of any size and scale; rows are L2-normalised here.
         queries: (N, D), any scale.
-        classes: how many there are; numbers go from 0.
-        ks: neighbours; at most as many as the bank has rows vote.
-        temperature: of the votes.
-        device: that computes.
+        classes: number of classes; labels count from 0.
+        ks: numbers of neighbours; all rows of a smaller bank vote.
+        temperature: temperature of the votes.
+        device: device that computes.
 
     Returns:
-        By k: (N,) int64.
+        Classes (N,) int64 by k.
 
     Raises:
         UsageError: an empty bank, or another width than the queries'.
@@ -89,6 +90,19 @@ def _nearest(
     return torch.cat([kept for kept, _ in best]), torch.cat([named for _, named in best])
 
 
+def measure(train: Features, test: Features, protocol: Protocol, classes: int, device: Device) -> Figures:
+    """Measure the first pool of the features; figures by number of neighbours."""
+    rows = next(iter(train.rows.values()))
+    return measure_bank([(rows, train.labels)], test, protocol, classes, device)
+
+
+def measure_bank(bank: Bank, test: Features, protocol: Protocol, classes: int, device: Device) -> Figures:
+    """Measure as `measure` does, with the training features in pieces that need not fit into memory."""
+    queries, how = next(iter(test.rows.values())), protocol
+    found = knn_predict(bank, queries, classes=classes, ks=how.ks, temperature=how.temperature, device=device)
+    return {str(k): score(predictions == test.labels) for k, predictions in found.items()}
+
+
 def knn_accuracy(
     train: np.ndarray,
     train_labels: np.ndarray,
@@ -98,13 +112,13 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = TEMPERATURE,
 ) -> float:
-    """Share of test rows whose k nearest training rows vote for their label.
+    """Compute the share of test rows whose k nearest training rows vote for their label.
 
     Args:
         train: (M, D), any scale. test: (N, D).
         train_labels: (M,) and test_labels: (N,), whole numbers from 0.
-        k: neighbours; all rows vote where there are fewer.
-        temperature: of the votes.
+        k: number of neighbours; all rows vote where there are fewer.
+        temperature: temperature of the votes.
     """
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     found = knn_predict([(train, train_labels)], test, classes=classes, ks=(k,), temperature=temperature)
@@ -112,6 +126,6 @@ def knn_accuracy(
 
 
 def measure_knn(encoder: Encoder, labelled: LabelledSet, pool: Pool = "cls") -> float:
-    """K-NN accuracy of one pool's features on a set, k = 20, 0 to 1."""
+    """Measure the k-NN accuracy of one pool's features on a set, k = 20, 0 to 1."""
     train, test = (embed_labelled(encoder, part, pools=(pool,)) for part in (labelled.train, labelled.test))
     return knn_accuracy(train.rows[pool], train.labels, test.rows[pool], test.labels)

@@ -18,84 +18,13 @@ from micl_zoo.files import file_sha256
 from micl_zoo.sources.listing import PARQUET_CELL, ImageIndex, index_source
 from micl_zoo.sources.reader import open_parquet, to_path
 
+from ..corpora import CORPORA
+
 Label = str | int
 
 TEST_NAMES = ("test", "val", "valid", "validation")  # the first that has labels
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 ID_COLUMNS = ("id", "path", "file", "filename", "file_name", "image")
-
-
-@dataclass(frozen=True)
-class KnownSet:
-    """What a figure on this set needs, to be comparable.
-
-    Attributes:
-        classes, train, test: how many classes, training images and test images.
-        test_part: name of the part that figures are given for.
-        terms: of its images.
-        sha256: of its files, where this project pins them.
-    """
-
-    classes: int
-    train: int
-    test: int
-    test_part: str
-    terms: str
-    sha256: Mapping[str, str]
-
-
-KNOWN_SETS = {
-    "imagenet-1k": KnownSet(
-        1000, 1_281_167, 50_000, "val", "ImageNet's: non-commercial research and education", sha256={}
-    ),
-    "tin200": KnownSet(
-        200,
-        100_000,
-        5_000,
-        "val",
-        "ImageNet's: non-commercial research and education",
-        sha256={
-            "train-000.parquet": "1f5f482e6c4fd9a765214fc4d44d27c2659528bbec79891fbd22468fc3821a4f",
-            "train-001.parquet": "afd6b6b502400ac32c96213e501ad8fe97962397c86dd0973651f71ee29f620c",
-            "train-002.parquet": "8f61dba4c188f05e0c55e114c4d46d52955d7ad7a45b5d25b38426411fee7c96",
-            "train-003.parquet": "e24d3ad3b0ae799d640cd30ccb6a2966428d46b7b554e32e1dd747ed7f0fd60f",
-            "val.parquet": "8d40dbb9edb6db8e95186f2c58e391077a149b028ccf24b5ef00a32863250982",
-        },
-    ),
-    "caltech101": KnownSet(
-        100,
-        3_000,
-        1_672,
-        "test",
-        "CC BY 4.0",
-        sha256={
-            "train.parquet": "0e0a80f19eb5f628b9f0d06ab252849780c22a304e54fb1721c85d945b13940a",
-            "test.parquet": "2a3945f9871d2b40e3e6aef370eb55259364a0eb3bda8dc451405b67fc49b3ee",
-        },
-    ),
-    "flowers5": KnownSet(
-        5,
-        2_000,
-        800,
-        "test",
-        "unknown; for evaluation only",
-        sha256={
-            "train.parquet": "1eb60a6eb1f2d892ea739df5acc12a4d0de166920c6dacab17a49e40f61f0e3d",
-            "test.parquet": "a8464e57ac3a9c609d4f7387501fa3e6ae046494daa412e13852825affb7c03c",
-        },
-    ),
-    "cifar10": KnownSet(
-        10,
-        5_000,
-        2_000,
-        "test",
-        "none stated by its makers",
-        sha256={
-            "train.parquet": "e22981316064b46bdd138fa031d39f9b0dacc39c0e0c869f01158c5cf52210a2",
-            "test.parquet": "1c0ae13d7dd0ea4dc9a1f9650a8cd3a506789fec46fc40eae7f06476e70efda7",
-        },
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -188,7 +117,7 @@ def _where(place: str) -> tuple[str, str]:
         return f"hf://datasets/{place}", place
     raise SourceError(
         f"no data set at {place!r}: give a folder, a URI, or OWNER/NAME of a data set on the hub. Known sets, by the "
-        f"name of their folder: {', '.join(KNOWN_SETS)}"
+        f"name of their folder: {', '.join(CORPORA)}"
     )
 
 
@@ -233,11 +162,15 @@ def _hashes(index: ImageIndex) -> dict[str, str]:
 
 def _known(name: str, facts: dict[str, Any]) -> str:
     """How this set compares with the known one of its name."""
-    known = KNOWN_SETS.get(name.lower().replace("_", "-").rpartition("/")[2])
+    known = CORPORA.get(name.lower().replace("_", "-").rpartition("/")[2])
     if known is None:
         return "not a known set: compare figures only where the sha256 or the fingerprints are the same"
-    there = {"classes": facts["classes"], "train": facts["train_images_there"], "test": facts["test_images_there"]}
-    differ = [f"{key} {there[key]}, not {getattr(known, key)}" for key in there if there[key] != getattr(known, key)]
+    counts = {
+        "classes": (facts["classes"], known.classes),
+        "train": (facts["train_images_there"], known.images),
+        "test": (facts["test_images_there"], known.test_images),
+    }
+    differ = [f"{part} {there}, not {expected}" for part, (there, expected) in counts.items() if there != expected]
     differ += [f"other bytes in {file}" for file, sha in known.sha256.items() if facts["sha256"].get(file) != sha]
     return "the known set of this name" if not differ else "other than the known set: " + "; ".join(differ)
 

@@ -1,12 +1,12 @@
-"""Linear classifiers on frozen features: a probe with all learning rates at once, logistic regression, few-shot.
+"""Fits linear classifiers to frozen features: a probe with all learning rates at once, logistic regression, few-shot.
 
 Shapes: N images, D width of the features, C classes, L learning rates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from micl_zoo.errors import UsageError
 
+from .features import Device, Features, Figures
 from .labelled import balanced_rows
+from .protocols import Protocol
+from .tables import percent, score
 
-# DINOv2's grid of learning rates, here for a batch of 256, and two more: small sets took its largest.
-LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
-INVERSE_PENALTIES = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # C, 1e-5 to 10
-FEW_SHOT_C = 0.1
 VALIDATION_PART = 5  # one of so many training images chooses the setting
-EPOCHS, BATCH_SIZE, MOMENTUM = 50, 256, 0.9
+BATCH_SIZE, MOMENTUM = 256, 0.9
 
 
 class Chosen(NamedTuple):
@@ -45,13 +44,13 @@ def linear_probe(
     test: np.ndarray,
     *,
     classes: int,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: int = EPOCHS,
+    learning_rates: Sequence[float] = Protocol.learning_rates,
+    epochs: int = Protocol.epochs,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> Chosen:
-    """Softmax regression by SGD with momentum and a cosine schedule, one classifier a learning rate, all at once.
+    """Fit softmax regression by SGD with momentum and a cosine schedule, one classifier per learning rate, all at once.
 
     Features are brought to mean 0 and deviation 1 over the training images, as the BatchNorm without affine of MAE's
     protocol does. The best learning rate on a fifth of the training images is taken once more for all of them; the test
@@ -60,11 +59,11 @@ def linear_probe(
     Args:
         train: (M, D), labels: (M,), test: (N, D).
         classes: C.
-        learning_rates: peaks, for a batch of 256; they are scaled with the batch.
-        epochs: over the training images.
-        batch_size: images a step.
-        seed: of the split and the order.
-        device: that computes.
+        learning_rates: peak rates for a batch of 256; they are scaled with the batch.
+        epochs: epochs over the training images.
+        batch_size: images per step.
+        seed: seed of the split and the order.
+        device: device that computes.
 
     Raises:
         UsageError: fewer training images than a validation split needs.
@@ -88,21 +87,21 @@ def logistic_regression(
     test: np.ndarray,
     *,
     classes: int,
-    inverse_penalties: Sequence[float] = INVERSE_PENALTIES,
+    inverse_penalties: Sequence[float] = Protocol.inverse_penalties,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> Chosen:
-    """Multinomial logistic regression by L-BFGS, C chosen on a fifth of the training images.
+    """Fit multinomial logistic regression by L-BFGS, with C chosen on a fifth of the training images.
 
-    What is minimised is scikit-learn's: half the squared weights plus C times the summed cross-entropy; no penalty on
+    The objective is scikit-learn's: half the squared weights plus C times the summed cross-entropy; no penalty on
     the bias. Features are brought to mean 0 and deviation 1 first. Each C starts from the weights of the one before.
 
     Args:
         train: (M, D), labels: (M,), test: (N, D).
-        classes: how many there are.
+        classes: number of classes.
         inverse_penalties: values of C.
-        seed: of the split.
-        device: that computes.
+        seed: seed of the split.
+        device: device that computes.
 
     Raises:
         UsageError: fewer training images than a validation split needs.
@@ -124,11 +123,11 @@ def few_shot(
     *,
     classes: int,
     shots: int,
-    draws: int = 5,
-    inverse_penalty: float = FEW_SHOT_C,
-    device: str | torch.device = "cpu",
+    draws: int = Protocol.draws,
+    inverse_penalty: float = Protocol.few_shot_c,
+    device: Device = "cpu",
 ) -> list[np.ndarray]:
-    """Predictions (N,) after logistic regression on `shots` images a class, for several draws of them.
+    """Predict classes (N,) by logistic regression on `shots` images per class, for several draws of them.
 
     C is fixed: there is nothing to choose it on. Features are scaled by all training images, whose labels are not used
     for that.
@@ -138,7 +137,7 @@ def few_shot(
     """
     fewest = int(np.bincount(labels, minlength=classes).min())
     if fewest < shots:
-        raise UsageError(f"{shots} images a class asked for, but a class has {fewest} training images")
+        raise UsageError(f"{shots} images per class asked for, but a class has {fewest} training images")
     scaled, asked = standardise(train, test)
     found = []
     for draw in range(draws):
@@ -148,15 +147,57 @@ def few_shot(
     return found
 
 
+def measure_linear(train: Features, test: Features, protocol: Protocol, classes: int, device: Device) -> Figures:
+    """Measure each pool by `linear_probe`; figures by pool."""
+    how = {"learning_rates": protocol.learning_rates, "epochs": protocol.epochs, "seed": protocol.seed}
+    return _by_pool(linear_probe, "lr", train, test, classes=classes, device=device, **how)
+
+
+def measure_logreg(train: Features, test: Features, protocol: Protocol, classes: int, device: Device) -> Figures:
+    """Measure each pool by `logistic_regression`; figures by pool."""
+    how = {"inverse_penalties": protocol.inverse_penalties, "seed": protocol.seed}
+    return _by_pool(logistic_regression, "C", train, test, classes=classes, device=device, **how)
+
+
+def _by_pool(fit: Callable[..., Chosen], setting: str, train: Features, test: Features, **how: Any) -> Figures:
+    figures = Figures()
+    for pool, rows in train.rows.items():
+        found = fit(rows, train.labels, test.rows[pool], **how)
+        validation = percent(max(found.validation.values()))
+        figures[pool] = {**score(found.predictions == test.labels), setting: found.setting, "validation": validation}
+    return figures
+
+
+def measure_few_shot(train: Features, test: Features, protocol: Protocol, classes: int, device: Device) -> Figures:
+    """Measure the first pool by `few_shot`; mean and spread over the draws, by number of shots.
+
+    Where a class has too few images for a number of shots, its figure is the reason: {"left_out": text}.
+    """
+    pool, figures = next(iter(train.rows)), Figures()
+    rows = (train.rows[pool], train.labels, test.rows[pool])
+    how: dict[str, Any] = {"draws": protocol.draws, "inverse_penalty": protocol.few_shot_c, "device": device}
+    for shots in protocol.shots:
+        try:
+            found = few_shot(*rows, classes=classes, shots=shots, **how)
+        except UsageError as error:
+            figures[str(shots)] = {"left_out": str(error)}
+            continue
+        draws = [float((predictions == test.labels).mean()) for predictions in found]
+        spread = float(np.std(draws, ddof=1)) if len(draws) > 1 else 0.0
+        mean = percent(float(np.mean(draws)))
+        figures[str(shots)] = {"accuracy": mean, "spread": percent(spread), "draws": [*map(percent, draws)]}
+    return figures
+
+
 def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-    """Mean 0 and deviation 1 for every feature over the training rows, (N, D); a constant feature becomes 0."""
+    """Bring every feature to mean 0 and deviation 1 over the training rows (N, D); a constant feature becomes 0."""
     mean, deviation = train.mean(0), train.std(0)
     deviation = np.where(deviation > 1e-6 * np.abs(train).max(), deviation, np.inf)
     return [((rows - mean) / deviation).astype(np.float32) for rows in (train, *others)]
 
 
 def validation_split(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit and rows to choose by: a fifth of the training images, classes as even as they come.
+    """Choose rows to fit on, and a fifth of the training images, balanced over the classes, to choose a setting by.
 
     Raises:
         UsageError: fewer than five images.
@@ -175,17 +216,17 @@ def fit_logistic(
     *,
     start: Tensor | None = None,
     iterations: int = 500,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> Tensor:
-    """Weights and, in the last row, biases of a multinomial logistic regression: (D + 1, C).
+    """Fit multinomial logistic regression: weights and, in the last row, biases (D + 1, C).
 
     Args:
         rows: (N, D), labels: (N,).
-        classes: C, of the result's columns.
+        classes: C, columns of the result.
         inverse_penalty: what scikit-learn calls C.
-        start: weights to begin at.
-        iterations: of L-BFGS, at most.
-        device: that computes.
+        start: weights to begin with.
+        iterations: most iterations of L-BFGS.
+        device: device that computes.
     """
     inputs, target = _with_ones(rows, device), torch.from_numpy(labels).to(device)
     shape = (inputs.shape[1], classes)
@@ -214,9 +255,9 @@ def _sgd(
     epochs: int,
     batch_size: int,
     seed: int,
-    device: str | torch.device,
+    device: Device,
 ) -> Tensor:
-    """Weights and, in the last row, biases of one classifier a learning rate: (L, D + 1, C)."""
+    """Fit one classifier per learning rate: weights and, in the last row, biases (L, D + 1, C)."""
     inputs, target = _with_ones(rows, device), torch.from_numpy(labels).to(device)
     batch_size = min(batch_size, len(inputs))
     steps = epochs * (len(inputs) // batch_size)
@@ -236,7 +277,7 @@ def _sgd(
     return weights.unflatten(1, (len(rates), classes)).transpose(0, 1)
 
 
-def _with_ones(rows: np.ndarray, device: str | torch.device) -> Tensor:
+def _with_ones(rows: np.ndarray, device: Device) -> Tensor:
     inputs = torch.from_numpy(rows).to(device)
     return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)  # (N, D + 1)
 
@@ -246,6 +287,6 @@ def _predict(rows: np.ndarray, weights: Tensor) -> np.ndarray:
 
 
 def _best(found: Mapping[float, float]) -> float:
-    """The setting of the highest accuracy; of several, the one in their middle."""
+    """Take the setting with the highest accuracy; of several, the one in their middle."""
     top = [setting for setting, accuracy in found.items() if accuracy == max(found.values())]
     return top[len(top) // 2]

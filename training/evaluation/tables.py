@@ -1,63 +1,60 @@
-"""Records of figures as people want them: as one, as tables, and as a picture."""
+"""Turns records of figures into what people read: one record, tables, a picture, a document from a template."""
 
 from __future__ import annotations
 
+import base64
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from micl_zoo.errors import UsageError
 
+from .protocols import METHODS, Method
+
 RESAMPLES = 10_000  # of the test images, for an interval
+WIDTH = 120  # characters of a line of a document
 
 # Okabe and Ito's, told apart by the colour-blind, and two more
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F")
 
 Results = Mapping[str, Any]  # of one subject on one set, by method
-Column = tuple[str, Callable[[Results], dict[str, Any] | None]]
 
 
-def columns(record: Mapping[str, Any]) -> list[Column]:
-    """Heading and figure of each column that some results of a record have."""
+class Column(NamedTuple):
+    """A column of figures: of one key of a method, or of the pool that the validation images chose."""
+
+    heading: str
+    method: Method
+    key: str
+
+    def find(self, found: Results) -> dict[str, Any] | None:
+        """Take its figure out of the results of a subject on a set."""
+        figures = found.get(self.method.name, {})
+        if not self.method.by_key:
+            return max(figures.values(), key=lambda one: one["validation"], default=None)
+        figure = figures.get(self.key, {})
+        return figure if "accuracy" in figure else None
+
+
+def columns(record: Mapping[str, Any], *, glance: bool = False) -> list[Column]:
+    """List the columns that some results of a record have, in the order of METHODS; at a glance, one per method."""
     every = [found for sets in record["results"].values() for found in sets.values()]
-
-    def at(*keys: str) -> Callable[[Results], dict[str, Any] | None]:
-        def find(found: Results) -> dict[str, Any] | None:
-            value: Any = found
-            for key in keys:
-                value = value.get(key, {})
-            return value if "accuracy" in value else None
-
-        return find
-
-    def best(method: str) -> Callable[[Results], dict[str, Any] | None]:
-        def find(found: Results) -> dict[str, Any] | None:
-            pools = found.get(method, {}).values()
-            return max(pools, key=lambda one: one["validation"], default=None)
-
-        return find
-
-    candidates = [
-        *[(f"k-NN {k}", at("knn", str(k))) for k in _numbers(every, "knn")],
-        ("linear", best("linear")),
-        ("logreg", best("logreg")),
-        *[(f"{n}-shot", at("few-shot", str(n))) for n in _numbers(every, "few-shot")],
-    ]
-    return [(name, find) for name, find in candidates if any(find(found) for found in every)]
-
-
-def _numbers(every: Iterable[Results], method: str) -> list[int]:
-    """Of neighbours or shots, as the keys of their figures say them."""
-    return sorted({int(number) for found in every for number in found.get(method, {})})
+    shown = []
+    for method in METHODS.values():
+        keys = {key for found in every for key in found.get(method.name, {})} if method.by_key else {method.glance}
+        chosen = keys & {method.glance} if glance else keys
+        shown += [Column(method.heading.format(key), method, key) for key in sorted(chosen, key=lambda k: (len(k), k))]
+    return [one for one in shown if any(map(one.find, every))]
 
 
 def rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Results]]:
-    """Set, subject and results, sets first."""
+    """List set, subject and results, sets first."""
     for name in record["data"]:
         for subject, sets in record["results"].items():
             if name in sets:
@@ -65,7 +62,7 @@ def rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str, Results]]:
 
 
 def cell(found: Mapping[str, Any] | None) -> str:
-    """A figure as people read it: with half its interval, or with its spread over draws."""
+    """Write a figure with half its interval, or with its spread over draws."""
     if found is None:
         return "-"
     margin = found["spread"] if "spread" in found else (found["high"] - found["low"]) / 2
@@ -73,21 +70,21 @@ def cell(found: Mapping[str, Any] | None) -> str:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """A record as a Markdown table: a line a set and subject."""
+    """Write a record as a Markdown table, one line per set and subject."""
     return figures(record, columns(record), cell)
 
 
 def figures(
     record: Mapping[str, Any], shown: Sequence[Column], written: Callable[[Mapping[str, Any] | None], str]
 ) -> str:
-    """Some columns of a record as a Markdown table, each figure written in one way; no line without a figure."""
-    lines = [(name, subject, [find(found) for _, find in shown]) for name, subject, found in rows(record)]
+    """Write some columns of a record as a Markdown table, each figure in one way; no line without a figure."""
+    lines = [(name, subject, [one.find(found) for one in shown]) for name, subject, found in rows(record)]
     texts = [[name, subject, *map(written, line)] for name, subject, line in lines if any(line)]
-    return markdown(["data", "features of", *[name for name, _ in shown]], texts)
+    return markdown(["data", "features of", *[one.heading for one in shown]], texts)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in plain text, too."""
+    """Write a Markdown table whose columns line up in plain text, too."""
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
@@ -97,28 +94,55 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def with_interval(found: Mapping[str, Any] | None) -> str:
-    """A figure with the whole of its 95 % interval, or with its spread over draws."""
+    """Write a figure with the whole of its 95 % interval, or with its spread over draws."""
     if found is None or "spread" in found:
         return cell(found)
     return f"{found['accuracy']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
 
 
-def classifier_table(record: Mapping[str, Any]) -> str:
-    """Linear probe and logistic regression of every pool, with what their validation images chose."""
+def pool_table(record: Mapping[str, Any], subject: str) -> str:
+    """Write one subject's figures of every pool, with what the validation images chose, as a Markdown table."""
+    shown = [one.method for one in columns(record) if not one.method.by_key]
     lines = []
-    for name, subject, found in rows(record):
-        linear, logreg = found.get("linear", {}), found.get("logreg", {})
-        for pool in dict.fromkeys([*linear, *logreg]):
-            chosen = [*_choice(linear.get(pool), "lr"), *_choice(logreg.get(pool), "C")]
-            lines.append([name, subject, pool, *chosen])
-    chosen = ["linear", "lr", "validation", "logreg", "C", "validation"]
-    return markdown(["data", "features of", "pool", *chosen], lines)
+    for name, results in record["results"][subject].items():
+        for pool in dict.fromkeys(pool for method in shown for pool in results.get(method.name, {})):
+            figures = [(method.chosen, results.get(method.name, {}).get(pool)) for method in shown]
+            lines.append([name, pool, *(text for key, figure in figures for text in _choice(figure, key))])
+    return markdown(
+        ["data", "pool", *(text for one in shown for text in (one.heading, one.chosen, "validation"))], lines
+    )
 
 
 def _choice(found: Mapping[str, Any] | None, setting: str) -> tuple[str, str, str]:
     if found is None:
         return "-", "-", "-"
     return with_interval(found), f"{found[setting]:.2g}", f"{found['validation']:.1f}"
+
+
+def render(template: Path, **values: Any) -> str:
+    """Fill a Jinja template; in one of HTML, values are escaped.
+
+    Besides Jinja's own filters there are `n`, a number with commas, `g`, a short one, `wrap`, a paragraph of Markdown,
+    `item`, an item of a list, and `png`, an address that holds the picture.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent), autoescape=".html" in template.name, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "png": lambda data: "data:image/png;base64," + base64.b64encode(data).decode(),
+        "n": lambda value: f"{value:,}",
+        "g": lambda value: f"{value:g}",
+        "wrap": lambda text: _filled(text),
+        "item": lambda text: _filled(text, initial_indent="- ", subsequent_indent="  "),
+    }
+    return environment.get_template(template.name).render(values)
+
+
+def _filled(text: str, **indents: str) -> str:
+    return textwrap.fill(str(text), WIDTH, break_long_words=False, break_on_hyphens=False, **indents)  # type: ignore[arg-type]
 
 
 # Several trainings by one recipe.
@@ -128,15 +152,15 @@ T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10
 
 
 def further_run(accuracies: Sequence[float]) -> tuple[float, float] | None:
-    """Where the figure of one more run lies in 95 of 100 cases, of runs that are spread as a normal distribution.
+    """Predict where the figure of one more run lies in 95 of 100 cases, if runs are spread as a normal distribution.
 
     The prediction interval of a single observation: mean ± t s sqrt(1 + 1/n), s the deviation of the n runs.
 
     Args:
-        accuracies: of runs that differ in their seed, on the same test images.
+        accuracies: accuracies of runs that differ in their seed, on the same test images.
 
     Returns:
-        Lower and upper end, in their unit; None of fewer than three runs.
+        Lower and upper end, in their unit; None for fewer than three runs.
     """
     runs = len(accuracies)
     if runs < RUNS_TO_PREDICT:
@@ -146,7 +170,7 @@ def further_run(accuracies: Sequence[float]) -> tuple[float, float] | None:
 
 
 def foretold(accuracies: Sequence[float]) -> list[bool]:
-    """Of each run in turn: whether it lies where the others say that a further run does. Of fewer than four, none."""
+    """Say of each run whether it lies where the others predict a further run; of fewer than four runs, nothing."""
     others = [further_run([*accuracies[:at], *accuracies[at + 1 :]]) for at in range(len(accuracies))]
     return [where[0] <= one <= where[1] for one, where in zip(accuracies, others, strict=True) if where]
 
@@ -157,10 +181,10 @@ CHOICES = ("methods", "pools", "ks", "shots")  # of a protocol: which figures th
 
 
 def merge(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What several records of the same encoder say together: results, data and protocol.
+    """Join the results, data and protocol of several records of the same encoder.
 
     Args:
-        records: by the names of their files.
+        records: records by the names of their files.
 
     Raises:
         UsageError: records that contradict each other, or whose figures are not comparable.
@@ -186,7 +210,7 @@ def _join(there: dict[str, Any], found: Mapping[str, Any], where: str) -> None:
 
 
 def plot(record: Mapping[str, Any], file: Path) -> None:
-    """A record as a picture: a panel a set, a line a method, a dot with its interval a subject.
+    """Draw a record: one panel per set, one line per method, one dot with its interval per subject.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -207,7 +231,7 @@ def plot(record: Mapping[str, Any], file: Path) -> None:
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.set_xlim(left=0)
-    panels[0].set_yticks(range(len(shown)), [heading for heading, _ in shown], fontsize=9)
+    panels[0].set_yticks(range(len(shown)), [one.heading for one in shown], fontsize=9)
     panels[0].invert_yaxis()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(subjects)), fontsize=9, frameon=False)
@@ -217,9 +241,9 @@ def plot(record: Mapping[str, Any], file: Path) -> None:
 
 
 def _draw(panel: Any, found: Results, shown: list[Column], number: int, of: int, subject: str) -> None:
-    """The dots of one subject in one panel, a little above or below the line so that none hides another."""
+    """Draw the dots of one subject in one panel, a little above or below the line so that none hides another."""
     offset = (number - (of - 1) / 2) * 0.7 / max(of, 1)
-    dots = [(place + offset, one) for place, (_, find) in enumerate(shown) if (one := find(found))]
+    dots = [(place + offset, one) for place, column in enumerate(shown) if (one := column.find(found))]
     lows = [one["accuracy"] - one.get("low", one["accuracy"] - one.get("spread", 0)) for _, one in dots]
     highs = [one.get("high", one["accuracy"] + one.get("spread", 0)) - one["accuracy"] for _, one in dots]
     panel.errorbar(
@@ -229,13 +253,13 @@ def _draw(panel: Any, found: Results, shown: list[Column], number: int, of: int,
 
 
 def interval(accuracy: float, images: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval of an accuracy, both 0 to 1.
+    """Compute the 95 % bootstrap interval of an accuracy, both 0 to 1.
 
     Drawing n outcomes of 0 and 1 with replacement gives a binomial count, so that is what is drawn.
 
     Args:
         accuracy: share of hits.
-        images: it was measured on.
+        images: number of images it was measured on.
     """
     counts = np.random.default_rng(0).binomial(images, accuracy, RESAMPLES)
     low, high = np.percentile(counts / images, [2.5, 97.5])
@@ -243,10 +267,10 @@ def interval(accuracy: float, images: int) -> tuple[float, float]:
 
 
 def score(right: np.ndarray) -> dict[str, float]:
-    """Accuracy and its 95 % interval, in percent, of outcomes (N,) that are right or wrong."""
+    """Compute accuracy and its 95 % interval, in percent, of outcomes (N,) that are right or wrong."""
     accuracy = float(right.mean())
     low, high = interval(accuracy, len(right))
-    return {"accuracy": _percent(accuracy), "low": _percent(low), "high": _percent(high)}
+    return {"accuracy": percent(accuracy), "low": percent(low), "high": percent(high)}
 
 
 def need_matplotlib(what: str) -> None:
@@ -259,5 +283,6 @@ def need_matplotlib(what: str) -> None:
         raise UsageError(f'{what} matplotlib: pip install "micl-zoo[train]"') from None
 
 
-def _percent(share: float) -> float:
+def percent(share: float) -> float:
+    """Turn a share into percent with two digits, as records hold them."""
     return round(100 * share, 2)

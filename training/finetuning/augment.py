@@ -5,11 +5,10 @@ Shapes: B images a batch, b of this process's share of it, S side in pixels.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from micl_zoo.images.transform import Transform
 from micl_zoo.sources.listing import Reader
 
 from ..evaluation.labelled import LabelledImages
-from ..pretraining.data import WHOLE, Share, batch_rows, index_blocks, open_loader, or_another
+from ..pretraining.data import WHOLE, Pieces, Share, Streamed, open_loader
 from ..recipes import FineTuneRecipe
 from ..run.order import RefusedImage
 
@@ -110,108 +109,37 @@ def make_augmentation(recipe: FineTuneRecipe, transform: Transform) -> Callable[
     return made
 
 
-@dataclass
-class AugmentedCorpus:
-    """The training part of a labelled set, read, decoded and augmented by worker processes.
+class AugmentedCorpus(Streamed):
+    """The training part of a labelled set, read, decoded and augmented by worker processes."""
 
-    Attributes:
-        images: the training part.
-        transform: of the encoder, for size, filter, mean and deviation.
-        workers: processes; 0 decodes in this one.
-        device: where the batches go.
-        refused: images met so far that could not be decoded; another image of the set took each one's place.
-    """
-
-    images: LabelledImages
-    transform: Transform
-    workers: int
-    device: torch.device
-    refused: list[RefusedImage] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.images.index)
-
-    def index_rows(self, recipe: FineTuneRecipe, step: int) -> Tensor:
-        """Which images of the index a batch takes: (B,)."""
-        return batch_rows(recipe, len(self), step, index_blocks(self.images.index))
+    def __init__(self, images: LabelledImages, transform: Transform, workers: int, device: torch.device) -> None:
+        super().__init__(images.index, workers, device)
+        self.images, self.transform = images, transform
 
     def batches(
         self, recipe: FineTuneRecipe, first_step: int, last_step: int, share: Share = WHOLE
     ) -> Iterator[Pictures]:
-        """Batches number first_step to last_step - 1.
-
-        Raises:
-            SourceError: an image that cannot be decoded, and none of those tried in its place can be.
-        """
-        made, side = _Augmented(self.images, recipe, self.transform, share), self.transform.size
-        numbers = range(first_step * made.pieces, last_step * made.pieces)
-        loader, places = open_loader(made, numbers, self.workers, self.device), made.places
-        for step, *pieces in zip(range(first_step, last_step), *[iter(loader)] * made.pieces, strict=True):
-            pixels = torch.empty(len(places), 3, side, side, device=self.device)
-            labels = torch.empty(len(places), dtype=torch.int64, device=self.device)
-            for piece in pieces:
-                if isinstance(piece, SourceError):
-                    raise piece
-                self.refused += [image for image in dict.fromkeys(piece.refused) if image not in self.refused]
-                at = piece.at.to(self.device)
-                pixels[at] = piece.pixels.to(self.device, non_blocking=True)
-                labels[at] = piece.labels.to(self.device, non_blocking=True)
-            yield Pictures(step, places, pixels, labels)
+        """Yield the batches number first_step to last_step - 1, see `shares`."""
+        pieces = _Augmented(self.images, recipe, self.transform, share)
+        for step, (pixels, labels) in self.shares(pieces, first_step, last_step):
+            yield Pictures(step, pieces.places, pixels, labels)
 
 
-class _Piece(NamedTuple):
-    """A part of this process's share: where in it, the pictures, their classes, and what could not be decoded."""
-
-    at: Tensor
-    pixels: Tensor
-    labels: Tensor
-    refused: list[RefusedImage]
-
-
-class _Augmented(Dataset[_Piece | SourceError]):
-    """Number of a piece, counted from step 0 on, -> its images. Each batch is as many pieces."""
+class _Augmented(Pieces):
+    """Augmented pixels (3, S, S) and the class () of each image."""
 
     def __init__(self, images: LabelledImages, recipe: FineTuneRecipe, transform: Transform, share: Share) -> None:
-        self.images, self.recipe, self.reader = images, recipe, Reader()
-        self.augment = make_augmentation(recipe, transform)
-        self.blocks = index_blocks(images.index)
-        self.places = share_places(recipe.batch_size, share)
-        self.pieces = math.ceil(len(self.places) / PIECE)
+        super().__init__(images.index, recipe, share_places(recipe.batch_size, share), PIECE)
+        self.labels, self.augment = images.labels, make_augmentation(recipe, transform)
 
-    def __getitem__(self, number: int) -> _Piece | SourceError:
-        try:
-            return self._piece(*divmod(number, self.pieces))
-        except SourceError as error:  # as it is: what is raised in a worker arrives as the text of a traceback
-            return error
+    def makers(self, step: int, places: Tensor) -> Iterator[Callable[[bytes, int], tuple[Tensor, ...]]]:
+        """Draw by the place in the batch."""
+        return (partial(self._picture, step, place) for place in places.tolist())
 
-    def _piece(self, step: int, piece: int) -> _Piece:
-        count, refused = len(self.images.index), list[RefusedImage]()
-        rows = batch_rows(self.recipe, count, step, self.blocks)[self.places]
-        parts = rows.argsort().tensor_split(self.pieces)  # as they lie, so that few pieces read a row group
-        found = []
-        for at in parts[piece].tolist():
-            where = (self.recipe.seed, step, int(self.places[at]))
-            found.append(or_another(self._maker(where, refused), int(rows[at]), where, count, refused))
-        pixels, labels = zip(*found, strict=True)
-        return _Piece(parts[piece], torch.stack(pixels), torch.tensor(labels), refused)
-
-    def _maker(
-        self, where: tuple[int, int, int], refused: list[RefusedImage]
-    ) -> Callable[[int], tuple[Tensor, int] | None]:
-        """From a row to its picture for one place of a batch, and its class; None with a line in `refused`."""
-        seed, step, place = where
-
-        def make(row: int) -> tuple[Tensor, int] | None:
-            entry = self.images.index[row]
-            try:
-                image = decode(self.reader.read(entry))
-            except Refused as found:
-                refused.append(RefusedImage(entry.id, found.reason, found.detail))
-                return None
-            with drawing(seed, 4, step, place):
-                return self.augment(image), int(self.images.labels[row])
-
-        return make
+    def _picture(self, step: int, place: int, data: bytes, row: int) -> tuple[Tensor, ...]:
+        image = decode(data)
+        with drawing(self.recipe.seed, 4, step, place):
+            return self.augment(image), torch.tensor(int(self.labels[row]))
 
 
 def resized_batches(

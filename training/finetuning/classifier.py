@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -21,10 +20,9 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.weights import EncoderConfig, save_weights, write_weights
+from micl_zoo.encoders.weights import EncoderConfig, save_weights
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.images.transform import Transform
 
@@ -33,6 +31,8 @@ from ..recipes import FineTuneRecipe
 from ..run.optim import make_layered_optimizer
 from ..run.order import RefusedImage, seeded
 from ..run.ranks import Ranks
+from ..run.step import Step
+from ..run.step import autocast as computing
 from .augment import Pictures, Resized, drawing
 
 TOP = 5  # guesses an image of the second accuracy, told where there are more classes than twice as many
@@ -93,25 +93,21 @@ class GivenDropPath(nn.Module):
         return tokens * kept[:, None, None]
 
 
-class ClassifierStep:
-    """Takes steps: `step(pictures)` changes the weights in place.
-
-    Attributes:
-        model: on its device, under its own names.
-        optimizer: of the recipe.
-        ema: running means of the weights, or None.
-        autocast: dtype of the matrix products, None for that of the weights.
+class ClassifierStep(Step):
+    """Takes steps of a classifier: `step(pictures)` changes the weights in place, see `Step`.
 
     Args:
         model: made by `make_classifier`, on its device.
-        recipe: of the run.
+        recipe: recipe of the run.
         ranks: this process among all.
         autocast: dtype of the matrix products, None for that of the weights.
-        micro_batch: images a forward pass at most; None takes the share whole. The gradients are the same.
+        micro_batch: most images per forward pass; None takes the share whole. The gradients are the same.
 
     Raises:
         UsageError: a batch that does not divide among the processes.
     """
+
+    recipe: FineTuneRecipe
 
     def __init__(
         self,
@@ -122,14 +118,13 @@ class ClassifierStep:
         autocast: torch.dtype | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        world = 1 if ranks is None else ranks.world
-        check_share(recipe, world)
-        self.model, self.recipe, self.autocast = model, recipe, autocast
-        self.micro_batch = micro_batch or recipe.batch_size
+        ranks = ranks or Ranks()
+        check_share(recipe, ranks.world)
+        super().__init__(model, model, recipe, ranks, autocast)
+        self.model, self.micro_batch = model, micro_batch or recipe.batch_size
         self.optimizer = make_layered_optimizer(model, recipe)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         self._drops = [module for module in model.modules() if isinstance(module, GivenDropPath)]
-        self._loss = SoftTargetCrossEntropy()
         self._mixup = Mixup(
             recipe.mixup,
             recipe.cutmix,
@@ -137,25 +132,9 @@ class ClassifierStep:
             label_smoothing=recipe.label_smoothing,
             num_classes=model.num_classes,
         )
-        device = model.cls_token.device
-        own = [device] if device.type == "cuda" else None
-        self._forward = model if world == 1 else DistributedDataParallel(model, own, gradient_as_bucket_view=True)
-
-    def __call__(self, pictures: Pictures) -> Tensor:
-        """One step.
-
-        Returns:
-            Loss () of this share, without gradient and still on the device. The mean over the processes is the batch's.
-        """
-        loss = self.accumulate(pictures)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.model)
-        return loss
 
     def accumulate(self, pictures: Pictures) -> Tensor:
-        """The gradients of one step, without taking it."""
+        """Compute the gradients of one step, without taking it: loss () of this share."""
         with drawing(self.recipe.seed, 5, pictures.step):  # the same shares and boxes on every rank
             pixels, targets = self._mixup(pictures.pixels, pictures.labels)  # (b, 3, S, S), (b, C)
         draws = self._drop_draws(pictures)  # (L, b)
@@ -172,19 +151,12 @@ class ClassifierStep:
     def _piece_loss(self, pixels: Tensor, targets: Tensor, draws: Tensor) -> Tensor:
         for drop, drawn in zip(self._drops, draws, strict=True):
             drop.draws = drawn
-        with torch.autocast(pixels.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            logits = self._forward(pixels)  # (b, C)
-        return cast(Tensor, self._loss(logits.float(), targets))
+        return SoftTargetCrossEntropy()(self._compute(pixels).float(), targets)  # of logits (b, C)
 
     def _drop_draws(self, pictures: Pictures) -> Tensor:
         generator = seeded(self.recipe.seed, 6, pictures.step)
         draws = torch.rand(len(self._drops), self.recipe.batch_size, generator=generator)
         return draws[:, pictures.places].to(pictures.pixels.device, non_blocking=True)
-
-    def _synchronise(self, now: bool) -> AbstractContextManager[None]:
-        """Whether the backward pass in this context averages the gradients over the processes."""
-        wrapped = self._forward
-        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not now else nullcontext()
 
 
 def check_share(recipe: FineTuneRecipe, world: int) -> None:
@@ -245,7 +217,7 @@ def measure_classifier(
     for pixels, labels, bad in batches:
         refused += bad
         if len(pixels):
-            with torch.autocast(pixels.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            with computing(pixels.device, autocast):
                 logits = model(transform.normalise(pixels)).float()  # (n, C)
             guesses = logits.topk(min(TOP, model.num_classes)).indices  # (n, 5)
             hit = guesses == labels[:, None]
@@ -280,7 +252,7 @@ def save_classifier(
     body |= {"num_classes": len(classes), "global_pool": pool, "label_names": list(classes)}
     body["model_args"] = {**config.model_args, "global_pool": pool}
     body["pretrained_cfg"] |= {"num_classes": len(classes), "label_names": list(classes)}
-    return write_weights(folder, state, body, provenance, "float32")
+    return save_weights(folder, state, body, provenance, "float32")
 
 
 def save_backbone(

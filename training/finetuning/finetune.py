@@ -8,27 +8,27 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from micl_zoo.encoders.encoder import Encoder, load
+from micl_zoo.encoders.load import load
 from micl_zoo.encoders.zoo import DEFAULT
-from micl_zoo.errors import SourceError, UsageError
+from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256, write_text
-from micl_zoo.images.transform import Transform
 from micl_zoo.stop import StopRequest
 
 from ..evaluation.labelled import LabelledSet
 from ..pretraining.data import Share, loader_workers
-from ..recipes import FineTuneRecipe, finetune_recipe_for, finetune_smoke_twin, get_finetune_recipe
-from ..run.loop import Clock, Loop, resolve_autocast, weights_of
+from ..recipes import FineTuneRecipe, finetune_recipe_for, get_finetune_recipe, resolve_recipe
+from ..run.loop import Loop, weights_of
 from ..run.order import RefusedImage, steps_per_epoch
 from ..run.ranks import joined
-from ..run.rundir import RunDir, run_record, snapshot
+from ..run.rundir import RunDir, command_text, run_record
+from ..run.step import resolve_autocast
 from .augment import AugmentedCorpus, Pictures, resized_batches
 from .classifier import (
     ClassifierStep,
@@ -59,7 +59,7 @@ def finetune(
     max_steps: int | None = None,
     micro_batch: int | None = None,
 ) -> dict[str, Any] | None:
-    """Fine-tune and test; the same call again goes on from the last checkpoint, on any number of ranks.
+    """Fine-tune and test; the same call again resumes from the last checkpoint, on any number of ranks.
 
     Args:
         data: a labelled set, see `LabelledSet.open`.
@@ -73,7 +73,7 @@ def finetune(
         device: "auto", "cpu", "cuda" or "cuda:N".
         workers: processes that decode for this rank; by default the machine's cores shared among its ranks, 16 at most.
         max_steps: stop after that many steps with a checkpoint, for trying things out.
-        micro_batch: images a forward pass at most; smaller takes less memory and gives the same gradients.
+        micro_batch: most images per forward pass; smaller takes less memory and gives the same gradients.
 
     Returns:
         What result.json holds, or None when `max_steps` came first. The accuracy is that of the last step's weights (of
@@ -87,7 +87,10 @@ def finetune(
     """
     encoder = load(model, weights=weights, device="cpu")
     name = recipe.name if isinstance(recipe, FineTuneRecipe) else recipe or finetune_recipe_for(encoder.embed_dim)
-    recipe = _resolve(recipe or name, overrides, smoke)
+    recipe = resolve_recipe(recipe or name, get_finetune_recipe, overrides, smoke=smoke)
+    options = [("--data", os.fspath(data)), *([("--labels", str(labels))] if labels else []), ("--recipe", name)]
+    subject = shlex.quote(model if weights is None else os.fspath(weights))
+    command = command_text(["micl-zoo eval finetune", subject], options, overrides, smoke)
     with joined(device) as (ranks, target), StopRequest() as stop:
         check_share(recipe, ranks.world)
         most = SMOKE_IMAGES if smoke else None
@@ -97,140 +100,97 @@ def finetune(
         seen = {key: value for key, value in facts.items() if key != "source"}
         if len(set(ranks.gather(json.dumps(seen, sort_keys=True)))) > 1:
             raise SourceError("the ranks do not see the same images and labels: give all machines the same data")
-        command = _command(model, weights, data, labels, name, overrides, smoke)
         record = run_record(recipe, dict(facts), command, target, ranks.world)
         record["encoder"] = {"encoder": encoder.name, "encoder_sha256": encoder.weights_sha256}
-        with RunDir.open(Path(out), record) if ranks.main else RunDir(Path(out), record) as folder:
+        with RunDir.open(Path(out), record, main=ranks.main) as folder:
             if finished := ranks.first(_finished(folder)):
                 return finished
-            autocast, count = resolve_autocast(recipe, target), loader_workers(workers)
-            step = ClassifierStep(
-                make_classifier(encoder, recipe, len(images.classes)).to(target),
-                recipe,
-                ranks,
-                autocast=autocast,
-                micro_batch=micro_batch,
-            )
+            classifier = make_classifier(encoder, recipe, len(images.classes)).to(target)
+            autocast = resolve_autocast(recipe, target)
             loop = _Loop(
-                recipe=recipe,
+                step=ClassifierStep(classifier, recipe, ranks, autocast=autocast, micro_batch=micro_batch),
                 folder=folder,
-                ranks=ranks,
                 stop=stop,
-                clock=Clock(recipe.checkpoint_minutes),
-                model=step.model,
-                optimizer=step.optimizer,
-                ema=step.ema and step.ema.module,
                 steps_per_epoch=per_epoch,
-                step=step,
+                config=dataclasses.replace(encoder.config, name=f"{encoder.name}-finetuned"),
                 images=images,
-                facts=facts,
-                corpus=AugmentedCorpus(images.train, encoder.transform, count, target),
-                encoder=encoder,
+                corpus=AugmentedCorpus(images.train, encoder.transform, loader_workers(workers), target),
             )
-            result = loop.finish() if loop.run(max_steps) else None
-            loop.close()
-            return result
+            return loop.run(max_steps)
 
 
 @dataclass(kw_only=True)
-class _Loop(Loop[Pictures]):
+class _Loop(Loop[Pictures, dict[str, Any]]):
     """Fine-tuning: the steps of a classifier, and tests between them."""
 
-    recipe: FineTuneRecipe
     step: ClassifierStep
+    recipe: FineTuneRecipe = field(init=False)
     images: LabelledSet
-    facts: dict[str, Any]
     corpus: AugmentedCorpus
-    encoder: Encoder
-
-    @property
-    def transform(self) -> Transform:
-        """The encoder's own."""
-        return self.encoder.transform
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Pictures]:
-        """From the training part."""
+        """Augment batches of the training part."""
         return self.corpus.batches(self.recipe, first_step, last_step, Share(self.ranks.rank, self.ranks.world))
 
     def take(self, batch: Pictures) -> Tensor:
-        """The loss; with mixed images there is no accuracy."""
+        """Take a step: the loss; with mixed images there is no accuracy."""
         return self.step(batch).float()[None]
 
     def batch_ids(self, step: int) -> list[str]:
-        """Those of the training part's index."""
+        """Name the images of a batch by the training part's index."""
         return [self.images.train.index[row].id for row in self.corpus.index_rows(self.recipe, step).tolist()]
 
     @property
     def refused(self) -> list[RefusedImage]:
-        """Those of the training part."""
+        """Images of the training part that could not be decoded."""
         return self.corpus.refused
 
-    def test_due(self, steps: int) -> bool:
-        """Every so many epochs; after the last step `finish` does it."""
+    def measure_due(self, steps: int) -> bool:
+        """Test every `eval_epochs`; after the last step `finish` does it."""
         every = max(1, round(self.recipe.eval_epochs * self.steps_per_epoch)) if self.recipe.eval_epochs else 0
         return every > 0 and steps % every == 0 and steps < self.total_steps
 
-    def test(self, steps: int) -> None:
-        """A line of metrics.jsonl."""
+    def measure(self, steps: int) -> None:
+        """Test the weights as they are."""
         self.tested(steps)
 
-    @property
-    def tested_model(self) -> VisionTransformer:
-        """Its weights, or their running means."""
-        return self.step.model if self.step.ema is None else cast(VisionTransformer, self.step.ema.module)
-
     def tested(self, steps: int) -> Tested:
-        """What the classifier makes of the test part, as all ranks know it, and a line of metrics.jsonl."""
-        device, share = self.step.model.cls_token.device, Share(self.ranks.rank, self.ranks.world)
-        batches = resized_batches(self.images.test, self.transform, share, self.corpus.workers, device)
-        found = measure_classifier(self.tested_model, batches, self.transform, self.ranks, autocast=self.step.autocast)
+        """Test the classifier, or its running mean; all ranks know the result, and metrics.jsonl has a line of it."""
+        share, transform = Share(self.ranks.rank, self.ranks.world), self.config.transform
+        device, ema = self.step.vit.cls_token.device, self.step.ema
+        batches = resized_batches(self.images.test, transform, share, self.corpus.workers, device)
+        model = self.step.vit if ema is None else cast(VisionTransformer, ema.module)
+        found = measure_classifier(model, batches, transform, self.ranks, autocast=self.step.autocast)
         shown = {name: one["accuracy"] for name, one in found.scores(len(self.images.classes)).items()}
-        seconds = round(self.clock.seconds(), 1)
-        self.log([{"step": steps, "epoch": self.epoch(steps), "test": shown, "seconds": seconds}])
-        self.clock.measured()
+        self.measured(steps, "test", shown)
         return found
 
     def finish(self) -> dict[str, Any]:
         """Test the last weights, and write encoder/, classifier/, result.json and the record's result."""
-        found = self.tested(self.total_steps)
-        tensors = snapshot(self.model, ema=self.ema, keep=self.ranks.main)
+        found, tensors = self.tested(self.total_steps), self.snapshot()
         result: dict[str, Any] = {}
         if self.ranks.main:
-            self._write_weights(weights_of(tensors, "model" if self.ema is None else "ema"))
+            state, path = weights_of(tensors, "ema" if self.step.ema else "model"), self.folder.path
+            provenance = self.folder.provenance()
+            save_backbone(path / "encoder", state, self.config, self.recipe, provenance)
+            save_classifier(path / "classifier", state, self.config, self.recipe, self.images.classes, provenance)
             result = self._result(found)
-            self.folder.record["result"] = {
-                key: result[key] for key in ("top1", "steps", "images_seen", "hours", "precision")
-            }
+            self.folder.record["result"] = {"top1": result["top1"], **self.totals()}
             self.folder.save_record()
-            write_text(self.folder.path / RESULT_FILE, json.dumps(result, indent=2) + "\n")  # last: it says finished
+            write_text(path / RESULT_FILE, json.dumps(result, indent=2) + "\n")  # last: it says finished
         return self.ranks.first(result)
 
-    def _write_weights(self, state: dict[str, Tensor]) -> None:
-        record, path = self.folder.record, self.folder.path
-        keys = ("recipe", "command", "commit", "versions", "machine", "encoder")
-        provenance = {key: record[key] for key in keys}  # without times: equal runs write equal bytes
-        provenance["data"] = self.facts
-        config = dataclasses.replace(self.encoder.config, name=f"{self.encoder.name}-finetuned")
-        save_backbone(path / "encoder", state, config, self.recipe, provenance)
-        save_classifier(path / "classifier", state, config, self.recipe, self.images.classes, provenance)
-
     def _result(self, found: Tested) -> dict[str, Any]:
-        record, count = self.folder.record, len(self.images.classes)
-        described = {key: record[key] for key in ("encoder", "recipe", "command", "commit", "versions", "machine")}
         return {
-            **found.scores(count),
+            **found.scores(len(self.images.classes)),
             "test_images": len(found.top1),
             "test_refused": [list(image) for image in found.refused],
-            "train_refused": record["data"].get("refused", []),
+            "train_refused": self.folder.record["data"].get("refused", []),
             "classes": list(self.images.classes),
-            "data": self.facts,
-            **described,
+            **self.folder.provenance(),
             "classifier_sha256": file_sha256(self.folder.path / "classifier" / "model.safetensors"),
             "processes": self.ranks.world,
-            "steps": self.total_steps,
-            "images_seen": self.total_steps * self.recipe.batch_size,
-            "precision": "fp32" if self.step.autocast is None else "bf16",
-            "hours": round(self.clock.seconds() / 3600, 3),
+            **self.totals(),
         }
 
 
@@ -248,29 +208,3 @@ def _finished(folder: RunDir) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
-
-
-def _resolve(recipe: FineTuneRecipe | str, overrides: Sequence[str], smoke: bool) -> FineTuneRecipe:
-    if isinstance(recipe, FineTuneRecipe):
-        if overrides:
-            raise UsageError(
-                "overrides change a recipe given by name; change a recipe of your own with dataclasses.replace"
-            )
-        return finetune_smoke_twin(recipe) if smoke else recipe
-    return get_finetune_recipe(recipe, overrides, smoke=smoke)
-
-
-def _command(
-    model: str,
-    weights: str | os.PathLike[str] | None,
-    data: str | os.PathLike[str],
-    labels: Path | None,
-    recipe: str,
-    overrides: Sequence[str],
-    smoke: bool,
-) -> str:
-    options = [("--data", os.fspath(data)), *([("--labels", str(labels))] if labels else [])]
-    options += [("--recipe", recipe), *(("--set", change) for change in overrides)]
-    encoder = shlex.quote(model if weights is None else os.fspath(weights))
-    words = ["micl-zoo eval finetune", encoder, *["--smoke"] * smoke]
-    return " ".join(words + [f"{option} {shlex.quote(word)}" for option, word in options])

@@ -1,4 +1,4 @@
-"""What this machine makes of a recipe: the rate of a training step beside the matrix rate, and the rate of the data."""
+"""Measures a recipe on this machine: the rate of a training step beside the matrix rate, and the rate of the data."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from micl_zoo._version import package_versions
 from micl_zoo.encoders.device import default_workers, resolve_device, usable_cores
 from micl_zoo.progress import progress
 from micl_zoo.sources.listing import index_source
 
 from ..micl import draw_views, kept_patches
 from ..recipes import Recipe, get_recipe
-from ..run.loop import resolve_autocast
 from ..run.optim import set_learning_rate
-from ..run.provenance import code_commit, machine
+from ..run.provenance import made_with
+from ..run.step import resolve_autocast
 from .data import MemoryCorpus, Seen, StreamedCorpus, draw, normalise
 from .plan import step_flops
 from .pretrain import make_model
@@ -38,19 +37,27 @@ CACHED_IMAGES = 4096  # random images in the place of a corpus in memory
 DATA_BATCH = 128  # images a worker prepares at a time
 
 
+class Rates:
+    """Figures of a measurement, the fields of a dataclass."""
+
+    def json(self) -> str:
+        """Write a record: the figures, and what they were measured with."""
+        return json.dumps({**vars(self), **made_with(torch.device("cpu"))}, indent=1)
+
+
 @dataclass(frozen=True)
-class StepRates:
+class StepRates(Rates):
     """Rates of a training step.
 
     Attributes:
         recipe, device, precision, batch_size: what was run.
-        images_per_second: with the preparation of the batches.
-        gflop_per_image: of the model, forward and backward, see `plan.step_flops`.
-        model_tflops: images_per_second times that.
-        matrix_tflops: of a large product of random matrices in the same precision.
+        images_per_second: rate with the preparation of the batches.
+        gflop_per_image: work of the model, forward and backward, see `plan.step_flops`.
+        model_tflops: images_per_second times gflop_per_image.
+        matrix_tflops: rate of a large product of random matrices in the same precision.
         share: model_tflops / matrix_tflops, from 0 to 1 (MFU against the measured rate).
         data_wait: share of the time that preparing batches adds.
-        peak_memory_gib: of the device; on a CPU of the whole process.
+        peak_memory_gib: peak memory of the device; on a CPU of the whole process.
     """
 
     recipe: str
@@ -65,27 +72,21 @@ class StepRates:
     data_wait: float
     peak_memory_gib: float
 
-    def json(self) -> str:
-        """For a record: the figures, and what they were measured with."""
-        return _record(self)
-
     def text(self) -> str:
-        """For a person."""
-        return "\n".join(
-            [
-                f"{self.recipe} on {self.device} in {self.precision}, {self.batch_size} images a step",
-                f"images/s      {self.images_per_second:,.1f}",
-                f"model         {self.model_tflops:,.3f} TFLOP/s "
-                f"({self.images_per_second:,.1f} x {self.gflop_per_image:.2f} GFLOP an image)",
-                f"matrix rate   {self.matrix_tflops:,.3f} TFLOP/s, measured; the step reaches {self.share:.1%} of it",
-                f"data wait     {self.data_wait:.1%} of the time",
-                f"peak memory   {self.peak_memory_gib:.2f} GiB",
-            ]
+        """Write the figures for a person."""
+        rate = f"{self.images_per_second:,.1f}"
+        return (
+            f"{self.recipe} on {self.device} in {self.precision}, {self.batch_size} images per step\n"
+            f"images/s      {rate}\n"
+            f"model         {self.model_tflops:,.3f} TFLOP/s ({rate} x {self.gflop_per_image:.2f} GFLOP per image)\n"
+            f"matrix rate   {self.matrix_tflops:,.3f} TFLOP/s, measured; the step reaches {self.share:.1%} of it\n"
+            f"data wait     {self.data_wait:.1%} of the time\n"
+            f"peak memory   {self.peak_memory_gib:.2f} GiB"
         )
 
 
 @dataclass(frozen=True)
-class DataRates:
+class DataRates(Rates):
     """Rates of the data path.
 
     Attributes:
@@ -105,19 +106,13 @@ class DataRates:
     wanted: float
     cores_wanted: int
 
-    def json(self) -> str:
-        """For a record: the figures, and what they were measured with."""
-        return _record(self)
-
     def text(self) -> str:
-        """For a person."""
-        return "\n".join(
-            [
-                f"{self.recipe}, {self.images:,} images: read, decoded, cut to the visible patches",
-                f"one core      {self.alone:,.1f} images/s",
-                f"{self.workers} workers     {self.together:,.1f} images/s on {self.cores} cores",
-                f"wanted        {self.wanted:,.0f} images/s: {self.cores_wanted} cores like these",
-            ]
+        """Write the figures for a person."""
+        return (
+            f"{self.recipe}, {self.images:,} images: read, decoded, cut to the visible patches\n"
+            f"one core      {self.alone:,.1f} images/s\n"
+            f"{self.workers} workers     {self.together:,.1f} images/s on {self.cores} cores\n"
+            f"wanted        {self.wanted:,.0f} images/s: {self.cores_wanted} cores like these"
         )
 
 
@@ -132,10 +127,10 @@ def bench_step(
     """Train for some seconds on made-up pixels; nothing is written.
 
     Args:
-        recipe: its name.
+        recipe: name of the recipe.
         overrides: "key=value" changes to it.
-        batch_size: images a step; by default the recipe's group, on a GPU halved until it fits, on a CPU 64 at most.
-        seconds: to measure, after the compiler is done.
+        batch_size: images per step; by default the recipe's group, on a GPU halved until it fits, on a CPU 64 at most.
+        seconds: how long to measure, after the compiler is done.
         device: "auto", "cpu", "cuda" or "cuda:N".
     """
     target, chosen = resolve_device(device), get_recipe(recipe, overrides)
@@ -172,32 +167,31 @@ def bench_data(
     """Read, decode and cut images for some seconds, in one process and then in all workers.
 
     Args:
-        recipe: its name.
+        recipe: name of the recipe.
         data: sources of images.
         overrides: "key=value" changes to the recipe.
-        workers: processes; by default one a core, 16 at most.
-        seconds: to measure, half of them for one process.
+        workers: number of processes; by default one per core, 16 at most.
+        seconds: how long to measure, half of it one process alone.
         wanted: images/s that the GPUs take.
     """
     index, cores = index_source(data), usable_cores()
-    count_ = default_workers() if workers is None else workers
+    workers = max(1, default_workers() if workers is None else workers)
     size = max(2, min(DATA_BATCH, len(index)))
     chosen = dataclasses.replace(get_recipe(recipe, overrides), batch_size=size, contrast_batch=0, cache="none")
     rates = []
-    for number in (0, max(1, count_)):
+    for number in (0, workers):
         corpus = StreamedCorpus(index, number, torch.device("cpu"))
         with progress(f"{number or 'no'} workers", round(seconds / 2), unit="s") as tick:
             rates.append(_data_rate(corpus, chosen, seconds / 2, max(1, number), tick))
-    each = rates[1] / min(max(1, count_), cores)
     return DataRates(
         recipe=chosen.name,
         images=len(index),
-        workers=max(1, count_),
+        workers=workers,
         cores=cores,
         alone=round(rates[0], 1),
         together=round(rates[1], 1),
         wanted=wanted,
-        cores_wanted=-(-int(wanted) // max(1, int(each))),
+        cores_wanted=-(-int(wanted) // max(1, int(rates[1] / min(workers, cores)))),
     )
 
 
@@ -219,19 +213,17 @@ def at_a_size_that_fits(recipe: Recipe, size: int, halve: bool, measure: Callabl
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 2) -> float:
-    """FLOP/s of a large product of random matrices, the best of several tries."""
+    """Measure the FLOP/s of a large product of random matrices, the best of several tries."""
     side = MATRIX_SIDE.get(device.type, 2048)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best, stop = 0.0, time.monotonic() + seconds
-    for tries in count():
-        if tries > 3 and time.monotonic() > stop:
-            return best
-        best = max(best, 2 * side**3 / timed(lambda: left @ right, device))
-    raise AssertionError
+    times, stop = list[float](), time.monotonic() + seconds
+    while len(times) < 4 or time.monotonic() < stop:
+        times.append(timed(lambda: left @ right, device))
+    return float(2 * side**3 / min(times))
 
 
 def timed(what: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has done it."""
+    """Measure the seconds until the device has done it."""
     settle(device)
     start = time.perf_counter()
     what()
@@ -246,29 +238,19 @@ def settle(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The card, or the processor and its threads."""
+    """Name the card, or the processor and its threads."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
 
 
 def made_up_patches(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random patches (B, V, K/V, P) uint8 on the host, pinned for a GPU, and their places (B, V, K/V) on the device."""
+    """Make random patches (B, V, K/V, P) uint8 on the host, pinned for a GPU, and places (B, V, K/V) on the device."""
     kept = kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)
-    shape = (recipe.batch_size, recipe.views, kept // recipe.views, 3 * recipe.patch_size**2)
+    shape = (recipe.batch_size, recipe.views, kept // recipe.views, recipe.patch_numbers)
     pixels = torch.randint(256, shape, dtype=torch.uint8)
     views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio, recipe.views)
     return (pixels.pin_memory() if device.type == "cuda" else pixels), views.to(device)
-
-
-def _record(rates: StepRates | DataRates) -> str:
-    made_with = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": code_commit(),
-        "processor": machine(torch.device("cpu"))["processor"],
-        "versions": package_versions(),
-    }
-    return json.dumps({**dataclasses.asdict(rates), **made_with}, indent=1)
 
 
 def _batches(recipe: Recipe, device: torch.device) -> Iterator[Seen]:
@@ -280,7 +262,7 @@ def _batches(recipe: Recipe, device: torch.device) -> Iterator[Seen]:
         yield from corpus.batches(recipe, 0, sys.maxsize)
     pixels, views = made_up_patches(recipe, device)
     for step in count():
-        draws = type(drawn := draw(recipe, step))(*(numbers.to(device, non_blocking=True) for numbers in drawn))
+        draws = draw(recipe, step).to(device)
         yield Seen(step, normalise(pixels.to(device, non_blocking=True), draws, recipe), views)
 
 
@@ -300,8 +282,7 @@ def _step_rates(
         fresh = next(batches)
         step(fresh.patches, fresh.views)
 
-    with_data: list[float] = []
-    without: list[float] = []
+    with_data, without = list[float](), list[float]()
     with progress(recipe.name, round(seconds), unit="s") as tick:
         stop = time.monotonic() + seconds
         while not with_data or time.monotonic() < stop:

@@ -1,4 +1,4 @@
-"""ImageIndex -> training batches: the order and every random draw are pure functions of (seed, epoch or step).
+"""From an ImageIndex to training batches: the order and every random draw are pure functions of (seed, epoch or step).
 
 Shapes: B images, S source size, C crop size, V views, K/V patches a view, P numbers a patch.
 """
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from micl_zoo.encoders.device import default_workers
 from micl_zoo.errors import Refused, SourceError
 from micl_zoo.images.decode import decode, decode_crop
+from micl_zoo.images.transform import statistics
 from micl_zoo.sources.listing import PARQUET_CELL, Entry, ImageIndex, Reader, parquet_row_groups
 
 from ..micl import draw_views, gather_patches
@@ -102,8 +103,12 @@ class Draws(NamedTuple):
     grey: Tensor
 
     def share(self, share: Share) -> Draws:
-        """Those of one process."""
+        """Take those of one process."""
         return Draws(*(share.of(numbers) for numbers in self))
+
+    def to(self, device: torch.device) -> Draws:
+        """Move them to a device."""
+        return Draws(*(numbers.to(device, non_blocking=True) for numbers in self))
 
 
 Blocks = tuple[int, ...] | None
@@ -241,7 +246,7 @@ def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor,
         views (B, V, K/V), where in the crop's grid they are.
     """
     device = batch.images.device
-    draws = Draws(*(numbers.to(device, non_blocking=True) for numbers in draws))
+    draws = draws.to(device)
     pixels = resample(batch, draws.flips, recipe.crop_size, recipe.interpolation)
     views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)
     return normalise(gather_patches(pixels, views, recipe.patch_size), draws, recipe), views
@@ -249,9 +254,8 @@ def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor,
 
 def normalise(patches: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
     """Patches (B, V, K/V, P) of pixels in 0..255 -> normalised, each view with its own colour change."""
-    device = patches.device
     colors = patches.unflatten(3, (3, -1))
-    mean, std = (torch.tensor(v, device=device)[:, None] * 255 for v in (recipe.pixel_mean, recipe.pixel_std))
+    mean, std = (one[:, None] * 255 for one in statistics(recipe.pixel_mean, recipe.pixel_std, patches.device))
     patches = ((colors - mean) / std).flatten(3)
     return change_color(patches, draws) if recipe.view_color else patches
 
@@ -318,14 +322,14 @@ class MemoryCorpus:
 
 
 @dataclass
-class StreamedCorpus:
-    """A large corpus: worker processes read, decode and cut each image; only its visible patches arrive, as uint8.
+class Streamed:
+    """Images that worker processes read and prepare while the training goes on.
 
     Attributes:
         index: the images.
-        workers: processes; 0 decodes in this one.
+        workers: number of processes; 0 decodes in this one.
         device: where the batches go.
-        refused: images met so far that could not be decoded; another image of the corpus took each one's place.
+        refused: images met so far that could not be decoded; another image of the index took each one's place.
     """
 
     index: ImageIndex
@@ -336,30 +340,40 @@ class StreamedCorpus:
     def __len__(self) -> int:
         return len(self.index)
 
-    def index_rows(self, recipe: Recipe, step: int) -> Tensor:
-        """Which images of the index a batch takes: (B,)."""
+    def index_rows(self, recipe: AnyRecipe, step: int) -> Tensor:
+        """Look up which images of the index a batch takes: (B,)."""
         return batch_rows(recipe, len(self), step, index_blocks(self.index))
 
-    def batches(self, recipe: Recipe, first_step: int, last_step: int, share: Share = WHOLE) -> Iterator[Seen]:
-        """Batches number first_step to last_step - 1, on the device.
+    def shares(self, pieces: Pieces, first_step: int, last_step: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """Put the shares of the batches number first_step to last_step - 1 together, on the device.
 
         Raises:
-            SourceError: an image that cannot be decoded, and none of those tried in its place can be.
+            SourceError: an image cannot be decoded, and none of those tried in its place can be.
         """
-        crops = _Crops(self.index, recipe, share)
-        loader = open_loader(
-            crops, range(first_step * crops.pieces, last_step * crops.pieces), self.workers, self.device
-        )
-        for step, *cuts in zip(range(first_step, last_step), *[iter(loader)] * crops.pieces, strict=True):
-            draws = draw(recipe, step).share(share)
-            draws = Draws(*(numbers.to(self.device, non_blocking=True) for numbers in draws))
+        numbers = range(first_step * pieces.count, last_step * pieces.count)
+        loader = open_loader(pieces, numbers, self.workers, self.device)
+        for step, *found in zip(range(first_step, last_step), *[iter(loader)] * pieces.count, strict=True):
+            whole: list[Tensor] = []
+            for piece in found:
+                if isinstance(piece, SourceError):
+                    raise piece
+                self.refused += [image for image in dict.fromkeys(piece.refused) if image not in self.refused]
+                for number, part in enumerate(piece.tensors):
+                    if number == len(whole):
+                        shape = (len(pieces.places), *part.shape[1:])
+                        whole.append(torch.empty(shape, dtype=part.dtype, device=self.device))
+                    whole[number][piece.at.to(self.device)] = part.to(self.device, non_blocking=True)
+            yield step, whole
+
+
+class StreamedCorpus(Streamed):
+    """A large corpus: worker processes read, decode and cut each image; only its visible patches arrive, as uint8."""
+
+    def batches(self, recipe: Recipe, first_step: int, last_step: int, share: Share = WHOLE) -> Iterator[Seen]:
+        """Yield the batches number first_step to last_step - 1, see `shares`."""
+        for step, (pixels,) in self.shares(_Crops(self.index, recipe, share), first_step, last_step):
+            draws = draw(recipe, step).share(share).to(self.device)
             views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)  # (B, V, K/V)
-            pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8, device=self.device)
-            for cut in cuts:
-                if isinstance(cut, SourceError):
-                    raise cut
-                self.refused += [image for image in dict.fromkeys(cut.refused) if image not in self.refused]
-                pixels[cut.places.to(self.device)] = cut.pixels.to(self.device, non_blocking=True)
             yield Seen(step, normalise(pixels, draws, recipe), views)
 
 
@@ -395,61 +409,87 @@ def loader_workers(workers: int | None) -> int:
     return max(1, default_workers() // here) if workers is None else workers
 
 
-class _Cut(NamedTuple):
-    """A piece of this process's share of a batch, of b images.
+class Piece(NamedTuple):
+    """Some images of this process's share of a batch.
 
     Attributes:
-        places: (b,), where in the share they belong.
-        pixels: (b, V, K/V, P) uint8, their visible patches.
-        refused: the images met that could not be decoded.
+        at: (b,), where in the share they belong.
+        tensors: what is made of them, (b, ...) each.
+        refused: images met that could not be decoded.
     """
 
-    places: Tensor
-    pixels: Tensor
+    at: Tensor
+    tensors: list[Tensor]
     refused: list[RefusedImage]
 
 
-class _Crops(Dataset[_Cut | SourceError]):
-    """Number of a piece, counted from step 0 on, -> its images, cut. Each batch is as many pieces."""
+class Pieces(Dataset[Piece | SourceError]):
+    """From the number of a piece, counted from step 0 on, to its images. Each batch has as many pieces.
 
-    def __init__(self, index: ImageIndex, recipe: Recipe, share: Share) -> None:
-        self.index, self.recipe, self.share, self.reader = index, recipe, share, Reader()
+    Attributes:
+        places: (b,), which places of a whole batch are this process's share.
+        count: pieces of a share.
+    """
+
+    def __init__(self, index: ImageIndex, recipe: AnyRecipe, places: Tensor, size: int) -> None:
+        self.index, self.recipe, self.places, self.reader = index, recipe, places, Reader()
         self.blocks = index_blocks(index)
-        self.pieces = math.ceil(recipe.batch_size // share.world / PIECE)
+        self.count = math.ceil(len(places) / size)
 
-    def __getitem__(self, number: int) -> _Cut | SourceError:
+    def __getitem__(self, number: int) -> Piece | SourceError:
         try:
-            return self._cut(*divmod(number, self.pieces))
+            return self._piece(*divmod(number, self.count))
         except SourceError as error:  # as it is: what is raised in a worker arrives as the text of a traceback
             return error
 
-    def _cut(self, step: int, piece: int) -> _Cut:
-        recipe, refused = self.recipe, list[RefusedImage]()
-        rows = self.share.of(batch_rows(recipe, len(self.index), step, self.blocks))
-        places = rows.argsort().tensor_split(self.pieces)[piece]  # as they lie, so that few pieces read a row group
-        draws = Draws(*(numbers[places] for numbers in draw(recipe, step).share(self.share)))
-        views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)  # (b, V, K/V)
-        pixels = torch.empty(*views.shape, 3 * recipe.patch_size**2, dtype=torch.uint8)
-        for at, place in enumerate(places.tolist()):
-            whole_place = self.share.rank * len(rows) + place
-            make = partial(self._crop, draws=draws.crops[at], refused=refused)
-            crop = or_another(make, int(rows[place]), (recipe.seed, step, whole_place), len(self.index), refused)
-            crop = crop[:, ::-1] if draws.flips[at] else crop
-            pixels[at] = torch.from_numpy(_cut_patches(crop, views[at].numpy(), recipe.patch_size))
-        return _Cut(places, pixels, refused)
+    def _piece(self, step: int, piece: int) -> Piece:
+        rows = batch_rows(self.recipe, len(self.index), step, self.blocks)[self.places]
+        at = rows.argsort().tensor_split(self.count)[piece]  # as they lie, so that few pieces read a row group
+        makers, refused = self.makers(step, self.places[at]), list[RefusedImage]()
+        made = []
+        for make, place, row in zip(makers, self.places[at].tolist(), rows[at].tolist(), strict=True):
+            attempt = partial(self._attempt, make, refused=refused)
+            made.append(or_another(attempt, row, (self.recipe.seed, step, place), len(self.index), refused))
+        return Piece(at, [torch.stack(parts) for parts in zip(*made, strict=True)], refused)
 
-    def _crop(self, row: int, draws: Tensor, refused: list[RefusedImage]) -> np.ndarray | None:
-        """(crop_size, crop_size, 3) uint8, or None with a line in `refused`."""
-        entry, side = self.index[row], self.recipe.crop_size
-
-        def box(width: int, height: int) -> Sequence[float]:
-            return crop_boxes(draws[None], torch.tensor([width / height]), self.recipe)[0].tolist()
-
+    def _attempt(
+        self, make: Callable[[bytes, int], tuple[Tensor, ...]], row: int, *, refused: list[RefusedImage]
+    ) -> tuple[Tensor, ...] | None:
+        entry = self.index[row]
         try:
-            return decode_crop(self.reader.read(entry), box, side, self.recipe.interpolation)
+            return make(self.reader.read(entry), row)
         except Refused as found:
             refused.append(RefusedImage(entry.id, found.reason, found.detail))
             return None
+
+    def makers(self, step: int, places: Tensor) -> Iterable[Callable[[bytes, int], tuple[Tensor, ...]]]:
+        """Yield, for each place of a batch, what makes tensors of an image file's bytes and its row."""
+        raise NotImplementedError
+
+
+class _Crops(Pieces):
+    """Visible patches (V, K/V, P) uint8 of each image."""
+
+    recipe: Recipe
+
+    def __init__(self, index: ImageIndex, recipe: Recipe, share: Share) -> None:
+        super().__init__(index, recipe, share.of(torch.arange(recipe.batch_size)), PIECE)
+
+    def makers(self, step: int, places: Tensor) -> Iterator[Callable[[bytes, int], tuple[Tensor, ...]]]:
+        """Draw what to cut out."""
+        draws = Draws(*(numbers[places] for numbers in draw(self.recipe, step)))
+        views = draw_views(draws.noise, self.recipe.mask_ratio, self.recipe.views)  # (b, V, K/V)
+        for crops, flip, seen in zip(draws.crops, draws.flips, views.numpy(), strict=True):
+            yield partial(self._patches, crops, bool(flip), seen)
+
+    def _patches(self, draws: Tensor, flip: bool, views: np.ndarray, data: bytes, _: int) -> tuple[Tensor, ...]:
+        def box(width: int, height: int) -> Sequence[float]:
+            return crop_boxes(draws[None], torch.tensor([width / height]), self.recipe)[0].tolist()
+
+        crop = decode_crop(data, box, self.recipe.crop_size, self.recipe.interpolation)  # (C, C, 3)
+        crop, side, grid = crop[:, ::-1] if flip else crop, self.recipe.patch_size, self.recipe.grid
+        patches = crop.reshape(grid, side, grid, side, 3).transpose(0, 2, 4, 1, 3)  # (down, across, 3, p, p)
+        return (torch.from_numpy(patches[views // grid, views % grid].reshape(*views.shape, -1)),)
 
 
 def or_another(
@@ -459,13 +499,13 @@ def or_another(
     images: int,
     refused: Sequence[RefusedImage],
 ) -> T:
-    """What `make` makes of the image in a row, or of another image where that one cannot be decoded.
+    """Return what `make` makes of the image in a row, or of another image where that one cannot be decoded.
 
     Args:
         make: from a row to what is trained on, or None with a line more in `refused`.
-        row: of the image that is wanted.
+        row: row of the image that is wanted.
         where: seed, step and place in the whole batch, which say what the others are: the same ones in any share.
-        images: rows there are.
+        images: number of rows.
         refused: what `make` could not decode so far.
 
     Raises:
@@ -481,13 +521,6 @@ def or_another(
         f"{damaged.id!r} cannot be trained on ({damaged.reason}: {damaged.detail}), and neither can any of "
         f"{SUBSTITUTES} images tried in its place: look whether the corpus is still there, and whole"
     )
-
-
-def _cut_patches(crop: np.ndarray, views: np.ndarray, patch_size: int) -> np.ndarray:
-    """The visible patches of one crop (C, C, 3): (V, K/V, P), each flattened channel first."""
-    across = crop.shape[1] // patch_size
-    grid = crop.reshape(-1, patch_size, across, patch_size, 3).transpose(0, 2, 4, 1, 3)  # (down, across, 3, p, p)
-    return grid[views // across, views % across].reshape(*views.shape, -1)
 
 
 def _as_it_is(cut: Any) -> Any:

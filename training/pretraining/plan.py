@@ -1,4 +1,4 @@
-"""What a run will cost, from its recipe alone: batch, steps, FLOPs, memory, hours, disk. Nothing is trained.
+"""Works out what a run will cost, from its recipe alone: batch, steps, FLOPs, memory, hours, disk.
 
 V views, T tokens a view (K/V patches and the class token), D width, M = mlp_ratio * D hidden width, L blocks, B images
 that are contrasted with each other, P = 3 * patch_size ** 2 numbers a patch. One multiply-add is 2 FLOPs.
@@ -13,54 +13,41 @@ from typing import NamedTuple
 
 from micl_zoo.errors import UsageError
 
-from ..recipes import Recipe, vit_l16_in1k
-from ..run.order import images_per_process
-from ..run.rundir import KEPT_CHECKPOINTS
+from ..corpora import CORPORA
+from ..recipes import KEPT_CHECKPOINTS, Recipe, vit_l16_in1k
+from ..run.gpus import GPUS, Gpu
+from ..run.order import images_per_process, steps_per_epoch
 
 GIB = 2**30
 USABLE = 0.9  # of a card's memory; the rest is for what is not counted: driver, communication, fragmentation
 LABEL = 11  # columns before the text of a printed line
 Lines = Iterator[tuple[str, str]]  # label and text
 
-PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS, PAPER_IMAGES = 133, 4, 800, 1_281_167  # ViT-L/16, on A100s
-PAPER_TFLOPS = 312.0
+PAPER_HOURS, PAPER_GPUS, PAPER_EPOCHS = 133, 4, 800  # ViT-L/16, on A100s
+PAPER_IMAGES = CORPORA["imagenet-1k"].images
+PAPER_TFLOPS = GPUS[0].bf16_tflops
 CODE_EPOCHS = 200  # default of the authors' code; 800 are from their pre-training text
 
 
 @dataclass(frozen=True)
-class Card:
-    """A GPU by its data sheet.
+class Terms:
+    """Numbers that add up."""
 
-    Attributes:
-        name: as its maker writes it.
-        bf16_tflops: peak of dense bf16 matrix products with fp32 sums, 1e12 FLOP/s.
-        memory_gib: as sold; drivers show up to 7 % less.
-    """
-
-    name: str
-    bf16_tflops: float
-    memory_gib: float
+    @property
+    def total(self) -> float:
+        """Sum of all terms."""
+        return sum(vars(self).values())
 
 
-# NVIDIA's data sheets. Where a sheet gives the rate "with sparsity" (H100 and H200: 1,979; L40S: 733), half of it.
-CARDS = (
-    Card("A100 40GB", 312, 40),
-    Card("A100 80GB", 312, 80),
-    Card("H100 SXM", 989, 80),
-    Card("H200", 989, 141),
-    Card("L40S", 362, 48),
-    Card("RTX 4090", 165, 24),
-)
-
-
-class StepFlops(NamedTuple):
+@dataclass(frozen=True)
+class StepFlops(Terms):
     """FLOPs that the method needs for one image, forward and backward.
 
     Counted are matrix products. Norms, softmax, GELU and the loss's elementwise work are not.
 
     Attributes:
-        patch_embed: of the visible patches; pixels get no gradient, so the backward pass is 1 x the forward one.
-        blocks: the four Linear layers of every block; backward 2 x forward, as for all that follows.
+        patch_embed: embedding of the visible patches; pixels get no gradient, so backward is 1 x forward.
+        blocks: the four Linear layers of every block; backward is 2 x forward, as for all that follows.
         attention: queries x keys and weights x values.
         similarity: an image's row of the B x B matrix of each pair of views.
     """
@@ -70,13 +57,9 @@ class StepFlops(NamedTuple):
     attention: float
     similarity: float
 
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return sum(self)
 
-
-class MemoryEstimate(NamedTuple):
+@dataclass(frozen=True)
+class MemoryEstimate(Terms):
     """Bytes on one GPU at the end of a forward pass, where most is alive.
 
     An estimate, for eager execution with fused attention.
@@ -97,11 +80,6 @@ class MemoryEstimate(NamedTuple):
     activations: float
     loss: float
 
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return sum(self)
-
 
 class CardPlan(NamedTuple):
     """A plan on one kind of card.
@@ -114,7 +92,7 @@ class CardPlan(NamedTuple):
         images_per_second: over all GPUs; what the data must deliver.
     """
 
-    card: Card
+    card: Gpu
     micro_batch: int
     fits: bool
     hours: float
@@ -193,7 +171,7 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the run."""
-        return max(1, round(self.recipe.epochs * self.steps_per_epoch))
+        return self.recipe.total_steps(self.steps_per_epoch)
 
     @property
     def warmup_steps(self) -> int:
@@ -222,8 +200,8 @@ class Plan:
 
     @property
     def cards(self) -> tuple[CardPlan, ...]:
-        """The plan on each of CARDS."""
-        return tuple(_on_card(card, self) for card in CARDS)
+        """The plan on each of GPUS."""
+        return tuple(_on_card(card, self) for card in GPUS)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -268,8 +246,6 @@ def make_plan(
         UsageError: numbers that do not fit each other.
         SourceError: a corpus smaller than one batch.
     """
-    from ..run.order import steps_per_epoch
-
     _check_numbers({"gpus": gpus, "nodes": nodes, "micro_batch": 1 if micro_batch is None else micro_batch}, mfu)
     each = images_per_process(recipe, gpus * nodes)
     share = min(each, recipe.contrast_size)
@@ -307,7 +283,7 @@ def step_flops(recipe: Recipe) -> StepFlops:
     kept, width, depth, views = _kept(recipe), recipe.embed_dim, recipe.depth, recipe.views
     tokens = kept // views + 1
     return StepFlops(
-        patch_embed=2 * 2 * kept * 3 * recipe.patch_size**2 * width,
+        patch_embed=2 * 2 * kept * recipe.patch_numbers * width,
         blocks=3 * depth * 2 * (views * tokens) * _block_matrices(recipe),
         attention=3 * depth * views * 2 * (2 * tokens**2 * width),  # V views x 2 products of 2 T^2 D each
         similarity=3 * math.comb(views, 2) * 2 * recipe.contrast_size * width,
@@ -319,7 +295,7 @@ def parameter_count(recipe: Recipe) -> int:
     width = recipe.embed_dim
     biases = 3 * width + width + _hidden(recipe) + width  # of qkv, proj, fc1, fc2
     block = _block_matrices(recipe) + biases + 4 * width  # and two norms
-    embed = (3 * recipe.patch_size**2 + 1) * width
+    embed = (recipe.patch_numbers + 1) * width
     learned = _positions(recipe) if recipe.positions == "learned" else 0
     return embed + width + recipe.depth * block + 2 * width + learned  # the class token before, a norm after
 
@@ -388,7 +364,7 @@ def _activation_bytes(recipe: Recipe) -> int:
 
 
 def _pixels(recipe: Recipe) -> int:
-    return _kept(recipe) * 3 * recipe.patch_size**2
+    return _kept(recipe) * recipe.patch_numbers
 
 
 def _kept(recipe: Recipe) -> int:
@@ -410,7 +386,7 @@ def _passes(recipe: Recipe, *, chunked: bool) -> float:
     return (3 + chunked + recipe.activation_checkpointing) / 3  # forward 1, backward 2, repeated forwards 1 each
 
 
-def _on_card(card: Card, plan: Plan) -> CardPlan:
+def _on_card(card: Gpu, plan: Plan) -> CardPlan:
     recipe = plan.recipe
     fixed = memory_estimate(recipe, images_per_gpu=0, gpus=plan.world).total + plan.corpus_bytes
     room = USABLE * card.memory_gib * GIB - fixed
@@ -472,8 +448,8 @@ def _length_lines(plan: Plan) -> Lines:
 
 def _network_lines(plan: Plan) -> Lines:
     recipe, flops, views = plan.recipe, plan.flops, plan.recipe.views
-    side = recipe.crop_size // recipe.patch_size
-    patches = f"N = {side} x {side} = {recipe.num_patches}, K = {plan.kept} kept at mask ratio {recipe.mask_ratio:g}"
+    patches = f"N = {recipe.grid} x {recipe.grid} = {recipe.num_patches}"
+    patches += f", K = {plan.kept} kept at mask ratio {recipe.mask_ratio:g}"
     yield "patches", f"{patches}: {views} views x ({plan.kept // views} + class) = {views * plan.view_tokens} tokens"
     if views > 2:
         yield "", f"{math.comb(views, 2)} pairs of views are contrasted, the loss is their mean"
@@ -484,7 +460,7 @@ def _network_lines(plan: Plan) -> Lines:
     yield "compute", f"{flops.total / size:.3g} {unit} an image, forward and backward (a multiply-add is 2) ="
     yield "", _terms(flops, size, ".3g", " + ")
     again = f" x {round(3 * plan.passes)}/3 (forward passes done again)" if plan.passes > 1 else ""
-    yield "", f"x {_count(plan.images_seen)} images{again} = {_flop(plan.total_flops)} in all"
+    yield "", f"x {_count(plan.images_seen)} images{again} = {_scaled(plan.total_flops, 'FLOP', 'EPTG')} in all"
 
 
 def _memory_lines(plan: Plan) -> Lines:
@@ -498,10 +474,10 @@ def _memory_lines(plan: Plan) -> Lines:
 
 
 def _disk_lines(plan: Plan) -> Lines:
-    yield "disk", f"checkpoint: 3 x 4 bytes a parameter (weights, two moments) = {_bytes(plan.checkpoint_bytes)}"
+    yield "disk", f"checkpoint: 3 x 4 bytes a parameter (weights, two moments) = {_scaled(plan.checkpoint_bytes, 'B')}"
     lasting = f" + {plan.lasting_checkpoints} for good" if plan.lasting_checkpoints else ""
-    encoder = f"{_bytes(plan.encoder_bytes)} of encoder in {plan.recipe.save_dtype}"
-    yield "", f"x (last {KEPT_CHECKPOINTS} + 1 being written{lasting}) + {encoder} = {_bytes(plan.disk_bytes)}"
+    encoder = f"{_scaled(plan.encoder_bytes, 'B')} of encoder in {plan.recipe.save_dtype}"
+    yield "", f"x (last {KEPT_CHECKPOINTS} + 1 being written{lasting}) + {encoder} = {_scaled(plan.disk_bytes, 'B')}"
 
 
 def _paper_lines(plan: Plan) -> Lines:
@@ -538,8 +514,8 @@ def _gpus(plan: Plan) -> str:
     return f"{plan.world} GPU{'s' * (plan.world > 1)}"
 
 
-def _terms(terms: StepFlops | MemoryEstimate, size: float, digits: str, between: str) -> str:
-    return between.join(f"{name.replace('_', ' ')} {value / size:{digits}}" for name, value in terms._asdict().items())
+def _terms(terms: Terms, size: float, digits: str, between: str) -> str:
+    return between.join(f"{name.replace('_', ' ')} {value / size:{digits}}" for name, value in vars(terms).items())
 
 
 def _count(number: int) -> str:
@@ -551,11 +527,7 @@ def _time(hours: float) -> str:
     return f"{number:,.1f} {unit}"
 
 
-def _flop(number: float) -> str:
-    size, unit = next(((s, u) for s, u in ((1e18, "E"), (1e15, "P"), (1e12, "T")) if number >= s), (1e9, "G"))
-    return f"{number / size:,.1f} {unit}FLOP"
-
-
-def _bytes(number: float) -> str:
-    size, unit = next(((s, u) for s, u in ((1e9, "G"), (1e6, "M")) if number >= s), (1e3, "k"))
-    return f"{number / size:,.1f} {unit}B"
+def _scaled(number: float, unit: str, prefixes: str = "GMk") -> str:
+    sizes = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+    prefix = next((one for one in prefixes if number >= sizes[one]), prefixes[-1])
+    return f"{number / sizes[prefix]:,.1f} {prefix}{unit}"

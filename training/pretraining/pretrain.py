@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from micl_zoo.encoders.device import has_compiler
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.errors import SourceError, TrainingError, UsageError
+from micl_zoo.encoders.torch_model import TorchModel
+from micl_zoo.errors import SourceError, TrainingError
 from micl_zoo.progress import progress
 from micl_zoo.sources.listing import ImageIndex, SourceLike, index_source
 from micl_zoo.stop import StopRequest
@@ -23,11 +23,12 @@ from micl_zoo.stop import StopRequest
 from ..evaluation.knn import measure_knn
 from ..evaluation.labelled import LabelledSet
 from ..micl import MiCL, init_weights, kept_patches
-from ..recipes import Recipe, get_recipe, smoke_twin
-from ..run.loop import Clock, Line, Loop, resolve_autocast, weights_of
+from ..recipes import Recipe, get_recipe, resolve_recipe
+from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
 from ..run.ranks import Ranks, joined
-from ..run.rundir import RunDir, encoder_config, run_record, snapshot
+from ..run.rundir import RunDir, command_text, encoder_config, run_record, vit_sizes
+from ..run.step import resolve_autocast
 from .data import Corpus, MemoryCorpus, Seen, Share, StreamedCorpus, loader_workers
 from .step import TrainStep
 from .views import views_picture
@@ -52,7 +53,7 @@ def pretrain(
     knn_images: int = 10_000,
     wandb: str | None = None,
 ) -> Path:
-    """Pre-train an encoder; the same call again goes on from the last checkpoint, on any number of ranks.
+    """Pre-train an encoder; the same call again resumes from the last checkpoint, on any number of ranks.
 
     Args:
         recipe: a recipe or its name.
@@ -64,10 +65,10 @@ def pretrain(
         workers: processes that decode for this rank, for a recipe with cache "none"; by default the machine's cores
             shared among its ranks, 16 at most.
         max_steps: stop after that many steps with a checkpoint, for trying things out.
-        micro_batch: images a forward pass at most; smaller takes less memory and gives the same gradients.
+        micro_batch: most images per forward pass; smaller takes less memory and gives the same gradients.
         knn: folders with labelled images, see `LabelledSet.open`, measured while the run goes on.
-        knn_minutes: time between those measurements; there is always one at the end.
-        knn_images: training images of each that neighbours are looked for among.
+        knn_minutes: minutes between those measurements; there is always one at the end.
+        knn_images: number of training images of each set among which neighbours are looked for.
         wandb: project of Weights & Biases that the run is sent to.
 
     Returns:
@@ -79,56 +80,47 @@ def pretrain(
         Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
     """
     name = recipe if isinstance(recipe, str) else recipe.name
-    recipe = _resolve(recipe, overrides, smoke)
+    recipe = resolve_recipe(recipe, get_recipe, overrides, smoke=smoke)
     kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)  # fails before the corpus is read
     with joined(device) as (ranks, target), StopRequest() as stop:
         _check_compiler(recipe, target)
         images_per_process(recipe, ranks.world)
-        probes = (
-            [LabelledSet.open(folder, train_images=knn_images, test_images=max(1, knn_images // 4)) for folder in knn]
-            if ranks.main
-            else []
-        )
+        asked = max(1, knn_images // 4)
+        folders = knn if ranks.main else ()
+        probes = [LabelledSet.open(folder, train_images=knn_images, test_images=asked) for folder in folders]
         index = index_source(data)
         steps_per_epoch(recipe, len(index))  # a corpus smaller than one batch starts no run
         paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
         facts = {"source": " ".join(paths), "images": len(index), "fingerprint": index.fingerprint()}
         if len(set(ranks.gather(facts["fingerprint"]))) > 1:
             raise SourceError("the ranks do not see the same images: give all machines the same data")
-        record = run_record(recipe, facts, _command(name, paths, overrides, smoke), target, ranks.world)
-        with RunDir.open(Path(out), record) if ranks.main else RunDir(Path(out), record) as folder:
+        command = command_text(["micl-zoo train", name], [("--data", path) for path in paths], overrides, smoke)
+        record = run_record(recipe, facts, command, target, ranks.world)
+        with RunDir.open(Path(out), record, main=ranks.main) as folder:
             if finished := ranks.first(folder.finished_encoder):
                 return finished
-
             corpus = _read_corpus(index, recipe, target, workers, ranks)
-            per_epoch = steps_per_epoch(recipe, len(corpus))
             autocast = resolve_autocast(recipe, target)
-            step = TrainStep(make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch)
             loop = _Loop(
-                recipe=recipe,
+                step=TrainStep(make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch),
                 folder=folder,
-                ranks=ranks,
                 stop=stop,
-                clock=Clock(recipe.checkpoint_minutes, knn_minutes),
-                model=step.model.vit,
-                optimizer=step.optimizer,
-                steps_per_epoch=per_epoch,
-                step=step,
+                steps_per_epoch=steps_per_epoch(recipe, len(corpus)),
+                config=encoder_config(recipe),
+                knn_minutes=knn_minutes,
                 index=index,
                 corpus=corpus,
                 probes=probes,
             )
-            made = loop.finish() if loop.run(max_steps, wandb) else folder.path
-            loop.close()
-            return made
+            return loop.run(max_steps, wandb) or folder.path
 
 
 @dataclass(kw_only=True)
-class _Loop(Loop[Seen]):
+class _Loop(Loop[Seen, Path]):
     """Pre-training: the steps of the method, k-NN beside them, and an eye on collapse."""
 
-    recipe: Recipe
     step: TrainStep
+    recipe: Recipe = field(init=False)
     index: ImageIndex
     corpus: Corpus
     probes: list[LabelledSet]
@@ -136,29 +128,31 @@ class _Loop(Loop[Seen]):
     logged = ("loss", "accuracy")
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Seen]:
-        """From the corpus; of the first one a picture is made."""
+        """Cut batches from the corpus, and keep a picture of the first."""
         share = Share(self.ranks.rank, self.ranks.world)
         for seen in self.corpus.batches(self.recipe, first_step, last_step, share):
             if seen.step == first_step:
-                self._picture(seen.patches, seen.views)
+                file = self.folder.path / "views.png"
+                if self.ranks.main and not file.exists():
+                    views_picture(seen.patches, seen.views, self.recipe).save(file)
             yield seen
 
     def take(self, batch: Seen) -> Tensor:
-        """Loss and contrastive accuracy."""
+        """Take a step: loss and contrastive accuracy."""
         loss, accuracy = self.step(batch.patches, batch.views)
         return torch.stack([loss.float(), accuracy])
 
     def batch_ids(self, step: int) -> list[str]:
-        """Those of the index."""
+        """Name the images of a batch by the index."""
         return [self.index[row].id for row in self.corpus.index_rows(self.recipe, step).tolist()]
 
     @property
     def refused(self) -> list[RefusedImage]:
-        """Those of the corpus."""
+        """Images of the corpus that could not be decoded."""
         return self.corpus.refused
 
     def checked(self, lines: list[Line]) -> None:
-        """Stop at collapse."""
+        """Raise at collapse."""
         worst = math.log(self.recipe.contrast_size)
         warm_up = self.total_steps * self.recipe.warmup_epochs / self.recipe.epochs
         for line in lines:
@@ -170,75 +164,51 @@ class _Loop(Loop[Seen]):
                 f"base_lr (--set base_lr={self.recipe.base_lr / 2:g}), a longer warm-up or more images in a new --out."
             )
 
-    def saved(self, steps: int, tensors: dict[str, Tensor]) -> None:
-        """K-NN when it is time for it."""
-        if self.probes and steps and (steps == self.total_steps or self.clock.knn_due()):
-            self._measure(steps, weights_of(tensors))
+    def measure_due(self, steps: int) -> bool:
+        """Measure k-NN by the clock and at the end; who was told to stop has no time for it."""
+        by_clock = self.clock.knn_due() and not self.stop.asked
+        return bool(self.probes) and (steps == self.total_steps or by_clock)
+
+    def measure(self, steps: int) -> None:
+        """Measure k-NN of the weights as they are."""
+        state = weights_of(self.snapshot())
+        if not self.ranks.main:
+            return
+        vit = make_vit(self.recipe)
+        vit.load_state_dict(state)
+        encoder = Encoder(TorchModel(vit), self.config, record=None, weights_sha256=None)
+        encoder.to(self.step.vit.cls_token.device)
+        found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
+        self.measured(steps, "knn", found)
 
     def finish(self) -> Path:
         """Write the record's result and the encoder."""
-        state = snapshot(self.model, keep=self.ranks.main)
-        file = None
+        state, file = weights_of(self.snapshot()), None
         if self.ranks.main:
-            self.folder.record["result"] = {
-                "steps": self.total_steps,
-                "images_seen": self.total_steps * self.recipe.batch_size,
-                "hours": round(self.clock.seconds() / 3600, 3),
-                "precision": "fp32" if self.step.autocast is None else "bf16",
-            }
+            self.folder.record["result"] = self.totals()
             self.folder.save_record()
-            file = self.folder.save_encoder(weights_of(state), self.recipe)
+            file = self.folder.save_encoder(state, self.recipe)
         made = self.ranks.first(file)
         assert made is not None
         return made
 
-    def _measure(self, steps: int, state: dict[str, Tensor]) -> None:
-        vit = make_vit(self.recipe)
-        vit.load_state_dict(state)
-        encoder = Encoder(vit, encoder_config(self.recipe), record=None, weights_sha256=None)
-        encoder.to(self.step.model.vit.cls_token.device)
-        found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
-        self.log([{"step": steps, "epoch": self.epoch(steps), "knn": found, "seconds": round(self.clock.seconds(), 1)}])
-        self.clock.measured()
-
-    def _picture(self, patches: Tensor, views: Tensor) -> None:
-        file = self.folder.path / "views.png"
-        if self.ranks.main and not file.exists():
-            views_picture(patches, views, self.recipe).save(file)
-
 
 def make_vit(recipe: Recipe) -> VisionTransformer:
-    """The timm ViT that a recipe trains, not initialised yet."""
-    return VisionTransformer(
-        img_size=recipe.image_size,
-        patch_size=recipe.patch_size,
-        embed_dim=recipe.embed_dim,
-        depth=recipe.depth,
-        num_heads=recipe.num_heads,
-        mlp_ratio=recipe.mlp_ratio,
-        num_classes=0,
-        weight_init="skip",
-    )
+    """Build the timm ViT that a recipe trains, not initialised yet."""
+    sizes = vit_sizes(recipe)
+    return VisionTransformer(sizes.pop("image_size"), **sizes, num_classes=0, weight_init="skip")
 
 
 def initial_model(recipe: Recipe) -> MiCL:
-    """The method with its ViT, initialised from the recipe's seed, on the CPU: the same weights for every device."""
+    """Initialise the method with its ViT from the recipe's seed, on the CPU: the same weights for every device."""
     vit = make_vit(recipe)
     init_weights(vit, learned_positions=recipe.positions == "learned", generator=seeded(recipe.seed, 2))
-    return MiCL(
-        vit,
-        mask_ratio=recipe.mask_ratio,
-        kappa=recipe.kappa,
-        temperature=recipe.temperature,
-        views=recipe.views,
-        pooled_token=recipe.pooled_token,
-        class_position=recipe.class_position,
-        positions=recipe.positions,
-    )
+    names = ("mask_ratio", "kappa", "temperature", "views", "pooled_token", "class_position", "positions")
+    return MiCL(vit, **{name: getattr(recipe, name) for name in names})
 
 
 def make_model(recipe: Recipe, device: torch.device) -> MiCL:
-    """The method as it is at the first step, on its device, compiled when the recipe says so."""
+    """Make the method as it is at the first step, on its device, compiled when the recipe says so."""
     model = initial_model(recipe).to(device).train()
     model.vit.set_grad_checkpointing(recipe.activation_checkpointing)
     for block in model.vit.blocks:
@@ -246,20 +216,6 @@ def make_model(recipe: Recipe, device: torch.device) -> MiCL:
         if recipe.compile:
             block.compile()  # one by one, so that gradients travel while the blocks before still compute theirs
     return model
-
-
-def _resolve(recipe: Recipe | str, overrides: Sequence[str], smoke: bool) -> Recipe:
-    if overrides and not isinstance(recipe, str):
-        raise UsageError("overrides change a recipe given by name; change a Recipe with dataclasses.replace")
-    if isinstance(recipe, str):
-        return get_recipe(recipe, overrides, smoke=smoke)
-    return smoke_twin(recipe) if smoke else recipe
-
-
-def _command(name: str, paths: list[str], overrides: Sequence[str], smoke: bool) -> str:
-    options = [("--data", path) for path in paths] + [("--set", change) for change in overrides]
-    words = ["micl-zoo train", name, *["--smoke"] * smoke]
-    return " ".join(words + [f"{option} {shlex.quote(word)}" for option, word in options])
 
 
 def _read_corpus(index: ImageIndex, recipe: Recipe, device: torch.device, workers: int | None, ranks: Ranks) -> Corpus:
@@ -272,7 +228,5 @@ def _read_corpus(index: ImageIndex, recipe: Recipe, device: torch.device, worker
 
 
 def _check_compiler(recipe: Recipe, device: torch.device) -> None:
-    """Before anything is written: compiling for the CPU needs a C++ compiler."""
-    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
-    if recipe.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise TrainingError("compile=true needs a C++ compiler, none was found: install one, or --set compile=false")
+    if recipe.compile and device.type == "cpu" and not has_compiler():
+        raise TrainingError("compile=true needs a C++ compiler and none was found: install one, or --set compile=false")

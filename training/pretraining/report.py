@@ -1,19 +1,13 @@
-"""A run folder as one HTML page: charts of its metrics, what the network saw, and every fact of its record.
-
-Shapes: B images, V views, K/V patches a view, P = 3 * p * p numbers a patch of side p, G patches along a side of the
-crop.
-"""
+"""Shows a run folder on one HTML page: charts of its metrics, what the network saw, and every fact of its record."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
 import warnings
 from array import array
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +17,8 @@ from micl_zoo._version import __version__
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import atomic_path, write_text
 
-from ..evaluation.tables import need_matplotlib
+from ..corpora import corpus_text
+from ..evaluation.tables import need_matplotlib, render
 from ..micl import kept_patches
 from ..recipes import Recipe, recorded_recipe
 
@@ -65,12 +60,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     for name, png in files.items():
         with atomic_path(pictures_folder(page) / f"{name}.png") as temporary:
             temporary.write_bytes(png)
-    write_text(page, _page(run, record, recipe, history, charts, pictures, seen))
+    write_text(page, _page(run, record, recipe, history, [(chart, pictures[chart.name]) for chart in charts], seen))
     return page
 
 
 def pictures_folder(page: Path) -> Path:
-    """Beside the page: report/ for report.html, first-report/ for first.html, which may stand beside a run `first`."""
+    """Name the folder beside a page: report/ for report.html, first-report/ for first.html, as `first` may be a run."""
     return page.with_name("report" if page.stem == "report" else f"{page.stem}-report")
 
 
@@ -81,10 +76,10 @@ class History(NamedTuple):
     """What metrics.jsonl holds.
 
     Attributes:
-        columns: (S,) float64 each, one entry a step in the order of steps, NaN where a line lacks the number.
-        knn: per data set, (step, share) pairs.
+        columns: (S,) float64 each, one entry per step in the order of steps, NaN where a line lacks the number.
+        knn: (step, share) pairs by data set.
         events: (step, what, detail).
-        unread: lines that are damaged, a last one that was cut off not counted.
+        unread: number of damaged lines, without a last one that was cut off.
     """
 
     columns: dict[str, np.ndarray]
@@ -94,22 +89,23 @@ class History(NamedTuple):
 
     @property
     def span(self) -> tuple[float, float]:
-        """What all the charts show of the steps, with a little room on both sides."""
+        """Range of steps that all charts show, with a little room on both sides."""
         marked = [step for pairs in self.knn.values() for step, _ in pairs] + [step for step, *_ in self.events]
         newest = max([*self.columns["step"][-1:], *marked, 1])
         return -0.02 * newest, 1.02 * newest
 
+    def finite(self, column: str, steps: int = 0) -> np.ndarray:
+        """Take the numbers of a column, over the last steps or all, without those that are missing."""
+        values = self.columns[column][-steps:]
+        return values[np.isfinite(values)]
+
     def last(self, column: str) -> float:
-        """The newest value of a column; NaN without one."""
-        values = self.columns[column]
-        values = values[np.isfinite(values)]
-        return float(values[-1]) if len(values) else math.nan
+        """Take the newest value of a column; NaN without one."""
+        return float(values[-1]) if len(values := self.finite(column)) else math.nan
 
     def final(self, column: str) -> float:
-        """Mean over the last steps; NaN without one."""
-        values = self.columns[column][-FINAL_STEPS:]
-        values = values[np.isfinite(values)]
-        return float(values.mean()) if len(values) else math.nan
+        """Average a column over the last steps; NaN without one."""
+        return float(values.mean()) if len(values := self.finite(column, FINAL_STEPS)) else math.nan
 
 
 def _read_record(run: Path) -> tuple[dict[str, Any], Recipe]:
@@ -177,14 +173,14 @@ class Chart(NamedTuple):
     """One chart.
 
     Attributes:
-        name: of its PNG file.
-        unit: beside the vertical axis.
-        curves: with at least one point each; none when nothing was measured.
-        caption: under the chart.
-        missing: said instead of a chart without curves.
+        name: name of its PNG file.
+        unit: text beside the vertical axis.
+        curves: curves of at least one point each; none when nothing was measured.
+        caption: text under the chart.
+        missing: text in the place of a chart without curves.
         level: a value to mark, and what it means.
-        from_zero: the vertical axis starts at 0.
-        noisy: a smoothed curve is drawn over the measured one.
+        from_zero: whether the vertical axis starts at 0.
+        noisy: whether a smoothed curve is drawn over the measured one.
     """
 
     name: str
@@ -230,7 +226,7 @@ def _charts(history: History, recipe: Recipe) -> list[Chart]:
         Chart("accuracy", "Contrastive accuracy", "percent", accuracy, pairs, "no accuracy was measured"),
         Chart("knn", "k-NN accuracy", "percent", knn, frozen, "no k-NN was measured", noisy=False),
         Chart("lr", "Learning rate", "", lr, "As set at each step.", "no learning rate was recorded", noisy=False),
-        Chart("rate", "Speed", "images a second", speed, smooth, "no speed was measured"),
+        Chart("rate", "Speed", "images per second", speed, smooth, "no speed was measured"),
         Chart("wait", "Waiting for data", "percent of the time", wait, waiting, "no waiting for data was measured"),
     ]
 
@@ -326,186 +322,39 @@ def _name_curves(figure: Any, chart: Chart, theme: Theme) -> None:
 
 # The page.
 
-STYLE = """
-:root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --ink: #1f2328; --soft: #5b636d; --line: #e1e4e8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #121417; --card: #1b1e23; --ink: #e4e7eb; --soft: #9aa3ad; --line: #31363d; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1 { margin: 0; font-size: 1.7rem; overflow-wrap: anywhere; }
-h2 { margin: 0 0 .5rem; font-size: 1.05rem; }
-p { margin: .3rem 0; }
-section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem;
-  min-width: 0; }
-main > section { margin-top: 1rem; }
-.soft, figcaption { color: var(--soft); font-size: .88rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1rem; margin-top: 1rem; }
-.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem;
-  margin-top: 1rem; }
-figure { margin: 0; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { margin-top: .5rem; }
-.wide { overflow-x: auto; }
-.views img { min-width: 40rem; border-radius: 6px; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem 1.2rem .35rem 0; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
-tr:first-child > * { border-top: 0; }
-th { font-weight: 500; color: var(--soft); white-space: nowrap; }
-.facts { width: 100%; }
-.facts td { width: 100%; overflow-wrap: anywhere; }
-.wide td:not(:last-child) { white-space: nowrap; }
-.wide td:last-child { min-width: 16rem; }
-summary { cursor: pointer; font-weight: 600; }
-details[open] summary { margin-bottom: .5rem; }
-@media (max-width: 30rem) { .facts th, .facts td { display: block; padding-right: 0; } .facts td { border-top: 0;
-  padding-top: 0; } }
-"""
-
 
 def _page(
     run: Path,
     record: dict[str, Any],
     recipe: Recipe,
     history: History,
-    charts: list[Chart],
-    pictures: Mapping[str, tuple[bytes | None, bytes | None]],
+    charts: list[tuple[Chart, tuple[bytes | None, bytes | None]]],
     seen: bytes | None,
 ) -> str:
-    drawn = "".join(_chart_html(chart, *pictures[chart.name]) for chart in charts)
-    title = escape(recipe.name)
-    parts = [
-        f"<h1>{title}</h1><p>{escape(_state(record, recipe, history))}</p>",
-        _tiles_html(record, recipe, history),
-        f'<div class="charts">{drawn}</div>',
-        _views_html(seen, recipe),
-        _section("The run", _rows_html(_facts(run, record, recipe, history))),
-        _knn_html(history),
-        _events_html(history),
-        _refused_html(record),
-        _section("The recipe", f"<details><summary>All its fields</summary>{_rows_html(record['recipe'])}</details>"),
-        f'<p class="soft">Written by micl-zoo {__version__} from run.json, metrics.jsonl and views.png.</p>',
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}: training report</title><style>{STYLE}</style></head>\n"
-        f"<body><main>\n{chr(10).join(part for part in parts if part)}\n</main></body></html>\n"
-    )
-
-
-def _state(record: dict[str, Any], recipe: Recipe, history: History) -> str:
-    taken = _steps_taken(record, history)
-    if "result" in record:
-        return f"A finished pre-training run of {taken:,} steps."
-    images = record.get("data", {}).get("images") or 0
-    total = round(recipe.epochs * (images // recipe.batch_size))
-    return f"A pre-training run that is not finished: {taken:,} of about {total:,} steps are recorded."
-
-
-def _steps_taken(record: dict[str, Any], history: History) -> int:
-    steps = history.columns["step"]
-    return int(record.get("result", {}).get("steps") or (steps[-1] + 1 if len(steps) else 0))
-
-
-def _tiles_html(record: dict[str, Any], recipe: Recipe, history: History) -> str:
-    tiles = {
-        "epochs": _shown(_epochs(record, recipe, history), ".4g"),
-        "hours": _shown(_hours(record, history), ".2f"),
-        "loss": _shown(history.final("loss"), ".3f"),
-        "contrastive accuracy": _shown(100 * history.final("accuracy"), ".1f", " %"),
-        "images a second": _shown(_median_rate(history), ",.0f"),
-    }
-    tiles |= {f"k-NN, {name}": f"{100 * pairs[-1][1]:.1f} %" for name, pairs in history.knn.items()}
-    shown = (f'<div class="tile"><b>{escape(text)}</b><span class="soft">{escape(name)}</span></div>'
-             for name, text in tiles.items())  # fmt: skip
-    return f'<div class="tiles">{"".join(shown)}</div>'
+    data, result, steps = record.get("data", {}), record.get("result", {}), history.columns["step"]
+    rates, waits = history.finite("images_per_second"), history.finite("data_wait")
+    return render(
+        Path(__file__).with_name("report.html.jinja"),
+        folder=run, record=record, data=data, result=result, recipe=recipe, history=history, charts=charts, seen=seen,
+        corpus=corpus_text(recipe.corpus),
+        taken=int(result.get("steps") or (steps[-1] + 1 if len(steps) else 0)),
+        total=round(recipe.epochs * ((data.get("images") or 0) // recipe.batch_size)),
+        epochs=recipe.epochs if result else history.last("epoch"),
+        hours=float(result.get("hours") or history.last("seconds") / 3600),
+        loss=history.final("loss"), accuracy=100 * history.final("accuracy"),
+        rate=float(np.median(rates)) if len(rates) else math.nan,
+        wait=100 * float(waits.mean()) if len(waits) else math.nan,
+        knn={name: (pairs, max(pairs, key=lambda pair: pair[1]), pairs[-1]) for name, pairs in history.knn.items()},
+        view_patches=kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views) // recipe.views,
+        events=[(f"{step:,}", what, detail) for step, what, detail in history.events],
+        resumed=_resumed(record, history),
+        final_steps=FINAL_STEPS, events_marked=EVENTS_MARKED, refused_shown=REFUSED_SHOWN, version=__version__,
+        shown=_shown, joined=_joined, time=_time,
+    )  # fmt: skip
 
 
 def _shown(value: float, spec: str, unit: str = "") -> str:
     return f"{value:{spec}}{unit}" if math.isfinite(value) else "not measured"
-
-
-def _hours(record: dict[str, Any], history: History) -> float:
-    return float(record.get("result", {}).get("hours") or history.last("seconds") / 3600)
-
-
-def _epochs(record: dict[str, Any], recipe: Recipe, history: History) -> float:
-    return recipe.epochs if "result" in record else history.last("epoch")
-
-
-def _median_rate(history: History) -> float:
-    rates = history.columns["images_per_second"]
-    rates = rates[np.isfinite(rates)]
-    return float(np.median(rates)) if len(rates) else math.nan
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _soft(text: str) -> str:
-    return f'<p class="soft">{escape(text)}</p>'
-
-
-def _chart_html(chart: Chart, light: bytes | None, dark: bytes | None) -> str:
-    if light is None or dark is None:
-        return _section(chart.title, _soft(chart.missing))
-    picture = (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_embedded(dark)}">'
-        f'<img src="{_embedded(light)}" alt="{chart.title} by step"></picture>'
-    )
-    return _section(chart.title, f"<figure>{picture}<figcaption>{escape(chart.caption)}</figcaption></figure>")
-
-
-def _embedded(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _views_html(png: bytes | None, recipe: Recipe) -> str:
-    title = "What the network sees"
-    if png is None:
-        return _section(title, _soft("no picture of the views was saved: the run folder has no views.png"))
-    count = recipe.views
-    each = kept_patches(recipe.num_patches, recipe.mask_ratio, count) // count
-    order = "view 1 above, view 2 below" if count == 2 else f"views 1 to {count} from top to bottom"
-    caption = (
-        f"A column is one training image: {order}, {each} of its {recipe.num_patches} patches each. "
-        "They share no patch; what is grey is hidden."
-    )
-    picture = f'<div class="wide views"><img src="{_embedded(png)}" alt="{count} views of each of some images"></div>'
-    return _section(title, f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
-
-
-def _facts(run: Path, record: dict[str, Any], recipe: Recipe, history: History) -> dict[str, object]:
-    """Name and text of each row of the table of the run."""
-    data, result, taken = record.get("data", {}), record.get("result", {}), _steps_taken(record, history)
-    facts: dict[str, object] = {
-        "recipe": f"{recipe.name}, meant for {recipe.corpus}",
-        "folder": run,
-        "data": f"{data.get('source', 'not recorded')}, {data.get('images', 0):,} images",
-        "command": record.get("command"),
-        "commit": record.get("commit"),
-        "machine": _joined(record.get("machine", {})),
-        "versions": _joined(record.get("versions", {})),
-        "precision": result.get("precision", recipe.precision),
-        "started": _time(record.get("started")),
-        "resumed": _resumed(record, history),
-        "finished": "yes" if result else "no",
-        "steps": f"{taken:,}",
-        "epochs": f"{_shown(_epochs(record, recipe, history), '.4g')} of {recipe.epochs:g}",
-        "images seen": f"{result.get('images_seen', taken * recipe.batch_size):,}",
-        "hours": _shown(_hours(record, history), ".3f"),
-        f"loss, last {FINAL_STEPS} steps": _shown(history.final("loss"), ".4f"),
-        f"accuracy, last {FINAL_STEPS} steps": _shown(100 * history.final("accuracy"), ".2f", " %"),
-        "images a second, median": _shown(_median_rate(history), ",.0f"),
-        "waiting for data, mean": _shown(100 * _mean(history.columns["data_wait"]), ".1f", " %"),
-    }
-    if history.unread:
-        facts["metrics.jsonl"] = f"{history.unread:,} damaged lines were left out"
-    return facts
 
 
 def _time(iso: object) -> str:
@@ -521,54 +370,5 @@ def _resumed(record: dict[str, Any], history: History) -> str:
     return "; ".join(changed + ([f"at step {', '.join(steps)}"] if steps else [])) or "never"
 
 
-def _mean(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else math.nan
-
-
 def _joined(facts: Mapping[str, object]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()) or "not recorded"
-
-
-def _rows_html(rows: Mapping[str, object]) -> str:
-    shown = (
-        f"<tr><th>{escape(name)}</th><td>{escape('not recorded' if value is None else str(value))}</td></tr>"
-        for name, value in rows.items()
-    )
-    return f'<table class="facts">{"".join(shown)}</table>'
-
-
-def _table_html(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
-
-
-def _knn_html(history: History) -> str:
-    if not history.knn:
-        return ""  # said where the chart would be
-    rows = []
-    for name, pairs in history.knn.items():
-        best, last = max(pairs, key=lambda pair: pair[1]), pairs[-1]
-        rows.append([name, len(pairs), *(f"{100 * share:.1f} % at step {step:,}" for step, share in (best, last))])
-    return _section("k-NN accuracy", _table_html(["data", "times", "best", "last"], rows))
-
-
-def _events_html(history: History) -> str:
-    if not history.events:
-        return _section("Events", _soft("none: no resume, nothing out of the ordinary"))
-    rows = [(f"{step:,}", what, detail) for step, what, detail in history.events]
-    marked = (
-        "Dotted lines in the charts." if len(rows) <= EVENTS_MARKED else f"Dotted lines: the first {EVENTS_MARKED}."
-    )
-    return _section("Events", _soft(marked) + _table_html(["step", "what", "detail"], rows))
-
-
-def _refused_html(record: dict[str, Any]) -> str:
-    title, refused = "Images that could not be read", record.get("data", {}).get("refused")
-    if refused is None:
-        return _section(title, _soft("not known yet: a run records them at its end"))
-    if not refused:
-        return _section(title, _soft("none"))
-    more = _soft(f"{REFUSED_SHOWN} of {len(refused):,}; run.json has them all.") if refused[REFUSED_SHOWN:] else ""
-    return _section(title, _table_html(["image", "reason", "detail"], refused[:REFUSED_SHOWN]) + more)

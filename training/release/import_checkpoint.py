@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -199,18 +200,11 @@ def _check_state(state: Mapping[str, Tensor], shape: Arch, where: str) -> None:
 
 
 def _expected(shape: Arch) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, as timm names them."""
-    width, patch = shape.embed_dim, shape.patch_size
-    hidden, tokens = round(shape.mlp_ratio * width), 1 + (shape.image_size // patch) ** 2
-    layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
-    layers |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
-    expected: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width), "pos_embed": (1, tokens, width)}
-    expected |= {"patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
-    for block in (f"blocks.{number}" for number in range(shape.depth)):
-        for layer, size in layers.items():
-            expected |= {f"{block}.{layer}.weight": size, f"{block}.{layer}.bias": size[:1]}
-        expected |= {f"{block}.{norm}.{part}": (width,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
-    return expected | {"norm.weight": (width,), "norm.bias": (width,)}
+    """Ask timm for the name and shape of every tensor; nothing is allocated."""
+    architecture, model_args = timm_architecture(**shape.sizes)
+    with torch.device("meta"):
+        vit = timm.create_model(architecture, num_classes=0, **model_args)
+    return {key: tuple(value.shape) for key, value in vit.state_dict().items()}
 
 
 def _config(shape: Arch, name: str | None, license: str) -> EncoderConfig:

@@ -1,4 +1,4 @@
-"""A finished run becomes a repository on the Hugging Face hub: built, loaded back, compared, sent in one commit."""
+"""Publishes a finished run on the Hugging Face hub: builds the folder, loads it back, compares, sends one commit."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from micl_zoo.encoders.encoder import load
+from micl_zoo.encoders.load import load
 from micl_zoo.encoders.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE
-from micl_zoo.encoders.zoo import IN1K, RECORDS, TIN200, OnnxFile, Record
+from micl_zoo.encoders.zoo import RECORDS, OnnxFile, Record
 from micl_zoo.errors import ExportError, UsageError, WeightsError
 from micl_zoo.files import atomic_folder, file_sha256, write_text
 
@@ -30,7 +30,7 @@ from .card import one_card
 from .trained import Trained, of_run, write_run_record
 
 CARD_FILE, DRIFT_FILE, RECORDS_FOLDER = "README.md", "model.json", "records"
-SUFFIXES = {".safetensors", ".onnx", ".json", ".jsonl", ".md", ".png"}  # of all that may go up
+FILES = {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, ONNX_FILE, DRIFT_FILE}  # beside the records, all that may go up
 NO_COMMIT = "<commit>"  # in the row, before there is one
 TIMM_TOLERANCE = 1e-5  # the same network in float32
 ONNX_DIFFERENCE, ONNX_COSINE = 1e-4, 0.99999  # of embeddings of unit length, as `micl-zoo export` holds fp32 to
@@ -44,12 +44,13 @@ Export = Callable[..., object]  # of `micl_zoo.export.to_onnx` weights= and out=
 
 @dataclass(frozen=True)
 class LoadedBack:
-    """What came of loading the folder again.
+    """What loading the folder again gave.
 
     Attributes:
-        images: that were embedded.
+        images: number of images embedded.
         timm: largest difference of a number between timm and micl_zoo.
-        onnx: and of a number of unit-length embeddings between ONNX Runtime and micl_zoo, where there is an ONNX file.
+        onnx: largest difference of a number of unit-length embeddings between ONNX Runtime and micl_zoo, or None
+            without an ONNX file.
     """
 
     images: int
@@ -68,11 +69,11 @@ class Publication:
 
     Attributes:
         repo: OWNER/NAME on the hub.
-        folder: with what is in the repository.
-        files: their bytes, by name.
+        folder: local folder with what is in the repository.
+        files: sizes in bytes by name.
         loaded_back: see `LoadedBack`.
-        record: the row for the table of encoders.
-        url: of the commit; of the repository where nothing was sent.
+        record: row for the table of encoders.
+        url: address of the commit, or of the repository where nothing was sent.
         commit: all 40 digits; None where nothing was sent.
     """
 
@@ -86,11 +87,11 @@ class Publication:
 
     @property
     def row(self) -> str:
-        """The record as it goes into micl_zoo/zoo.py."""
+        """Row for the table in micl_zoo/encoders/zoo.py."""
         return row_text(self.record)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON holds it."""
+        """Everything, as JSON holds it."""
         return {**dataclasses.asdict(self), "folder": str(self.folder), "row": self.row}
 
 
@@ -109,17 +110,17 @@ def publish(
 
     Args:
         run: folder that `train` wrote.
-        repo: OWNER/NAME on the hub, made where there is none.
+        repo: OWNER/NAME on the hub, made if missing.
         export: `micl_zoo.export.to_onnx`; None leaves the ONNX file out.
         measured: records of `micl-zoo eval all`, and the result.json of `eval finetune`.
-        out: folder to build, by default RUN/hub; one that is there is replaced when the new one is whole.
-        private: make the repository a private one; one that is there stays what it is.
-        message: of the commit.
-        dry_run: all but the sending; needs neither a token nor a network.
+        out: folder to build, by default RUN/hub; an older one is replaced when the new one is whole.
+        private: make the repository private; an existing one stays as it is.
+        message: commit message.
+        dry_run: build and check, but send nothing; needs neither a token nor a network.
 
     Raises:
-        TrainingError: no run, or one that has not come to its end.
-        UsageError: a repository's name that cannot be, a smoke twin, records of other weights, or no token.
+        TrainingError: no run, or one that is not finished.
+        UsageError: an impossible repository name, a smoke twin, records of other weights, or no token.
         ExportError: what was loaded back does not embed as the encoder does; nothing is sent, an older folder stays.
         WeightsError: the hub refused it or was not reached; the folder stays.
     """
@@ -157,8 +158,8 @@ def _check_sending(trained: Trained, repo: str) -> None:
 
     if trained.name.endswith(".smoke"):
         raise UsageError(
-            f"{trained.name} is a recipe's small twin, whose weights are worth nothing: nobody should find them on the "
-            "hub. Train the recipe itself, or see what would go up with --dry-run"
+            f"{trained.name} is a smoke-test recipe; its weights are not meant for publication. Train the recipe "
+            "itself, or see what would go up with --dry-run"
         )
     if get_token() is None:
         raise UsageError(
@@ -172,17 +173,16 @@ def _check_folder(folder: Path) -> None:
     """Only what an earlier call built may be replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    ours = {CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, ONNX_FILE, DRIFT_FILE, RECORDS_FOLDER}
     there = {child.name for child in folder.iterdir()} if folder.is_dir() else set()
-    if not {CARD_FILE, RECORDS_FOLDER} <= there or there - ours:
-        raise UsageError(f"{str(folder)!r} is there and was not built by publish: give a new or empty folder by --out")
+    if not {CARD_FILE, RECORDS_FOLDER} <= there or there - {*FILES, RECORDS_FOLDER}:
+        raise UsageError(f"{str(folder)!r} exists and was not built by publish: give a new or empty folder by --out")
 
 
 # The folder.
 
 
 def _build(trained: Trained, run: Path, folder: Path, export: Export | None, repo: str) -> None:
-    """Weights and config as they are, the ONNX file, the records, and a card of all that."""
+    """Write weights and config as they are, the ONNX file, the records, and a card of all that."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(run / "encoder" / name, folder / name)
     if export is not None:
@@ -212,7 +212,7 @@ def _build(trained: Trained, run: Path, folder: Path, export: Export | None, rep
 
 
 def _named(stem: str, files: Iterable[str]) -> dict[str, str]:
-    """Names for records, by the files they come from: as they would have in training/records/."""
+    """Name records by the files they come from, as in training/records/."""
     return {file: f"{stem}{f'-{number}' if number > 1 else ''}.json" for number, file in enumerate(files, start=1)}
 
 
@@ -221,9 +221,9 @@ def _renamed(records: Mapping[str, dict[str, Any]], names: Mapping[str, str]) ->
 
 
 def _names(folder: Path) -> list[str]:
-    """Every file of the folder, by its name in the repository."""
+    """List every file of the folder by its name in the repository."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    assert {Path(name).suffix for name in names} <= SUFFIXES, names
+    assert all(name in FILES or name.startswith(f"{RECORDS_FOLDER}/") for name in names), names
     return names
 
 
@@ -239,8 +239,8 @@ def check(folder: Path, sha256: str) -> LoadedBack:
     """Load a hub folder in every way that people will, and compare.
 
     Args:
-        folder: with `model.safetensors` and `config.json`, and `model.onnx` if there is one.
-        sha256: that the weights should have.
+        folder: folder with `model.safetensors`, `config.json` and perhaps `model.onnx`.
+        sha256: checksum that the weights should have.
 
     Raises:
         ExportError: other bytes, or embeddings that are not those of micl_zoo.
@@ -262,7 +262,7 @@ def check(folder: Path, sha256: str) -> LoadedBack:
 
 
 def _by_timm(folder: Path, images: Sequence[Image.Image]) -> np.ndarray:
-    """By timm alone, with the transform that it reads from config.json: (images, D)."""
+    """Embed by timm alone, with the transform that it reads from config.json: (images, D)."""
     if tuple(map(int, re.findall(r"\d+", timm.__version__)[:3])) < LOCAL_TIMM:
         wanted = ".".join(map(str, LOCAL_TIMM))
         raise UsageError(f"to load the folder back takes timm {wanted} or newer, here is {timm.__version__}: update it")
@@ -274,7 +274,7 @@ def _by_timm(folder: Path, images: Sequence[Image.Image]) -> np.ndarray:
 
 
 def _onnx_difference(folder: Path, images: Sequence[Image.Image], rows: np.ndarray) -> float:
-    """The largest one, of embeddings of unit length (images, D)."""
+    """Find the largest difference of embeddings of unit length (images, D)."""
     found = load(weights=folder, backend="onnx", device="cpu").embed(images)
     difference, cosine = float(np.abs(rows - found).max()), float((rows * found).sum(1).min())
     if not (difference <= ONNX_DIFFERENCE and cosine >= ONNX_COSINE):
@@ -287,7 +287,7 @@ def _onnx_difference(folder: Path, images: Sequence[Image.Image], rows: np.ndarr
 
 
 def _pictures() -> list[Image.Image]:
-    """Smooth fields of colours in several sizes, the same at every call."""
+    """Make smooth fields of colours in several sizes, the same at every call."""
     random = np.random.default_rng(0)
     coarse = [Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)) for _ in range(4)]
     sizes = ((320, 240), (240, 320), (256, 256), (500, 333))
@@ -326,12 +326,12 @@ def send(folder: Path, repo: str, *, private: bool, message: str) -> tuple[str, 
 
 
 def _replaced(name: str) -> bool:
-    """A file that would contradict other weights."""
+    """Whether a file would contradict other weights."""
     return name in (ONNX_FILE, DRIFT_FILE) or name.startswith(f"{RECORDS_FOLDER}/")
 
 
 def _refusal(error: Exception, repo: str) -> str:
-    """What the hub, or the way to it, has against it."""
+    """Say why the hub refused, or was not reached."""
     from huggingface_hub import constants
 
     owner = repo.partition("/")[0]
@@ -359,14 +359,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def make_record(trained: Trained, repo: str, onnx: OnnxFile | None) -> Record:
-    """What the table of encoders says of it, before there is a commit."""
+    """Make the row for the table of encoders, before there is a commit."""
     there, data = RECORDS.get(trained.name), trained.run["data"]
     parameters = parameter_count(trained.recipe) + frozen_count(trained.recipe)
     summary = f"ViT, {parameters / 1e6:.1f} M parameters, trained on {data['images']:,} images"
     figures = merge(trained.evaluations)["results"].get(trained.name, {})
     return Record(
         name=trained.name,
-        summary=there.summary.removesuffix("; no weights published yet") if there else summary,
+        summary=there.summary if there else summary,
         recipe=trained.recipe.name,
         corpus=trained.recipe.corpus if trained.corpus else f"{data['images']:,} images of one's own",
         license=trained.license,
@@ -384,14 +384,12 @@ def make_record(trained: Trained, repo: str, onnx: OnnxFile | None) -> Record:
 
 
 def row_text(record: Record) -> str:
-    """A record in the style of micl_zoo/zoo.py, to be pasted there."""
+    """Write a record as source text for micl_zoo/encoders/zoo.py."""
     return f"    {_source(record, 4)},"
 
 
 def _source(value: object, indent: int) -> str:
-    """A value as source text, from which defaults are left out."""
-    if value in (TIN200, IN1K):
-        return "TIN200" if value == TIN200 else "IN1K"
+    """Write a value as source text, without defaults."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):

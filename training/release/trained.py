@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from micl_zoo.encoders.weights import WEIGHTS_FILE, local_weights, not_published
+from micl_zoo.encoders.hub import not_published
+from micl_zoo.encoders.weights import WEIGHTS_FILE, local_weights
 from micl_zoo.encoders.zoo import OnnxFile, Record, find_record
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256, write_text
 from micl_zoo.images.transform import Transform
 
+from ..corpora import CORPORA, Corpus
 from ..recipes import Recipe, record_differences, recorded_recipe
-from .corpora import CORPORA, Corpus
 
 RECORDS_FOLDER = Path(__file__).parents[1] / "records"
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
@@ -61,7 +62,6 @@ class Trained:
         onnx: the same weights as an ONNX file that is published with them, and onnx_file: where, as the card names it.
         evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
         export, upright: records of benchmarks/export.py and benchmarks/upright.py.
-        rivals, ablations: records of benchmarks/rivals.py, by file.
     """
 
     name: str
@@ -79,8 +79,6 @@ class Trained:
     finetunings: dict[str, dict[str, Any]] = field(default_factory=dict)
     export: dict[str, Any] | None = None
     upright: dict[str, Any] | None = None
-    rivals: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ablations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         measured = {file: one["encoder"]["weights_sha256"] for file, one in self.evaluations.items()}
@@ -115,13 +113,54 @@ class Trained:
     @property
     def corpus(self) -> Corpus | None:
         """Of a run on the images that its recipe is for; None where the images are the user's own."""
-        corpus = CORPORA.get(self.run["recipe"]["corpus"])
+        corpus = CORPORA.get(self.recipe.corpus)
         return corpus if corpus and corpus.images == self.run["data"]["images"] else None
 
     @property
     def recipe(self) -> Recipe:
-        """Of the run, whichever version wrote it."""
+        """Recipe of the run, whichever version wrote it."""
         return recorded_recipe(self.run)
+
+    @property
+    def made(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Every record: what it is of, its file, its content."""
+        yield "training", self.run_file, self.run
+        yield from (("evaluation", file, one) for file, one in self.evaluations.items())
+        for again in self.repeats:
+            yield "training again", again.file, again.run
+            yield "evaluation", again.evaluation_file, again.evaluation
+        yield from (("fine-tuning", file, one) for file, one in self.finetunings.items())
+        for what, name in (("ONNX", "export"), ("orientations", "upright")):
+            if record := getattr(self, name):
+                yield what, f"{self.name}.{name}.json", record
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Records of benchmarks/rivals.py on one question, by file."""
+
+    what: str
+    title: str
+    records: dict[str, dict[str, Any]]
+    about: str = ""
+
+    @property
+    def arms(self) -> dict[str, str]:
+        """Name and description of every arm."""
+        return {name: arm["trained"] for record in self.records.values() for name, arm in record["arms"].items()}
+
+
+def comparisons(records: Path | None = None) -> list[Comparison]:
+    """Read the records in which the same ViT was trained in several ways; none where there are none."""
+    folder, base = (
+        records or RECORDS_FOLDER,
+        "Each arm but `micl-paper` is `micl-ours` with what its line says changed.",
+    )
+    found = (
+        Comparison("other methods", "MiCL beside other methods", _read_all(folder, "rivals*.json")),
+        Comparison("one thing changed", "MiCL with one thing changed", _read_all(folder, "ablations*.json"), base),
+    )
+    return [one for one in found if one.records]
 
 
 def published(name: str, records: Path | None = None) -> Trained:
@@ -150,8 +189,6 @@ def published(name: str, records: Path | None = None) -> Trained:
         finetunings=_read_all(records, f"{entry.name}.finetune*.json"),
         export=_read_if_there(records / f"{entry.name}.export.json"),
         upright=_read_if_there(records / f"{entry.name}.upright.json"),
-        rivals=_read_all(records, "rivals*.json"),
-        ablations=_read_all(records, "ablations*.json"),
     )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from micl_zoo.errors import SourceError, UsageError
 
 from ..recipes import AnyRecipe, Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 
 def images_per_process(recipe: Recipe, world: int) -> int:
@@ -54,7 +56,9 @@ class RefusedImage(NamedTuple):
 
 
 def seeded(*parts: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all the parts and nothing else."""
+    """Make a CPU generator whose stream depends on all the parts and nothing else."""
+    import torch  # here, because plans and cards need the rest without it
+
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 

@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import json
 import logging
+import shlex
 import shutil
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,18 +17,17 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, save_weights
-from micl_zoo.encoders.zoo import RECORDS, timm_architecture
+from micl_zoo.encoders.weights import HEADER_KEY, WEIGHTS_FILE, EncoderConfig, recipe_config, save_weights
 from micl_zoo.errors import TrainingError
 from micl_zoo.files import atomic_path, file_sha256, lock_folder, write_text
-from micl_zoo.images.transform import Transform
 
-from ..recipes import AnyRecipe, Recipe, record_differences
+from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, record_differences
 from .provenance import code_commit, machine
+from .step import Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,9 +38,9 @@ class RunDir:
     """The folder of one run.
 
     Attributes:
-        path: the folder.
-        record: what run.json holds.
-        keep_steps: a checkpoint after a multiple of so many steps stays for good; 0 is none.
+        path: path of the folder.
+        record: content of run.json.
+        keep_steps: a checkpoint after a multiple of so many steps stays for good; 0 keeps none.
     """
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
@@ -63,34 +64,34 @@ class RunDir:
                 self._lock.close()
 
     @classmethod
-    def open(cls, path: Path, record: dict[str, Any]) -> RunDir:
-        """Start a run folder, or go on with the one that is there.
+    def open(cls, path: Path, record: dict[str, Any], *, main: bool = True) -> RunDir:
+        """Start a run folder, or go on with the one that is there; a rank that does not write only knows the path.
 
         Raises:
             TrainingError: the folder holds a run of another recipe or other data, or other files; or it is in use.
         """
-        file = path / "run.json"
-        if file.exists():
-            there = json.loads(file.read_text(encoding="utf-8"))
-            if differences := record_differences(there, record):
-                raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
-            run = cls(path, there)
-            run.lock()
-            where = {key: record[key] for key in ("commit", "versions", "machine", "processes")}
-            if where != {key: there.get(key) for key in where}:
-                there.setdefault("resumed", []).append({**where, "started": record["started"]})
-                run.save_record()
-            return run
-        if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
-            raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
         run = cls(path, record)
+        if not main:
+            return run
+        if (there := read_run(path)) is None:
+            if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
+                raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
+            run.lock()
+            run.save_record()
+            return run
+        if differences := record_differences(there, record):
+            raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
+        run.record = there
         run.lock()
-        run.save_record()
+        where = {key: record[key] for key in ("commit", "versions", "machine", "processes")}
+        if where != {key: there.get(key) for key in where}:
+            there.setdefault("resumed", []).append({**where, "started": record["started"]})
+            run.save_record()
         return run
 
     @property
     def finished_encoder(self) -> Path | None:
-        """The weights file of a run that has come to its end."""
+        """Weights file of a finished run, else None."""
         file = self.path / "encoder" / WEIGHTS_FILE
         return file if "result" in self.record and file.exists() else None
 
@@ -123,18 +124,19 @@ class RunDir:
         kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         write_text(file, "".join(line for line in kept if _before(json.loads(line), step)))
 
-    def save_checkpoint(self, step: int, seconds: float, tensors: dict[str, Tensor]) -> None:
+    def save_checkpoint(self, step: int, seconds: float, tensors: dict[str, Tensor], config: EncoderConfig) -> None:
         """Write a snapshot after `step` steps, in a thread of its own, while the training goes on.
 
         Beside each checkpoint stands its sha256, as `sha256sum -c` reads it. The last two stay, and those after a
-        multiple of `keep_steps`.
+        multiple of `keep_steps`. The header says how to build the encoder, so that the file loads by itself.
 
         Raises:
             TrainingError: this checkpoint, or the one before it, could not be written; those before are whole.
         """
         self.finish_writing()
         _check_space(self.path, sum(value.nbytes for value in tensors.values()))
-        header = {"format": "pt", "step": str(step), "seconds": repr(seconds)}
+        entry = json.dumps({"config": json.loads(config.to_json()), "provenance": self.provenance()})
+        header = {"format": "pt", "step": str(step), "seconds": repr(seconds), HEADER_KEY: entry}
         self._writing = self._writer.submit(self._write_checkpoint, step, tensors, header)
 
     def finish_writing(self) -> None:
@@ -148,30 +150,27 @@ class RunDir:
             if writing is not None:
                 writing.result()
         except (OSError, SafetensorError) as error:
-            if not _is_full(error):
-                raise TrainingError(f"a checkpoint in {str(self.path)!r} could not be written: {error}") from None
-            raise TrainingError(_disk_full(self.path)) from None
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                raise _disk_full(self.path, "no space left while a checkpoint was written") from None
+            raise TrainingError(f"a checkpoint in {str(self.path)!r} could not be written: {error}") from None
 
     def _write_checkpoint(self, step: int, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
         file = self.path / "checkpoints" / f"step-{step:08d}.safetensors"
         with atomic_path(file) as temporary:
             save_file(tensors, temporary, header)
             write_text(_sum_file(file), f"{file_sha256(temporary)}  {file.name}\n")  # first, so that none is without
-        passing = [old for old in self.checkpoints() if not self._stays(old)]
+        steps = {old: int(old.stem.removeprefix("step-")) for old in self.checkpoints()}
+        passing = [old for old, at in steps.items() if not (self.keep_steps and at and at % self.keep_steps == 0)]
         for old in passing[:-KEPT_CHECKPOINTS]:
             old.unlink()
             _sum_file(old).unlink(missing_ok=True)
 
-    def _stays(self, file: Path) -> bool:
-        step = _step_of(file)
-        return self.keep_steps > 0 and step > 0 and step % self.keep_steps == 0
-
     def checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """List the checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
 
     def newest_whole(self) -> Path | None:
-        """The newest checkpoint whose bytes are those that were written; None when there is no checkpoint.
+        """Find the newest checkpoint whose bytes are those that were written; None when there is no checkpoint.
 
         A damaged one is renamed to `.damaged`, with a warning.
 
@@ -194,40 +193,39 @@ class RunDir:
 
     def save_encoder(self, state: dict[str, Tensor], recipe: Recipe) -> Path:
         """Write `encoder/`, which `micl_zoo.load(weights=…)` and timm's hub loader take; returns the weights file."""
-        # Without times and interruptions: two runs that compute the same numbers write the same bytes.
-        provenance = {key: self.record[key] for key in ("recipe", "command", "commit", "versions", "machine")}
-        provenance["data"] = {key: self.record["data"][key] for key in ("source", "images", "fingerprint")}
-        return save_weights(self.path / "encoder", state, encoder_config(recipe), provenance, recipe.save_dtype)
+        return save_weights(self.path / "encoder", state, encoder_config(recipe), self.provenance(), recipe.save_dtype)
+
+    def provenance(self) -> dict[str, Any]:
+        """Gather what a file of weights says of where it comes from.
+
+        Times and interruptions are left out: two runs that compute the same numbers write the same bytes.
+        """
+        keys = ("recipe", "command", "commit", "versions", "machine", "encoder")
+        found = {key: self.record[key] for key in keys if key in self.record}
+        return found | {"data": {key: value for key, value in self.record["data"].items() if key != "refused"}}
 
 
-def snapshot(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    ema: nn.Module | None = None,
-    keep: bool = True,
-) -> dict[str, Tensor]:
-    """Whole tensors on the host: weights `model.*`, their running means `ema.*`, moments `exp_avg.*`, `exp_avg_sq.*`.
+# torch.distributed.checkpoint.state_dict was tried in the place of `snapshot` and `restore`. To read the state of an
+# optimizer that has taken no step it takes an empty one, and leaves its step count at 1: the numbers of the run change.
+# On the host it hands out the tensors themselves, which a thread cannot write while the training goes on.
+def snapshot(step: Step, *, moments: bool = True) -> dict[str, Tensor]:
+    """Copy whole tensors to the host: weights `model.*`, their running means `ema.*`, moments `exp_avg(_sq).*`.
 
-    Where each process has a part of them, all must call this together; `keep` says who gets the tensors.
+    Where each process has a part of them, all must call this together; the rank that writes gets the tensors.
     """
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()} if ema else {}
-    states = optimizer.state if optimizer else {}
-    for name, parameter in _trained(model):
-        if state := states.get(parameter):
+    tensors = {f"{prefix}.{name}": value for prefix, name, value in _weights(step)}
+    for name, parameter in step.vit.named_parameters() if moments else ():
+        if state := step.optimizer.state.get(parameter):
             tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
+        if step.ranks.main:
             found[name] = whole.detach().to("cpu", copy=True).contiguous()
     return found
 
 
-def restore(
-    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ema: nn.Module | None = None
-) -> tuple[int, float]:
+def restore(file: Path, step: Step) -> tuple[int, float]:
     """Put a checkpoint back in place, whatever number of processes it came from.
 
     Returns:
@@ -236,17 +234,22 @@ def restore(
     with safe_open(file, framework="pt") as opened:  # on the host: no card has room for two
         header = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    step = int(header["step"])
+    steps = int(header["step"])
     with torch.no_grad():
-        for prefix, module in [("model", model), *([("ema", ema)] if ema else [])]:
-            for name, value in module.state_dict().items():
-                value.copy_(_like(value, tensors[f"{prefix}.{name}"]))
-    optimizer.state.clear()
-    for name, parameter in _trained(model):
+        for prefix, name, value in _weights(step):
+            value.copy_(_like(value, tensors[f"{prefix}.{name}"]))
+    step.optimizer.state.clear()
+    for name, parameter in step.vit.named_parameters():
         if f"exp_avg.{name}" in tensors:
             moments = {moment: _like(parameter, tensors[f"{moment}.{name}"]).clone() for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
-    return step, float(header["seconds"])
+            step.optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **moments}
+    return steps, float(header["seconds"])
+
+
+def _weights(step: Step) -> list[tuple[str, str, Tensor]]:
+    """List what a checkpoint holds of the weights: (model or ema, name, tensor)."""
+    modules = {"model": step.vit} | ({"ema": step.ema.module} if step.ema else {})
+    return [(prefix, name, value) for prefix, module in modules.items() for name, value in module.state_dict().items()]
 
 
 def _like(there: Tensor, value: Tensor) -> Tensor:
@@ -257,10 +260,6 @@ def _like(there: Tensor, value: Tensor) -> Tensor:
 
 def _sum_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.sha256")
-
-
-def _step_of(file: Path) -> int:
-    return int(file.stem.removeprefix("step-"))
 
 
 def _damage(file: Path) -> str | None:
@@ -278,43 +277,47 @@ def _damage(file: Path) -> str | None:
 def _check_space(path: Path, size: int) -> None:
     free = shutil.disk_usage(path).free
     if free < size:
-        raise TrainingError(
-            _disk_full(path, f"a checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free")
-        )
+        raise _disk_full(path, f"a checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free")
 
 
-def _disk_full(path: Path, detail: str = "no space left while a checkpoint was written") -> str:
-    return (
+def _disk_full(path: Path, detail: str) -> TrainingError:
+    return TrainingError(
         f"the disk of {str(path)!r} is full ({detail}): stopped. The checkpoints that are there are whole: "
         "make room and run the same command to go on"
     )
 
 
-def _is_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-
-
 def encoder_config(recipe: Recipe) -> EncoderConfig:
-    """How to build what a recipe trains."""
-    architecture, model_args = timm_architecture(
-        image_size=recipe.image_size,
-        patch_size=recipe.patch_size,
-        embed_dim=recipe.embed_dim,
-        depth=recipe.depth,
-        num_heads=recipe.num_heads,
-        mlp_ratio=recipe.mlp_ratio,
-    )
-    transform = Transform(recipe.image_size, recipe.image_size, "bicubic", recipe.pixel_mean, recipe.pixel_std)
-    record = RECORDS.get(recipe.name)
-    if record and record.transform.size == recipe.image_size:
-        transform = record.transform
-    return EncoderConfig(recipe.name, architecture, model_args, recipe.embed_dim, transform)
+    """Return how to build what a recipe trains."""
+    return recipe_config(vars(recipe))
+
+
+def vit_sizes(recipe: Recipe) -> dict[str, Any]:
+    """Pick the shape of a recipe's ViT, for `timm_architecture`."""
+    names = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    return {name: getattr(recipe, name) for name in names}
+
+
+def read_run(path: Path) -> dict[str, Any] | None:
+    """Read the run.json of a folder; None where there is none."""
+    file = path / "run.json"
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return found
+
+
+def command_text(
+    words: Sequence[str], options: Iterable[tuple[str, str]], overrides: Iterable[str], smoke: bool
+) -> str:
+    """Write the command that makes a run."""
+    options = [*options, *(("--set", change) for change in overrides)]
+    words = [*words, *["--smoke"] * smoke]
+    return " ".join([*words, *(f"{option} {shlex.quote(value)}" for option, value in options)])
 
 
 def run_record(
     recipe: AnyRecipe, data: dict[str, Any], command: str, device: torch.device, processes: int = 1
 ) -> dict[str, Any]:
-    """What run.json says before the first step."""
+    """Write what run.json says before the first step."""
     return {
         "recipe": dataclasses.asdict(recipe),
         "data": data,
@@ -328,12 +331,5 @@ def run_record(
 
 
 def _before(line: dict[str, Any], step: int) -> bool:
-    """A step's line has the number of steps before it; k-NN and events have the number of steps taken."""
+    # a step's line has the number of steps before it; k-NN and events have the number of steps taken
     return bool(line["step"] < step if "loss" in line else line["step"] <= step)
-
-
-def _trained(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good; the run folder goes by it

@@ -1,0 +1,195 @@
+"""THE table of evaluation methods, and every choice of a measurement; imports no torch, for cards and help texts."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from micl_zoo.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from micl_zoo.encoders.encoder import Pool
+
+POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")  # that give one row per image
+PIXELS = 32  # side of the images whose pixels are a baseline's features
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to measure frozen features: its command, its figures in records, its columns in tables and plots.
+
+    A new one takes a module with its function, a row in METHODS, and a field in `Protocol` for each new setting.
+
+    Attributes:
+        name: its command, and its key in records.
+        function: `module:function`, called as function(train, test, protocol, classes, device) with the `Features` of
+            both parts. It returns figures by key, or by pool: each has an accuracy in percent, and `low` and `high`
+            or a `spread`; a figure by pool has the `validation` accuracy, too.
+        heading: heading of its columns. With {} each key of its figures has a column, else the pool has one that the
+            validation images choose.
+        glance: key of the column that summaries show; empty for the chosen pool.
+        settings: names of the fields of `Protocol` that its command has as options.
+        help, examples: help text of the command.
+        about: what a card says of it, with fields of `Protocol` in braces: a number, or the length of a tuple.
+        chosen: key in its figures of the setting that the validation images chose.
+    """
+
+    name: str
+    function: str
+    heading: str
+    settings: tuple[str, ...]
+    help: str
+    examples: tuple[str, ...]
+    about: str
+    glance: str = ""
+    chosen: str = ""
+
+    @property
+    def by_key(self) -> bool:
+        """Whether each key of its figures has a column."""
+        return "{}" in self.heading
+
+    def measure(self, *arguments: Any) -> dict[str, Any]:
+        """Call its function."""
+        found: dict[str, Any] = pkgutil.resolve_name(self.function)(*arguments)
+        return found
+
+
+# DINOv2's grid, for a batch of 256, and two more: small sets took its largest.
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
+_HERE = __name__.rpartition(".")[0]
+_METHODS = (
+    Method(
+        name="knn",
+        function=f"{_HERE}.knn:measure",
+        heading="k-NN {}",
+        glance="20",
+        settings=("pools", "ks", "temperature"),
+        help="Weighted k-nearest neighbours: nothing is trained, nothing is chosen.\n\n"
+        "With two stores, the one with the training embeddings may be larger than memory.",
+        examples=("vit_ti16.tin200 --data caltech101", "--train embeddings-train --test embeddings-val -o knn.json"),
+        about="k-NN: cosine of class tokens, votes weighted with temperature {temperature:g}.",
+    ),
+    Method(
+        name="linear",
+        function=f"{_HERE}.linear:measure_linear",
+        heading="linear",
+        settings=("pools", "seed", "epochs"),
+        help="A linear probe on frozen features, fifteen learning rates at once.\n\n"
+        "A fifth of the training part chooses the learning rate; the test part is classified once.",
+        examples=(
+            "vit_ti16.tin200 --data caltech101 --pool cls --pool cls+mean",
+            "--train embeddings-train --test embeddings-val --epochs 20",
+        ),
+        about="Linear: a linear layer, {epochs} epochs at each of {learning_rates} learning rates.",
+        chosen="lr",
+    ),
+    Method(
+        name="logreg",
+        function=f"{_HERE}.linear:measure_logreg",
+        heading="logreg",
+        settings=("pools", "seed"),
+        help="Logistic regression on frozen features, by L-BFGS over a grid of C.\n\n"
+        "A fifth of the training part chooses C; the test part is classified once.",
+        examples=("vit_ti16.tin200 --data caltech101", "--train embeddings-train --test embeddings-val"),
+        about="Logreg: logistic regression at each of {inverse_penalties} values of C.",
+        chosen="C",
+    ),
+    Method(
+        name="few-shot",
+        function=f"{_HERE}.linear:measure_few_shot",
+        heading="{}-shot",
+        glance="5",
+        settings=("pools", "shots", "draws"),
+        help="Logistic regression on a few images per class: mean and spread over several draws of them.",
+        examples=(
+            "vit_ti16.tin200 --data caltech101",
+            "vit_ti16.tin200 --data caltech101 --shots 2 --shots 20 --draws 10",
+        ),
+        about="Few-shot: logistic regression (C {few_shot_c:g}) on class tokens, {draws} draws.",
+    ),
+)
+METHODS = {method.name: method for method in _METHODS}
+ALL = Method(
+    name="all",
+    function="",
+    heading="",
+    settings=("pools", "seed"),
+    help="All methods, with one pass over the images.",
+    examples=(
+        "vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png",
+        "runs/first --data imagenet --baseline random --baseline pixels",
+    ),
+    about="",
+)
+
+
+def _option(default: Any, flag: str, help: str, least: int = 1) -> Any:
+    """A field of `Protocol` that commands have as an option; numbers begin at `least`."""
+    return field(default=default, metadata={"flag": flag, "help": help, "least": least})
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Every choice of a measurement.
+
+    Attributes:
+        methods: names of the methods to run.
+        pools: features of the linear probe and of logistic regression; k-NN and few-shot take the first.
+        ks: numbers of neighbours of k-NN.
+        temperature: temperature of its votes.
+        learning_rates, epochs: settings of the linear probe.
+        inverse_penalties: values of C of logistic regression.
+        shots: numbers of images per class of few-shot.
+        draws: number of draws of those images.
+        few_shot_c: C of few-shot.
+        seed: seed of the validation split and of the order of the linear probe.
+
+    Raises:
+        UsageError: a name that does not exist, or a number that is too small.
+    """
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    pools: tuple[Pool, ...] = _option(
+        POOLS, "--pool", "Features: class token, mean of the patch tokens, both. May be repeated."
+    )
+    ks: tuple[int, ...] = _option((10, 20, 100, 200), "-k", "Number of neighbours. May be repeated.")
+    temperature: float = _option(0.07, "--temperature", "Temperature of the votes.", least=0)
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    epochs: int = _option(50, "--epochs", "Epochs over the training part.")
+    inverse_penalties: tuple[float, ...] = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # 1e-5 to 10
+    shots: tuple[int, ...] = _option((1, 5, 10), "--shots", "Number of images per class. May be repeated.")
+    draws: int = _option(5, "--draws", "Number of draws of those images.")
+    few_shot_c: float = 0.1
+    seed: int = _option(0, "--seed", "Seed of the validation split and of the order.", least=0)
+
+    def __post_init__(self) -> None:
+        check_names("method", self.methods, METHODS)
+        check_names("pool", self.pools, POOLS)
+        for one in option_fields():
+            value, least = getattr(self, one.name), one.metadata["least"]
+            counts = [number for number in (value if isinstance(value, tuple) else [value]) if isinstance(number, int)]
+            if min(counts, default=0 if value == () else least) < least:
+                raise UsageError(
+                    f"{one.metadata['flag'].strip('-')} must be at least {least}, got {min(counts, default=0)}"
+                )
+
+
+def option_fields(settings: Sequence[str] | None = None) -> list[Field[Any]]:
+    """The fields of `Protocol` that are options, or those of some names in the order of the names.
+
+    The metadata of each has its `flag`, its `help` and the `least` number.
+    """
+    options = {one.name: one for one in fields(Protocol) if one.metadata}
+    return [options[name] for name in settings or options]
+
+
+def check_names(kind: str, names: Sequence[str], valid: Any) -> None:
+    """Raise a UsageError unless there are names and all of them are valid."""
+    if not names:
+        raise UsageError(f"no {kind} given. Valid: {', '.join(valid)}.")
+    for name in names:
+        if name not in valid:
+            raise UsageError(unknown(kind, name, valid))

@@ -1,0 +1,106 @@
+"""The frame of an optimiser step on a process's share of a batch, the same for pre-training and fine-tuning."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from micl_zoo.encoders.device import resolve_precision
+from micl_zoo.errors import UsageError
+
+from ..recipes import AnyRecipe
+from .ranks import Ranks
+
+
+class Step(ABC):
+    """Takes steps: `step(*share_of_a_batch)` changes the weights in place.
+
+    Attributes:
+        recipe, ranks: recipe of the run, and this process among all.
+        vit: the network that is trained, under its own names.
+        optimizer: optimizer of the recipe.
+        ema: running means of the weights, or None.
+        autocast: dtype of the matrix products, None for that of the weights.
+    """
+
+    optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3 | None = None
+
+    def __init__(
+        self, module: nn.Module, vit: VisionTransformer, recipe: AnyRecipe, ranks: Ranks, autocast: torch.dtype | None
+    ) -> None:
+        self.vit, self.recipe, self.ranks, self.autocast = vit, recipe, ranks, autocast
+        self._forward = _distribute(module, vit, ranks, sharded=getattr(recipe, "parallel", "ddp") == "fsdp")
+
+    def __call__(self, *share: Any) -> Any:
+        """Take one step.
+
+        Returns:
+            What `accumulate` gives: numbers of this share, without gradient and still on the device. Their means over
+            the processes are those of the batch.
+        """
+        found = self.accumulate(*share)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.vit)
+        return found
+
+    @abstractmethod
+    def accumulate(self, *share: Any, **_: Any) -> Any:
+        """Compute the gradients of one step, without taking it."""
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision of the matrix products."""
+        return "fp32" if self.autocast is None else "bf16"
+
+    def _compute(self, *inputs: Tensor) -> Any:
+        with autocast(inputs[0].device, self.autocast):
+            return self._forward(*inputs)
+
+    def _synchronise(self, now: bool) -> AbstractContextManager[None]:
+        """Average the gradients over the processes in the backward pass of this context, or not yet."""
+        if isinstance(self._forward, DistributedDataParallel):
+            return nullcontext() if now else self._forward.no_sync()
+        if self.ranks.world > 1:
+            self._forward.set_requires_gradient_sync(now)
+        return nullcontext()
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Compute matrix products in `dtype`; None switches autocast off."""
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def resolve_autocast(recipe: AnyRecipe, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the matrix products on a device, None for float32."""
+    return resolve_precision(recipe.precision, device)[0]
+
+
+def fsdp_works_on(device: torch.device) -> bool:
+    """Tell whether torch shards on this device: torch 2.6 does so on GPUs only."""
+    return device.type != "cpu" or hasattr(torch.cpu.Stream, "record_event")
+
+
+def _distribute(module: nn.Module, vit: VisionTransformer, ranks: Ranks, *, sharded: bool) -> Any:
+    if ranks.world == 1:
+        return module
+    device = vit.cls_token.device
+    if not sharded:
+        own = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(module, own, gradient_as_bucket_view=True)
+    if not fsdp_works_on(device):
+        raise UsageError(f"parallel=fsdp needs a GPU with torch {torch.__version__}: --set parallel=ddp")
+    from torch.distributed.fsdp import fully_shard
+
+    for block in vit.blocks:
+        fully_shard(block)
+    return fully_shard(module)
