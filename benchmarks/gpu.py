@@ -252,11 +252,17 @@ def train(
     """Train a recipe for the time there is, to the end of its schedule. k-NN is left to `micl-zoo eval`, elsewhere."""
     session = started("train", out, work, seconds, commit, trial)
     session.results["command"] += f" --recipe {recipe}" + "".join(f" --set {change}" for change in changes)
-    words = ["-m", "micl_zoo", "train", recipe, "--data", str(data / "train-*.parquet"), "--device", session.device]
-    words += [word for change in changes for word in ("--set", change)] + ["--smoke"] * trial
-    session.job("rate", 150, lambda limit: learn_rate(session, words, limit))
+    base = ["-m", "micl_zoo", "train", recipe, "--data", str(data / "train-*.parquet"), "--device", session.device]
+    base += ["--smoke"] * trial
+
+    def words(run: str, **chosen: float | str) -> list[str]:
+        """The command of a run; what was asked for on the command line wins over what is chosen here."""
+        sets = [*(f"{key}={value}" for key, value in chosen.items()), *changes]
+        return [*base, "--out", str(work / run), *(word for change in sets for word in ("--set", change))]
+
+    session.job("rate", 150, lambda limit: learn_rate(session, words("probe"), limit))
     if isinstance(session.results["rate"], dict):
-        session.job("train", seconds, lambda limit: train_run(session, words, limit))
+        session.job("train", seconds, lambda limit: train_run(session, partial(words, "run"), limit))
     session.job("encoder", seconds, lambda limit: hand_over(session, limit), least=CLOSING_SECONDS)
 
 
@@ -264,7 +270,7 @@ def learn_rate(session: Session, words: list[str], limit: float) -> dict[str, fl
     """Images/s in the second half of a short run, the size of the corpus, and the seconds beside the steps."""
     run, begun = session.work / "probe", time.monotonic()
     steps = PROBE_STEPS_TRIAL if session.trial else PROBE_STEPS
-    session.run([*words, "--out", str(run), "--max-steps", str(steps)], limit)
+    session.run([*words, "--max-steps", str(steps)], limit)
     spent = time.monotonic() - begun
     rates = [line["images_per_second"] for line in metrics(run) if "loss" in line]
     rate = statistics.median(rates[len(rates) // 2 :])
@@ -273,7 +279,7 @@ def learn_rate(session: Session, words: list[str], limit: float) -> dict[str, fl
     return {"images_per_second": rate, "images": record["data"]["images"], "start_up_seconds": round(start_up, 1)}
 
 
-def train_run(session: Session, words: list[str], limit: float) -> dict[str, Any]:
+def train_run(session: Session, words: Callable[..., list[str]], limit: float) -> dict[str, Any]:
     """Train for as many epochs as end in time; past it, the run is told to stop and leaves a checkpoint."""
     found = session.results["rate"]
     seconds = MARGIN * (limit - CLOSING_SECONDS - found["start_up_seconds"])
@@ -282,12 +288,12 @@ def train_run(session: Session, words: list[str], limit: float) -> dict[str, Any
         raise RuntimeError(
             f"too little time for a run: {limit:.0f} seconds are left, starting takes {found['start_up_seconds']}"
         )
-    chosen = {"epochs": epochs, "warmup_epochs": round(0.04 * epochs, 3), "save_dtype": "float16"}
-    chosen["checkpoint_minutes"] = 60  # none but the last: each would take time from the steps
-    sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
-    told = {"epochs": epochs, "warmup_epochs": chosen["warmup_epochs"]}
+    warm_up = round(0.04 * epochs, 3)
+    told = {"epochs": epochs, "warmup_epochs": warm_up}
+    # No checkpoint but the last: each would take time from the steps.
+    command = words(epochs=epochs, warmup_epochs=warm_up, save_dtype="float16", checkpoint_minutes=60)
     try:
-        session.run([*words, *sets, "--out", str(session.work / "run")], limit - CLOSING_SECONDS)
+        session.run(command, limit - CLOSING_SECONDS)
     except Stopped as error:
         return {**told, "stopped": str(error)}
     return {**told, "finished": True}
@@ -347,14 +353,13 @@ def join(out: Path, file: Path) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 def rescue(run: Path, folder: Path) -> None:
-    """Write the encoder of a stopped run's newest checkpoint into FOLDER, in float16."""
+    """Write the encoder of a stopped run, that of its newest checkpoint, into FOLDER in float16."""
     import micl_zoo
     from micl_zoo.encoders.weights import save_weights
 
-    checkpoint = max((run / "checkpoints").glob("step-*.safetensors"))
-    encoder = micl_zoo.load(weights=checkpoint, device="cpu")
-    note = {"run": "stopped before its end", "checkpoint": checkpoint.name}
-    save_weights(folder, encoder.vit.state_dict(), encoder.config, note, "float16")
+    encoder = micl_zoo.load(weights=run, device="cpu")
+    provenance = {"run": "stopped before its end", "weights_sha256": encoder.weights_sha256}
+    save_weights(folder, encoder.vit.state_dict(), encoder.config, provenance, "float16")
 
 
 @main.command("photographs", hidden=True)

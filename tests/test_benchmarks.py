@@ -262,3 +262,85 @@ def test_same_parts(script: Script, image_folder: Callable[..., Path], tmp_path:
     assert all(same.values()), same
     assert ("ray, two actors" in same) == ("ray, two actors: left out" not in said) == bool(find_spec("ray"))
     assert {"one process", "two processes", "killed"} <= set(same)
+
+
+def gpu_session(script: Script, tmp_path: Path, seconds: float) -> Any:
+    """A session of benchmarks/gpu.py, before its first job."""
+    return script("gpu").Session(tmp_path / "out", tmp_path / "work", seconds, True, {"seconds": {}})
+
+
+def test_a_gpu_job_that_fails_or_is_late_is_noted_and_the_next_runs(script: Script, tmp_path: Path) -> None:
+    session = gpu_session(script, tmp_path, 60)
+    session.job("wrong", 20, lambda limit: session.run(["-c", "raise SystemExit('no such card')"], limit))
+    session.job("late", 6, lambda limit: session.run(["-c", "import time; time.sleep(60)"], 0.2))
+    session.job("right", 20, lambda limit: session.run(["-c", "print(3)"], limit))
+    session.job("none", 1, lambda limit: "never")
+    told = json.loads((tmp_path / "out" / "session.json").read_text())
+    assert "no such card" in told["wrong"]
+    assert "Stopped" in told["late"]
+    assert told["right"] == "3\n"
+    assert "no time" in told["none"]
+
+
+def test_gpu_jobs_need_no_install(script: Script, tmp_path: Path) -> None:
+    session = gpu_session(script, tmp_path, 60)
+    code = "import micl_zoo.training, micl_zoo.export; print(micl_zoo.training.__file__)"
+    home = session.run(["-S", "-c", code], 30)
+    assert Path(home.strip()).resolve() == BENCHMARKS.parent / "training" / "__init__.py"
+    assert home.startswith(str(tmp_path))
+
+
+def test_pieces_of_an_encoder_are_joined(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder_folder: Path
+) -> None:
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "PIECE_BYTES", 40_000)
+    session = gpu_session(script, tmp_path, 60)
+    run_folder = tmp_path / "work" / "run"
+    run_folder.mkdir()
+    (run_folder / "run.json").write_text("{}")
+    (run_folder / "encoder").symlink_to(encoder_folder)
+    session.job("encoder", 30, lambda limit: gpu.hand_over(session, limit))
+    run(gpu, "join", tmp_path / "out", tmp_path / "joined" / "model.safetensors")
+    whole = (encoder_folder / "model.safetensors").read_bytes()
+    assert session.results["encoder"]["pieces"] == -(-len(whole) // 40_000) > 2
+    assert (tmp_path / "joined" / "model.safetensors").read_bytes() == whole
+    assert micl_zoo.load(weights=tmp_path / "joined").embed_dim == 32
+    (tmp_path / "out" / "weights.01").unlink()
+    result = CliRunner().invoke(gpu.main, ["join", str(tmp_path / "out"), str(tmp_path / "again")])
+    assert result.exit_code == 1
+    assert "fetch all" in result.output
+
+
+@pytest.mark.slow  # eight processes that import torch, and the compiler: two minutes
+def test_gpu_first_rehearsed(tmp_path: Path) -> None:
+    told = rehearsed(tmp_path, "first", 600)
+    assert told["card"]["commit"] == "0" * 40
+    assert told["attention"]["toy: default"] > 0
+    assert "skipped" in told["tests"] or "passed" in told["tests"]
+    for recipe in ("vit_b16.in1k", "vit_l16.in1k", "vit_s16.tin200"):
+        assert told[f"step {recipe}"]["ratio"] > 0
+    assert set(told["extract"]) == {"extract auto", "model fp32"}
+
+
+@pytest.mark.slow  # two runs, of which the second lasts for as long as it is given
+@pytest.mark.parametrize("stopped", [False, True])
+def test_gpu_train_rehearsed(tmp_path: Path, stopped: bool) -> None:
+    for number in range(2):
+        parquet(tmp_path / "data" / f"train-{number:03d}.parquet", 64, 4, first=64 * number)
+    told = rehearsed(tmp_path, "train", 120, *["--set", "epochs=100000"] * stopped, "--data", str(tmp_path / "data"))
+    assert told["train"].get("finished", False) != stopped
+    run(importlib.import_module("gpu"), "join", tmp_path / "out", tmp_path / "encoder" / "model.safetensors")
+    assert micl_zoo.load(weights=tmp_path / "encoder").embed([picture(0)]).shape == (1, 32)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["commit"] == "0" * 40
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+def rehearsed(tmp_path: Path, what: str, seconds: int, *more: str) -> dict[str, Any]:
+    """session.json of a command of benchmarks/gpu.py with --trial."""
+    folders = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--commit", "0" * 40]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), what, *folders, "--seconds", str(seconds), "--trial", *more]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    told: dict[str, Any] = json.loads((tmp_path / "out" / "session.json").read_text())
+    return told
