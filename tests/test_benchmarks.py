@@ -325,12 +325,12 @@ def test_gpu_first_rehearsed(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # two runs, of which the second lasts for as long as it is given
 @pytest.mark.parametrize("stopped", [False, True])
-def test_gpu_train_rehearsed(tmp_path: Path, stopped: bool) -> None:
+def test_gpu_train_rehearsed(script: Script, tmp_path: Path, stopped: bool) -> None:
     for number in range(2):
         parquet(tmp_path / "data" / f"train-{number:03d}.parquet", 64, 4, first=64 * number)
     told = rehearsed(tmp_path, "train", 120, *["--set", "epochs=100000"] * stopped, "--data", str(tmp_path / "data"))
     assert told["train"].get("finished", False) != stopped
-    run(importlib.import_module("gpu"), "join", tmp_path / "out", tmp_path / "encoder" / "model.safetensors")
+    run(script("gpu"), "join", tmp_path / "out", tmp_path / "encoder" / "model.safetensors")
     assert micl_zoo.load(weights=tmp_path / "encoder").embed([picture(0)]).shape == (1, 32)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["commit"] == "0" * 40
