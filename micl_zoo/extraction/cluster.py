@@ -48,19 +48,12 @@ logger = getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster, and what the processes that run the model take of it.
+    """A Ray cluster, and what the processes that run the model take of it."""
 
-    Attributes:
-        devices: "cuda" or "cpu", per process.
-        cores: cores that Ray reserves, per process.
-        nodes: ids of the nodes that can hold such a process.
-        joined: True if this run joined or started the cluster, and leaves or ends it.
-    """
-
-    devices: list[str]
-    cores: list[float]
-    nodes: list[str]
-    joined: bool
+    devices: list[str]  # "cuda" or "cpu", per process
+    cores: list[float]  # cores that Ray reserves, per process
+    nodes: list[str]  # ids of the nodes that can hold such a process
+    joined: bool  # True if this run joined or started the cluster, and leaves or ends it
 
     @classmethod
     def join(cls, address: str | None, processes: int | None) -> Cluster:
@@ -71,10 +64,6 @@ class Cluster:
                 starts one where there is none. A process that is in a cluster already stays in that one.
             processes: number of model processes. None is one per GPU or, where there are none, one per node. More than
                 there are GPUs wait for nodes that come later; on CPUs they share the cores.
-
-        Raises:
-            MiclZooError: Ray is not installed, or there is no such cluster, or it has no processors.
-            UsageError: the address is one of the Ray client.
         """
         ray = _ray()
         joined = not ray.is_initialized()
@@ -104,12 +93,7 @@ class Cluster:
         return max(1, int(max(self.cores))) if self.kind == "cpu" else 0
 
     def precision(self, wanted: Precision) -> str:
-        """Resolve "auto" by asking every node: bf16 where all of them compute it fast, else fp32.
-
-        Raises:
-            UsageError: a precision that does not exist.
-            MiclZooError: a node cannot tell.
-        """
+        """Resolve "auto" by asking every node: bf16 where all of them compute it fast, else fp32."""
         if wanted != "auto":
             return resolve_precision(wanted, torch.device(self.kind))[1]
         ray = _ray()

@@ -178,11 +178,7 @@ class Decoders:
         self._backlog.extend(_Chunk(batch, slot, at, entries[at : at + CHUNK]) for at in starts)
 
     def take(self) -> Batch:
-        """Wait for the oldest batch.
-
-        Raises:
-            MiclZooError: processes do not start.
-        """
+        """Wait for the oldest batch."""
         self._pump(0)
         while self._pending[0].left:
             self._pump(0.5)

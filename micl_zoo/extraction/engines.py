@@ -39,23 +39,14 @@ HANG = 5  # times the image timeout without a word, and a process is replaced
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process must know to embed shards of a store.
+    """All that a process must know to embed shards of a store."""
 
-    Attributes:
-        options: as given, but for `model`, which is a name, and `weights`, an absolute path.
-        backend: "torch", "openvino" or "onnx".
-        precision: "fp32", "bf16" or "fp16"; with ONNX files also "int8".
-        batch_size: images per batch.
-        workers: decoding processes per model process.
-        threads: threads of a process on the CPU; 0 leaves torch's default.
-    """
-
-    options: ExtractOptions
-    backend: Backend
-    precision: str
-    batch_size: int
-    workers: int
-    threads: int = 0
+    options: ExtractOptions  # as given, but for `model`, which is a name, and `weights`, an absolute path
+    backend: Backend  # "torch", "openvino" or "onnx"
+    precision: str  # "fp32", "bf16" or "fp16"; with ONNX files also "int8"
+    batch_size: int  # images per batch
+    workers: int  # decoding processes per model process
+    threads: int = 0  # threads of a process on the CPU; 0 leaves torch's default
 
     def encoder(self, device: str) -> Encoder:
         """Load the model onto a device."""
@@ -168,12 +159,7 @@ class Worker:
         self.left |= not self.ready
 
     def heard(self, said: Said) -> Iterator[Event]:
-        """Note what it has said.
-
-        Raises:
-            Lost: it has died.
-            MiclZooError: it cannot do what was asked, and nor could another in its place.
-        """
+        """Note what it has said."""
         self.since = time.monotonic()
         if isinstance(said, MiclZooError | Lost):
             raise said
@@ -192,11 +178,7 @@ class Worker:
 
 
 def run_crew(start: Callable[[int], Worker], count: int, work: Work, image_timeout: float) -> Iterator[Event]:
-    """Keep a number of workers fed until there is no more work; replace one that dies or hangs.
-
-    Raises:
-        MiclZooError: workers do not start, or say themselves what is wrong.
-    """
+    """Keep a number of workers fed until there is no more work; replace one that dies or hangs."""
     crew = [start(place) for place in range(count)]
     lost = [0] * count  # by place: workers in a row that died before they came to work
     ending = False
@@ -292,13 +274,9 @@ def serve(connection: int) -> None:
 
 @dataclass(frozen=True)
 class Local:
-    """This machine, and the device of each process that runs the model on it.
+    """This machine, and the device of each process that runs the model on it."""
 
-    Attributes:
-        devices: one name per process; the same name twice stands for two processes that share the device.
-    """
-
-    devices: list[str]
+    devices: list[str]  # one name per process; the same name twice stands for two processes that share the device
 
     @classmethod
     def find(cls, devices: str, processes: int | None) -> Local:
@@ -306,9 +284,6 @@ class Local:
 
         Args:
             devices, processes: see `ExtractOptions`.
-
-        Raises:
-            UsageError: a device that is not there, "all" where there is no GPU, or more devices than processes.
         """
         names = [name.strip() for name in devices.split(",") if name.strip()]
         if "all" in names:

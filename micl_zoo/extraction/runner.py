@@ -56,21 +56,13 @@ class Times:
 
 
 class Event(NamedTuple):
-    """Progress.
+    """Progress."""
 
-    Attributes:
-        shard: its number.
-        images: images embedded or refused since the last event.
-        refused: images refused since the last event.
-        finished: the shard's part is on disk.
-        times: times since the last event.
-    """
-
-    shard: int
-    images: int
-    refused: int
-    finished: bool
-    times: Times
+    shard: int  # its number
+    images: int  # images embedded or refused since the last event
+    refused: int  # images refused since the last event
+    finished: bool  # the shard's part is on disk
+    times: Times  # times since the last event
 
 
 @dataclass

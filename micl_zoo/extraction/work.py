@@ -65,11 +65,7 @@ class Work:
         self._room.release()
 
     def receive(self, seconds: float | None = None) -> None:
-        """Take in all that has arrived. If nothing has, wait for it, at most for some seconds.
-
-        Raises:
-            Exception: the source ended by one that is not a MiclZooError.
-        """
+        """Take in all that has arrived. If nothing has, wait for it, at most for some seconds."""
         with suppress(Empty):
             act, what = self._arrived.get(timeout=seconds)
             while True:
