@@ -107,7 +107,7 @@ class Plan:
 
         self.kept = _kept(recipe)  # K, visible patches of an image
         self.view_tokens = self.kept // recipe.views + 1  # T, the class token among them
-        self.parameters, self.frozen = parameter_count(recipe), frozen_count(recipe)
+        self.parameters, self.frozen = parameter_count(recipe), frozen_count(recipe)  # trained, fixed positions
         self.flops = step_flops(recipe)  # that the method needs, per image
         self.total_flops = self.images_seen * self.flops.total * self.passes  # repeated forward passes included
         self.memory = memory_estimate(recipe, images_per_gpu=self.micro_batch, gpus=self.world)
