@@ -163,7 +163,9 @@ class FineTuneRecipe(AnyRecipe):
     # embedding with class token and position table below all of them.
     layer_decay: float = 0.65
     drop_path: float = 0.1  # chance to skip a branch of the last block, rising linearly from 0 at the first
-    pool: Literal["mean", "cls"] = "mean"  # the head sees the patches' mean, by a new norm, or the class token
+    pool: Literal["mean", "cls"] = (
+        "mean"  # the head sees the patches' mean by a new norm, or the class token by the encoder's
+    )
     head_std: float = 2e-5  # standard deviation of the head's first weights
     ema_decay: float = 0.0  # of a running mean of the weights, which is tested and saved; 0: the weights themselves
     mixup: float = 0.8  # alpha of the beta distribution that the shares of two images are drawn from; 0 is off
@@ -444,8 +446,9 @@ def get_finetune_recipe(name: str, overrides: Iterable[str] = (), *, smoke: bool
 def _get(kind: str, table: Mapping[str, Callable[[], R]], name: str, overrides: Iterable[str], smoke: bool) -> R:
     if name not in table:
         raise UsageError(unknown(kind, name, table))
-    recipe = table[name]()
-    return changed(smoke_twin(recipe) if smoke else recipe, overrides)
+    recipe = smoke_twin(table[name]()) if smoke else table[name]()
+    types = get_type_hints(type(recipe))
+    return dataclasses.replace(recipe, **dict(_parse_override(override, types) for override in overrides))
 
 
 def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[str] = (), *, smoke: bool = False) -> R:
@@ -457,13 +460,8 @@ def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[s
     return smoke_twin(recipe) if smoke else recipe
 
 
-def changed(recipe: R, overrides: Iterable[str]) -> R:
-    """Change a recipe by `key=value` texts, each checked for its name and type."""
-    types = get_type_hints(type(recipe))
-    return dataclasses.replace(recipe, **dict(_parse_override(override, types) for override in overrides))
-
-
 def _parse_override(text: str, types: dict[str, Any]) -> tuple[str, Any]:
+    """Read a `key=value` text, checked for its name and type."""
     key, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--set takes key=value, got {text!r}")
@@ -479,6 +477,6 @@ def _parse_override(text: str, types: dict[str, Any]) -> tuple[str, Any]:
         return key, {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        many = f"{len(choices)} numbers with commas between"
-        expected = " or ".join(choices) if origin is Literal else many if origin is tuple else names[kind]
+        names[tuple] = f"{len(choices)} numbers with commas between"
+        expected = " or ".join(choices) if origin is Literal else names[origin or kind]
         raise UsageError(f"{key}={value}: expected {expected}") from None
