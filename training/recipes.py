@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from micl_zoo.encoders.zoo import ARCHS, IN1K, TIN200
@@ -188,6 +189,15 @@ class FineTuneRecipe(AnyRecipe):
 
 
 R = TypeVar("R", Recipe, FineTuneRecipe)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Read the run.json of a run's folder; None where there is none."""
+    file = folder / "run.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"{str(file)!r} is damaged: {error}. Give the folder of another run.") from None
 
 
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
