@@ -197,7 +197,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
     except (ValueError, TypeError) as error:
-        raise TrainingError(f"{str(file)!r} is damaged: {error}. Give the folder of another run.") from None
+        raise TrainingError(f"{str(file)!r} is damaged: {error}. Give another folder.") from None
 
 
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
