@@ -252,7 +252,8 @@ class Encoder(nn.Module):
 
         Args:
             pixels: (B, S, S, 3) uint8.
-            normalize, pool: see `embed`.
+            normalize: see `embed`.
+            pool: see `forward`.
             autocast: dtype of the matrix products, None for that of the weights. ONNX files keep their own.
 
         Returns:

@@ -16,7 +16,12 @@ from micl_zoo._version import package_versions
 
 
 def code_commit() -> str | None:
-    """Name the commit this code was run from, "-dirty" added where files differ from it; None outside a checkout."""
+    """Name the commit this code was run from, "-dirty" added where files differ from it; None outside a checkout.
+
+    The variable MICL_ZOO_COMMIT names it where no .git travels along.
+    """
+    if given := os.environ.get("MICL_ZOO_COMMIT"):
+        return given
     here = Path(__file__).resolve()
     git = partial(subprocess.run, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True)
     try:
