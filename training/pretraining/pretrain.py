@@ -160,7 +160,7 @@ class _Loop(Loop[Seen, Path]):
 
     def measure_due(self, steps: int) -> bool:
         """Measure k-NN by the clock and at the end; who was told to stop has no time for it."""
-        by_clock = self.clock.knn_due() and not self.stop.asked
+        by_clock = self.clock.due("knn") and not self.stop.asked
         return bool(self.probes) and (steps == self.total_steps or by_clock)
 
     def measure(self, steps: int) -> None:
