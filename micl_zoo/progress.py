@@ -24,31 +24,20 @@ def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images
     if not show or not sys.stderr.isatty():
         yield _silent
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
+    class Rate(rich.ProgressColumn):
+        def render(self, task: rich.Task) -> Text:
             return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else "")
 
-    rate = [Rate()] if unit == "images" else []  # a step is said in images by the note of who takes it
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), *rate]
-    clocks = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}")]
-    with Progress(
-        *columns, *clocks, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600
-    ) as bar:
-        task = bar.add_task(what, total=total, completed=done, note="")
-        note_now = ""
+    text = rich.TextColumn
+    rate = [Rate()] if unit == "images" else []  # the caller's note gives a step's rate, in images
+    columns = [text("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), text(unit), *rate]
+    columns += [rich.TimeElapsedColumn(), text("gone,"), rich.TimeRemainingColumn(), text("left  {task.fields[note]}")]
+    with rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600) as bar:
+        task, note_now = bar.add_task(what, total=total, completed=done, note=""), ""
 
         def tick(amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:
             nonlocal note_now

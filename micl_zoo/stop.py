@@ -1,4 +1,4 @@
-"""Stopping well: SIGTERM and the first Ctrl-C are remembered, and heeded where nothing is lost by it."""
+"""Graceful shutdown: SIGTERM and the first Ctrl-C set a flag that is checked at safe points."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from typing import Any
 
 
 class StopRequest:
-    """Remembers SIGTERM (a pre-emption) and the first Ctrl-C, so that a loop can stop between two steps.
-
-    Attributes:
-        signal: which one came, or None.
-    """
+    """Remembers SIGTERM (a pre-emption) and the first Ctrl-C, so that a loop can stop between two steps."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # which one came
         self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
-        """It is time to stop."""
+        """Whether it is time to stop."""
         return self.signal is not None
 
     def __enter__(self) -> StopRequest:
