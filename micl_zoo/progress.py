@@ -25,29 +25,19 @@ def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images
     if not show or not sys.stderr.isatty():
         yield _silent
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
+    class Rate(rich.ProgressColumn):
+        def render(self, task: rich.Task) -> Text:
             return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else "")
 
+    text = rich.TextColumn
     rate = [Rate()] if unit == "images" else []  # the note gives the rate of steps, in images
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), *rate]
-    clocks = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}")]
-    with Progress(
-        *columns, *clocks, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600
-    ) as bar:
+    columns = [text("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), text(unit), *rate]
+    columns += [rich.TimeElapsedColumn(), text("gone,"), rich.TimeRemainingColumn(), text("left  {task.fields[note]}")]
+    with rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
         note_now, lock = "", threading.Lock()
 

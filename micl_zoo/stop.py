@@ -10,20 +10,11 @@ from typing import Any
 
 
 class StopRequest:
-    """Notes SIGTERM (a pre-emption) and the first Ctrl-C, so that a loop can stop between two steps.
-
-    Attributes:
-        signal: number of the one that came, or None.
-    """
+    """Notes SIGTERM (a pre-emption) and the first Ctrl-C, so that a loop can stop between two steps."""
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
-        """Prepare.
-
-        Args:
-            wake: is called by the signal handler, for a loop that waits. It must not take a lock.
-        """
-        self.signal: int | None = None
-        self._wake = wake
+        self.signal: int | None = None  # which one came
+        self._wake = wake  # called by the signal handler, for a loop that waits; it must not take a lock
         self._before: dict[int, Any] = {}
 
     @property
