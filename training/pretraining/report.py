@@ -20,8 +20,7 @@ from micl_zoo.files import atomic_path, write_text
 from ..corpora import corpus_text
 from ..evaluation.tables import need_matplotlib, render
 from ..micl import kept_patches
-from ..recipes import Recipe, recorded_recipe
-from ..run.rundir import read_run
+from ..recipes import Recipe, read_run, recorded_recipe
 
 CHART_POINTS = 2000  # of a curve, each the mean of its bin
 SMOOTH_PART = 40  # a smoothed curve is the mean over this fraction of the run
