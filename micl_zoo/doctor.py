@@ -30,11 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    import torch
-
     from .encoders.zoo import Record
-
-State = Literal["ok", "note", "problem"]
 
 IMPORTED = ("torch", "torchvision", "timm")  # in this order: each needs those before it
 MODULE, GPU_PACKAGE, CUDA = "onnxruntime", "onnxruntime-gpu", "CUDAExecutionProvider"
@@ -53,7 +49,7 @@ class Finding:
     """One line of a report."""
 
     name: str  # what was examined
-    state: State  # "ok"; "note", worth knowing; "problem", something here does not work
+    state: Literal["ok", "note", "problem"]  # a note is worth knowing; a problem, that something here does not work
     text: str  # what was found
     commands: tuple[str, ...] = ()  # shell commands that fix it, in order
 
@@ -101,22 +97,20 @@ def examine(*, offline: bool = False) -> Report:
     return Report(findings)
 
 
-def pip_command(*words: str) -> str:
-    """A call of this interpreter's own pip, quoted for the shell of this system."""
-    return _command(sys.executable, "-m", "pip", *words)
-
-
 def _command(*words: str) -> str:
+    """A command, quoted for the shell of this system."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+pip_command = functools.partial(_command, sys.executable, "-m", "pip")  # this interpreter's own pip
 
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {_short(str(error))}"
 
 
-def _short(text: str, most: int = 500) -> str:
-    text = " ".join(re.sub(r"\x1b\[[\d;]*m", "", text).split())  # without colours
-    return text if len(text) <= most else text[:most] + " …"
+def _short(text: str) -> str:
+    return textwrap.shorten(re.sub(r"\x1b\[[\d;]*m", "", text), 500, placeholder=" …")  # without colours
 
 
 def _gigabytes(count: float) -> str:
@@ -144,11 +138,10 @@ def versions() -> Iterator[Finding]:
         except Exception as error:
             to_import.clear()  # those behind it fail because of it
             text = f"{version}, but its import fails: {_said(error)}"
+            same, fix = ". torch and torchvision must be of the same release and the same build", torch_again()
             if name == "timm":
-                yield Finding(name, "problem", text, (pip_command("install", "--upgrade", name),))
-            else:
-                same = "torch and torchvision must be of the same release and the same build"
-                yield Finding(name, "problem", f"{text}. {same}", torch_again())
+                same, fix = "", (pip_command("install", "--upgrade", name),)
+            yield Finding(name, "problem", text + same, fix)
 
 
 def _requirements() -> dict[str, bool]:
@@ -186,41 +179,31 @@ def devices() -> Iterator[Finding]:
     """The devices of torch, and a GPU that it does not use."""
     import torch
 
-    from .encoders.device import usable_cores
+    from .encoders.device import bf16_is_fast, usable_cores
+
+    def bf16(device: str) -> str:
+        return "bf16 is fast" if bf16_is_fast(torch.device(device)) else "bf16 is not fast, fp32 is taken"
 
     cores = f"{usable_cores()} usable cores, torch computes in {torch.get_num_threads()} threads"
-    yield Finding("cpu", "ok", f"{cores}; {_bf16(torch.device('cpu'))}")
+    yield Finding("cpu", "ok", f"{cores}; {bf16('cpu')}")
     shown = driver_gpus()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         cuda = torch.cuda.is_available()
-    if cuda:
-        yield from (_gpu(torch.device("cuda", number)) for number in range(torch.cuda.device_count()))
-    elif shown:
+    for name in [f"cuda:{number}" for number in range(torch.cuda.device_count())] if cuda else []:
+        try:
+            found = torch.cuda.get_device_properties(name)
+            assert (torch.ones(2, device=name) + 1).sum().item() == 4
+            yield Finding(name, "ok", f"{found.name}, {_gigabytes(found.total_memory)}; {bf16(name)}")
+        except Exception as error:
+            yield Finding(name, "problem", f"does not compute: {_said(error)}", torch_again())
+    if shown and not cuda:
         yield _unused_gpu(shown, torch.version.cuda, _short(" ".join(str(one.message) for one in said)))
     if torch.backends.mps.is_available():
-        yield Finding("mps", "ok", f"Apple's GPU; {_bf16(torch.device('mps'))}")
+        yield Finding("mps", "ok", f"Apple's GPU; {bf16('mps')}")
     elif not cuda and not shown:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no GPU of NVIDIA's"
         yield Finding("gpu", "ok", f"none found, so the CPU is used (torch is built for {built})")
-
-
-def _bf16(device: torch.device) -> str:
-    from .encoders.device import bf16_is_fast
-
-    return "bf16 is fast" if bf16_is_fast(device) else "bf16 is not fast, fp32 is taken"
-
-
-def _gpu(device: torch.device) -> Finding:
-    import torch
-
-    try:
-        found = torch.cuda.get_device_properties(device)
-        text = f"{found.name}, {_gigabytes(found.total_memory)}; {_bf16(device)}"
-        assert (torch.ones(2, device=device) + 1).sum().item() == 4
-    except Exception as error:
-        return Finding(str(device), "problem", f"does not compute: {_said(error)}", torch_again())
-    return Finding(str(device), "ok", text)
 
 
 def _unused_gpu(shown: Sequence[str], built_for: str | None, said: str) -> Finding:
@@ -328,6 +311,8 @@ def judge(found: Sequence[Installed], module: dict[str, Any], gpus: Sequence[str
     """Say what is right or wrong with ONNX Runtime, from its distributions in one folder and what the import gave."""
     problem, error = functools.partial(Finding, MODULE, "problem"), str(module.get("error", ""))
     imported, names = module.get("imported"), [one.name for one in found]
+    wheel = GPU_PACKAGE if _has_gpu_wheel() else MODULE  # the one that micl-zoo[onnx] takes
+    best = next((name for name in names if name not in (MODULE, GPU_PACKAGE)), wheel)  # a third was chosen
     outcome = f"It cannot be used: {error}" if error else f"It is {imported}"
     if not found and not error:
         return Finding(MODULE, "note", f"belongs to no package that pip knows; {imported}")
@@ -335,13 +320,13 @@ def judge(found: Sequence[Installed], module: dict[str, Any], gpus: Sequence[str
         return Finding(MODULE, "ok", "not installed; only ONNX files need it: pip install 'micl-zoo[onnx]'")
     if not found:
         text = f"belongs to no package that pip knows, as the rest of one that was removed, and fails: {error}"
-        return problem(text, (pip_command("install", _best(names)),))
+        return problem(text, (pip_command("install", best),))
     if len(found) > 1:
         owners = [one for one in found if one.intact]
         whose = f"The files are those of {owners[0]}" if len(owners) == 1 else "The files are mixed"
         others = "; ".join(f"{one}: {one.files}" for one in found if one not in owners[:1])
         both = f"{' and '.join(map(str, found))} are one module and overwrote each other's files"
-        return problem(f"{both}. {whose}; {others}. {outcome}", _replace(names, _best(names)))
+        return problem(f"{both}. {whose}; {others}. {outcome}", _replace(names, best))
     (one,), exact = found, f"{names[0]}=={found[0].version}"
     again = (pip_command("install", "--force-reinstall", "--no-deps", exact),)
     if not one.intact:
@@ -355,16 +340,10 @@ def judge(found: Sequence[Installed], module: dict[str, Any], gpus: Sequence[str
         tried = "with torch imported and onnxruntime.preload_dlls() called before"
         text = f"{one} cannot use the GPU ({'; '.join(gpus)}), {tried}: {module['cuda_error']}"
         return problem(text, (pip_command("install", f"{GPU_PACKAGE}[cuda,cudnn]=={one.version}"),))
-    if one.name == MODULE and gpus and _has_gpu_wheel():
+    if one.name == MODULE and gpus and wheel == GPU_PACKAGE:
         text = f"{one} computes on the CPU only, and there is a GPU ({'; '.join(gpus)}): {imported}"
         return Finding(MODULE, "note", text, _replace(names, GPU_PACKAGE))
     return Finding(MODULE, "ok", f"{one}, {imported}")
-
-
-def _best(names: Sequence[str]) -> str:
-    """The one distribution to have: that of micl-zoo[onnx], unless a third was chosen."""
-    chosen = next((name for name in names if name not in (MODULE, GPU_PACKAGE)), None)
-    return chosen or (GPU_PACKAGE if _has_gpu_wheel() else MODULE)
 
 
 def _has_gpu_wheel() -> bool:
@@ -382,8 +361,8 @@ def hub(*, offline: bool = False) -> Iterator[Finding]:
         yield Finding("hub", "ok", f"{endpoint}, not asked")
     else:
         try:
-            ask = importlib.import_module("huggingface_hub.utils").get_session()  # has load's proxies and certificates
-            status = ask.head(endpoint, timeout=3).status_code
+            session = importlib.import_module("huggingface_hub.utils").get_session()  # with the proxies of load
+            status = session.head(endpoint, timeout=3).status_code
             yield Finding("hub", "ok", f"{endpoint} can be reached (it answers {status})")
         except Exception as error:  # huggingface-hub's, requests' or httpx's own
             only = "only published weights that are not in the cache need it"
@@ -438,11 +417,9 @@ def golden_embeddings() -> Iterator[Finding]:
         encoder = load(record.name)
         name, difference = f"embeddings of {record.name}", golden_difference(encoder, golden_file(record))
         found = f"of 4 generated images on {encoder.device.type}: {difference:.1g} from the published ones at most"
-        if difference <= TOLERANCE:
-            yield Finding(name, "ok", found)
-        else:
-            text = f"{found}, more than the {TOLERANCE:g} that is normal: torch does not compute as it should here"
-            yield Finding(name, "problem", text, torch_again())
+        text = f"{found}, more than the {TOLERANCE:g} that is normal: torch does not compute as it should here"
+        wrong = Finding(name, "problem", text, torch_again())
+        yield Finding(name, "ok", found) if difference <= TOLERANCE else wrong
 
 
 def _embedded() -> list[Record]:
