@@ -27,7 +27,7 @@ MEASURED = opt.together(  # of knn, linear, logreg, few-shot and all
     opt.count("--train-images", "Use at most N train images per set, balanced over the classes."),
     opt.count("--test-images", "Use at most N test images per set, balanced over the classes."),
     opt.choice(
-        "--baseline", "baselines", ["random", "pixels"], "Baseline: untrained ViT or raw pixels.", multiple=True
+        "--baseline", "baselines", ["random", "pixels"], "Baseline to add: untrained ViT, raw pixels.", multiple=True
     ),
     opt.count("--batch-size", "Images per forward pass.", default=64),
     opt.workers(default="one per core"),
