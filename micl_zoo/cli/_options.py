@@ -37,31 +37,16 @@ def value(*words: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*names, help=text + " May be repeated." * ("multiple" in settings), **settings)
 
 
-def flag(*words: str) -> Callable[[F], F]:
-    """An option without a value."""
-    return value(*words, is_flag=True)
-
-
 def count(*words: str, least: int = 1, **settings: Any) -> Callable[[F], F]:
     """An option with a whole number."""
     return value(*words, type=click.IntRange(least), **settings)
 
 
-def number(*words: str, least: float = 0, **settings: Any) -> Callable[[F], F]:
-    """An option with a number."""
-    return value(*words, type=click.FloatRange(least), **settings)
-
-
-def path(*words: str, **settings: Any) -> Callable[[F], F]:
-    """An option with a local file or folder."""
-    return value(*words, type=click.Path(path_type=Path), **settings)
-
-
 def choice(*words: Any, **settings: Any) -> Callable[[F], F]:
     """An option from its names, its possible values, the default first, and its help."""
     *names, values, text = words
-    chosen = {} if "multiple" in settings else {"default": values[0]}
-    return value(*names, text, type=click.Choice(values), **{**chosen, **settings})
+    default = {} if "multiple" in settings else {"default": values[0]}
+    return value(*names, text, **{"type": click.Choice(values), **default, **settings})
 
 
 def workers(text: str = "Number of decoding processes.", default: str = "one per core, at most 16") -> Callable[[F], F]:
@@ -74,6 +59,8 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return lambda command: functools.reduce(lambda made, one: one(made), reversed(options), command)
 
 
+flag = functools.partial(value, is_flag=True)
+path = functools.partial(value, type=click.Path(path_type=Path))
 AS_JSON = flag("--json", "as_json", "Print one JSON object.")
 DEVICE = value("--device", "Device of the model: auto, cpu, cuda, cuda:N or mps.", default="auto")
 TRAINING_DEVICE = value("--device", "Device of the model: auto, cpu, cuda or cuda:N.", default="auto")
@@ -98,8 +85,7 @@ def encoder_of(text: str) -> dict[str, Any]:
 
 def call_words(leave_out: Collection[str] = ()) -> list[str]:
     """The words behind `micl-zoo` that make the running call again: its parsed parameters, but those in `leave_out`."""
-    context = click.get_current_context()
-    arguments, options = list[str](), list[str]()
+    context, arguments, options = click.get_current_context(), list[str](), list[str]()
     for parameter in context.command.params:
         name = str(parameter.name)
         if name in leave_out or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
@@ -113,17 +99,12 @@ def call_words(leave_out: Collection[str] = ()) -> list[str]:
         else:
             options += [word for one in values for word in (parameter.opts[0], one)]
     names = context.command_path.removeprefix(context.find_root().command_path).split()
-    if any(one.startswith("-") for one in arguments):
-        return [*names, *options, "--", *arguments]
-    return [*names, *arguments, *options]
+    dashed = any(one.startswith("-") for one in arguments)
+    return [*names, *options, "--", *arguments] if dashed else [*names, *arguments, *options]
 
 
 def start_ranks(options: dict[str, Any]) -> bool:
-    """Run this command in several processes if its options ask for them; these options are taken out.
-
-    Returns:
-        Whether the processes ran: then nothing is left to do.
-    """
+    """Run this command in several processes and return True if its options ask for them; take these options out."""
     how = {name: options.pop(name) for name in ("gpus", "nodes", "rdzv", "restarts")}
     if not how["gpus"] and how["nodes"] == 1:
         return False

@@ -43,10 +43,8 @@ def _setting(field: Any) -> Callable[[opt.F], opt.F]:
     several, least = isinstance(field.default, tuple), field.metadata["least"]
     kinds = {int: click.IntRange(least), float: click.FloatRange(least, min_open=True)}
     kind = kinds.get(type(field.default[0] if several else field.default)) or click.Choice(field.default)
-    words = [field.metadata["flag"], field.name, field.metadata["help"].removesuffix(" May be repeated.")]
-    if several:
-        return opt.value(*words, type=kind, multiple=True, show_default=", ".join(map(str, field.default)))
-    return opt.value(*words, type=kind, default=field.default)
+    names, help = (field.metadata["flag"], field.name), field.metadata["help"]
+    return click.option(*names, help=help, type=kind, default=field.default, multiple=several)
 
 
 class _Methods(opt.Group):
@@ -66,7 +64,7 @@ class _Methods(opt.Group):
         methods = tuple(METHODS) if method is ALL else (cmd_name,)
         examples = "".join(f"\n  micl-zoo eval {cmd_name} {example}" for example in method.examples)
         options = opt.together(MEASURED, *map(_setting, option_fields(method.settings)))
-        command = options(lambda **given: _measure(methods, given))
+        command = options(lambda **given: _measure(methods, **given))
         return click.command(cmd_name, cls=opt.Command, help=f"{method.help}\n\nExamples:{examples}")(command)
 
 
@@ -82,7 +80,7 @@ def eval_() -> None:
     """
 
 
-def _measure(methods: Any, options: dict[str, Any]) -> None:
+def _measure(methods: Any, picture: Path | None, as_json: bool, **options: Any) -> None:
     """Measure, print, write the record and the picture; `methods` are those of a `Protocol`."""
     from micl_zoo.training.evaluation.protocols import Protocol, option_fields
     from micl_zoo.training.evaluation.tables import plot, table
@@ -91,8 +89,7 @@ def _measure(methods: Any, options: dict[str, Any]) -> None:
 
     names = [field.name for field in option_fields()]
     given = {name: value for name in names if (value := options.pop(name, None)) not in (None, ())}
-    out, picture, as_json = options["out"], options.pop("picture"), options.pop("as_json")
-    record = _record(Protocol(methods=methods, **given), options)
+    out, record = options["out"], _record(Protocol(methods=methods, **given), options)
     text = json.dumps(record, indent=1)
     if out is not None:
         write_text(out, text + "\n")
@@ -109,6 +106,7 @@ def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
 
     from ..encoders.device import resolve_device
     from ..encoders.load import load
+    from ..stores.store import open_store
 
     encoder, data, labels, device = (options.pop(name) for name in ("encoder", "data", "labels", "device"))
     stores = [options.pop(name) for name in ("train_store", "test_store")]
@@ -117,8 +115,6 @@ def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
     if any(stores):
         if not all(stores) or encoder or data or options["baselines"]:
             raise click.UsageError("two stores need --train and --test, and neither ENCODER, --data nor --baseline")
-        from ..stores.store import open_store
-
         opened, given = map(open_store, stores), read_label_file(labels) if labels else None
         return evaluate_stores(*opened, protocol, labels=given, command=command, device=str(resolve_device(device)))
     if encoder is None or not data:
@@ -161,14 +157,10 @@ def eval_finetune(encoder: str, data: str, out: Path, as_json: bool, **options: 
     from micl_zoo.training.run.ranks import says
 
     found = finetune(data, out, **opt.encoder_of(encoder), **options)
-    if not says():
-        return
-    if found is None:
+    if says() and found is None:
         click.echo(f"Stopped at --max-steps. Run the same command without it to resume {out}.", err=as_json)
-    elif as_json:
-        click.echo(json.dumps(found))
-    else:
-        click.echo(_finetuned(found, out))
+    elif says():
+        click.echo(json.dumps(found) if as_json else _finetuned(found, out))
 
 
 def _finetuned(found: dict[str, Any], out: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
@@ -20,17 +19,13 @@ REFUSED_EXIT_CODE = 3
 @opt.value("-o", "--out", "Output folder or URI; the same command resumes it.", required=True)
 @opt.value("--model", "Name of an encoder, see `micl-zoo models`.", default=DEFAULT)
 @opt.path("--weights", "Your own .safetensors or .onnx file or folder, in place of --model.")
-@opt.choice(
-    "--pool",
-    ["cls", "mean", "cls+mean", "patches"],
-    "Class token, mean of the patches, both, or all patches.",
-)
+@opt.choice("--pool", ["cls", "mean", "cls+mean", "patches"], "Class token, mean of the patches, both, or all patches.")
 @opt.value("--normalize/--no-normalize", "Embeddings of unit length, or as they are.", default=True)
 @opt.choice("--dtype", ["float32", "float16"], "Data type of the stored embeddings.")
 @opt.choice(
     "--precision",
     ["auto", *PRECISIONS],
-    "Compute precision. auto: bf16 where it is fast, else fp32. ONNX files keep their own.",
+    "Compute precision. auto: bf16 where fast, else fp32. ONNX files keep their own.",
 )
 @opt.choice(
     "--backend",
@@ -45,11 +40,7 @@ REFUSED_EXIT_CODE = 3
     show_default="cuda on a GPU, else cpu",
 )
 @opt.flag("--compile", "Compile the model by torch.compile: pays off after thousands of images.")
-@opt.value(
-    "--devices",
-    "Devices of the model, one process each: auto, all GPUs, cpu, cuda, mps, or a list such as cuda:0,cuda:1.",
-    default="auto",
-)
+@opt.value("--devices", "Devices, one process each: auto, all (GPUs), cpu, cuda, mps, cuda:0,cuda:1 …", default="auto")
 @opt.count("--processes", "Number of model processes, which share the devices.", show_default="one per device")
 @opt.choice("--engine", ["local", "ray"], "Where the work runs: this machine, or all machines of a Ray cluster.")
 @opt.value("--address", "Address of the Ray cluster.", show_default="this machine's, or a new one on it")
@@ -94,7 +85,7 @@ def extract(
         summary = run(source, out, show=not quiet, say=say, **options)
     except KeyboardInterrupt:
         click.echo(f"\nStopped. Finished shards are safe in {out}: run the same command to resume.", err=True)
-        sys.exit(130)
+        raise SystemExit(130) from None
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
     elif not quiet:
@@ -104,6 +95,6 @@ def extract(
     if summary.refused and not quiet:
         click.echo(f"{summary.refused:,} could not be embedded: see {out}/errors.jsonl", err=True)
     if summary.failed:
-        sys.exit(1)
+        raise SystemExit(1)
     if summary.refused and strict:
-        sys.exit(REFUSED_EXIT_CODE)
+        raise SystemExit(REFUSED_EXIT_CODE)

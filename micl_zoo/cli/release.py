@@ -22,15 +22,7 @@ MEASURED = opt.path("--eval", "measured", "Record of `eval all`, or result.json 
 @opt.path("-o", "--out", "File to write.", show_default="standard output")
 @opt.path("--check", "File to compare with the card: exit code 1 when it differs.")
 @opt.path("--record", "File for the record of a run, in place of a card.")
-def card(
-    encoder: str | None,
-    measured: tuple[Path, ...],
-    hub: bool,
-    ablations: bool,
-    out: Path | None,
-    check: Path | None,
-    record: Path | None,
-) -> None:
+def card(encoder: str | None, measured: tuple[Path, ...], check: Path | None, record: Path | None, **how: Any) -> None:
     """Write the model card of ENCODER from its records: uses, limits, data, training, compute, every figure.
 
     ENCODER is a published name (see `micl-zoo models`) or the folder of a finished training run. Without it, the card
@@ -43,14 +35,14 @@ def card(
       micl-zoo card --check MODEL_CARD.md
       micl-zoo card --ablations --check docs/ablations.md
     """
-    if encoder is None and (measured or hub or record):
+    out = how.pop("out")
+    if encoder is None and (measured or how["hub"] or record):
         raise click.UsageError("--eval, --hub and --record need an ENCODER")
-    if encoder and ablations:
+    if encoder and how["ablations"]:
         raise click.UsageError("--ablations is of no single ENCODER: leave it out")
-    if sum(map(bool, (out, check, record))) > 1 or (record and (measured or hub)):
+    if sum(map(bool, (out, check, record))) > 1 or (record and (measured or how["hub"])):
         raise click.UsageError("-o, --check and --record go alone; a record takes neither --eval nor --hub")
-    from micl_zoo.training.release.card import card as write_card
-    from micl_zoo.training.release.card import check_card
+    from micl_zoo.training.release import card as cards
     from micl_zoo.training.release.trained import write_run_record
 
     from ..files import write_text
@@ -59,9 +51,9 @@ def card(
         write_run_record(Path(encoder), record)
         click.echo(f"The record of {encoder} is in {record}.")
         return
-    text = write_card(encoder, measured, hub=hub, ablations=ablations)
+    text = cards.card(encoder, measured, **how)
     if check:
-        check_card(check, text, shlex.join(["micl-zoo", *opt.call_words(leave_out={"check"}), "-o", str(check)]))
+        cards.check_card(check, text, shlex.join(["micl-zoo", *opt.call_words(leave_out={"check"}), "-o", str(check)]))
         click.echo(f"{check} is what the records say.")
     elif out:
         write_text(out, text)

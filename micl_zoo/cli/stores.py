@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +40,16 @@ def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | 
 
     opened = open_store(store)
     if not opened.complete:
-        parts = parts_of(len(opened.done()), opened.manifest.shards)
-        click.echo(f"{store} is not complete: searching {parts}", err=True)
+        click.echo(
+            f"{store} is not complete: searching {parts_of(len(opened.done()), opened.manifest.shards)}", err=True
+        )
     found = run(opened, images, picture=picture, **options)
     for query, hits in zip([*map(str, images), *options["ids"]], found, strict=True):
         if not as_json:
             click.echo(printable(query))
         for hit in hits:
-            if as_json:
-                click.echo(json.dumps({"query": query, **hit._asdict()}))
-            else:
-                click.echo(f"{hit.rank:>4}  {hit.cosine:7.4f}  {printable(hit.id)}")
+            text = f"{hit.rank:>4}  {hit.cosine:7.4f}  {printable(hit.id)}"
+            click.echo(json.dumps({"query": query, **hit._asdict()}) if as_json else text)
     if picture:
         click.echo(f"The contact sheet is in {picture}.", err=as_json)
 
@@ -78,15 +76,11 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
     from ..stores.verify import verify as run
 
     found = run(open_store(store), **options)
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
-    else:
-        for line in found.problems:
-            click.echo(f"Problem: {line}", err=True)
-        for line in found.gone:
-            click.echo(f"Not compared: {line}", err=True)
-        click.echo(found.summary())
-    sys.exit(1 if found.problems else 0)
+    lines = [f"Problem: {line}" for line in found.problems] + [f"Not compared: {line}" for line in found.gone]
+    if lines and not as_json:
+        click.echo("\n".join(lines), err=True)
+    click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else found.summary())
+    raise SystemExit(1 if found.problems else 0)
 
 
 @click.command(cls=opt.Command)

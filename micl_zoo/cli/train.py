@@ -9,7 +9,7 @@ import click
 
 from . import _options as opt
 
-SECONDS = opt.number("--seconds", "Length of the measurement in seconds.", least=1, default=20)
+SECONDS = opt.value("--seconds", "Length of the measurement in seconds.", type=click.FloatRange(1), default=20)
 
 
 @click.command(cls=opt.Command)
@@ -22,14 +22,12 @@ SECONDS = opt.number("--seconds", "Length of the measurement in seconds.", least
 @opt.RANKS
 @opt.workers("Decoding processes per GPU, with cache=none.", "the cores, shared; at most 16")
 @opt.path("--knn", "Folder with a k-NN set: train*.parquet and test or val.parquet (image, label).", multiple=True)
-@opt.number("--knn-minutes", "Minutes between k-NN evaluations.", default=30)
+@opt.value("--knn-minutes", "Minutes between k-NN evaluations.", type=click.FloatRange(0), default=30)
 @opt.count("--knn-images", "Number of images to search in each k-NN set.", least=20, default=10_000)
 @opt.value("--wandb", "Project of Weights & Biases to send the run to.", metavar="PROJECT")
 @opt.value("--mfu", "FLOP/s utilisation, for --plan.", type=click.FloatRange(0, 1, min_open=True), default=0.5)
 @opt.count("--images", "Size of the corpus, for --plan without --data.")
-def train(
-    recipe: str, data: tuple[str, ...], out: Path | None, plan: bool, mfu: float, images: int | None, **options: Any
-) -> None:
+def train(recipe: str, data: tuple[str, ...], out: Path | None, plan: bool, **options: Any) -> None:
     """Pre-train an encoder by RECIPE (names: `micl-zoo models`).
 
     Writes run.json, metrics.jsonl, views.png, checkpoints/ and encoder/, which `micl_zoo.load(weights=...)` takes;
@@ -43,8 +41,9 @@ def train(
       micl-zoo train vit_l16.in1k --plan --gpus 4
       micl-zoo train vit_l16.in1k --data photos/ --out runs/smoke --smoke --device cpu --gpus 2
     """
+    of_plan = {name: options.pop(name) for name in ("images", "mfu")}
     if plan:
-        click.echo(_plan(recipe, data, images, mfu, **options))
+        click.echo(_plan(recipe, data, **of_plan, **options))
         return
     if not data or out is None:
         raise click.UsageError("train needs --data and --out (only --plan does without)")
@@ -54,12 +53,10 @@ def train(
     from micl_zoo.training.run.ranks import says
 
     made = pretrain(recipe, data[0] if len(data) == 1 else data, out, **options)
-    if not says():
-        return
-    if made == out:
-        click.echo(f"Stopped at --max-steps. Run the same command without it to resume {out}.")
-    else:
-        click.echo(f"The encoder is in {made.parent}: micl_zoo.load(weights={str(made.parent)!r}).")
+    stopped = f"Stopped at --max-steps. Run the same command without it to resume {out}."
+    encoder = f"The encoder is in {made.parent}: micl_zoo.load(weights={str(made.parent)!r})."
+    if says():
+        click.echo(stopped if made == out else encoder)
 
 
 def _plan(name: str, data: tuple[str, ...], images: int | None, mfu: float, **options: Any) -> str:
@@ -114,7 +111,9 @@ def bench_step(recipe: str, as_json: bool, **options: Any) -> None:
 @opt.OVERRIDES
 @opt.workers()
 @SECONDS
-@opt.number("--images-per-second", "wanted", "Images/s that the GPUs take, see `bench step`.", least=1, default=8500)
+@opt.value(
+    "--images-per-second", "wanted", "Images/s that the GPUs take (`bench step`).", type=opt.POSITIVE, default=8500
+)
 @opt.AS_JSON
 def bench_data(recipe: str, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Read, decode and crop the images of a source as training RECIPE does.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,10 @@ def models(as_json: bool) -> None:
     """
     width = max(map(len, RECORDS))
     for record in sorted(RECORDS.values(), key=lambda one: (not one.published, one.name)):
-        if as_json:
-            click.echo(json.dumps({"name": record.name, "published": record.published, "summary": record.summary}))
-        else:
-            mark = "*" if record.name == DEFAULT else " "
-            click.echo(f"{mark} {record.name:<{width}}  {_where(record):<13}  {record.summary}")
+        row = {"name": record.name, "published": record.published, "summary": record.summary}
+        mark = "*" if record.name == DEFAULT else " "
+        text = f"{mark} {record.name:<{width}}  {_where(record):<13}  {record.summary}"
+        click.echo(json.dumps(row) if as_json else text)
 
 
 @click.command(cls=opt.Command)
@@ -63,9 +61,8 @@ def info(name: str, as_json: bool) -> None:
         "licence": record.license,
         "k-NN accuracy": ", ".join(f"{data} {value:.1f} %" for data, value in record.metrics.items()) or "not measured",
     }
-    width = max(map(len, rows))
     for key, value in rows.items():
-        click.echo(f"{key:<{width}}  {value}")
+        click.echo(f"{key:<13}  {value}")
     if not record.published:
         from ..encoders.hub import not_published
 
@@ -114,7 +111,7 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
 @opt.choice(
     "--precision",
     ONNX_PRECISIONS,
-    "Precision of the file. fp16: norms and softmax stay in fp32. int8: the matrix products of the blocks, for CPUs.",
+    "Precision. fp16: norms, softmax in fp32. int8: the blocks' matrix products, for CPUs.",
 )
 @opt.value("--outputs", "Comma-separated: cls, mean (both go into `embedding`), patches (on its own).", default="cls")
 @opt.count("--image-size", "Side of the images in pixels.", show_default="the encoder's own")
@@ -123,7 +120,7 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
 @opt.value("--images", "Images to compare on: any source that extract takes.", multiple=True, show_default="10 of ours")
 @opt.flag("--overwrite", "Replace the file if it exists.")
 @opt.AS_JSON
-def export(encoder: str, out: Path, outputs: str, images: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def export(encoder: str, outputs: str, images: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Write ENCODER as one ONNX file, and keep the file only if it embeds real photographs as PyTorch does.
 
     ENCODER is a name (see `micl-zoo models`), the folder of a training run or of an encoder, or a .safetensors file.
@@ -142,9 +139,7 @@ def export(encoder: str, out: Path, outputs: str, images: tuple[str, ...], as_js
     from micl_zoo.export import to_onnx
 
     names: list[Any] = [name.strip() for name in outputs.split(",")]  # to_onnx refuses what it does not know
-    made = to_onnx(
-        **opt.encoder_of(encoder), out=out, outputs=names, images=images or None, show=not as_json, **options
-    )
+    made = to_onnx(**opt.encoder_of(encoder), outputs=names, images=images or None, show=not as_json, **options)
     if as_json:
         click.echo(json.dumps(made.as_dict()))
         return
@@ -169,8 +164,6 @@ def doctor(offline: bool, as_json: bool) -> None:
     from ..doctor import examine
 
     found = examine(offline=offline)
-    if as_json:
-        click.echo(json.dumps({"problems": found.problems, **dataclasses.asdict(found)}, indent=2))
-    else:
-        click.echo(found.table())
-    sys.exit(1 if found.problems else 0)
+    facts = {"problems": found.problems, **dataclasses.asdict(found)}
+    click.echo(json.dumps(facts, indent=2) if as_json else found.table())
+    raise SystemExit(1 if found.problems else 0)
