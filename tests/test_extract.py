@@ -33,7 +33,7 @@ from micl_zoo.extraction.extract import extract
 from micl_zoo.extraction.runner import Event
 from micl_zoo.files import Folder
 from micl_zoo.images.decode import decode_pixels
-from micl_zoo.sources.listing import ImageIndex
+from micl_zoo.sources.index import ImageIndex
 from micl_zoo.stores.store import Store
 
 

@@ -28,7 +28,8 @@ from ..errors import Interrupted, MiclZooError, UsageError
 from ..files import Folder
 from ..images.decode import MAX_PIXELS, Decoding
 from ..progress import Tick, progress
-from ..sources.listing import ImageIndex, SourceLike, list_source
+from ..sources.index import ImageIndex
+from ..sources.listing import SourceLike, list_source
 from ..stop import StopRequest
 from ..stores.store import Manifest, Rows, Store
 from .engines import Engine, Job, Local, Work

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import StoreError
-from ..sources.listing import Fingerprint, ImageIndex
+from ..sources.index import Fingerprint, ImageIndex
 from ..stores.store import Store
 
 

@@ -99,10 +99,9 @@ def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
 
 
 def _cut_strip(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    limit = MAX_ASPECT * min(width, height)
-    if max(width, height) <= limit:
+    limit = MAX_ASPECT * min(image.size)
+    if max(image.size) <= limit:
         return image
-    if width > height:
-        return image.crop(((width - limit) // 2, 0, (width + limit) // 2, height))
-    return image.crop((0, (height - limit) // 2, width, (height + limit) // 2))
+    ends = [((side - limit) // 2, (side + limit) // 2) if side > limit else (0, side) for side in image.size]
+    (left, right), (top, bottom) = ends
+    return image.crop((left, top, right, bottom))

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
@@ -122,8 +122,7 @@ class OpenFiles:
         """Read `length` bytes from `offset` on, fewer at the end of the file."""
         if remote.is_remote(uri):
             return remote.read_range(uri, offset, length) if length else b""
-        archive = self._archives.pop(uri, None) or pa.OSFile(os.fsencode(to_path(uri)))
-        self._archives[uri] = archive
+        archive = self._archives[uri] = self._archives.pop(uri, None) or pa.OSFile(os.fsencode(to_path(uri)))
         if len(self._archives) > OPEN_ARCHIVES:
             del self._archives[next(iter(self._archives))]
         return bytes(archive.read_at(length, offset))
@@ -132,7 +131,5 @@ class OpenFiles:
         """Return what `open_file` makes of a place; the last one is kept for each such function."""
         last, file = self._last.get(open_file, ("", None))
         if last != uri:
-            file = open_file(uri)
-            self._last[open_file] = uri, file
-        found: Opened = file
-        return found
+            _, file = self._last[open_file] = uri, open_file(uri)
+        return cast(Opened, file)

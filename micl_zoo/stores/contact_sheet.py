@@ -34,9 +34,7 @@ class Tile(NamedTuple):
 def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]]) -> None:
     """Draw a band for each query: the query at the left, its hits at the right, on lines of equal length.
 
-    Args:
-        out: file to write, in a format of PICTURE_FORMATS by its ending.
-        bands: each query and its hits.
+    The ending of `out` is one of PICTURE_FORMATS.
     """
     cell = TILE + LINE * LABEL_LINES + GAP
     most = max(1, *(len(hits) for _, hits in bands))

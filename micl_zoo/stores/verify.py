@@ -30,27 +30,16 @@ SHOWN = 3  # ids named in a problem that many images have
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """What `verify` found."""
 
-    Attributes:
-        parts: part files that exist.
-        shards: part files of the complete store; None while its images are still being listed.
-        rows: rows in the readable parts.
-        refused: images in the ledgers of these parts.
-        sampled: images embedded again and compared.
-        worst_cosine: smallest cosine of these, None where no image was compared.
-        gone: images of the sample that could not be read again, with the reason; not a fault of the store.
-        problems: all that is wrong, one sentence each; empty for a sound store.
-    """
-
-    parts: int = 0
-    shards: int | None = None
-    rows: int = 0
-    refused: int = 0
-    sampled: int = 0
-    worst_cosine: float | None = None
-    gone: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    parts: int = 0  # part files that exist
+    shards: int | None = None  # part files of the complete store; None while its images are still being listed
+    rows: int = 0  # in the readable parts
+    refused: int = 0  # images in the ledgers of these parts
+    sampled: int = 0  # images embedded again and compared
+    worst_cosine: float | None = None  # of these; None where no image was compared
+    gone: list[str] = field(default_factory=list)  # sampled images not readable again, and why; not the store's fault
+    problems: list[str] = field(default_factory=list)  # all that is wrong, one sentence each; empty for a sound store
 
     def summary(self) -> str:
         """Sum it up in one line."""
@@ -149,13 +138,7 @@ def _index_problems(store: Store) -> list[str]:
 
 
 def account(expected: Sequence[str], rows: Sequence[str], refused: Sequence[str]) -> list[str]:
-    """Say what keeps rows and ledger from being the images of the index, each once and in its order.
-
-    Args:
-        expected: ids of a shard of the index.
-        rows: ids of the rows of its part.
-        refused: ids of the ledger lines of its part.
-    """
+    """Say what keeps the ids of a part's rows and ledger from being those of the index, each once and in its order."""
     held, known, ledger = Counter([*rows, *refused]), set(expected), set(refused)
     problems = []
     if missing := [name for name in expected if name not in held]:
