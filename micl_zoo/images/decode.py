@@ -90,10 +90,7 @@ def decode(data: bytes, *, exif: Exif = "upright", max_pixels: int = MAX_PIXELS)
 
 
 def decode_pixels(data: bytes, transform: Transform, decoding: Decoding = Decoding()) -> np.ndarray:
-    """Decode a file to the (size, size, 3) uint8 that an encoder takes, before they are normalised.
-
-    With the exact decoding they are equal to `transform.pixels(decode(data))`.
-    """
+    """Decode to the (size, size, 3) uint8 an encoder takes: if exact, equal to `transform.pixels(decode(data))`."""
     if not decoding.fast or transform.size > transform.resize:  # no crop to fuse where it is larger than the picture
         image = decode(data, exif=decoding.exif, max_pixels=decoding.max_pixels)
         with _refusals(data):

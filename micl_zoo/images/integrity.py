@@ -171,11 +171,8 @@ def _check_precision(found: JpegScans) -> None:
         raise Refused("truncated", "the JPEG stops before the scans that complete its picture")
 
 
-def check_tags(data: bytes) -> None:
-    """Refuse tags too many and too long to be read: Pillow copies what each points at, and all may point at one place.
-
-    It looks through a file before Pillow opens it, or through a block of EXIF.
-    """
+def check_tags(data: bytes) -> None:  # a file before Pillow opens it, or a block of EXIF
+    """Refuse tags too many and too long to read: Pillow copies what each points at, and all may point at one place."""
     if data.startswith(b"\xff\xd8"):
         blocks = _jpeg_tag_blocks(data)
     elif data[4:8] == b"ftyp":  # AVIF and HEIC: somewhere

@@ -79,14 +79,9 @@ class Transform:
     def from_timm(cls, config: dict[str, Any]) -> Transform:
         """Make one from the fields of a timm `pretrained_cfg`; what it leaves out has timm's default."""
         size = config.get("input_size", [3, 224, 224])[-1]
-        defaults = cls()
-        return cls(
-            size=size,
-            resize=int(size / config.get("crop_pct", 0.875)),
-            interpolation=config.get("interpolation", "bicubic"),
-            mean=tuple(config.get("mean", defaults.mean)),
-            std=tuple(config.get("std", defaults.std)),
-        )
+        resize = int(size / config.get("crop_pct", 0.875))
+        mean, std = tuple(config.get("mean", cls.mean)), tuple(config.get("std", cls.std))
+        return cls(size, resize, config.get("interpolation", "bicubic"), mean, std)
 
 
 @functools.cache

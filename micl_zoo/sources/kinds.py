@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from tarfile import TarError
 from typing import NamedTuple
@@ -75,11 +76,9 @@ def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
 
 
 def _unreadable(uri: str, kind: Kind, error: Exception) -> SourceError:
-    try:
-        with open_binary(uri) as file:
-            start = file.read(6)
-    except OSError:
-        start = b""
+    start = b""
+    with contextlib.suppress(OSError), open_binary(uri) as file:
+        start = file.read(6)
     for first, packer in PACKED_STARTS.items():
         if start.startswith(first):
             return SourceError(

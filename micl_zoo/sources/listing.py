@@ -18,7 +18,7 @@ from .globs import counted, glob_files, has_magic, walk
 from .index import ImageIndex, Row, table_of
 from .kinds import KINDS, WANTED, Kind, kind_of, list_files
 from .lists import LISTS, read_list, read_standard_input
-from .places import File, absolute, bare, last_name, suffix_of, to_path
+from .places import File, absolute, bare, suffix_of, to_path
 
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 PIECE_SECONDS = 0.2  # after which a piece is given out as far as it has come
@@ -140,7 +140,8 @@ def _list_one(source: str) -> Listed:
             size = remote.describe(place).size
         except OSError as error:
             raise SourceError(f"no such source: {place!r} cannot be read ({error})") from None
-    return _list_kind(kind, [File(absolute(place), last_name(place), size)])
+    name = place.rpartition("/")[2] if remote.is_remote(place) else Path(place).name
+    return _list_kind(kind, [File(absolute(place), name, size)])
 
 
 def _is_folder(place: str) -> bool | None:

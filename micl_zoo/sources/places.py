@@ -45,11 +45,6 @@ def absolute(place: str) -> str:
     return place if remote.is_remote(place) else str(Path(place).absolute())
 
 
-def last_name(place: str) -> str:
-    """Return the name of a file without its folders."""
-    return place.rpartition("/")[2] if remote.is_remote(place) else Path(place).name
-
-
 def join(folder: str, name: str) -> str:
     """Put a name below a folder; an empty name leaves a separator at the end."""
     if remote.is_remote(folder):

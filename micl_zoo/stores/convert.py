@@ -71,7 +71,7 @@ def convert(
             "again, or give --incomplete (from Python incomplete=True) for the rows that are there"
         )
     shape = (len(view), *store.manifest.shape)
-    writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".lance": _write_lance}
+    writers = {".npy": _write_npy, ".safetensors": _write_tensors, ".lance": _write_lance}
     path.parent.mkdir(parents=True, exist_ok=True)
     with progress(f"writing {path.name}", shape[0], unit="rows") as tick:
         size, opens_with = writers[path.suffix](view, path, shape, kind, tick)
@@ -119,9 +119,7 @@ def _write_npy(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype
     return path.stat().st_size + names.stat().st_size, line
 
 
-def _write_safetensors(
-    store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick
-) -> tuple[int, str]:
+def _write_tensors(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick) -> tuple[int, str]:
     """The format: a length (8 bytes, little endian), a JSON header of that length, the tensors one after another."""
     rows_end = math.prod(shape) * dtype.itemsize
 

@@ -279,8 +279,9 @@ class Store:
 
     def _checked(self, name: str) -> Rows:
         rows, sha256 = self._decoded(name)
-        if rows.sha256() != sha256:
-            raise self._damaged(name, f"its sha256 is {rows.sha256()}, not {sha256}")
+        with self._damage(name):
+            if (found := rows.sha256()) != sha256:
+                raise ValueError(f"its sha256 is {found}, not {sha256}")
         return rows
 
     def _columns(self, table: pa.Table) -> tuple[list[str], np.ndarray]:
@@ -300,11 +301,10 @@ class Store:
         try:
             yield
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise self._damaged(name, str(error)) from None
-
-    def _damaged(self, name: str, how: str) -> StoreError:
-        where = f"{str(self.folder).rstrip('/')}/{name}"
-        return StoreError(f"{where!r} is damaged ({how}): delete it and run the same extract command again")
+            where = f"{str(self.folder).rstrip('/')}/{name}"
+            raise StoreError(
+                f"{where!r} is damaged ({error}): delete it and run the same extract command again"
+            ) from None
 
 
 def open_store(path: str | os.PathLike[str] | Folder) -> Store:
@@ -326,11 +326,8 @@ def open_store(path: str | os.PathLike[str] | Folder) -> Store:
             return Store(folder, Manifest(**fields))
     except (ValueError, TypeError, AttributeError) as error:
         raise StoreError(f"the manifest of {str(folder)!r} is damaged: {error}") from None
-    newer = isinstance(found, int) and found > FORMAT_VERSION
-    raise StoreError(
-        f"{str(folder)!r} has layout version {found}, this micl-zoo reads {FORMAT_VERSION}: "
-        + ("upgrade micl-zoo" if newer else "extract it again")
-    )
+    cure = "upgrade micl-zoo" if isinstance(found, int) and found > FORMAT_VERSION else "extract it again"
+    raise StoreError(f"{str(folder)!r} has layout version {found}, this micl-zoo reads {FORMAT_VERSION}: {cure}")
 
 
 def _part(number: int, start: str = PART) -> str:

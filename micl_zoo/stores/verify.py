@@ -140,19 +140,16 @@ def _index_problems(store: Store) -> list[str]:
 def account(expected: Sequence[str], rows: Sequence[str], refused: Sequence[str]) -> list[str]:
     """Say what keeps the ids of a part's rows and ledger from being those of the index, each once and in its order."""
     held, known, ledger = Counter([*rows, *refused]), set(expected), set(refused)
-    problems = []
-    if missing := [name for name in expected if name not in held]:
-        problems.append(f"{_named(missing)} of the index: neither a row nor a ledger line")
-    if twice := [name for name, times in held.items() if times > 1]:
-        problems.append(f"{_named(twice)}: more than one row or ledger line")
-    if strange := [name for name in held if name not in known]:
-        problems.append(f"{_named(strange)}: not in this shard of the index")
-    if problems:
-        return problems
+    wrong = {
+        " of the index: neither a row nor a ledger line": [name for name in expected if name not in held],
+        ": more than one row or ledger line": [name for name, times in held.items() if times > 1],
+        ": not in this shard of the index": [name for name in held if name not in known],
+    }
+    if any(wrong.values()):
+        return [f"{_named(names)}{what}" for what, names in wrong.items() if names]
     in_order = [name for name in expected if name not in ledger] == list(rows)
-    if not in_order or [name for name in expected if name in ledger] != list(refused):
-        problems.append("the rows or ledger lines are not in the order of the index")
-    return problems
+    in_order = in_order and [name for name in expected if name in ledger] == list(refused)
+    return [] if in_order else ["the rows or ledger lines are not in the order of the index"]
 
 
 def _row_problems(ids: Sequence[str], rows: np.ndarray, manifest: Manifest) -> list[str]:
@@ -161,12 +158,8 @@ def _row_problems(ids: Sequence[str], rows: np.ndarray, manifest: Manifest) -> l
     lengths = np.sqrt(np.einsum("ntd,ntd->nt", vectors, vectors))  # (n, 1 or h w)
     broken = ~np.isfinite(lengths).all(1)
     off = ~broken & (np.abs(lengths - 1) > UNIT_SLACK).any(1) if manifest.normalized else np.zeros_like(broken)
-    problems = []
-    if broken.any():
-        problems.append(f"{_named(list(itertools.compress(ids, broken)))}: numbers that are not finite")
-    if off.any():
-        problems.append(f"{_named(list(itertools.compress(ids, off)))}: not of unit length, as the manifest says")
-    return problems
+    wrong = {"numbers that are not finite": broken, "not of unit length, as the manifest says": off}
+    return [f"{_named(list(itertools.compress(ids, mask)))}: {what}" for what, mask in wrong.items() if mask.any()]
 
 
 def _named(ids: Sequence[str]) -> str:
@@ -195,11 +188,11 @@ def _ledger_problems(store: Store) -> list[str]:
 
 
 def _sample(
-    store: Store, counts: Sequence[tuple[int, int]], sample: int, seed: int
+    store: Store, counts: Sequence[tuple[int, int]], size: int, seed: int
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-    """Draw (image, its row) for `sample` of all rows, in index order; each part is read once."""
+    """Draw (image, its row) for `size` of all rows, in index order; each part is read once."""
     starts = list(itertools.accumulate((rows for _, rows in counts), initial=0))
-    picks = sorted(random.Random(seed).sample(range(starts[-1]), min(sample, starts[-1])))
+    picks = sorted(random.Random(seed).sample(range(starts[-1]), min(size, starts[-1])))
     for place, group in itertools.groupby(picks, lambda pick: bisect.bisect_right(starts, pick) - 1):
         shard = counts[place][0]
         ids, rows, _ = store.rows(shard)
