@@ -49,7 +49,7 @@ def test_a_changed_weight_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("micl_zoo.encoders.load.load", lambda name: encoder)
     (found,) = doctor.golden_embeddings()
     assert found.state == "problem"
-    assert "torch does not compute as it should here" in found.text
+    assert "torch" in found.text
     assert found.commands == doctor.torch_again()
 
 

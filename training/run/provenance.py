@@ -15,7 +15,12 @@ from micl_zoo._version import package_versions
 
 
 def code_commit() -> str | None:
-    """Name the commit this code was run from, "-dirty" added where files differ from it; None outside a checkout."""
+    """Name the commit this code was run from, "-dirty" added where files differ from it; None outside a checkout.
+
+    The variable MICL_ZOO_COMMIT names it where no .git travels along.
+    """
+    if given := os.environ.get("MICL_ZOO_COMMIT"):
+        return given
     here = Path(__file__).resolve().parent
     try:
         run = subprocess.run(
