@@ -65,10 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> contextlib.ExitStack:
-    """Keep other processes out of a folder until the result is closed, or until this process ends in any way.
-
-    Where another process has the lock, it is `doing` something to the folder, and `error` is raised.
-    """
+    """Lock a folder until the result is closed or this process ends in any way; raise `error` where another has it."""
     from filelock import SoftFileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)

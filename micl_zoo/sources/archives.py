@@ -189,8 +189,7 @@ class _Cells:
         group = bisect_right(self.starts, row) - 1
         if group != self.group:
             self.load(group)
-        value: bytes | dict[str, bytes | None] | None = self.cells[row - self.starts[group]].as_py()
-        return value
+        return self.cells[row - self.starts[group]].as_py()
 
     def load(self, group: int) -> None:
         self.cells = self.file.read_row_group(group, columns=[self.column], use_threads=False).column(0)

@@ -75,8 +75,7 @@ class ImageIndex:
 
     def of_kind(self, kind: str) -> np.ndarray:
         """Tell which images lie in files of a kind: (N,) bool."""
-        mask: np.ndarray = pc.equal(self.table["kind"], kind).to_numpy()
-        return mask
+        return pc.equal(self.table["kind"], kind).to_numpy()
 
     def fingerprint(self) -> str:
         """Hash the whole index, see `Fingerprint`."""

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
@@ -127,4 +127,4 @@ class OpenFiles:
         last, file = self._last.get(open_file, ("", None))
         if last != uri:
             _, file = self._last[open_file] = uri, open_file(uri)
-        return cast(Opened, file)
+        return file
