@@ -21,11 +21,7 @@ Reason = Literal[
 
 
 class MiclZooError(Exception):
-    """Base of every error this package raises on purpose; its text is written for the person who sees it.
-
-    Attributes:
-        exit_code: exit code of the command line.
-    """
+    """Base of every error this package raises on purpose, written for people; `exit_code` is the command line's."""
 
     exit_code = 1
 
@@ -71,17 +67,12 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
 
 
 class Refused(Exception):
-    """Why one image cannot be embedded: an answer, one line in the ledger, not a failure.
-
-    Attributes:
-        reason: one word out of `Reason`, for machines.
-        detail: one sentence, for people.
-    """
+    """Why one image cannot be embedded: a `reason` out of `Reason` and a sentence of `detail`; no failure."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason: Reason = reason
-        self.detail = detail
+        self.reason: Reason = reason  # for machines
+        self.detail = detail  # for people, a line in the ledger
 
     def __reduce__(self) -> tuple[type[Refused], tuple[Reason, str]]:
         return Refused, (self.reason, self.detail)  # so that it crosses from a worker process whole

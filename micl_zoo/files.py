@@ -25,12 +25,8 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o f
 def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """Yield a temporary name beside `path`, synced and renamed if the block succeeds, else removed.
 
-    A reader sees the old file or the whole new one, whenever the process is killed.
-
-    Args:
-        path: the file to write.
-        unique: take a name that no other writer of the file has. Otherwise every try has the same name, so that a
-            killed run leaves nothing for good.
+    A reader sees the old file or the whole new one, whenever the process is killed. A `unique` name is no other
+    writer's; otherwise every try has the same name, so that a killed run leaves nothing for good.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{uuid.uuid4().hex[:8]}" if unique else ""
@@ -69,13 +65,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> contextlib.ExitStack:
-    """Keep other processes out of a folder until the result is closed, or until this process ends in any way.
-
-    Args:
-        folder: made where there is none.
-        doing: what a process with the lock does to the folder, for the message.
-        error: raised where another process has the lock.
-    """
+    """Lock a folder until the result is closed or this process ends in any way; raise `error` where another has it."""
     from filelock import SoftFileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,18 +105,12 @@ def _flock(file: IO[str]) -> bool:
 
 
 class Folder:
-    """A local folder, or a prefix on a file system of fsspec (s3://bucket/prefix), whose files have names.
-
-    Attributes:
-        location: path or URI, as given.
-        local: the path, or None where the folder is not on this machine's file system.
-    """
+    """A local folder, or a prefix on a file system of fsspec (s3://bucket/prefix), whose files have names."""
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
-        self.location = os.fspath(location)
-        self.local: Path | None = None
-        if "://" not in self.location:
-            self.local = Path(self.location)
+        self.location = os.fspath(location)  # path or URI, as given
+        self.local = None if "://" in self.location else Path(self.location)  # None: on another file system
+        if self.local is not None:
             return
         import fsspec
 
@@ -159,24 +143,22 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """True if there is such a file."""
-        return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._remote(name)))
+        return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._at(name)))
 
     def read(self, name: str) -> bytes:
         """Read a whole file."""
-        return (
-            (self.local / name).read_bytes() if self.local is not None else bytes(self._fs.cat_file(self._remote(name)))
-        )
+        return bytes(self._fs.cat_file(self._at(name))) if self.local is None else (self.local / name).read_bytes()
 
     def open(self, name: str) -> Any:
         """Open a file for pyarrow, which reads only what it needs."""
         if self.local is not None:
             return pa.OSFile(os.fsencode(self.local / name))
-        return pa.PythonFile(self._fs.open(self._remote(name), "rb"), mode="r")
+        return pa.PythonFile(self._fs.open(self._at(name), "rb"), mode="r")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole or not at all, by a temporary name or by one upload to the object store."""
         if self.local is None:
-            self._fs.pipe_file(self._remote(name), data)
+            self._fs.pipe_file(self._at(name), data)
             return
         with atomic_path(self.local / name, unique=True) as temporary:
             temporary.write_bytes(data)
@@ -186,13 +168,13 @@ class Folder:
         if self.local is not None:
             (self.local / name).unlink(missing_ok=True)
         elif self.exists(name):
-            self._fs.rm_file(self._remote(name))
+            self._fs.rm_file(self._at(name))
 
     def lock(self) -> contextlib.ExitStack:
         """Keep other writers out of a local folder, as long as the result is open; object stores have no locks."""
         return contextlib.ExitStack() if self.local is None else lock_folder(self.local, "writing to", StoreError)
 
-    def _remote(self, name: str) -> str:
+    def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 

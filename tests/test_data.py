@@ -26,7 +26,9 @@ from torch import Tensor
 from micl_zoo.errors import SourceError
 from micl_zoo.images.decode import decode
 from micl_zoo.sources import archives
-from micl_zoo.sources.listing import ImageIndex, Reader, index_source
+from micl_zoo.sources.index import ImageIndex
+from micl_zoo.sources.listing import index_source
+from micl_zoo.sources.reader import Reader
 from micl_zoo.training.micl import draw_views
 from micl_zoo.training.pretraining import data
 from micl_zoo.training.pretraining.data import (

@@ -36,7 +36,7 @@ from micl_zoo.extraction.runner import Event
 from micl_zoo.extraction.work import Work
 from micl_zoo.files import Folder
 from micl_zoo.images.decode import decode_pixels
-from micl_zoo.sources.listing import ImageIndex
+from micl_zoo.sources.index import ImageIndex
 from micl_zoo.stop import StopRequest
 from micl_zoo.stores.store import Store
 

@@ -28,7 +28,9 @@ from conftest import picture
 from micl_zoo.errors import Refused, SourceError, StoreError
 from micl_zoo.extraction.extract import extract
 from micl_zoo.sources import remote
-from micl_zoo.sources.listing import Entry, Reader, index_source, list_source
+from micl_zoo.sources.index import Entry
+from micl_zoo.sources.listing import index_source, list_source
+from micl_zoo.sources.reader import Reader
 from micl_zoo.stores.store import open_store
 from micl_zoo.training.evaluation.labelled import LabelledSet
 
@@ -383,7 +385,7 @@ def test_a_remote_file_seeks_and_reads_like_any_other(tree: Path) -> None:
 
 def test_local_sources_import_nothing_remote(tree: Path) -> None:
     code = (
-        "import sys; from micl_zoo.sources.listing import *\n"
+        "import sys; from micl_zoo.sources.listing import index_source; from micl_zoo.sources.reader import Reader\n"
         "for entry in index_source(sys.argv[1:]).entries(): Reader().read(entry)\n"
         "print([name for name in ('fsspec', 's3fs', 'aiohttp') if name in sys.modules])"
     )

@@ -28,9 +28,11 @@ from micl_zoo.extraction.extract import Summary, extract
 from micl_zoo.images.decode import FORMATS, SUFFIXES, _formats, decode
 from micl_zoo.sources import archives, globs
 from micl_zoo.sources import listing as sources
+from micl_zoo.sources.index import Entry, Fingerprint, ImageIndex
 from micl_zoo.sources.kinds import KINDS, Kind
-from micl_zoo.sources.listing import Entry, Fingerprint, ImageIndex, Reader, index_source, list_source
+from micl_zoo.sources.listing import index_source, list_source
 from micl_zoo.sources.places import File, OpenFiles
+from micl_zoo.sources.reader import Reader
 from micl_zoo.stores.store import open_store
 
 

@@ -17,7 +17,7 @@ from micl_zoo.errors import MiclZooError
 from micl_zoo.extraction.decoders import Batch, Decoders
 from micl_zoo.images.decode import Decoding, decode
 from micl_zoo.images.transform import Transform
-from micl_zoo.sources.listing import Entry
+from micl_zoo.sources.index import Entry
 
 TRANSFORM = Transform(32, 32)
 

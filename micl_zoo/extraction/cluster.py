@@ -32,7 +32,7 @@ from ..encoders.device import MAX_WORKERS, Precision, fast_precision, resolve_pr
 from ..encoders.encoder import Encoder
 from ..errors import MiclZooError, SourceError, StoreError, UsageError
 from ..files import Folder
-from ..sources.listing import ImageIndex
+from ..sources.index import ImageIndex
 from ..stores.store import Store, open_store
 from .engines import Engine, Job, Lost, Said, Worker, embed_elsewhere, run_crew
 from .runner import Event

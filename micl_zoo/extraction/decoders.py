@@ -24,7 +24,8 @@ import numpy as np
 from ..errors import MiclZooError, Refused
 from ..images.decode import Decoding, decode_pixels
 from ..images.transform import Transform
-from ..sources.listing import Entry, Reader
+from ..sources.index import Entry
+from ..sources.reader import Reader
 from .processes import CAN_START, Child, parent_pipe, wait_for_message
 
 TRIES = 2  # of an image by itself, after the process that had it among others was lost

@@ -25,7 +25,8 @@ from ..encoders.load import load
 from ..errors import Interrupted, MiclZooError, UsageError
 from ..files import Folder
 from ..progress import progress
-from ..sources.listing import ImageIndex, SourceLike, list_source
+from ..sources.index import ImageIndex
+from ..sources.listing import SourceLike, list_source
 from ..stop import StopRequest
 from ..stores.store import Manifest, Rows, Store
 from .engines import Job, Local

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from ..errors import StoreError
 from ..progress import Tick
-from ..sources.listing import Fingerprint, ImageIndex
+from ..sources.index import Fingerprint, ImageIndex
 from ..stores.store import Store
 from .work import Work
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..encoders.encoder import Encoder, Pool
 from ..errors import MiclZooError
-from ..sources.listing import Entry, ImageIndex
+from ..sources.index import Entry, ImageIndex
 from ..stores.store import RefusedRow, Rows, Store
 from .decoders import Batch, Decoders
 from .options import ExtractOptions

@@ -28,15 +28,8 @@ MIN_SIDE = 2  # a side of one pixel holds no picture: tracking pixels, separator
 # thin lines, text, noise and rings 0.9927 at 1 and 1.5, 0.9951 at 2, where it is the text's and all others' is 0.999.
 FAST_MARGIN = 2.0
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag; where width and height change places
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(_TURNS, 2)}
 # Formats that are read, by Pillow's names, and the suffixes of their files. EPS and the like are left out: they start
 # other programs. HEIF and AVIF are there also where this Pillow cannot read them: what is listed must not depend on the
 # packages of the machine, and such files are refused by name.
@@ -62,19 +55,13 @@ _AVIF_BRANDS = (b"avif", b"avis")
 
 @dataclass(frozen=True)
 class Decoding:
-    """Says how the bytes of a file become the pixels that an encoder sees.
+    """Says how the bytes of a file become the pixels that an encoder sees."""
 
-    Attributes:
-        exif: "upright" turns a picture as its EXIF orientation says, "keep" leaves it as it is stored. A HEIC is always
-            upright: its orientation belongs to its decoding.
-        fast: decode a JPEG at a scale of 1/2, 1/4 or 1/8, with at least FAST_MARGIN times the pixels that the resize
-            needs in each direction, and compute only what the crop keeps. False is the transform to the bit.
-        max_pixels: width x height above which a file is refused before it is decoded.
-    """
-
-    exif: Exif = "upright"
+    exif: Exif = "upright"  # turned as EXIF says; "keep": as stored, except a HEIC, which its decoding always turns
+    # Decode a JPEG at a scale of 1/2, 1/4 or 1/8, with at least FAST_MARGIN times the pixels that the resize needs in
+    # each direction, and compute only what the crop keeps. False is the transform to the bit.
     fast: bool = False
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = MAX_PIXELS  # width x height above which a file is refused before it is decoded
 
     def __post_init__(self) -> None:
         if self.exif not in ("upright", "keep"):
@@ -97,69 +84,34 @@ class Decoding:
 
 
 def decode(data: bytes, *, exif: Exif = "upright", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode one encoded image to RGB, transparency on white.
-
-    Args:
-        data: the whole file.
-        exif: "upright" turns the picture by its EXIF orientation, "keep" leaves it as stored.
-        max_pixels: width x height above which the image is refused before it is decoded.
-
-    Returns:
-        An image of mode "RGB". Of a GIF or TIFF with several frames, the first.
-    """
+    """Decode one encoded image, of several frames the first, to RGB, transparency on white; see `Decoding`."""
     with _refusals(data):
         return to_rgb(_loaded(_opened(data, max_pixels), data), exif=exif)
 
 
 def decode_pixels(data: bytes, transform: Transform, decoding: Decoding = Decoding()) -> np.ndarray:
-    """Decode a file to the pixels that an encoder takes, before they are normalised.
-
-    Args:
-        data: the whole file.
-        transform: the encoder's own.
-        decoding: exact or fast, and the limit.
-
-    Returns:
-        (size, size, 3) uint8; with the exact decoding equal to `transform.pixels(decode(data))`.
-    """
+    """Decode to the (size, size, 3) uint8 an encoder takes: if exact, equal to `transform.pixels(decode(data))`."""
     if not decoding.fast or transform.size > transform.resize:  # no crop to fuse where it is larger than the picture
         image = decode(data, exif=decoding.exif, max_pixels=decoding.max_pixels)
         with _refusals(data):
             return transform.pixels(image)
+    box, most, exif = functools.partial(_kept, transform), decoding.max_pixels, decoding.exif
     return decode_crop(
-        data,
-        functools.partial(_kept, transform),
-        transform.size,
-        transform.interpolation,
-        max_pixels=decoding.max_pixels,
-        margin=FAST_MARGIN,
-        exif=decoding.exif,
+        data, box, transform.size, transform.interpolation, max_pixels=most, margin=FAST_MARGIN, exif=exif
     )
 
 
 def decode_crop(
     data: bytes,
-    box: Callable[[int, int], Sequence[float]],
-    side: int,
-    interpolation: Filter,
+    box: Callable[[int, int], Sequence[float]],  # upright width and height -> left, top, right, bottom as their shares
+    side: int,  # of the square crop, in pixels
+    interpolation: Filter,  # antialiased
     *,
     max_pixels: int = MAX_PIXELS,
-    margin: float = 1.0,
+    margin: float = 1.0,  # a JPEG is decoded to at least this many times the pixels of the crop in each direction
     exif: Exif = "upright",
 ) -> np.ndarray:
-    """Decode, cut and resize in one go; a JPEG is decoded at the scale that the crop needs.
-
-    Args:
-        data: the whole file.
-        box: maps the upright width and height to left, top, right and bottom as shares of them.
-        side: of the square crop, in pixels.
-        interpolation: filter of the resize, antialiased.
-        max_pixels, exif: as for `decode`.
-        margin: a JPEG is decoded to at least this many times the pixels of the crop in each direction.
-
-    Returns:
-        (side, side, 3) uint8.
-    """
+    """Decode, cut and resize to (side, side, 3) uint8 in one go; a JPEG is decoded at the scale that the crop needs."""
     with _refusals(data):
         image = _opened(data, max_pixels)
     shares: Sequence[float] = ()
@@ -272,12 +224,7 @@ def _orientation(image: Image.Image) -> object:
 
 
 def to_rgb(image: Image.Image, *, exif: Exif = "upright") -> Image.Image:
-    """Convert an opened image to RGB: upright by its EXIF orientation, transparency on white, 16 bits cut to 8.
-
-    Args:
-        image: of any mode.
-        exif: "keep" leaves it as it is stored.
-    """
+    """Convert an opened image to RGB: upright by its EXIF orientation, transparency on white, 16 bits cut to 8."""
     image.load()  # a PNG may have its EXIF behind its pixels
     orientation = _orientation(image) if exif == "upright" else None
     if isinstance(orientation, int) and orientation in _UPRIGHT:
@@ -290,7 +237,6 @@ def to_rgb(image: Image.Image, *, exif: Exif = "upright") -> Image.Image:
         levels = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")

@@ -33,12 +33,7 @@ _TYPE_BYTES = {2: 1, 1: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 
 
 def check_file(data: bytes, kind: str | None) -> None:
-    """Apply the checks that a whole file carries; those of a JPEG are in `jpeg_pieces`.
-
-    Args:
-        data: the whole file.
-        kind: its format as Pillow names it.
-    """
+    """Apply the checks that a whole file of a format of Pillow carries; those of a JPEG are in `jpeg_pieces`."""
     if kind == "PNG":
         _check_png(data)
     elif kind == "GIF":
@@ -86,19 +81,12 @@ def _colour_table(flags: int) -> int:
 
 
 class JpegScans(NamedTuple):
-    """Where the compressed picture of a JPEG lies.
+    """Where the compressed picture of a JPEG lies."""
 
-    Attributes:
-        frame: the marker its frame begins with: sequential, progressive or something else.
-        interval: blocks between restart marks; 0 for none.
-        headers: what each scan's header holds.
-        starts, stops: of the bytes behind each header.
-    """
-
-    frame: int
-    interval: int
-    headers: list[bytes]
-    starts: list[int]
+    frame: int  # the marker its frame begins with: sequential, progressive or something else
+    interval: int  # blocks between restart marks; 0 for none
+    headers: list[bytes]  # what each scan's header holds
+    starts: list[int]  # of the bytes behind each header
     stops: list[int]
 
 
@@ -121,9 +109,7 @@ def jpeg_pieces(data: bytes) -> list[bytes]:
 
 def _scans(data: bytes) -> JpegScans:
     frame = interval = 0
-    headers: list[bytes] = []
-    starts: list[int] = []
-    stops: list[int] = []
+    headers, starts, stops = list[bytes](), list[int](), list[int]()
     for marker, start, end in _segments(data):
         if len(stops) < len(starts):
             stops.append(start - 2)
@@ -185,12 +171,8 @@ def _check_precision(found: JpegScans) -> None:
         raise Refused("truncated", "the JPEG stops before the scans that complete its picture")
 
 
-def check_tags(data: bytes) -> None:
-    """Refuse tags too many and too long to be read: Pillow copies what each points at, and all may point at one place.
-
-    Args:
-        data: a file that is looked through before Pillow opens it, or a block of EXIF.
-    """
+def check_tags(data: bytes) -> None:  # a file before Pillow opens it, or a block of EXIF
+    """Refuse tags too many and too long to read: Pillow copies what each points at, and all may point at one place."""
     if data.startswith(b"\xff\xd8"):
         blocks = _jpeg_tag_blocks(data)
     elif data[4:8] == b"ftyp":  # AVIF and HEIC: somewhere

@@ -79,14 +79,9 @@ class Transform:
     def from_timm(cls, config: dict[str, Any]) -> Transform:
         """Make one from the fields of a timm `pretrained_cfg`; what it leaves out has timm's default."""
         size = config.get("input_size", [3, 224, 224])[-1]
-        defaults = cls()
-        return cls(
-            size=size,
-            resize=int(size / config.get("crop_pct", 0.875)),
-            interpolation=config.get("interpolation", "bicubic"),
-            mean=tuple(config.get("mean", defaults.mean)),
-            std=tuple(config.get("std", defaults.std)),
-        )
+        resize = int(size / config.get("crop_pct", 0.875))
+        mean, std = tuple(config.get("mean", cls.mean)), tuple(config.get("std", cls.std))
+        return cls(size, resize, config.get("interpolation", "bicubic"), mean, std)
 
 
 @functools.cache
@@ -99,10 +94,9 @@ def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
 
 
 def _cut_strip(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    limit = MAX_ASPECT * min(width, height)
-    if max(width, height) <= limit:
+    limit = MAX_ASPECT * min(image.size)
+    if max(image.size) <= limit:
         return image
-    if width > height:
-        return image.crop(((width - limit) // 2, 0, (width + limit) // 2, height))
-    return image.crop((0, (height - limit) // 2, width, (height + limit) // 2))
+    ends = [((side - limit) // 2, (side + limit) // 2) if side > limit else (0, side) for side in image.size]
+    (left, right), (top, bottom) = ends
+    return image.crop((left, top, right, bottom))

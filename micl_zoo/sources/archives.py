@@ -22,9 +22,7 @@ from . import remote
 from .index import CELL_LENGTH, Entry
 from .places import MAX_BYTES, File, OpenFiles, check_bytes, check_length, open_binary, read_whole, to_path
 
-ZIP_HEADER = struct.Struct(
-    "<4s2xHH4xI4xIHH"
-)  # signature, flags, method, CRC, bytes unpacked, lengths of name and extra
+ZIP_HEADER = struct.Struct("<4s2xHH4xI4xIHH")  # signature, flags, method, CRC, bytes unpacked, lengths of name, extra
 ZIP_SLACK = 1024  # bytes a name, the extra fields and what follows the data usually need, so that one read is enough
 ZIP_LATE_CRC = 8  # a flag: the CRC follows the data
 STORED, DEFLATED = 0, 8
@@ -108,9 +106,7 @@ def list_zip(file: File) -> Members:
             yield None
             continue
         if member.flag_bits & 1:
-            raise SourceError(
-                f"{file.place!r} holds {inside!r} encrypted: unpack it with its password, or pack it without one"
-            )
+            raise SourceError(f"{file.place!r} holds {inside!r} encrypted: unpack it, or pack it without a password")
         if member.compress_type not in (STORED, DEFLATED):
             raise SourceError(
                 f"{file.place!r} holds {inside!r} by compression method {member.compress_type}: pack it again, stored "
@@ -153,8 +149,7 @@ def list_parquet(file: File) -> Members:
     """List the rows of a parquet file; ids are its column `id`, or without one `name#row`."""
     parquet = open_parquet(file.place)
     image_column(parquet.schema_arrow, file.place)
-    own = "id" in parquet.schema_arrow.names
-    rows = range(parquet.metadata.num_rows)
+    own, rows = "id" in parquet.schema_arrow.names, range(parquet.metadata.num_rows)
     ids = _own_ids(parquet, file.place) if own else (f"{file.name}#{row}" for row in rows)
     return zip(ids, rows, itertools.repeat(CELL_LENGTH))
 
@@ -194,8 +189,7 @@ class _Cells:
         group = bisect_right(self.starts, row) - 1
         if group != self.group:
             self.load(group)
-        value: bytes | dict[str, bytes | None] | None = self.cells[row - self.starts[group]].as_py()
-        return value
+        return self.cells[row - self.starts[group]].as_py()
 
     def load(self, group: int) -> None:
         self.cells = self.file.read_row_group(group, columns=[self.column], use_threads=False).column(0)
@@ -211,18 +205,13 @@ def open_parquet(uri: str) -> pq.ParquetFile:
 
 def parquet_row_groups(file: pq.ParquetFile) -> list[int]:
     """Return the rows of each row group."""
-    metadata = file.metadata
-    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
 
 
 def image_column(schema: pa.Schema, uri: str) -> str:
     """Find the column of encoded images: binary, or a struct with a binary field `bytes` (the layout of `datasets`)."""
-    for field in schema:
-        kind = field.type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            return str(field.name)
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            return str(field.name)
-    raise SourceError(
-        f"{uri!r} has no column of encoded images (binary, or a struct with `bytes`); it has {schema.names}"
-    )
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        of_datasets = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        if of_datasets or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return str(name)
+    raise SourceError(f"{uri!r} has no column of encoded images (binary or struct with `bytes`): it has {schema.names}")

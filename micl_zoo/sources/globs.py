@@ -52,10 +52,9 @@ def walk(folder: str) -> Iterator[File]:
     below = [(folder, "")]
     while below:
         place, prefix = below.pop()
-        listing = _scan(place)
+        listing, inside = _scan(place), join(place, "")
         if prefix and _is_store(place, listing):
             continue
-        inside = join(place, "")
         for name in sorted(listing.files):
             if name[0] != ".":
                 yield File(inside + name, prefix + name, listing.files[name])
@@ -65,9 +64,8 @@ def walk(folder: str) -> Iterator[File]:
 
 def _is_store(folder: str, listing: remote.Listing) -> bool:
     """Recognise a store by the files that are written before its first part."""
-    if "manifest.json" not in listing.files or "index" not in listing.folders:
-        return False
-    return "part-00000.parquet" in _scan(join(folder, "index")).files
+    begun = "manifest.json" in listing.files and "index" in listing.folders
+    return begun and "part-00000.parquet" in _scan(join(folder, "index")).files
 
 
 def counted(others: Counter[str]) -> str:

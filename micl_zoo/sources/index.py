@@ -21,24 +21,13 @@ Row = tuple[str, str, str, int, int]  # an Entry, unnamed where there are millio
 
 
 class Entry(NamedTuple):
-    """One image: a stable id, and where its bytes are.
+    """One image: a stable id, and where its bytes are."""
 
-    A path that is not UTF-8 is a file:// URI, and its id has the bytes in question as \\xNN.
-
-    Attributes:
-        id: names the image.
-        uri: path or URI of the file that its bytes are in.
-        kind: of that file: "file" is the image itself; others are in `kinds.KINDS`.
-        offset: 0 for a file; where the bytes of a tar's member start; where the local header of a zip's member starts;
-            the row of a parquet cell.
-        length: in bytes, compressed in a zip; -1 for a parquet cell; 0 for a file whose size nobody told: a link that
-            leads nowhere, a URI in a list.
-    """
-
-    id: str
-    uri: str
-    kind: str
-    offset: int
+    id: str  # bytes that are not UTF-8 as \xNN
+    uri: str  # path or URI of the file that its bytes are in; file:// where a path is not UTF-8
+    kind: str  # of that file: "file" is the image itself; others are in `kinds.KINDS`
+    offset: int  # 0 for a file; where a tar's member starts; where a zip's member has its local header; row of a cell
+    # in bytes, compressed in a zip; -1 for a parquet cell; 0 where nobody told: a link that leads nowhere, a listed URI
     length: int
 
 
@@ -86,8 +75,7 @@ class ImageIndex:
 
     def of_kind(self, kind: str) -> np.ndarray:
         """Tell which images lie in files of a kind: (N,) bool."""
-        mask: np.ndarray = pc.equal(self.table["kind"], kind).to_numpy()
-        return mask
+        return pc.equal(self.table["kind"], kind).to_numpy()
 
     def fingerprint(self) -> str:
         """Hash the whole index, see `Fingerprint`."""

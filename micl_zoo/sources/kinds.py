@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import tarfile
-import zipfile
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from tarfile import TarError
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import pyarrow as pa
 
@@ -18,10 +19,8 @@ from .places import File, OpenFiles, as_text, open_binary, to_uri
 
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 PACKED_STARTS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-UNREADABLE = (
-    *(OSError, ValueError, OverflowError, NotImplementedError),
-    *(tarfile.TarError, zipfile.BadZipFile, pa.ArrowException),
-)
+UNREADABLE = (OSError, ValueError, OverflowError, NotImplementedError, TarError, BadZipFile, pa.ArrowException)
+WANTED = ", ".join(sorted(SUFFIXES))  # the suffixes of images, for people
 
 
 class Kind(NamedTuple):
@@ -49,10 +48,7 @@ KINDS = [  # a folder without images gives the files of the next kind that it ha
 def kind_of(name: str) -> Kind | None:
     """Return the kind of a file by its name alone."""
     name = name.lower()
-    for kind in KINDS:
-        if name.endswith(kind.suffixes):
-            return kind
-    return None
+    return next((kind for kind in KINDS if name.endswith(kind.suffixes)), None)
 
 
 def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
@@ -76,15 +72,13 @@ def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
             raise _unreadable(uri, kind, error) from None
     if not found:
         where = repr(first) + (f" and {count - 1} more" if count > 1 else "")
-        raise SourceError(f"no images in {where}: looked for members ending in {wanted()}, found {others} others")
+        raise SourceError(f"no images in {where}: looked for members ending in {WANTED}, found {others} others")
 
 
 def _unreadable(uri: str, kind: Kind, error: Exception) -> SourceError:
-    try:
-        with open_binary(uri) as file:
-            start = file.read(6)
-    except OSError:
-        start = b""
+    start = b""
+    with contextlib.suppress(OSError), open_binary(uri) as file:
+        start = file.read(6)
     for first, packer in PACKED_STARTS.items():
         if start.startswith(first):
             return SourceError(
@@ -92,8 +86,3 @@ def _unreadable(uri: str, kind: Kind, error: Exception) -> SourceError:
                 "a folder, or decompress it to a .tar (images are compressed already)"
             )
     return SourceError(f"cannot read {uri!r} as {kind.called}: {error}. Copy or pack it again.")
-
-
-def wanted() -> str:
-    """List the suffixes of images for people."""
-    return ", ".join(sorted(SUFFIXES))

@@ -15,13 +15,10 @@ import pyarrow as pa
 from ..errors import SourceError, UsageError
 from . import remote
 from .globs import counted, glob_files, has_magic, walk
-from .index import Entry, Fingerprint, ImageIndex, Row, table_of
-from .kinds import KINDS, Kind, kind_of, list_files, wanted
+from .index import ImageIndex, Row, table_of
+from .kinds import KINDS, WANTED, Kind, kind_of, list_files
 from .lists import LISTS, read_list, read_standard_input
-from .places import File, absolute, bare, last_name, suffix_of, to_path
-from .reader import Reader
-
-__all__ = ["Entry", "Fingerprint", "ImageIndex", "Reader", "SourceLike", "index_source", "list_source"]
+from .places import File, absolute, bare, suffix_of, to_path
 
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 PIECE_SECONDS = 0.2  # after which a piece is given out as far as it has come
@@ -52,8 +49,7 @@ def index_source(source: SourceLike) -> ImageIndex:
         SourceError: nothing there, nothing in it that can be an image, a folder that cannot be read, an archive that is
             compressed, encrypted or damaged, a package missing for a URI, or an id twice.
     """
-    tables = [piece.table for piece in list_source(source)]
-    return ImageIndex(pa.concat_tables(tables).combine_chunks())
+    return ImageIndex(pa.concat_tables(piece.table for piece in list_source(source)).combine_chunks())
 
 
 def list_source(source: SourceLike, *, chunk_rows: int = 10_000) -> Iterator[ImageIndex]:
@@ -85,8 +81,7 @@ def list_source(source: SourceLike, *, chunk_rows: int = 10_000) -> Iterator[Ima
 
 
 def _cut(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    piece: list[Row] = []
-    due = time.monotonic() + PIECE_SECONDS
+    piece, due = list[Row](), time.monotonic() + PIECE_SECONDS
     for row in rows:
         piece.append(row)
         if len(piece) == size or time.monotonic() > due:
@@ -106,7 +101,6 @@ class _SeenIds:
         self.runs: list[np.ndarray] = []  # longest first, each more than the next
 
     def add(self, ids: list[str]) -> None:
-        """Raises SourceError where an id has been there before."""
         if not ids:
             return
         hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
@@ -117,9 +111,8 @@ class _SeenIds:
             again |= old[np.searchsorted(old[:-1], hashes)] == hashes
         if again.any():
             raise SourceError(
-                f"the id {ids[int(again.argmax())]!r} occurs more than once, and ids name the rows: list no image "
-                "twice, pack none twice under one name, and give one folder above several that have the same names in "
-                "them"
+                f"the id {ids[int(again.argmax())]!r} occurs more than once, and ids name the rows: list or pack no "
+                "image twice under one name, and give one folder above several that have the same names in them"
             )
         while self.runs and len(self.runs[-1]) <= 2 * len(run):
             run = np.sort(np.concatenate([self.runs.pop(), run]), kind="stable")
@@ -147,7 +140,8 @@ def _list_one(source: str) -> Listed:
             size = remote.describe(place).size
         except OSError as error:
             raise SourceError(f"no such source: {place!r} cannot be read ({error})") from None
-    return _list_kind(kind, [File(absolute(place), last_name(place), size)])
+    name = place.rpartition("/")[2] if remote.is_remote(place) else Path(place).name
+    return _list_kind(kind, [File(absolute(place), name, size)])
 
 
 def _is_folder(place: str) -> bool | None:
@@ -173,9 +167,7 @@ def _list_kind(kind: Kind | None, files: Iterable[File]) -> Listed:
 
 def _list_folder(folder: str) -> Listed:
     """List the images as they are met; only where there are none are archives held until the walk ends."""
-    held: dict[Kind, list[File]] = {}
-    others: Counter[str] = Counter()
-    files = walk(absolute(folder))
+    held, others, files = dict[Kind, list[File]](), Counter[str](), walk(absolute(folder))
     for file in files:
         kind = kind_of(file.name)
         if kind == KINDS[0]:
@@ -188,7 +180,5 @@ def _list_folder(folder: str) -> Listed:
     for kind in KINDS:
         if kind in held:
             return _list_kind(kind, held[kind])
-    archives = ", ".join(kind.suffixes[0] for kind in KINDS[1:])
-    raise SourceError(
-        f"no images in {folder!r}: looked in it and below for {wanted()}, {archives}, found {counted(others)}"
-    )
+    wanted = ", ".join([WANTED, *(kind.suffixes[0] for kind in KINDS[1:])])
+    raise SourceError(f"no images in {folder!r}: looked in it and below for {wanted}, found {counted(others)}")

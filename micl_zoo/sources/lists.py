@@ -42,11 +42,7 @@ LISTS = {".txt": _lines, ".lst": _lines, ".csv": _csv, ".jsonl": _json, ".ndjson
 
 
 def read_list(place: str) -> Iterator[File]:
-    """Read the files of a list; their names are the column `id`, or without one the paths.
-
-    Args:
-        place: a path or URI whose suffix is one of LISTS.
-    """
+    """Read the files of a list, a place with a suffix of LISTS; their names are its column `id`, or else the paths."""
     base = place.rpartition("/")[0] if remote.is_remote(place) else str(Path(place).absolute().parent)
     column = ""
     try:
@@ -56,7 +52,10 @@ def read_list(place: str) -> Iterator[File]:
                 line = f"line {number} of the list {place!r}"
                 if not isinstance(row, dict):
                     raise SourceError(f"{line} is no JSON object: {str(row)[:60]}")
-                column = column or _path_column(place, row)
+                column = column or next((name for name in PATH_COLUMNS if name in row), "")
+                if not column:
+                    looked, had = ", ".join(PATH_COLUMNS), ", ".join(map(str, row))
+                    raise SourceError(f"the list {place!r} has no column of paths: looked for {looked}, found {had}")
                 path = row.get(column)
                 if not isinstance(path, str) or not path:
                     raise SourceError(f"{line} has no {column}: {path!r}")
@@ -70,16 +69,6 @@ def read_list(place: str) -> Iterator[File]:
         raise SourceError(f"cannot read the list {place!r}: {error}") from None
     if not column:
         raise SourceError(f"the list {place!r} is empty: one path per line is expected")
-
-
-def _path_column(place: str, row: dict[str, object]) -> str:
-    for column in PATH_COLUMNS:
-        if column in row:
-            return column
-    raise SourceError(
-        f"the list {place!r} has no column of paths: looked for {', '.join(PATH_COLUMNS)}, "
-        f"found {', '.join(map(str, row))}"
-    )
 
 
 def read_standard_input() -> Iterator[File]:

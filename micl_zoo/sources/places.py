@@ -45,11 +45,6 @@ def absolute(place: str) -> str:
     return place if remote.is_remote(place) else str(Path(place).absolute())
 
 
-def last_name(place: str) -> str:
-    """Return the name of a file without its folders."""
-    return place.rpartition("/")[2] if remote.is_remote(place) else Path(place).name
-
-
 def join(folder: str, name: str) -> str:
     """Put a name below a folder; an empty name leaves a separator at the end."""
     if remote.is_remote(folder):
@@ -122,8 +117,7 @@ class OpenFiles:
         """Read `length` bytes from `offset` on, fewer at the end of the file."""
         if remote.is_remote(uri):
             return remote.read_range(uri, offset, length) if length else b""
-        archive = self._archives.pop(uri, None) or pa.OSFile(os.fsencode(to_path(uri)))
-        self._archives[uri] = archive
+        archive = self._archives[uri] = self._archives.pop(uri, None) or pa.OSFile(os.fsencode(to_path(uri)))
         if len(self._archives) > OPEN_ARCHIVES:
             del self._archives[next(iter(self._archives))]
         return bytes(archive.read_at(length, offset))
@@ -132,7 +126,5 @@ class OpenFiles:
         """Return what `open_file` makes of a place; the last one is kept for each such function."""
         last, file = self._last.get(open_file, ("", None))
         if last != uri:
-            file = open_file(uri)
-            self._last[open_file] = uri, file
-        found: Opened = file
-        return found
+            _, file = self._last[open_file] = uri, open_file(uri)
+        return file

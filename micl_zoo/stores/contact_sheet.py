@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,15 +31,10 @@ class Tile(NamedTuple):
 
 
 def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]]) -> None:
-    """Draw a band for each query: the query at the left, its hits at the right, on lines of equal length.
-
-    Args:
-        out: file to write, in a format of PICTURE_FORMATS by its ending.
-        bands: each query and its hits.
-    """
+    """Draw a band for each query, at the left, with its hits at the right; `out` ends in one of PICTURE_FORMATS."""
     cell = TILE + LINE * LABEL_LINES + GAP
     most = max(1, *(len(hits) for _, hits in bands))
-    columns = math.ceil(most / math.ceil(most / COLUMNS))
+    columns = math.ceil(most / math.ceil(most / COLUMNS))  # lines of equal length
     lines = [max(1, math.ceil(len(hits) / columns)) for _, hits in bands]
     heights = [max(QUERY_TILE + LINE * LABEL_LINES + GAP, count * cell) + GAP for count in lines]
     width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP)
@@ -54,10 +48,8 @@ def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]])
             row, column = divmod(place, columns)
             _draw(sheet, (QUERY_TILE + 3 * GAP + column * (TILE + GAP), top + GAP + row * cell), TILE, hit, reader)
         top += height
-    encoded = io.BytesIO()
-    sheet.save(encoded, PICTURE_FORMATS[out.suffix.lower()])
     with atomic_path(out) as temporary:
-        temporary.write_bytes(encoded.getvalue())
+        sheet.save(temporary, PICTURE_FORMATS[out.suffix.lower()])
 
 
 def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, reader: Reader) -> None:

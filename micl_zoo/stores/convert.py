@@ -25,21 +25,13 @@ LANCE_ROWS = 4096  # rows per record batch
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` wrote.
+    """What `convert` wrote."""
 
-    Attributes:
-        path: the file, or the table's folder.
-        shape: shape of all rows: (N, D), or (N, h, w, D) where a row is all patch tokens.
-        dtype: data type of the rows.
-        bytes: size on disk, ids included.
-        opens_with: one line of Python that opens it, as rows and ids or as a table.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    opens_with: str
+    path: Path  # the file, or the table's folder
+    shape: tuple[int, ...]  # of all rows: (N, D), or (N, h, w, D) where a row is all patch tokens
+    dtype: str  # data type of the rows
+    bytes: int  # size on disk, ids included
+    opens_with: str  # one line of Python that opens it, as rows and ids or as a table
 
 
 def convert(
@@ -79,7 +71,7 @@ def convert(
             "again, or give --incomplete (from Python incomplete=True) for the rows that are there"
         )
     shape = (len(view), *store.manifest.shape)
-    writers = {".npy": _write_npy, ".safetensors": _write_safetensors, ".lance": _write_lance}
+    writers = {".npy": _write_npy, ".safetensors": _write_tensors, ".lance": _write_lance}
     path.parent.mkdir(parents=True, exist_ok=True)
     with progress(f"writing {path.name}", shape[0], unit="rows") as tick:
         size, opens_with = writers[path.suffix](view, path, shape, kind, tick)
@@ -127,9 +119,7 @@ def _write_npy(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype
     return path.stat().st_size + names.stat().st_size, line
 
 
-def _write_safetensors(
-    store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick
-) -> tuple[int, str]:
+def _write_tensors(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick) -> tuple[int, str]:
     """The format: a length (8 bytes, little endian), a JSON header of that length, the tensors one after another."""
     rows_end = math.prod(shape) * dtype.itemsize
 
@@ -165,9 +155,7 @@ def _write_lance(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dty
     except ImportError:
         raise StoreError("a LanceDB table needs lancedb: pip install 'micl-zoo[lancedb]'") from None
     width = math.prod(shape[1:])
-    vector = pa.list_(pa.from_numpy_dtype(dtype), width)
-    schema = pa.schema([(ID, pa.string()), ("vector", vector)])
-
+    schema = pa.schema([(ID, pa.string()), ("vector", pa.list_(pa.from_numpy_dtype(dtype), width))])
     failed: list[StoreError] = []
 
     def record_batches() -> Iterator[pa.RecordBatch]:

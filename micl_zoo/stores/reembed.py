@@ -40,13 +40,7 @@ class StoreEncoder:
 
 
 def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, device: str = "auto") -> StoreEncoder:
-    """Load the encoder that made a store, by the manifest's name where its weights are published, else from a file.
-
-    Args:
-        store: see `open_store`.
-        weights: file or folder of its weights, see `load`.
-        device: see `load`.
-    """
+    """Load the encoder that made a store, by the manifest's name where its weights are published, else from a file."""
     from ..encoders.device import autocast_dtype, backend_again
     from ..encoders.load import load
 

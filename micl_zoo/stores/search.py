@@ -23,18 +23,11 @@ BLOCK = 1024  # queries per matrix product: with a part of 10,000 rows, 41 MB of
 
 
 class Hit(NamedTuple):
-    """One image that was found.
+    """One image that was found."""
 
-    Attributes:
-        rank: 1 for the nearest.
-        cosine: cosine of its row and the query, in double precision.
-        id: its id.
-        uri, kind, offset, length: where its bytes are, see `micl_zoo.sources.index.Entry`.
-    """
-
-    rank: int
-    cosine: float
-    id: str
+    rank: int  # 1 for the nearest
+    cosine: float  # of its row and the query, in double precision
+    id: str  # this and the rest: the fields of its Entry
     uri: str
     kind: str
     offset: int
@@ -148,12 +141,9 @@ def _own(store: Store, ids: Sequence[str]) -> dict[str, tuple[int, np.ndarray]]:
     wanted = set(ids)
     found: dict[str, tuple[int, np.ndarray]] = {}
     for shard in store.done():
-        if len(found) == len(wanted):
-            break
-        if wanted.isdisjoint(store.snapshot([shard]).ids):
-            continue
-        names, rows, _ = store.rows(shard)
-        found |= {name: (shard, rows[at].astype(np.float64)) for at, name in enumerate(names) if name in wanted}
+        if len(found) < len(wanted) and not wanted.isdisjoint(store.snapshot([shard]).ids):
+            names, rows, _ = store.rows(shard)
+            found |= {name: (shard, rows[at].astype(np.float64)) for at, name in enumerate(names) if name in wanted}
     for name in ids:
         if name not in found:
             line = next((row for row in store.refused() if row.id == name), None)

@@ -35,45 +35,25 @@ SHA256_KEY = b"micl_zoo.sha256"  # in a part's metadata: `Rows.sha256`
 
 @dataclass(frozen=True)
 class Manifest:
-    """What all rows of a store have in common; resuming needs the first eleven fields to agree.
+    """What all rows of a store have in common; resuming needs the first eleven fields to agree."""
 
-    Attributes:
-        model: name of the encoder, `arch.tag`.
-        weights_sha256: checksum of the weights file; for random weights, of the tensors.
-        transform: id of the transform.
-        decoding: id of the decoding, from bytes to pixels: exact or fast, EXIF, pixel limit.
-        runtime: what ran the model: "torch", "torch compiled", "openvino" or "onnx".
-        precision: precision in which the model ran: "fp32", "bf16", "fp16", or "int8" for an ONNX file.
-        pool: "cls", "mean", "cls+mean" or "patches".
-        normalized: whether embeddings have unit length.
-        dtype: data type of the stored embeddings.
-        shape: shape of one row: [D], or [h, w, D] for patches; rows are stored flat.
-        shard_rows: most images per shard.
-        command: the command that made the store.
-        versions: versions of the packages that made it.
-        rows: images in the index, refused ones included; None until all are listed.
-        shards: number of shards, None until all images are listed.
-        index_sha256: fingerprint of the index, None until all images are listed.
-        format_version: version of this layout.
-    """
-
-    model: str
-    weights_sha256: str
-    transform: str
-    decoding: str
-    runtime: str
-    precision: str
-    pool: str
-    normalized: bool
-    dtype: str
-    shape: list[int]
-    shard_rows: int
-    command: str
-    versions: dict[str, str]
-    rows: int | None = None
+    model: str  # name of the encoder, `arch.tag`
+    weights_sha256: str  # checksum of the weights file; for random weights, of the tensors
+    transform: str  # id of the transform
+    decoding: str  # id of the decoding, from bytes to pixels: exact or fast, EXIF, pixel limit
+    runtime: str  # what ran the model: "torch", "torch compiled", "openvino" or "onnx"
+    precision: str  # in which the model ran: "fp32", "bf16", "fp16", or "int8" for an ONNX file
+    pool: str  # "cls", "mean", "cls+mean" or "patches"
+    normalized: bool  # whether embeddings have unit length
+    dtype: str  # data type of the stored embeddings
+    shape: list[int]  # of one row: [D], or [h, w, D] for patches; rows are stored flat
+    shard_rows: int  # most images per shard
+    command: str  # that made the store
+    versions: dict[str, str]  # of the packages that made it
+    rows: int | None = None  # images in the index, refused ones included; these three are None until all are listed
     shards: int | None = None
-    index_sha256: str | None = None
-    format_version: int = FORMAT_VERSION
+    index_sha256: str | None = None  # fingerprint of the index
+    format_version: int = FORMAT_VERSION  # of this layout
 
     @property
     def dim(self) -> int:
@@ -90,18 +70,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """One line of the ledger: an image that could not be embedded.
+    """One line of the ledger: an image that could not be embedded."""
 
-    Attributes:
-        id, uri: the image, see `micl_zoo.sources.index.Entry`.
-        reason: one word, see `micl_zoo.errors.Reason`.
-        detail: one sentence.
-    """
-
-    id: str
+    id: str  # this and the next as in its Entry
     uri: str
-    reason: str
-    detail: str
+    reason: str  # one word, see `micl_zoo.errors.Reason`
+    detail: str  # one sentence
 
 
 class Rows(NamedTuple):
@@ -127,22 +101,15 @@ class Rows(NamedTuple):
 class Store:
     """A folder of embeddings, local or on an object store. Make one with `create`, open one with `open_store`.
 
-    Attributes:
-        folder: where the store is.
-        manifest: what all rows have in common.
+    Its `manifest` says what all rows have in common, its `folder` where they are.
     """
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        self.folder = folder
-        self.manifest = manifest
+        self.folder, self.manifest = folder, manifest
         self._snapshot: list[int] | None = None
 
     def snapshot(self, shards: Iterable[int] | None = None) -> Store:
-        """View the store with some of its parts only, unmoved by what is written later.
-
-        Args:
-            shards: numbers of the parts; by default those that exist now.
-        """
+        """View the store with these parts only, by default those that exist now, unmoved by what is written later."""
         view = copy.copy(self)
         view._snapshot = self.done() if shards is None else sorted(shards)
         return view
@@ -156,11 +123,7 @@ class Store:
 
     @classmethod
     def create(cls, folder: Folder, manifest: Manifest, *, overwrite: bool = False) -> Store:
-        """Start a store, or resume the one in the folder.
-
-        Raises:
-            StoreError: the folder holds another store (the error names the fields that differ), or other files.
-        """
+        """Start a store, or resume the one in the folder; StoreError where that is another or there are other files."""
         names = folder.names()
         if "manifest.json" in names and overwrite:
             _clear(folder, names)
@@ -201,11 +164,7 @@ class Store:
         self.folder.write(f"index/{_part(number)}", _parquet(index.table))
 
     def shard(self, number: int) -> ImageIndex:
-        """Read one shard of the index.
-
-        Raises:
-            StoreError: its file is damaged or missing.
-        """
+        """Read one shard of the index; StoreError where its file is damaged or missing."""
         table = self._read(f"index/{_part(number)}")
         with self._damage(f"index/{_part(number)}"):
             return ImageIndex.from_table(table)
@@ -235,19 +194,11 @@ class Store:
         return None
 
     def rows(self, number: int) -> Rows:
-        """Read one finished shard.
-
-        Raises:
-            StoreError: its part is damaged or missing.
-        """
+        """Read one finished shard; StoreError where its part is damaged or missing."""
         return self._decoded(_part(number))[0]
 
     def check_part(self, number: int) -> None:
-        """Hash one finished shard again.
-
-        Raises:
-            StoreError: its part is not what was written.
-        """
+        """Hash one finished shard again; StoreError where its part is not what was written."""
         self._checked(_part(number))
 
     def refused(self) -> Iterator[RefusedRow]:
@@ -328,8 +279,9 @@ class Store:
 
     def _checked(self, name: str) -> Rows:
         rows, sha256 = self._decoded(name)
-        if rows.sha256() != sha256:
-            raise self._damaged(name, f"its sha256 is {rows.sha256()}, not {sha256}")
+        with self._damage(name):
+            if (found := rows.sha256()) != sha256:
+                raise ValueError(f"its sha256 is {found}, not {sha256}")
         return rows
 
     def _columns(self, table: pa.Table) -> tuple[list[str], np.ndarray]:
@@ -349,11 +301,10 @@ class Store:
         try:
             yield
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise self._damaged(name, str(error)) from None
-
-    def _damaged(self, name: str, how: str) -> StoreError:
-        where = f"{str(self.folder).rstrip('/')}/{name}"
-        return StoreError(f"{where!r} is damaged ({how}): delete it and run the same extract command again")
+            where = f"{str(self.folder).rstrip('/')}/{name}"
+            raise StoreError(
+                f"{where!r} is damaged ({error}): delete it and run the same extract command again"
+            ) from None
 
 
 def open_store(path: str | os.PathLike[str] | Folder) -> Store:
@@ -375,11 +326,8 @@ def open_store(path: str | os.PathLike[str] | Folder) -> Store:
             return Store(folder, Manifest(**fields))
     except (ValueError, TypeError, AttributeError) as error:
         raise StoreError(f"the manifest of {str(folder)!r} is damaged: {error}") from None
-    newer = isinstance(found, int) and found > FORMAT_VERSION
-    raise StoreError(
-        f"{str(folder)!r} has layout version {found}, this micl-zoo reads {FORMAT_VERSION}: "
-        + ("upgrade micl-zoo" if newer else "extract it again")
-    )
+    cure = "upgrade micl-zoo" if isinstance(found, int) and found > FORMAT_VERSION else "extract it again"
+    raise StoreError(f"{str(folder)!r} has layout version {found}, this micl-zoo reads {FORMAT_VERSION}: {cure}")
 
 
 def _part(number: int, start: str = PART) -> str:

@@ -30,27 +30,16 @@ SHOWN = 3  # ids named in a problem that many images have
 
 @dataclass
 class Verification:
-    """What `verify` found.
+    """What `verify` found."""
 
-    Attributes:
-        parts: part files that exist.
-        shards: part files of the complete store; None while its images are still being listed.
-        rows: rows in the readable parts.
-        refused: images in the ledgers of these parts.
-        sampled: images embedded again and compared.
-        worst_cosine: smallest cosine of these, None where no image was compared.
-        gone: images of the sample that could not be read again, with the reason; not a fault of the store.
-        problems: all that is wrong, one sentence each; empty for a sound store.
-    """
-
-    parts: int = 0
-    shards: int | None = None
-    rows: int = 0
-    refused: int = 0
-    sampled: int = 0
-    worst_cosine: float | None = None
-    gone: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    parts: int = 0  # part files that exist
+    shards: int | None = None  # part files of the complete store; None while its images are still being listed
+    rows: int = 0  # in the readable parts
+    refused: int = 0  # images in the ledgers of these parts
+    sampled: int = 0  # images embedded again and compared
+    worst_cosine: float | None = None  # of these; None where no image was compared
+    gone: list[str] = field(default_factory=list)  # sampled images not readable again, and why; not the store's fault
+    problems: list[str] = field(default_factory=list)  # all that is wrong, one sentence each; empty for a sound store
 
     def summary(self) -> str:
         """Sum it up in one line."""
@@ -149,27 +138,18 @@ def _index_problems(store: Store) -> list[str]:
 
 
 def account(expected: Sequence[str], rows: Sequence[str], refused: Sequence[str]) -> list[str]:
-    """Say what keeps rows and ledger from being the images of the index, each once and in its order.
-
-    Args:
-        expected: ids of a shard of the index.
-        rows: ids of the rows of its part.
-        refused: ids of the ledger lines of its part.
-    """
+    """Say what keeps the ids of a part's rows and ledger from being those of the index, each once and in its order."""
     held, known, ledger = Counter([*rows, *refused]), set(expected), set(refused)
-    problems = []
-    if missing := [name for name in expected if name not in held]:
-        problems.append(f"{_named(missing)} of the index: neither a row nor a ledger line")
-    if twice := [name for name, times in held.items() if times > 1]:
-        problems.append(f"{_named(twice)}: more than one row or ledger line")
-    if strange := [name for name in held if name not in known]:
-        problems.append(f"{_named(strange)}: not in this shard of the index")
-    if problems:
-        return problems
+    wrong = {
+        " of the index: neither a row nor a ledger line": [name for name in expected if name not in held],
+        ": more than one row or ledger line": [name for name, times in held.items() if times > 1],
+        ": not in this shard of the index": [name for name in held if name not in known],
+    }
+    if any(wrong.values()):
+        return [f"{_named(names)}{what}" for what, names in wrong.items() if names]
     in_order = [name for name in expected if name not in ledger] == list(rows)
-    if not in_order or [name for name in expected if name in ledger] != list(refused):
-        problems.append("the rows or ledger lines are not in the order of the index")
-    return problems
+    in_order = in_order and [name for name in expected if name in ledger] == list(refused)
+    return [] if in_order else ["the rows or ledger lines are not in the order of the index"]
 
 
 def _row_problems(ids: Sequence[str], rows: np.ndarray, manifest: Manifest) -> list[str]:
@@ -178,12 +158,8 @@ def _row_problems(ids: Sequence[str], rows: np.ndarray, manifest: Manifest) -> l
     lengths = np.sqrt(np.einsum("ntd,ntd->nt", vectors, vectors))  # (n, 1 or h w)
     broken = ~np.isfinite(lengths).all(1)
     off = ~broken & (np.abs(lengths - 1) > UNIT_SLACK).any(1) if manifest.normalized else np.zeros_like(broken)
-    problems = []
-    if broken.any():
-        problems.append(f"{_named(list(itertools.compress(ids, broken)))}: numbers that are not finite")
-    if off.any():
-        problems.append(f"{_named(list(itertools.compress(ids, off)))}: not of unit length, as the manifest says")
-    return problems
+    wrong = {"numbers that are not finite": broken, "not of unit length, as the manifest says": off}
+    return [f"{_named(list(itertools.compress(ids, mask)))}: {what}" for what, mask in wrong.items() if mask.any()]
 
 
 def _named(ids: Sequence[str]) -> str:
@@ -212,11 +188,11 @@ def _ledger_problems(store: Store) -> list[str]:
 
 
 def _sample(
-    store: Store, counts: Sequence[tuple[int, int]], sample: int, seed: int
+    store: Store, counts: Sequence[tuple[int, int]], size: int, seed: int
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-    """Draw (image, its row) for `sample` of all rows, in index order; each part is read once."""
+    """Draw (image, its row) for `size` of all rows, in index order; each part is read once."""
     starts = list(itertools.accumulate((rows for _, rows in counts), initial=0))
-    picks = sorted(random.Random(seed).sample(range(starts[-1]), min(sample, starts[-1])))
+    picks = sorted(random.Random(seed).sample(range(starts[-1]), min(size, starts[-1])))
     for place, group in itertools.groupby(picks, lambda pick: bisect.bisect_right(starts, pick) - 1):
         shard = counts[place][0]
         ids, rows, _ = store.rows(shard)

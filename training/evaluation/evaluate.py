@@ -25,7 +25,7 @@ from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
 from micl_zoo.images.transform import Transform
 from micl_zoo.progress import progress
-from micl_zoo.sources.listing import Reader
+from micl_zoo.sources.reader import Reader
 from micl_zoo.stores.store import Store
 
 from ..micl import init_weights, position_table

@@ -16,7 +16,8 @@ import pyarrow as pa
 from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256
 from micl_zoo.sources.archives import open_parquet
-from micl_zoo.sources.listing import ImageIndex, index_source
+from micl_zoo.sources.index import ImageIndex
+from micl_zoo.sources.listing import index_source
 from micl_zoo.sources.places import to_path
 
 from ..corpora import CORPORA

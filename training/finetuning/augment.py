@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from micl_zoo.errors import Refused, SourceError
 from micl_zoo.images.decode import decode, decode_pixels
 from micl_zoo.images.transform import Transform
-from micl_zoo.sources.listing import Reader
+from micl_zoo.sources.reader import Reader
 
 from ..evaluation.labelled import LabelledImages
 from ..pretraining.data import WHOLE, Pieces, Share, Streamed, open_loader

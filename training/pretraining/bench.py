@@ -16,7 +16,8 @@ from torch import Tensor
 
 from micl_zoo.encoders.device import default_workers, resolve_device, usable_cores
 from micl_zoo.progress import progress
-from micl_zoo.sources.listing import ImageIndex, index_source
+from micl_zoo.sources.index import ImageIndex
+from micl_zoo.sources.listing import index_source
 
 from ..micl import draw_views, kept_patches
 from ..recipes import Recipe, get_recipe

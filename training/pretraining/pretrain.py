@@ -17,7 +17,8 @@ from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import SourceError, TrainingError
 from micl_zoo.progress import progress
-from micl_zoo.sources.listing import ImageIndex, SourceLike, index_source
+from micl_zoo.sources.index import ImageIndex
+from micl_zoo.sources.listing import SourceLike, index_source
 from micl_zoo.stop import StopRequest
 
 from ..evaluation.knn import measure_knn
