@@ -9,6 +9,7 @@ from typing import TypeVar
 from micl_zoo.progress import progress
 
 T = TypeVar("T")
+FOREVER = 10**9  # steps; the budget ends a run
 
 
 def in_turn(title: str, names: Iterable[str], rounds: int, run: Callable[[str], T]) -> dict[str, list[T]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contest import FOREVER
 from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models import utils
 from lightly.models.modules import (
@@ -25,7 +26,6 @@ from lightly.models.modules import (
 )
 from lightly.models.modules.masked_vision_transformer_timm import init_weights as init_lightly
 from lightly.transforms import DINOTransform, MAETransform, SimCLRTransform
-from methods import FOREVER
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn

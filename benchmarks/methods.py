@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
+from contest import FOREVER
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -20,7 +21,6 @@ from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe
 from micl_zoo.training.run.step import resolve_autocast
 
-FOREVER = 10**9  # steps; the budget ends a run
 LAST_SHARE, LAST_MASK_RATIO = 0.15, 0.5  # of a run's end with more patches
 MEAN_DECAY = 0.998  # of the running mean of the weights: of about 500 steps
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from micl_zoo.encoders.encoder import Encoder, Output
+from micl_zoo.encoders.device import Output
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.onnx_session import OnnxCard, choose_providers, open_session
 from micl_zoo.errors import ExportError, Refused, UsageError
 from micl_zoo.images.decode import decode

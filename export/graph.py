@@ -12,7 +12,8 @@ import torch
 from onnx import ModelProto, checker, compose, parser
 from torch import Tensor, nn
 
-from micl_zoo.encoders.encoder import Encoder, Output
+from micl_zoo.encoders.device import Output
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import split_tokens
 from micl_zoo.errors import ExportError
 from micl_zoo.images.transform import MAX_ASPECT, Transform

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.device import ONNX_PRECISIONS, Precision
-from micl_zoo.encoders.encoder import Encoder, Output
+from micl_zoo.encoders.device import ONNX_PRECISIONS, Output, Precision
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.load import load
 from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, runtime
 from micl_zoo.encoders.torch_model import TorchModel

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MAX_WORKERS = 16  # processes that decode
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Backend = Literal["torch", "openvino", "onnx"]
+Output = Literal["cls", "mean", "patches"]  # that a backend computes; pools are made of them
 
 
 @dataclass(frozen=True)

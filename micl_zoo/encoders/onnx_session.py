@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..errors import MiclZooError, UsageError, WeightsError
 from ..images.transform import Transform
-from .device import BACKENDS, Backend, Precision
-from .encoder import Output
+from .device import BACKENDS, Backend, Output, Precision
 from .weights import ONNX_FILE, EncoderConfig
 
 if TYPE_CHECKING:

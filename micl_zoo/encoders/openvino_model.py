@@ -11,8 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .device import BACKENDS, PRECISIONS, Backend, Precision
-from .encoder import Output
+from .device import BACKENDS, PRECISIONS, Backend, Output, Precision
 from .torch_model import split_tokens
 
 # dtype of torch.autocast -> our name of the precision

@@ -10,8 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..errors import WeightsError
-from .device import Backend, Precision
-from .encoder import Output
+from .device import Backend, Output, Precision
 from .weights import EncoderConfig, Weights, read_tensors
 
 
