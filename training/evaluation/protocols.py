@@ -25,8 +25,8 @@ class Method:
 
     name: str  # its command, and its key in records
     # "module:function", called as function(train, test, protocol, classes, device) with the `Features` of both parts.
-    # Its figures, by key or by pool, have an accuracy in percent, and `low` and `high` or a `spread`; those by pool have
-    # the `validation` accuracy, too.
+    # Its figures, by key or by pool, have an accuracy in percent, and `low` and `high` or a `spread`; those by pool
+    # have the `validation` accuracy, too.
     function: str
     heading: str  # of its columns: with {} each key of its figures has one, else the pool that validation chooses
     settings: tuple[str, ...]  # names of the fields of `Protocol` that its command has as options

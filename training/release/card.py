@@ -93,13 +93,7 @@ def ablations_page(records: Path | None = None) -> str:
 
 
 def one_card(trained: Trained, *, hub: bool = False, repo: str | None = None) -> str:
-    """Write the card of one encoder.
-
-    Args:
-        trained: the encoder.
-        hub: the card is for the hub, and loads from there.
-        repo: OWNER/NAME there; None takes that of the table, if it says one.
-    """
+    """Write the card of one encoder; one for the hub loads from `repo` there, by default that of the table."""
     repo = (repo or (trained.entry and trained.entry.hub_repo) or "OWNER/NAME") if hub else None
     head = f"{front_matter(trained)}\n\n" if hub else ""
     return f"{head}# Model card: {trained.name}\n\n{_body(trained, '##', repo)}"
@@ -259,9 +253,7 @@ def _again(trained: Trained) -> dict[str, Any] | None:
     """Compare the same recipe with other seeds, figure by figure."""
     if not (trained.repeats and trained.evaluations):
         return None
-    lines: list[list[str]] = []
-    outside: list[bool] = []
-    held: list[bool] = []
+    lines, outside, held = list[list[str]](), list[bool](), list[bool]()
     for heading, name, (first, *others) in repeated(trained):
         accuracies = [one["accuracy"] for one in (first, *others)]
         left = [not first["low"] <= one <= first["high"] for one in accuracies[1:]]
@@ -272,10 +264,11 @@ def _again(trained: Trained) -> dict[str, Any] | None:
             lines[-1] += [spread, f"{expected[0]:.1f} to {expected[1]:.1f}"]
         outside += left
         held += tables.foretold(accuracies)
-    head = ["", "data", f"published, seed {trained.recipe.seed}"]
-    head += [f"seed {repeat.run['recipe']['seed']}" for repeat in trained.repeats]
+    seeds = [f"seed {run['recipe']['seed']}" for run in (trained.run, *(repeat.run for repeat in trained.repeats))]
     predicts = 1 + len(trained.repeats) >= tables.RUNS_TO_PREDICT
-    table = markdown([*head, *["mean ± deviation", "a further run"] * predicts], lines)
+    table = markdown(
+        ["", "data", f"published, {seeds[0]}", *seeds[1:], *["mean ± deviation", "a further run"] * predicts], lines
+    )
     counts = {"outside": sum(outside), "figures": len(outside), "held": sum(held), "asked": len(held)}
     return {"table": table, "predicts": predicts, **counts}
 

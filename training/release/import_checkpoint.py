@@ -61,8 +61,7 @@ def import_checkpoint(
     """
     if (out / WEIGHTS_FILE).exists():
         raise UsageError(f"{str(out)!r} holds an encoder already: give a new folder")
-    found = _read(checkpoint)
-    where = repr(str(checkpoint))
+    found, where = _read(checkpoint), repr(str(checkpoint))
     state, left_out = _encoder_part(found.state)
     shape, heads_from = _shape(state, num_heads, str(found.args.get("model", "")), where)
     _check_state(state, shape, where)

@@ -146,8 +146,8 @@ def _check_sending(trained: Trained, repo: str) -> None:
         )
     if get_token() is None:
         raise UsageError(
-            f"there is no token for the hub: make one that may write to {repo.partition('/')[0]} ({TOKENS}) and give it "
-            "to `hf auth login`, or set HF_TOKEN; --dry-run needs none"
+            f"there is no token for the hub: make one that may write to {repo.partition('/')[0]} ({TOKENS}) and give "
+            "it to `hf auth login`, or set HF_TOKEN; --dry-run needs none"
         )
 
 
@@ -278,8 +278,9 @@ def send(folder: Path, repo: str, *, private: bool, message: str) -> tuple[str, 
     api, names = HfApi(), _names(folder)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
-        old = (ONNX_FILE, DRIFT_FILE, f"{RECORDS_FOLDER}/")  # would contradict other weights
-        stale = [name for name in api.list_repo_files(repo) if name.startswith(old) and name not in names]
+        gone = set(api.list_repo_files(repo)) - set(names)
+        # these would contradict other weights
+        stale = sorted(one for one in gone if one in (ONNX_FILE, DRIFT_FILE) or one.startswith(f"{RECORDS_FOLDER}/"))
         add, delete = [CommitOperationAdd(name, folder / name) for name in names], map(CommitOperationDelete, stale)
         made = api.create_commit(repo, [*add, *delete], commit_message=message)  # upload_folder may make several
     except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
@@ -293,7 +294,7 @@ def _refusal(error: Exception, repo: str) -> str:
     """Say why the hub refused, or was not reached."""
     from huggingface_hub import constants
 
-    chain: list[BaseException] = [error]
+    owner, chain = repo.partition("/")[0], list[BaseException]([error])
     while cause := chain[-1].__cause__:  # the library says "error while uploading", and why in its cause
         chain.append(cause)
     answered = next((one for one in chain if getattr(one, "response", None) is not None), None)
@@ -301,7 +302,7 @@ def _refusal(error: Exception, repo: str) -> str:
     if status == 401:
         return f"the hub does not know the token: make a new one ({TOKENS}) and give it to `hf auth login` or HF_TOKEN"
     if status == 403:
-        return f"the token may not write to {repo}: take one with write access to {repo.partition('/')[0]} ({TOKENS}), or another --repo"
+        return f"the token may not write to {repo}: take one with write access to {owner} ({TOKENS}), or another --repo"
     said = " ".join(str(answered or chain[-1]).split()).rstrip(".") or type(chain[-1]).__name__
     if status is not None:
         return f"the hub refused {repo} with status {status}: {said}"
