@@ -93,7 +93,7 @@ def with_interval(found: Mapping[str, Any] | None) -> str:
 
 
 def pool_table(record: Mapping[str, Any], subject: str) -> str:
-    """Write one subject's figures of every pool, with what the validation images chose, as a Markdown table."""
+    """Write one subject's figures of every pool, with what the validation images chose; empty where there are none."""
     shown = [one.method for one in columns(record) if not one.method.by_key]
     found = [(name, one, sets.get(one.name, {})) for name, sets in record["results"][subject].items() for one in shown]
     pools = dict.fromkeys(pool for *_, figures in found for pool in figures)
@@ -102,7 +102,8 @@ def pool_table(record: Mapping[str, Any], subject: str) -> str:
         for name, method, figures in found
     ]
     setting = " or ".join(one.chosen for one in shown)
-    return markdown(["data", "method", *(text for pool in pools for text in (pool, setting, "validation"))], lines)
+    head = ["data", "method", *(text for pool in pools for text in (pool, setting, "validation"))]
+    return markdown(head, lines) if lines else ""
 
 
 def _choice(found: Mapping[str, Any] | None, setting: str) -> tuple[str, str, str]:

@@ -220,9 +220,7 @@ def _evaluation(trained: Trained) -> dict[str, Any]:
         "sets": _sets(whole["data"]),
         "own_sets": own_set.strip(),
         "table": tables.table(whole),
-        "by_pool": tables.pool_table(alone, name)
-        if not all(one.method.by_key for one in tables.columns(alone))
-        else "",
+        "by_pool": tables.pool_table(alone, name),
         "left_out": dict.fromkeys(
             f"{data}, {method.heading.format(key)}: {figure['left_out']}."
             for data, _, found in tables.rows(whole)
@@ -236,11 +234,9 @@ def _evaluation(trained: Trained) -> dict[str, Any]:
 def _sets(data: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for name, facts in data.items():
-        parts = [_part(facts, part) for part in ("train", "test")]
         terms = CORPORA[name].terms if name in CORPORA else "not known here"
-        lines.append(
-            [name, f"{facts['classes']:,}", *parts, str(facts.get("refused", 0)), facts.get("known", "-"), terms]
-        )
+        counts = [f"{facts['classes']:,}", _part(facts, "train"), _part(facts, "test"), str(facts.get("refused", 0))]
+        lines.append([name, *counts, facts.get("known", "-"), terms])
     return markdown(["data", "classes", "train images", "test images", "refused", "files", "terms"], lines)
 
 
@@ -291,18 +287,18 @@ def _compared(record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str
     training, lines = _training(next(iter(arms.values()))), []
     for subject, found in record["results"].items():
         arm, line = arms.get(subject), [training, subject]
-        line += (
-            [f"{arm['minutes']:,.1f}", f"{arm['images_seen']:,}", f"{arm['images_per_second']:,.0f}"] if arm else "---"
-        )
+        if arm:
+            line += [f"{arm['minutes']:,.1f}", f"{arm['images_seen']:,}", f"{arm['images_per_second']:,.0f}"]
+        else:
+            line += ["-"] * 3
         for column in shown:
             row = [column.find(found.get(name, {})) for name in data]
-            average = f"{mean(one['accuracy'] for one in row if one):.1f}" if all(row) else "-"
-            line += [*map(cell, row), average]
+            line += [*map(cell, row), f"{mean(one['accuracy'] for one in row if one):.1f}" if all(row) else "-"]
         lines.append(line)
-    head = [
-        f"{column.heading}: {name}" * (not at) or name for column in shown for at, name in enumerate([*data, "mean"])
-    ]
-    return ("training", "method", "minutes", "images seen", "images/s", *head), lines
+    head = ["training", "method", "minutes", "images seen", "images/s"]
+    for column, (first, *others) in product(shown, [[*data, "mean"]]):
+        head += [f"{column.heading}: {first}", *others]
+    return tuple(head), lines
 
 
 def _training(arm: Mapping[str, Any]) -> str:
@@ -360,10 +356,10 @@ def _provenance(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> tuple[str
         lines.append([what, f"`{file}`", date, commit, machine, f"`{one.get('command', 'not recorded')}`"])
         versions.append((", ".join(f"{name} {version}" for name, version in one.get("versions", {}).items()), file))
     most = Counter(text for text, _ in versions).most_common(1)[0][0]
-    others = ""
+    others, usual = "", most.split(", ")
     for text, file in versions:
         if text != most:
-            others += f" For `{file}`: {', '.join(one for one in text.split(', ') if one not in most) or text}."
+            others += f" For `{file}`: {', '.join(one for one in text.split(', ') if one not in usual) or text}."
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines]), f"Versions: {most}.{others}"
 
 
