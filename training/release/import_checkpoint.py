@@ -67,13 +67,10 @@ def import_checkpoint(
     _check_state(state, shape, where)
     provenance = {
         "imported_from": {"file": checkpoint.name, "sha256": file_sha256(checkpoint)},
-        "epoch": found.epoch,
-        "args": found.args,
-        "license": license,
+        "epoch": found.epoch, "args": found.args, "license": license,
         "shape": {**shape.sizes, "num_heads_from": heads_from},
-        "left_out": left_out,
-        "versions": package_versions(),
-    }
+        "left_out": left_out, "versions": package_versions(),
+    }  # fmt: skip
     return save_weights(out, state, _config(shape, name, license), provenance, "float32")
 
 

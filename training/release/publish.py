@@ -319,20 +319,13 @@ def make_record(trained: Trained, repo: str, onnx: OnnxFile | None) -> Record:
     summary = f"ViT, {parameters / 1e6:.1f} M parameters, trained on {data['images']:,} images"
     figures = merge(trained.evaluations)["results"].get(trained.name, {})
     return Record(
-        name=trained.name,
-        summary=there.summary if there else summary,
-        recipe=trained.recipe.name,
+        name=trained.name, summary=there.summary if there else summary, recipe=trained.recipe.name,
         corpus=trained.recipe.corpus if trained.corpus else f"{data['images']:,} images of one's own",
-        license=trained.license,
-        transform=trained.transform,
-        hub_repo=repo,
-        hub_commit=NO_COMMIT,
-        sha256=trained.weights["sha256"],
-        bytes=trained.weights["bytes"],
-        onnx=onnx,
+        license=trained.license, transform=trained.transform, hub_repo=repo, hub_commit=NO_COMMIT,
+        sha256=trained.weights["sha256"], bytes=trained.weights["bytes"], onnx=onnx,
         training_record=f"{trained.name}.json",
         metrics={name: of["knn"]["20"]["accuracy"] for name, of in figures.items() if "20" in of.get("knn", {})},
-    )
+    )  # fmt: skip
 
 
 def row_text(record: Record) -> str:
