@@ -293,7 +293,10 @@ def _compared(record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str
             line += ["-"] * 3
         for column in shown:
             row = [column.find(found.get(name, {})) for name in data]
-            line += [*map(cell, row), f"{mean(one['accuracy'] for one in row if one):.1f}" if all(row) else "-"]
+            line += [
+                *map(cell, row),
+                f"{sum(one['accuracy'] for one in row if one) / len(row):.1f}" if all(row) else "-",
+            ]
         lines.append(line)
     head = ["training", "method", "minutes", "images seen", "images/s"]
     for column, (first, *others) in product(shown, [[*data, "mean"]]):
