@@ -1,4 +1,4 @@
-"""The fast decoding beside the exact one, for several margins of the scaled JPEG decode; writes a record.
+"""Compare fast decoding with exact decoding, for several margins of the scaled JPEG decode; writes a record.
 
     python benchmarks/decode.py photos -o benchmarks/records/decode.json
 
@@ -20,19 +20,19 @@ import click
 import numpy as np
 import timm
 import torch
+from contest import in_turn
 from PIL import Image, ImageDraw
+from record import write
 
 import micl_zoo
 import micl_zoo.images.decode
-from micl_zoo._version import package_versions
-from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.files import write_text
 from micl_zoo.images.decode import Decoding, decode_pixels
 from micl_zoo.images.transform import Transform
-from micl_zoo.training.run.provenance import code_commit, machine
+from micl_zoo.training.run.provenance import made_with
 
 MARGINS = (1.0, 1.5, 2.0)
-WIDTH, HEIGHT = 4000, 3000
+DRAWN, DRAWN_IN_TRIAL = (4000, 3000), (800, 600)
+RANDOM, RANDOM_IN_TRIAL = "vit_base_patch16_224", "vit_tiny_patch16_224"
 
 Embed = Callable[[np.ndarray], np.ndarray]  # (B, size, size, 3) uint8 -> (B, D) of unit length
 
@@ -40,14 +40,15 @@ Embed = Callable[[np.ndarray], np.ndarray]  # (B, size, size, 3) uint8 -> (B, D)
 @click.command()
 @click.argument("photos", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Passes over the photographs.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The record to write.")
-def main(photos: Path, rounds: int, out: Path) -> None:
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record to write.")
+@click.option("--trial", is_flag=True, help="Small drawings and a small random ViT: does all of it run?")
+def main(photos: Path, rounds: int, out: Path, trial: bool) -> None:
     """Compare on every .jpg file of the folder PHOTOS."""
     torch.set_num_threads(1)
     files = {path.name: path.read_bytes() for path in sorted(photos.glob("*.jpg"))}
-    drawn = drawings()
-    encoder = micl_zoo.load(device="cpu")
-    random_vit, random_transform = random_weights()
+    drawn = drawings(*(DRAWN_IN_TRIAL if trial else DRAWN))
+    encoder, random_name = micl_zoo.load(device="cpu"), RANDOM_IN_TRIAL if trial else RANDOM
+    random_vit, random_transform = random_weights(random_name)
     record = {
         "photographs": {"files": len(files), "pixels_mean": round(mean_pixels(files))},
         "rates": {
@@ -55,30 +56,24 @@ def main(photos: Path, rounds: int, out: Path) -> None:
             "drawings": rates(drawn, encoder.transform, 2),
         },
         "cosines": {
-            encoder.name: cosines(files, drawn, encoder.transform, embedder(encoder)),
-            "timm vit_base_patch16_224, random": cosines(files, drawn, random_transform, random_vit),
+            encoder.name: cosines(
+                files, drawn, encoder.transform, lambda pixels: encoder.embed_pixels(pixels, normalize=True)
+            ),
+            f"timm {random_name}, random": cosines(files, drawn, random_transform, random_vit),
         },
         "margin_in_use": micl_zoo.images.decode.FAST_MARGIN,
         "weights_sha256": encoder.weights_sha256,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": f"python benchmarks/decode.py PHOTOS --rounds {rounds}",
-        "commit": code_commit(),
-        "machine": machine(encoder.device),
-        "versions": package_versions(),
+        **made_with(encoder.device),
     }
-    write_text(out, json.dumps(record, indent=1) + "\n")
+    write(record, out)
     click.echo(json.dumps(record, indent=1))
 
 
-def embedder(encoder: Encoder) -> Embed:
-    """The encoder in fp32."""
-    return lambda pixels: encoder.embed_pixels(pixels, normalize=True)
-
-
-def random_weights() -> tuple[Embed, Transform]:
-    """A ViT-B/16 as timm initialises it from seed 0, and its transform."""
+def random_weights(name: str) -> tuple[Embed, Transform]:
+    """A ViT as timm initialises it from seed 0, and its transform."""
     torch.manual_seed(0)
-    vit = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0).eval()
+    vit = timm.create_model(name, pretrained=False, num_classes=0).eval()
     transform = Transform.from_timm(vit.pretrained_cfg)
 
     @torch.inference_mode()
@@ -90,41 +85,41 @@ def random_weights() -> tuple[Embed, Transform]:
 
 
 def mean_pixels(files: dict[str, bytes]) -> float:
-    """Width x height, on average."""
+    """Mean of width x height."""
     return sum(math.prod(Image.open(io.BytesIO(data)).size) for data in files.values()) / len(files)
 
 
-def drawings() -> dict[str, bytes]:
-    """JPEG files of 4000 x 3000 whose details are finer than the pixels that are kept, and a smooth one."""
+def drawings(width: int, height: int) -> dict[str, bytes]:
+    """JPEG files whose details are finer than the pixels that are kept, and a smooth one."""
     random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    noise = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
     coarse = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    across, down = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
-    rings = (127.5 + 127.5 * np.cos((across**2 + down**2) * (math.pi / 2 / WIDTH))).astype(np.uint8)
+    across, down = np.meshgrid(np.arange(width), np.arange(height))
+    rings = (127.5 + 127.5 * np.cos((across**2 + down**2) * (math.pi / 2 / width))).astype(np.uint8)
     pictures = {
         "noise": Image.fromarray(noise),
-        "noise of 4 x 4 pixels": Image.fromarray(noise[: HEIGHT // 4, : WIDTH // 4]).resize((WIDTH, HEIGHT), 0),
-        "text": _text(random),
-        "lines": _lines(random),
+        "noise of 4 x 4 pixels": Image.fromarray(noise[: height // 4, : width // 4]).resize((width, height), 0),
+        "text": _text(random, width, height),
+        "lines": _lines(random, width, height),
         "rings of every width": Image.fromarray(rings).convert("RGB"),
-        "smooth": Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC),
+        "smooth": Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC),
     }
     return {name: _jpeg(picture) for name, picture in pictures.items()}
 
 
-def _text(random: np.random.Generator) -> Image.Image:
-    page = Image.new("RGB", (WIDTH, HEIGHT), "white")
+def _text(random: np.random.Generator, width: int, height: int) -> Image.Image:
+    page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    for top in range(0, HEIGHT, 14):
-        draw.text((8, top), "".join(chr(int(code)) for code in random.integers(32, 127, WIDTH // 6)), fill="black")
+    for top in range(0, height, 14):
+        draw.text((8, top), "".join(chr(int(code)) for code in random.integers(32, 127, width // 6)), fill="black")
     return page
 
 
-def _lines(random: np.random.Generator) -> Image.Image:
-    page = Image.new("RGB", (WIDTH, HEIGHT), (240, 240, 230))
+def _lines(random: np.random.Generator, width: int, height: int) -> Image.Image:
+    page = Image.new("RGB", (width, height), (240, 240, 230))
     draw = ImageDraw.Draw(page)
     for _ in range(1500):
-        ends = random.integers(0, (WIDTH, HEIGHT), (2, 2)).ravel().tolist()
+        ends = random.integers(0, (width, height), (2, 2)).ravel().tolist()
         draw.line(ends, fill=tuple(random.integers(0, 256, 3).tolist()), width=1)
     return page
 
@@ -136,23 +131,27 @@ def _jpeg(picture: Image.Image) -> bytes:
 
 
 def pixels_of(data: bytes, transform: Transform, margin: float | None) -> np.ndarray:
-    """(size, size, 3) uint8; exact without a margin."""
-    micl_zoo.images.decode.FAST_MARGIN = margin or micl_zoo.images.decode.FAST_MARGIN
-    return decode_pixels(data, transform, Decoding(fast=margin is not None))
+    """Decode to (size, size, 3) uint8; exactly without a margin."""
+    in_use = micl_zoo.images.decode.FAST_MARGIN
+    micl_zoo.images.decode.FAST_MARGIN = margin or in_use
+    try:
+        return decode_pixels(data, transform, Decoding(fast=margin is not None))
+    finally:
+        micl_zoo.images.decode.FAST_MARGIN = in_use
 
 
 def rates(files: dict[str, bytes], transform: Transform, rounds: int) -> dict[str, float]:
-    """Images a second of processor time of each way, the best of some rounds in turn."""
-    best = dict.fromkeys((None, *MARGINS), math.inf)
-    in_use = micl_zoo.images.decode.FAST_MARGIN
-    for _ in range(rounds):
-        for margin in best:
-            start = time.process_time()
-            for data in files.values():
-                pixels_of(data, transform, margin)
-            best[margin] = min(best[margin], time.process_time() - start)
-    micl_zoo.images.decode.FAST_MARGIN = in_use
-    return {_name(margin): round(len(files) / seconds, 1) for margin, seconds in best.items()}
+    """Images per second of processor time of each way, the best of some rounds in turn."""
+    ways = {_name(margin): margin for margin in (None, *MARGINS)}
+
+    def seconds(name: str) -> float:
+        start = time.process_time()
+        for data in files.values():
+            pixels_of(data, transform, ways[name])
+        return time.process_time() - start
+
+    found = in_turn("decoding", ways, rounds, seconds)
+    return {name: round(len(files) / min(spent), 1) for name, spent in found.items()}
 
 
 def _name(margin: float | None) -> str:
@@ -160,12 +159,11 @@ def _name(margin: float | None) -> str:
 
 
 def cosines(files: dict[str, bytes], drawn: dict[str, bytes], transform: Transform, embed: Embed) -> dict[str, object]:
-    """Between exact and fast: mean and worst over the files, and each drawing's."""
+    """Cosines of exact and fast embeddings: mean and worst of the files, and each drawing's."""
     both = {**files, **drawn}
     rows: dict[bytes, np.ndarray] = {}  # by pixels: where nothing is scaled, all margins give the same
     exact = _rows(both, transform, None, embed, rows)
     found: dict[str, object] = {}
-    in_use = micl_zoo.images.decode.FAST_MARGIN
     for margin in MARGINS:
         cosine = (exact * _rows(both, transform, margin, embed, rows)).sum(axis=1)
         of_files = cosine[: len(files)]
@@ -176,7 +174,6 @@ def cosines(files: dict[str, bytes], drawn: dict[str, bytes], transform: Transfo
             "drawings": {name: round(float(value), 6) for name, value in zip(drawn, cosine[len(files) :], strict=True)},
         }
         click.echo(f"{_name(margin)}: {found[_name(margin)]}", err=True)
-    micl_zoo.images.decode.FAST_MARGIN = in_use
     return found
 
 

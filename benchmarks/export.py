@@ -1,4 +1,4 @@
-"""What an export costs and gives: drift from PyTorch, size and images/s of each precision, on the same photographs.
+"""Measure what an export costs and gives: drift from PyTorch, size and images/s of each precision; writes a record.
 
     python benchmarks/export.py photos/ --knn caltech101 --out training/records/vit_ti16.tin200.export.json
     python benchmarks/export.py photos/ --encoder vit_b16.tin200 --random --out benchmarks/records/export-vit_b16.json
@@ -10,12 +10,9 @@ Runtime's own dynamic and static quantisation, and the same with all 8 bits of t
 from __future__ import annotations
 
 import dataclasses
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +20,24 @@ import click
 import numpy as np
 import onnx
 import torch
-from extract import IMAGE_SUFFIXES, cpu_flags, optional_versions, ratio
+from contest import in_turn, ratio, spread
+from extract import IMAGE_SUFFIXES
 from PIL import Image
+from record import cpu_flags, made_on, missing, options_text
+from record import write as write_record
+from toys import SMALL, random_encoder
 
 import micl_zoo
-from micl_zoo._version import package_versions
-from micl_zoo.encoders.encoder import Encoder
+from micl_zoo import Encoder
+from micl_zoo.encoders.weights import save_weights
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.export import quantize, write
 from micl_zoo.export.check import measure, photographs
 from micl_zoo.export.graph import encoder_graph
-from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
 from micl_zoo.progress import progress
 from micl_zoo.training.evaluation.knn import measure_knn
 from micl_zoo.training.evaluation.labelled import LabelledSet
-from micl_zoo.training.run.provenance import code_commit, machine
 
 OPSET = write.OPSET
 KNN_IMAGES = 10_000  # to search, of each set
@@ -49,28 +48,33 @@ THEIRS = ("int8, 8 bits of weights", "int8, onnxruntime dynamic", "int8, onnxrun
 
 @click.command()
 @click.argument("photos", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--encoder", "name", default=DEFAULT, show_default=True, help="Of `micl-zoo models`.")
-@click.option("--random", is_flag=True, help="With random weights: differences and rates only.")
-@click.option("--images", type=click.IntRange(10), default=102, show_default=True, help="The first so many.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="For the rates.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of all, for the rates.")
-@click.option("--seconds", type=click.FloatRange(0), default=6, show_default=True, help="Of each; a batch at least.")
+@click.option("--encoder", "name", default=DEFAULT, show_default=True, help="Name of `micl-zoo models`.")
+@click.option("--random", is_flag=True, help="Random weights, for differences and rates only.")
+@click.option("--images", type=click.IntRange(10), default=102, show_default=True, help="Use the first N photographs.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Batch size for the rates.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of all, for the rates.")
+@click.option("--seconds", type=click.FloatRange(0), default=6, show_default=True, help="Least time of one contender.")
 @click.option("--knn", multiple=True, type=click.Path(exists=True, path_type=Path), help="Folder of a labelled set.")
-@click.option("--out", type=click.Path(path_type=Path), help="The record to write.")
-def main(photos: Path, name: str, random: bool, out: Path | None, **options: Any) -> None:
+@click.option("--trial", is_flag=True, help="Ten images and a small random encoder: does all of it run?")
+@click.option("--out", type=click.Path(path_type=Path), help="Record to write.")
+def main(photos: Path, name: str, random: bool, trial: bool, out: Path | None, **options: Any) -> None:
     """Export an encoder in every precision, and measure it on PHOTOS."""
     torch.manual_seed(0)
-    encoder = micl_zoo.load(name, pretrained=not random, device="cpu")
+    if trial:
+        options |= {"images": 10, "batch_size": 2, "rounds": 1, "seconds": 0}
     files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[: options["images"]]
     with tempfile.TemporaryDirectory() as folder:
+        if trial:
+            weights = random_encoder(Path(folder) / "encoder", "vit_ti16.tin200", SMALL)
+            encoder = micl_zoo.load(weights=weights, device="cpu")
+        else:
+            encoder = micl_zoo.load(name, pretrained=not random, device="cpu")
         record = compare(encoder, [decode(file.read_bytes()) for file in files], Path(folder), **options)
-    given = [f"--{key.replace('_', '-')} {value}" for key, value in options.items() if key != "knn"]
-    given += [f"--knn {folder.name}" for folder in options["knn"]]
-    words = ["python benchmarks/export.py PHOTOS --encoder", name, *["--random"] * random, *given]
-    record["command"] = " ".join(words)
+    given = options_text(options, "images", "batch_size", "rounds", "seconds")
+    words = ["python benchmarks/export.py PHOTOS --encoder", name, *["--random"] * random, given]
+    record["command"] = " ".join([*words, *(f"--knn {folder.name}" for folder in options["knn"])])
     click.echo(table(record))
-    if out is not None:
-        write_text(out, json.dumps(record, indent=1) + "\n")
+    write_record(record, out)
 
 
 def compare(
@@ -98,29 +102,31 @@ def compare(
             rows[variant]["alone_and_in_a_batch"] = batch_dependence(opened[variant], pictures[:8])
             if variant in OURS:
                 rows[variant]["within_bounds"] = not quantize.CONVERSIONS[variant].bounds.broken_by(drift)
-    every = contenders(encoder) | {f"onnx {name}": one.embed_pixels for name, one in opened.items()}
+    every = contenders(encoder, scratch) | {f"onnx {name}": one.embed_pixels for name, one in opened.items()}
     pixels = np.stack([encoder.transform.pixels(picture) for picture in pictures])
-    figures = in_turn(every, pixels, batch_size, rounds, seconds)
+
+    def once(name: str) -> float:
+        every[name](pixels[:1])
+        return rate(every[name], batches(pixels, batch_size), seconds)
+
+    figures = summarised(in_turn("rates", every, rounds, once))
     return {
         "encoder": encoder.name,
         "weights_sha256": encoder.weights_sha256 or "random weights",
         "photographs": len(pictures),
         "drift": rows,
         "images_per_second": figures,
-        "int8_over_onnx_fp32": ratio(figures["onnx int8"]["median"] or 0.0, figures["onnx fp32"]["median"]),
+        "int8_over_onnx_fp32": ratio(figures["onnx int8"]["median"], figures["onnx fp32"]["median"]),
         "int8_note": int8_note(),
         "knn_percent": {folder.name: accuracies(folder, encoder, opened) for folder in knn},
         "batch_size": batch_size,
         "rounds": rounds,
-        "machine": {**machine(encoder.device), "flags": cpu_flags()},
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": code_commit(),
-        "versions": package_versions() | optional_versions(),
+        **made_on(encoder.device),
     }
 
 
 def made(variant: str, traced: bytes, encoder: Encoder, scratch: Path) -> onnx.ModelProto:
-    """One way to export."""
+    """Export one way."""
     graph = onnx.load_from_string(traced)
     if variant in OURS:
         return OURS[variant](graph)
@@ -134,7 +140,7 @@ def made(variant: str, traced: bytes, encoder: Encoder, scratch: Path) -> onnx.M
 
 
 def by_onnxruntime(variant: str, graph: onnx.ModelProto, encoder: Encoder, scratch: Path) -> onnx.ModelProto:
-    """ONNX Runtime's own quantisation of the same products, a scale a column, 7 bits."""
+    """Quantise the same products with ONNX Runtime, with a scale per column and 7 bits."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     constant = {tensor.name for tensor in graph.graph.initializer}
@@ -168,57 +174,42 @@ def calibration(encoder: Encoder) -> Any:
 
 
 def card(encoder: Encoder, variant: str) -> Any:
-    """Of a variant: all that are called int8 are that."""
+    """The card of a variant: every variant of int8 says int8."""
     precision: Any = variant.partition(",")[0]
     return write.make_card(encoder, precision, ("cls",), False)
 
 
 def batch_dependence(encoder: Encoder, pictures: list[Image.Image]) -> float:
-    """How far an image's embedding alone is from the same in a batch with others: the largest difference."""
+    """Largest difference between an image's embedding alone and in a batch with others."""
     together = encoder.embed(pictures)
     alone = np.concatenate([encoder.embed(picture) for picture in pictures])
     return float(np.abs(together - alone).max())
 
 
-def contenders(encoder: Encoder) -> dict[str, Callable[[np.ndarray], object]]:
-    """What is not ONNX: pixels to embeddings."""
+def contenders(encoder: Encoder, scratch: Path) -> dict[str, Callable[[np.ndarray], object]]:
+    """What is not ONNX, from pixels to embeddings."""
     found: dict[str, Callable[[np.ndarray], object]] = {
         "torch fp32": encoder.embed_pixels,
         "torch bf16": lambda pixels: encoder.embed_pixels(pixels, autocast=torch.bfloat16),
     }
-    if find_spec("openvino"):
-        from micl_zoo.encoders.openvino_model import OpenVinoModel
-
-        twin = Encoder(OpenVinoModel(encoder.vit), encoder.config, record=None, weights_sha256=None)
-        found["openvino fp32"] = twin.embed_pixels
+    if why := missing("openvino"):
+        click.echo(f"openvino fp32: left out, {why}")
+    else:
+        twin = scratch / "twin"
+        save_weights(twin, encoder.vit.state_dict(), encoder.config, {}, "float32")
+        found["openvino fp32"] = micl_zoo.load(weights=twin, backend="openvino", device="cpu").embed_pixels
     return found
 
 
-def in_turn(
-    asked: dict[str, Callable[[np.ndarray], object]],
-    pixels: np.ndarray,
-    batch_size: int,
-    rounds: int,
-    seconds: float,
-) -> dict[str, dict[str, float | None]]:
-    """Images/s of each, A B C A B C: median, extremes, and the ratio to torch in float32."""
-    rates: dict[str, list[float]] = {name: [] for name in asked}
-    with progress("rates", rounds * len(asked), unit="runs") as tick:
-        for _ in range(rounds):
-            for name, embed in asked.items():
-                embed(pixels[:1])
-                rates[name].append(rate(embed, batches(pixels, batch_size), seconds))
-                tick(1, name)
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    return {
-        name: {
-            "median": round(medians[name], 3),
-            "lowest": round(min(found), 3),
-            "highest": round(max(found), 3),
-            "ratio_to_torch_fp32": ratio(medians[name], medians["torch fp32"]),
-        }
-        for name, found in rates.items()
-    }
+def summarised(rates: dict[str, list[float]]) -> dict[str, dict[str, float | None]]:
+    """Median and extremes of each contender's images/s, and the ratio to torch in float32."""
+    base = spread(rates["torch fp32"])[0]
+    found: dict[str, dict[str, float | None]] = {}
+    for name, every in rates.items():
+        median, lowest, highest = (round(value, 3) for value in spread(every))
+        found[name] = {"median": median, "lowest": lowest, "highest": highest}
+        found[name]["ratio_to_torch_fp32"] = ratio(spread(every)[0], base)
+    return found
 
 
 def batches(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -230,7 +221,7 @@ def batches(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def rate(embed: Callable[[np.ndarray], object], of: Iterator[np.ndarray], seconds: float) -> float:
-    """Images/s over so many seconds, at least one batch."""
+    """Images/s over some seconds, at least one batch."""
     start, images = time.perf_counter(), 0
     while not images or time.perf_counter() - start < seconds:
         batch = next(of)

@@ -1,16 +1,16 @@
-"""`micl-zoo extract` beside what people write by hand, in turn on the same photographs and weights; a table, a record.
+"""Compare `micl-zoo extract` with what people write by hand, in turn on the same photographs and weights.
 
     python benchmarks/extract.py photos/ --images 512 --repeat 3 --out benchmarks/records/extract.json
 
 Every contender is a process of its own, so that its start-up and its peak memory are its own. What is compared is the
 rate while running: of a loop from its first finished batch on, of extract from `--json`, where only loading the model
 is left out. Both include the end: the last batch, and the rows on disk. Start-up is the wall time less images / rate.
-A loop finds its second batch decoded when its clock starts, so --images should be many batches.
+A loop finds its second batch decoded when its clock starts, so --images should be many batches. Prints a table, and
+writes a record.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import subprocess
@@ -18,33 +18,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from contest import in_turn, ratio, spread
 from memory import tree_bytes
+from record import made_on, missing, options_text, write
+from toys import SMALL, random_encoder
 
 import micl_zoo
-from micl_zoo._version import package_versions
-from micl_zoo.encoders.device import bf16_is_fast, precision_advice, resolve_device, usable_cores
-from micl_zoo.encoders.weights import EncoderConfig, save_weights
-from micl_zoo.encoders.zoo import find_record
+from micl_zoo.encoders.device import bf16_is_fast, resolve_device, usable_cores
 from micl_zoo.errors import UsageError, unknown
-from micl_zoo.files import write_text
-from micl_zoo.progress import progress
-from micl_zoo.training.run.provenance import code_commit, machine
 
 LOOPS, LIGHTLY = (Path(__file__).with_name(name) for name in ("loops.py", "lightly_embed.py"))
 EXTRACT = [sys.executable, "-m", "micl_zoo", "extract"]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-CPU_FLAGS = (
-    *("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni"),
-    *("amx_tile", "amx_bf16", "amx_int8"),
-)
+SHOWN = ("images", "repeat", "batch_size")  # options that a record's command repeats
 MEMORY_SAMPLE_SECONDS = 0.25
 BASELINE = "plain fp32"
 
@@ -87,114 +81,118 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all contenders are given."""
+    """What all contenders are given.
+
+    Attributes:
+        photos: folder of `images` files.
+        weights: encoder folder.
+        scratch: folder for temporary files.
+        batch_size: of the loops.
+        device: its name.
+        seconds: for the model alone.
+        lightly_python: Python of an environment with lightly-train, or None.
+    """
 
     photos: Path
     weights: Path
-    onnx: Path
-    checkpoint: Path
+    scratch: Path
     images: int
     batch_size: int
     device: str
     seconds: float
     lightly_python: str | None
 
+    @property
+    def onnx(self) -> Path:
+        """The exported model."""
+        return self.scratch / "model.onnx"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The weights as lightly-train keeps them."""
+        return self.scratch / "lightly.ckpt"
+
 
 @click.command()
 @click.argument("photos", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--images", type=click.IntRange(2), default=128, show_default=True, help="Files, by repeating PHOTOS.")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Runs of each, in turn.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Of the loops.")
-@click.option("--weights", type=click.Path(path_type=Path), help="An encoder folder.  [default: ViT-B/16 at random]")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Batch size of the loops.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Encoder folder.  [default: a random ViT-B/16]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--seconds", type=click.FloatRange(0), default=15, show_default=True, help="Of the model alone.")
+@click.option("--seconds", type=click.FloatRange(0), default=15, show_default=True, help="Time for the model alone.")
 @click.option("--lightly-python", metavar="PATH", help="Python of an environment with lightly-train.")
 @click.option("--only", multiple=True, metavar="NAME", help="Contenders to run.  [default: all]")
-@click.option("--out", type=click.Path(path_type=Path), help="The record to write.")
-def main(photos: Path, weights: Path | None, device: str, out: Path | None, **options: Any) -> None:
+@click.option("--trial", is_flag=True, help="Nine images and a small random encoder: does all of it run?")
+@click.option("--out", type=click.Path(path_type=Path), help="Record to write.")
+def main(
+    photos: Path, weights: Path | None, only: Sequence[str], repeat: int, trial: bool, out: Path | None, **options: Any
+) -> None:
     """Embed PHOTOS in every way there is."""
-    target = resolve_device(device)
+    if trial:
+        options |= {"images": 9, "batch_size": 4, "seconds": 0}
+    options["device"] = str(resolve_device(options["device"]))
     with tempfile.TemporaryDirectory() as folder:
-        record = compare(photos, weights, target, Path(folder), **options)
-    given = " ".join(f"--{name.replace('_', '-')} {options[name]}" for name in ("images", "repeat", "batch_size"))
-    record["command"] = f"python benchmarks/extract.py PHOTOS {given}"
+        scratch = Path(folder)
+        made = partial(random_encoder, scratch / "encoder")
+        encoder = weights or (made("vit_ti16.tin200", SMALL) if trial else made("vit_b16.in1k"))
+        files = repeated(photos, options["images"], scratch / "photos")
+        record = compare(Settings(files, encoder, scratch, **options), only, repeat)
+    record["weights"] = str(weights) if weights else f"random {'ViT-Ti/8' if trial else 'ViT-B/16'}, for speed only"
+    record["command"] = f"python benchmarks/extract.py PHOTOS {options_text({**options, 'repeat': repeat}, *SHOWN)}"
     click.echo(table(record))
-    if out is not None:
-        write_text(out, json.dumps(record, indent=1) + "\n")
+    write(record, out)
 
 
-def compare(
-    photos: Path,
-    weights: Path | None,
-    device: torch.device,
-    scratch: Path,
-    *,
-    images: int,
-    repeat: int,
-    batch_size: int,
-    seconds: float,
-    lightly_python: str | None,
-    only: Sequence[str],
-) -> dict[str, Any]:
-    """The record of all contenders, with temporary files in `scratch`."""
-    settings = Settings(
-        repeated(photos, images, scratch / "photos"),
-        weights or random_weights(scratch / "encoder"),
-        scratch / "model.onnx",
-        scratch / "lightly.ckpt",
-        images,
-        batch_size,
-        str(device),
-        seconds,
-        lightly_python,
-    )
-    every = contenders(settings, device)
-    for name in set(only) - {one.name for one in every}:
-        raise UsageError(unknown("contender", name, [one.name for one in every]))
-    asked = [one for one in every if not only or one.name in only]
-    if any(one.name == "extract auto" and one.precision == "fp32" for one in asked):
-        asked = [replace(one, skip="extract auto is that here") if one.name == "extract fp32" else one for one in asked]
-    chosen = [one for one in asked if not one.skip]
-    prepare({one.name for one in chosen}, settings)
-    runs, failed = in_turn(chosen, repeat, scratch)
-    skipped = {one.name: one.skip for one in asked if one.skip} | failed
+def compare(settings: Settings, only: Sequence[str], repeat: int) -> dict[str, Any]:
+    """The record of all contenders."""
+    device = torch.device(settings.device)
+    every = {one.name: one for one in contenders(settings, device)}
+    for name in set(only) - set(every):
+        raise UsageError(unknown("contender", name, every))
+    asked = [one for name, one in every.items() if not only or name in only]
+    skipped = {one.name: one.skip for one in asked if one.skip}
+    if {"extract auto", "extract fp32"} <= {one.name for one in asked} and every["extract auto"].precision == "fp32":
+        skipped["extract fp32"] = "extract auto is that here"
+    chosen = {one.name: one for one in asked if one.name not in skipped}
+    prepare(set(chosen), settings)
+    runs = run_all(chosen, repeat, settings.scratch, skipped)
     flops = image_flops(settings.weights)
     figures = {
-        one.name: summarised(one, runs, images, flops, matrix_rate_measured(asked, runs, one.precision))
-        for one in asked
-        if runs.get(one.name)
+        name: summarised(one, runs, settings.images, flops, matrix_rate_measured(asked, runs, one.precision))
+        for name, one in chosen.items()
+        if runs[name]
     }
+    made = made_on(device)
+    made["machine"]["usable_cores"] = usable_cores()
     return {
         "figures": figures,
         "skipped": skipped,
         "goals": goals(figures, device),
-        "images": images,
+        "images": settings.images,
         "repeats": repeat,
-        "batch_size_of_the_loops": batch_size,
-        "weights": str(weights) if weights else "random ViT-B/16, for speed only",
+        "batch_size_of_the_loops": settings.batch_size,
         "gflop_per_image": round(flops / 1e9, 3),
-        "device": str(device),
-        "machine": {**machine(device), "usable_cores": usable_cores(), "flags": cpu_flags()},
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": code_commit(),
-        "versions": package_versions() | optional_versions(),
+        "device": settings.device,
+        **made,
     }
 
 
 def contenders(settings: Settings, device: torch.device) -> list[Contender]:
     """All of them, those that cannot run here with the reason."""
     auto = "bf16" if bf16_is_fast(device) else "fp32"
+    no_bf16 = None if bf16_is_fast(device) else "bf16 is emulated here, which takes longer than fp32"
     no_openvino = missing("openvino") if device.type == "cpu" else "openvino runs on the CPU"
     return [
         ours("extract auto", settings, auto, "auto"),
         ours("extract openvino", settings, auto, "auto", backend="openvino", skip=no_openvino),
         ours("extract fp32", settings, "fp32", "fp32"),
         loop("plain fp32", "plain", settings, "fp32"),
-        loop("plain bf16", "plain", settings, "bf16", skip=precision_advice("bf16", device)),
-        loop("onnxruntime fp32", "onnx", settings, "fp32", skip=missing("onnxruntime", "onnxscript")),
+        loop("plain bf16", "plain", settings, "bf16", skip=no_bf16),
+        loop("onnxruntime fp32", "onnx", settings, "fp32", skip=no_onnx(device)),
         lightly_train(settings),
         alone("model fp32", settings, "fp32"),
-        alone("model bf16", settings, "bf16", skip=precision_advice("bf16", device)),
+        alone("model bf16", settings, "bf16", skip=no_bf16),
         alone("model openvino", settings, auto, backend="openvino", skip=no_openvino),
     ]
 
@@ -236,10 +234,15 @@ def lightly_train(settings: Settings) -> Contender:
     return Contender("lightly-train fp32", words, "fp32", skip=skip)
 
 
-def missing(*packages: str) -> str | None:
-    """Which of some packages are not installed, in words."""
-    gone = [name for name in packages if not find_spec(name)]
-    return f"{', '.join(gone)} not installed" if gone else None
+def no_onnx(device: torch.device) -> str | None:
+    """Why ONNX Runtime cannot run here, or None."""
+    if why := missing("onnxruntime", "onnxscript"):
+        return why
+    import onnxruntime
+
+    if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "this onnxruntime is for the CPU only: install onnxruntime-gpu"
+    return None
 
 
 def prepare(names: set[str], settings: Settings) -> None:
@@ -253,21 +256,20 @@ def prepare(names: set[str], settings: Settings) -> None:
         subprocess.run([*words, "--checkpoint", str(settings.checkpoint)], check=True, stdout=subprocess.DEVNULL)
 
 
-def in_turn(asked: list[Contender], repeat: int, scratch: Path) -> tuple[dict[str, list[Run]], dict[str, str]]:
-    """Runs of each contender, A B C A B C, and the reasons of those that failed."""
-    runs: dict[str, list[Run]] = {one.name: [] for one in asked}
-    failed: dict[str, str] = {}
-    with progress("contenders", repeat * len(asked), unit="runs") as tick:
-        for number in range(repeat):
-            for one in asked:
-                if one.name not in failed:
-                    found = run(one, scratch / f"{one.name}-{number}".replace(" ", "-"))
-                    if isinstance(found, str):
-                        failed[one.name] = found
-                    else:
-                        runs[one.name].append(found)
-                tick(1, one.name)
-    return runs, failed
+def run_all(chosen: dict[str, Contender], repeat: int, scratch: Path, failed: dict[str, str]) -> dict[str, list[Run]]:
+    """Runs of each contender in turn; one that fails is not tried again, and `failed` gets its last words."""
+    numbers = count()
+
+    def once(name: str) -> Run | None:
+        if name not in failed:
+            found = run(chosen[name], scratch / f"run-{next(numbers)}")
+            if isinstance(found, Run):
+                return found
+            failed[name] = found
+        return None
+
+    runs = in_turn("contenders", chosen, repeat, once)
+    return {name: [one for one in found if one] for name, found in runs.items()}
 
 
 def run(one: Contender, out: Path) -> Run | str:
@@ -303,14 +305,14 @@ def summarised(
     """A contender's row: medians of its runs, the rate's extremes, and what share it reaches of what was measured."""
     own = runs[one.name]
     rates = [run.rate or images / run.wall for run in own]  # one that tells no rate is taken by the wall clock
-    rate, alone = statistics.median(rates), own[0].matrix_tflops is not None
+    (rate, lowest, highest), alone = spread(rates), own[0].matrix_tflops is not None
     plain, twin = (median_rate(runs.get(name, [])) for name in (BASELINE, one.twin or ""))
     waits = [run.wall - images / run.rate for run in own if run.rate]
     peaks = [run.peak_mb for run in own if run.peak_mb]
     return {
         "precision": one.precision,
         "images_per_second": round(rate, 3),
-        "lowest_and_highest": [round(min(rates), 3), round(max(rates), 3)],
+        "lowest_and_highest": [round(lowest, 3), round(highest, 3)],
         "ratio_to_plain_fp32": ratio(rate, plain),
         "share_of_model_only": ratio(rate, twin),
         "share_of_matrix_rate": ratio(rate * flops / 1e12, matrix),
@@ -332,11 +334,6 @@ def matrix_rate_measured(asked: list[Contender], runs: dict[str, list[Run]], pre
     alike = [run for one in asked if one.precision == precision for run in runs.get(one.name, [])]
     found = [run.matrix_tflops for run in alike if run.matrix_tflops]
     return round(max(found), 4) if found else None
-
-
-def ratio(value: float, base: float | None) -> float | None:
-    """Of two rates, or None without the second."""
-    return round(value / base, 3) if base else None
 
 
 def goals(figures: dict[str, dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
@@ -409,16 +406,6 @@ def repeated(photos: Path, images: int, folder: Path) -> Path:
     return folder
 
 
-def random_weights(folder: Path) -> Path:
-    """An encoder folder of a ViT-B/16 with random weights: good for speed, and called so."""
-    record = find_record("vit_b16.tin200")
-    torch.manual_seed(0)
-    encoder = micl_zoo.load(record.name, pretrained=False, device="cpu")
-    config = EncoderConfig("vit_b16.random", record.shape.timm_name, {}, encoder.embed_dim, record.transform)
-    save_weights(folder, encoder.vit.state_dict(), config, {"recipe": "none: random weights"}, "float32")
-    return folder
-
-
 def image_flops(weights: Path) -> float:
     """FLOPs of one image, counted from the shapes; a multiplication and an addition are two.
 
@@ -430,22 +417,6 @@ def image_flops(weights: Path) -> float:
     matrices = sum(weight.numel() for weight in vit.blocks.parameters() if weight.ndim == 2)
     attention = depth * 4 * (patches + 1) ** 2 * width
     return float(2 * (patches + 1) * matrices + attention + 2 * patches * vit.patch_embed.proj.weight.numel())
-
-
-def cpu_flags() -> list[str]:
-    """What of the processor decides the rate, where Linux says it."""
-    info = Path("/proc/cpuinfo")
-    words = set(info.read_text().split()) if info.exists() else set()
-    return [flag for flag in CPU_FLAGS if flag in words]
-
-
-def optional_versions() -> dict[str, str]:
-    """Of the packages that only some contenders need."""
-    found = {}
-    for name in ("openvino", "onnxruntime", "onnxruntime-gpu", "torchvision"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `lightly-train embed` does, with the same weights and a clock; a contender of benchmarks/extract.py.
+"""Run `lightly-train embed` with the same weights and a clock; a contender of benchmarks/extract.py.
 
 Runs in an environment that has lightly-train, and needs nothing of micl-zoo:
 
@@ -17,15 +17,18 @@ from typing import Any
 
 os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"  # before the import: it reports its use by default
 
-import lightly_train
-import timm
-import torch
-from lightly_train._checkpoint import Checkpoint, CheckpointLightlyTrain, CheckpointLightlyTrainModels
-from lightly_train._embedding.embedding_predictor import EmbeddingPredictor
-from lightly_train._models import package_helpers
-from lightly_train._models.embedding_model import EmbeddingModel
-from lightly_train._transforms.transform import NormalizeArgs
-from safetensors.torch import load_file
+try:
+    import lightly_train
+    import timm
+    import torch
+    from lightly_train._checkpoint import Checkpoint, CheckpointLightlyTrain, CheckpointLightlyTrainModels
+    from lightly_train._embedding.embedding_predictor import EmbeddingPredictor
+    from lightly_train._models import package_helpers
+    from lightly_train._models.embedding_model import EmbeddingModel
+    from lightly_train._transforms.transform import NormalizeArgs
+    from safetensors.torch import load_file
+except ImportError as error:
+    raise SystemExit(f"{error}: run this with the Python of an environment that has lightly-train") from None
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The other ways to embed a folder of photographs, as people write them by hand: contenders of benchmarks/extract.py.
+"""Embed a folder of photographs the way people write it by hand: contenders of benchmarks/extract.py.
 
     python benchmarks/loops.py plain PHOTOS --weights ENCODER_FOLDER
     python benchmarks/loops.py onnx PHOTOS --weights ENCODER_FOLDER --onnx model.onnx
@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import micl_zoo
-from micl_zoo.encoders.device import Backend
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,7 +53,7 @@ onnx = click.option("--onnx", "file", required=True, type=click.Path(path_type=P
 @workers
 @torch.inference_mode()
 def plain(folder: Path, weights: Path, device: str, precision: str, batch_size: int, workers: int) -> None:
-    """Timm's model and transform, a DataLoader, torch as it comes."""
+    """Use timm's model and transform, a DataLoader, and torch as it comes."""
     model = timm_model(weights).to(device)
     kind = DTYPES[precision]
 
@@ -74,7 +73,7 @@ def plain(folder: Path, weights: Path, device: str, precision: str, batch_size: 
 @workers
 @onnx
 def onnx_loop(folder: Path, weights: Path, device: str, batch_size: int, workers: int, file: Path) -> None:
-    """The same with ONNX Runtime in the place of torch."""
+    """Use ONNX Runtime in the place of torch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -107,8 +106,8 @@ def export(weights: Path, file: Path) -> None:
 @batch_size
 @click.option("--backend", default="torch", show_default=True)
 @click.option("--seconds", type=click.FloatRange(0), default=20, show_default=True)
-def model(weights: Path, device: str, precision: str, batch_size: int, backend: Backend, seconds: float) -> None:
-    """The encoder alone, on random pixels in memory; and the matrix rate of the device before and after it."""
+def model(weights: Path, device: str, precision: str, batch_size: int, backend: Any, seconds: float) -> None:
+    """Run the encoder alone, on random pixels in memory; measure the device's matrix rate before and after it."""
     from micl_zoo.training.pretraining.bench import matrix_rate, settle
 
     encoder = micl_zoo.load(weights=weights, device=device, backend=backend)

@@ -1,11 +1,11 @@
-"""MiCL beside SimCLR, MAE, DINO and supervised training, and with one thing changed: same ViT, images, device, time.
+"""Compare MiCL with SimCLR, MAE, DINO and supervised training, and with one thing changed, in equal time.
 
     python benchmarks/rivals.py train --data data --work work --minutes 60 --arms rivals --jobs 2
     python benchmarks/rivals.py train --data data --work work --minutes 60 --arms ablations --jobs 2
     python benchmarks/rivals.py evaluate --data data --work work -o record.json --jobs 2
 
-Needs `pip install lightly` for `train`. The data folder holds tin200/{train-*,val}.parquet and
-{caltech101,flowers5,cifar10}/{train,test}.parquet, with the columns image and label.
+The rivals need `pip install lightly`; MiCL and its ablations do not. The data folder holds
+tin200/{train-*,val}.parquet and {caltech101,flowers5,cifar10}/{train,test}.parquet, with the columns image and label.
 
 Equal time: on a CPU each arm is a process of its own with one thread on one core, and its minutes are those of that
 process (`time.process_time`), so that nothing else on the machine favours an arm; on a GPU they are the wall clock's.
@@ -29,21 +29,20 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from itertools import pairwise, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import click
 import numpy as np
 import torch
+from record import missing, version_of, write
 from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
 from micl_zoo.encoders.device import default_workers, resolve_device
-from micl_zoo.encoders.encoder import Pool
 from micl_zoo.encoders.weights import WEIGHTS_FILE, save_weights
 from micl_zoo.errors import unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
@@ -53,6 +52,7 @@ from micl_zoo.training.evaluation.evaluate import pixel_features, probe
 from micl_zoo.training.evaluation.features import Features, embed_labelled
 from micl_zoo.training.evaluation.labelled import LabelledSet, labels_of, number_classes
 from micl_zoo.training.evaluation.protocols import Protocol
+from micl_zoo.training.evaluation.tables import markdown
 from micl_zoo.training.pretraining.data import MemoryCorpus
 from micl_zoo.training.pretraining.pretrain import initial_model
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
@@ -75,7 +75,7 @@ ONE_THREAD = {
 CURVE_POINTS = 50
 SETS = ("tin200", "caltech101", "flowers5", "cifar10")
 TRAIN_IMAGES, TEST_IMAGES = 1_500, 1_000  # of each set, at most, classes as even as they come
-POOLS: tuple[Pool, ...] = ("cls", "mean")
+POOLS: tuple[Literal["cls", "mean"], ...] = ("cls", "mean")
 K = 20  # neighbours
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of logistic regression: a third of eval's, as there are many encoders
 PROTOCOL = Protocol(methods=("knn", "logreg"), pools=POOLS, ks=(K,), inverse_penalties=PENALTIES)
@@ -91,7 +91,7 @@ class Size(NamedTuple):
     Attributes:
         image_size: side in pixels of the crops and of what the encoder takes.
         patch_size, embed_dim, depth, num_heads: of the ViT.
-        batch_size: images a step.
+        batch_size: images per step.
         mask_ratio: of MiCL as this package trains it.
     """
 
@@ -107,6 +107,7 @@ class Size(NamedTuple):
 SIZES = {
     "cpu": Size(64, 8, 192, 4, 3, batch_size=128, mask_ratio=0.62),  # 24 of 64 patches, 12 a view
     "ti16": Size(112, 16, 192, 12, 3, batch_size=128, mask_ratio=0.5),  # 24 of 49 patches
+    "toy": Size(64, 8, 96, 2, 3, batch_size=8, mask_ratio=0.62),  # to see in seconds that all of it runs
     "gpu": Size(112, 16, 384, 12, 6, batch_size=1024, mask_ratio=0.5),  # the same patches of a ViT-S
 }
 
@@ -185,7 +186,7 @@ GROUPS = {"rivals": list(RIVALS), "ablations": list(ABLATIONS), "beyond": list(B
 
 
 def frame_recipe(size: Size, seed: int, device: torch.device) -> Recipe:
-    """What all arms have in common."""
+    """The recipe that all arms start from."""
     return dataclasses.replace(
         vit_ti16_tin200(),
         **size._asdict(),
@@ -220,7 +221,7 @@ class Budget:
             raise click.UsageError("give either --minutes, for equal time, or --images, for equal images")
 
     def used(self, seconds: float, images: float) -> float:
-        """The share of it."""
+        """The share of the budget that is used."""
         return seconds / 60 / self.minutes if self.minutes else images / (self.images or 1)
 
 
@@ -236,14 +237,14 @@ data_option = click.option(
 
 
 def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Those that `train` hands on to `arm`."""
+    """Options that `train` hands on to `arm`."""
     for option in (
-        click.option("--minutes", type=float, help="Of each arm: processor time on a CPU, wall clock on a GPU."),
-        click.option("--images", type=int, help="Of each arm, in the place of minutes."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of weights, order and every draw."),
+        click.option("--minutes", type=float, help="Budget of each arm: processor time on a CPU, wall clock on a GPU."),
+        click.option("--images", type=int, help="Budget of each arm, instead of --minutes."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights, order and every draw."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        click.option("--size", type=click.Choice(list(SIZES)), help="Of the ViT.  [default: the device's]"),
-        click.option("--learning-rate", type=float, help="Peak at batch 256.  [default: each arm's own]"),
+        click.option("--size", type=click.Choice(list(SIZES)), help="Size of the ViT.  [default: the device's]"),
+        click.option("--learning-rate", type=float, help="Peak rate at batch 256.  [default: each arm's own]"),
     ):
         command = option(command)
     return command
@@ -255,7 +256,7 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--arms", default="rivals", show_default=True, help="Names, rivals, ablations or all, with commas between."
 )
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Arms at once, on a core each.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Arms at once, one core each.")
 @budget_options
 def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
     """Train arms, each in a process of its own."""
@@ -263,6 +264,9 @@ def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
     if wrong := [name for name in names if name not in ARMS]:
         raise click.UsageError(unknown("arm", wrong[0], [*GROUPS, *ARMS]))
     Budget(options["minutes"], options["images"])
+    if why := missing("lightly"):
+        click.echo(f"left out, {why}: {', '.join(name for name in names if not is_micl(name)) or 'none of these'}")
+        names = [name for name in names if is_micl(name)]
     on_cpu = resolve_device(options["device"]).type == "cpu"
     cores: list[int | None] = [None]  # a GPU takes one arm at a time
     if on_cpu:
@@ -334,7 +338,7 @@ def open_corpus(work: Path, device: torch.device) -> tuple[MemoryCorpus, torch.T
 @main.command(hidden=True)
 @click.argument("name")
 @work_option
-@click.option("--core", type=int, help="The only one to run on.")
+@click.option("--core", type=int, help="Core to run on.")
 @budget_options
 def arm(
     name: str,
@@ -384,7 +388,7 @@ def train_arm(
         **settings,
         "method_settings": method.settings,
         "data": facts,
-        "lightly": version("lightly"),
+        "lightly": version_of("lightly"),
         **made_with(device),
     }
     for folder, vit in {"encoder": method.vit, **method.extras}.items():
@@ -483,8 +487,8 @@ def curve(losses: list[float], batch_size: int) -> list[dict[str, float]]:
 @main.command()
 @data_option
 @work_option
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record; the figure comes beside it.")
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Encoders at once.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record to write, with its figure.")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Encoders measured at once.")
 def evaluate(data: Path, work: Path, out: Path, jobs: int) -> None:
     """Measure every arm of the work folder, the ViT before training, and raw pixels; write record, table and figure."""
     arms = trained_arms(work)
@@ -492,8 +496,8 @@ def evaluate(data: Path, work: Path, out: Path, jobs: int) -> None:
     folders: dict[str, Path | None] = {**encoders(work, arms), "pixels": None}
     share_cores = partial(torch.set_num_threads, max(1, torch.get_num_threads() // jobs))
     with ProcessPoolExecutor(jobs, get_context("spawn"), share_cores) as pool:  # fork breaks a torch that has threads
-        found = pool.map(kept_measure, folders.values(), repeat(sets))
-        measured = dict(zip(folders, found, strict=True))
+        run = pool.map if jobs > 1 else map
+        measured = dict(zip(folders, run(kept_measure, folders.values(), repeat(sets)), strict=True))
     record = {
         "arms": {name: facts(arm) for name, arm in arms.items()},
         "results": measured,
@@ -506,7 +510,7 @@ def evaluate(data: Path, work: Path, out: Path, jobs: int) -> None:
         "command": "python benchmarks/rivals.py evaluate --data DATA --work WORK -o RECORD",
         **made_with(resolve_device("auto")),
     }
-    write_text(out, json.dumps(record, indent=1) + "\n")
+    write(record, out)
     figure(measured, out.with_suffix(".png"))
     for method, title in METHODS.items():
         click.echo(f"\n{title}, % (95 % interval)\n\n{table(record['arms'], measured, method)}")
@@ -578,7 +582,7 @@ def measure(encoder: Path | None, sets: list[LabelledSet]) -> dict[str, Figures]
     found: dict[str, Figures] = {}
     for labelled in sets:
         train, test = (
-            pixel_features(part) if model is None else embed_labelled(model, part, pools=POOLS)
+            pixel_features(part) if model is None else embed_labelled(model, part, pools=POOLS, workers=0)
             for part in (labelled.train, labelled.test)
         )
         by_pool = {
@@ -602,9 +606,8 @@ def shown(figures: Figures, method: str) -> dict[str, float]:
 
 
 def table(arms: dict[str, dict[str, Any]], measured: dict[str, dict[str, Figures]], method: str) -> str:
-    """Markdown: a line an arm."""
-    head = ["arm", "images seen", "images/s", "minutes", *SETS, "mean"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    """Markdown with a line per arm."""
+    lines = []
     for name, sets in measured.items():
         run = arms.get(name.partition(" ")[0])
         told = (
@@ -615,8 +618,8 @@ def table(arms: dict[str, dict[str, Any]], measured: dict[str, dict[str, Figures
         found = [shown(sets[title], method) for title in SETS]
         cells = [f"{one['accuracy']:.1f} ({one['low']:.1f}..{one['high']:.1f})" for one in found]
         mean = np.mean([one["accuracy"] for one in found])
-        lines.append("| " + " | ".join([name, *told, *cells, f"{mean:.1f}"]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *told, *cells, f"{mean:.1f}"])
+    return markdown(["arm", "images seen", "images/s", "minutes", *SETS, "mean"], lines)
 
 
 def figure(measured: dict[str, dict[str, Figures]], file: Path) -> None:

@@ -18,25 +18,20 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from memory import own_bytes, tree, tree_bytes
+from record import missing, write
+from toys import SMALL, random_encoder
 
 import micl_zoo
-from micl_zoo._version import package_versions
-from micl_zoo.encoders.weights import save_weights
-from micl_zoo.files import write_text
-from micl_zoo.training.pretraining.pretrain import make_vit
-from micl_zoo.training.recipes import get_recipe
-from micl_zoo.training.run.provenance import code_commit, machine
-from micl_zoo.training.run.rundir import encoder_config
+from micl_zoo.training.run.provenance import made_with
 
 SAMPLE_SECONDS = 0.25
-SMALL = ("name=vit_ti8.random", "image_size=64", "crop_size=64", "patch_size=8", "depth=4")
+KILL_SECONDS_LEAST = 2  # after a start: before it, nothing but imports is killed
 
 
 class Watched:
@@ -82,7 +77,7 @@ def killed(command: list[str], store: Path, kills: int, longest: float, seed: in
     parts: list[int] = []
     survivors = 0
     while len(moments) < kills:
-        seconds = draw.uniform(2, longest)
+        seconds = draw.uniform(KILL_SECONDS_LEAST, longest)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds)
         below = tree(process.pid)
@@ -104,25 +99,18 @@ def killed(command: list[str], store: Path, kills: int, longest: float, seed: in
     }
 
 
-def small_encoder(folder: Path) -> Path:
-    """Random weights that take little time: what is compared does not hang on them."""
-    torch.manual_seed(0)
-    recipe = get_recipe("vit_ti16.tin200", SMALL)
-    note = {"recipe": "none: random weights"}
-    save_weights(folder, make_vit(recipe).state_dict(), encoder_config(recipe), note, "float32")
-    return folder
-
-
 @click.command()
 @click.argument("source")
 @click.option("--images", default=20_000, show_default=True)
 @click.option("--shard-rows", default=250, show_default=True)
 @click.option("--kills", default=20, show_default=True)
-@click.option("--longest", default=15.0, show_default=True, help="Seconds until a kill, at most.")
-@click.option("--weights", type=click.Path(exists=True, path_type=Path), help="Of an encoder.  [default: SMALL]")
+@click.option("--longest", default=15.0, show_default=True, help="Most seconds until a kill.")
+@click.option(
+    "--weights", type=click.Path(exists=True, path_type=Path), help="An encoder.  [default: a small random one]"
+)
 @click.option("--ray/--no-ray", default=True, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="JSON record to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="Record to write.")
 def main(
     source: str,
     images: int,
@@ -136,11 +124,14 @@ def main(
 ) -> None:
     """Compare the stores of SOURCE, byte by byte."""
     folder = Path(tempfile.mkdtemp())
-    weights = weights or small_encoder(folder / "encoder")
+    weights = weights or random_encoder(folder / "encoder", "vit_ti16.tin200", SMALL)
     base = [sys.executable, "-m", "micl_zoo", "extract", source, "--shard-rows", str(shard_rows), "--precision", "fp32"]
     base += ["--json", "--devices", "cpu", "--weights", str(weights)]
     ways = {"one process": [], "two processes": ["--processes", "2"]}
-    ways |= {"ray, two actors": ["--engine", "ray", "--processes", "2"]} if ray else {}
+    if ray and (why := missing("ray")):
+        click.echo(f"ray, two actors: left out, {why}")
+    elif ray:
+        ways["ray, two actors"] = ["--engine", "ray", "--processes", "2"]
     figures: dict[str, Any] = {}
     stores: dict[str, dict[str, str]] = {}
     for name, options in {**ways, "a tenth of the images": [], "killed": []}.items():
@@ -169,12 +160,9 @@ def main(
     click.echo(
         f"the same bytes as one process: {same}; memory grew by {grown:.1f} MB from a tenth of the images to all"
     )
-    if out is not None:
-        record = {
-            "date": date.today().isoformat(),
-            "commit": code_commit(),
-            "machine": machine(torch.device("cpu")),
-            "versions": package_versions(),
+    write(
+        {
+            **made_with(torch.device("cpu")),
             "command": f"python benchmarks/same_parts.py SOURCE --images {images} --shard-rows {shard_rows} "
             f"--kills {kills} --longest {longest:g} --seed {seed}",
             "source": Path(source).name,
@@ -182,8 +170,9 @@ def main(
             "figures": figures,
             "same_bytes_as_one_process": same,
             "memory_growth_mb": round(grown, 1),
-        }
-        write_text(out, json.dumps(record, indent=2) + "\n")
+        },
+        out,
+    )
     shutil.rmtree(folder)
 
 

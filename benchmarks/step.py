@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
+from contest import in_turn, spread
+from record import write
 from torch import Tensor
 
-from micl_zoo._version import package_versions
 from micl_zoo.encoders.device import resolve_device
-from micl_zoo.files import write_text
-from micl_zoo.progress import progress
 from micl_zoo.training.micl import contrastive_loss, draw_views, gather_patches
 from micl_zoo.training.pretraining.bench import at_a_size_that_fits, device_name, matrix_rate, timed
 from micl_zoo.training.pretraining.data import draw, normalise
@@ -31,7 +28,7 @@ from micl_zoo.training.pretraining.pretrain import make_model
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe, get_recipe
 from micl_zoo.training.run.optim import set_learning_rate
-from micl_zoo.training.run.provenance import code_commit, machine
+from micl_zoo.training.run.provenance import made_with
 from micl_zoo.training.run.step import resolve_autocast
 
 LEARNING_RATE = 1e-6
@@ -43,16 +40,27 @@ A100_TFLOPS = 312
 @click.command()
 @click.argument("recipe")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one number of the recipe.")
-@click.option("--batch-size", type=click.IntRange(2), help="Images a step.  [default: the recipe's, until it fits]")
+@click.option("--batch-size", type=click.IntRange(2), help="Images per step.  [default: the recipe's, until it fits]")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Steps of each, in turn.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The record to write.")
-def main(recipe: str, overrides: tuple[str, ...], batch_size: int | None, rounds: int, device: str, out: Path) -> None:
+@click.option("--trial", is_flag=True, help="One round of one block, eight images, no compiler.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record to write.")
+def main(
+    recipe: str,
+    overrides: tuple[str, ...],
+    batch_size: int | None,
+    rounds: int,
+    device: str,
+    trial: bool,
+    out: Path,
+) -> None:
     """Time a step of RECIPE both ways."""
+    if trial:
+        overrides, batch_size, rounds = ("depth=1", "compile=false", *overrides), 8, 1
     record = compare(get_recipe(recipe, overrides), batch_size, rounds, resolve_device(device))
     options = "".join(f" --set {change}" for change in overrides)
     record["command"] = f"python benchmarks/step.py {recipe}{options} --batch-size {record['batch_size']}"
-    write_text(out, json.dumps(record, indent=1) + "\n")
+    write(record, out)
     click.echo(json.dumps(record, indent=1))
 
 
@@ -77,15 +85,10 @@ def _compare(recipe: Recipe, rounds: int, device: torch.device) -> dict[str, obj
             step(crops, noise)
         if device.type == "cuda":
             peak[name] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
     matrix = matrix_rate(device, autocast or torch.float32)
-    with progress(recipe.name, rounds, unit="rounds") as tick:
-        for _ in range(rounds):
-            for name, step in ways.items():
-                seconds[name].append(timed(lambda step=step: step(crops, noise), device))
-            tick()
+    seconds = in_turn(recipe.name, ways, rounds, lambda name: timed(lambda: ways[name](crops, noise), device))
     matrix = max(matrix, matrix_rate(device, autocast or torch.float32))
-    rates = {name: recipe.batch_size / statistics.median(times) for name, times in seconds.items()}
+    rates = {name: recipe.batch_size / spread(times)[0] for name, times in seconds.items()}
     flops = step_flops(recipe).total
     mfu = rates["ours"] * flops / matrix
     return {
@@ -105,10 +108,7 @@ def _compare(recipe: Recipe, rounds: int, device: torch.device) -> dict[str, obj
             PAPER_IMAGES * flops / (4 * A100_TFLOPS * 1e12 * mfu) / 3600, 1
         ),
         "device": device_name(device),
-        "machine": machine(device),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": code_commit(),
-        "versions": package_versions(),
+        **made_with(device),
     }
 
 

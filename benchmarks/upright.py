@@ -1,4 +1,4 @@
-"""How alike the EXIF orientations of one scene embed, from a store that extract wrote; writes a record.
+"""Measure how alike the EXIF orientations of one scene embed, from a store that extract wrote; writes a record.
 
 micl-zoo extract photos -o embeddings
 python benchmarks/upright.py embeddings --prefix exif-orientation- -o training/records/vit_ti16.tin200.upright.json
@@ -7,29 +7,30 @@ python benchmarks/upright.py embeddings --prefix exif-orientation- -o training/r
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import click
 import numpy as np
+import torch
+from record import write
 
 import micl_zoo
-from micl_zoo.files import write_text
-from micl_zoo.training.run.provenance import code_commit
+from micl_zoo.training.run.provenance import made_with
 
 
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path, exists=True))
-@click.option("--prefix", default="exif-orientation-", show_default=True, help="Of the ids that show the one scene.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The record to write.")
+@click.option("--prefix", default="exif-orientation-", show_default=True, help="Start of the ids that show the scene.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record to write.")
 def main(store: Path, prefix: str, out: Path) -> None:
-    """Compare the rows of STORE whose ids begin with PREFIX with each other and with all others."""
+    """Compare the rows of STORE whose ids begin with --prefix with each other and with all others."""
     opened = micl_zoo.open_store(store)
     rows = opened.embeddings / np.linalg.norm(opened.embeddings, axis=1, keepdims=True)
     same = np.array([name.startswith(prefix) for name in opened.ids])
     cosine = rows[same] @ rows.T  # (scene, all)
     count = int(same.sum())
     pairs = cosine[:, same][np.triu_indices(count, 1)]
+    made = made_with(torch.device("cpu"))
     record = {
         "images_of_the_scene": count,
         "other_images": len(rows) - count,
@@ -39,12 +40,12 @@ def main(store: Path, prefix: str, out: Path) -> None:
         "model": opened.manifest.model,
         "weights_sha256": opened.manifest.weights_sha256,
         "precision": opened.manifest.precision,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "date": made["date"],
         "command": f"python benchmarks/upright.py STORE --prefix {prefix}",
-        "commit": code_commit(),
+        "commit": made["commit"],
         "versions": opened.manifest.versions,
     }
-    write_text(out, json.dumps(record, indent=1) + "\n")
+    write(record, out)
     click.echo(json.dumps(record, indent=1))
 
 

@@ -5,7 +5,8 @@ Shapes: n images, D numbers per embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -45,20 +46,14 @@ class Drift:
 
     def text(self) -> str:
         """Return one line for a person."""
-        return (
-            f"{self.images} photographs: cosine {self.cosine_mean:.6f} on average and {self.cosine_min:.6f} at least, "
-            f"largest difference {self.max_difference:.1e}, nearest neighbour the same for "
-            f"{self.neighbour_agreement:.1%}"
-        )
+        cosine = f"cosine {self.cosine_mean:.6f} on average and {self.cosine_min:.6f} at least"
+        others = f"nearest neighbour the same for {self.neighbour_agreement:.1%}"
+        return f"{self.images} photographs: {cosine}, largest difference {self.max_difference:.1e}, {others}"
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a drift must keep.
-
-    Attributes:
-        max_difference, cosine_min, neighbour_agreement: see `Drift`.
-    """
+    """What a drift must keep, see `Drift`."""
 
     max_difference: float = 2.0
     cosine_min: float = -1.0
@@ -67,29 +62,27 @@ class Bounds:
     def broken_by(self, drift: Drift) -> list[str]:
         """List in words what a drift does not keep; NaN keeps nothing."""
         most, least, share = self.max_difference, self.cosine_min, self.neighbour_agreement
+        apart, cosine, same = drift.max_difference, drift.cosine_min, drift.neighbour_agreement
         kept = {
-            f"a difference of {drift.max_difference:.2e}, where {most:.0e} is allowed": drift.max_difference <= most,
-            f"a cosine of {drift.cosine_min:.6f}, where {least} is the least": drift.cosine_min >= least,
-            f"the same nearest neighbour for {drift.neighbour_agreement:.1%} of the images, where {share:.0%} is the "
-            "least": drift.neighbour_agreement >= share,
+            f"a difference of {apart:.2e}, where {most:.0e} is allowed": apart <= most,
+            f"a cosine of {cosine:.6f}, where {least} is the least": cosine >= least,
+            f"the same nearest neighbour for {same:.1%} of the images, where {share:.0%} is the least": same >= share,
         }
         return [text for text, is_kept in kept.items() if not is_kept]
 
 
 def measure(
-    file: Path, encoder: Encoder, images: Sequence[Image.Image], tick: Callable[[int], Any] = lambda images: None
+    file: Path,
+    encoder: Encoder,  # in torch, float32
+    images: Sequence[Image.Image],  # RGB, at least sum(BATCHES)
+    tick: Callable[[int], Any] = lambda images: None,
 ) -> Drift:
-    """Embed images with a file in ONNX Runtime and with the encoder it was made from, and compare.
-
-    Args:
-        file: the ONNX file.
-        encoder: in torch, float32.
-        images: RGB, at least sum(BATCHES).
-        tick: called with the number of images done.
-    """
+    """Embed images with an ONNX file in ONNX Runtime and with the encoder it was made from, and compare."""
     session, card = open_session(file, choose_providers("cpu"))
     pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in card.outputs]
-    for batch in in_batches(images):
+    rest = iter(images)
+    sizes = chain(BATCHES, repeat(BATCHES[-1]))
+    while batch := list(islice(rest, next(sizes))):
         if card.preprocess:
             batch = same_size(batch)
         try:
@@ -101,16 +94,6 @@ def measure(
             pair[1].append(_unit(rows))
         tick(len(batch))
     return _drift([(np.concatenate(expected), np.concatenate(found)) for expected, found in pairs])
-
-
-def in_batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
-    """Cut images into batches of BATCHES, of the last size until there are no more."""
-    rest = iter(images)
-    for size in chain(BATCHES, repeat(BATCHES[-1])):
-        batch = list(islice(rest, size))
-        if not batch:
-            return
-        yield batch
 
 
 def same_size(images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -159,8 +142,7 @@ def nearest(rows: np.ndarray) -> np.ndarray:
     """Return which other row is nearest to each of (n, D) of unit length: (n,)."""
     cosines = rows @ rows.T
     np.fill_diagonal(cosines, -np.inf)
-    found: np.ndarray = cosines.argmax(1)
-    return found
+    return np.asarray(cosines.argmax(1))
 
 
 def photographs(source: SourceLike | None = None) -> list[Image.Image]:
@@ -170,17 +152,13 @@ def photographs(source: SourceLike | None = None) -> list[Image.Image]:
         return whole + [quarter for image in whole for quarter in quarters(image)]
     images, reader = [], Reader()
     for entry in index_source(source).entries():
-        try:
+        with suppress(Refused):
             images.append(decode(reader.read(entry)))
-        except Refused:
-            continue
         if len(images) == MOST:
             break
     if len(images) < sum(BATCHES):
-        raise UsageError(
-            f"comparing takes {sum(BATCHES)} images or more and {len(images)} could be read: give more, or leave "
-            "images out for those that come with micl-zoo"
-        )
+        counts = f"{sum(BATCHES)} images or more and {len(images)} could be read"
+        raise UsageError(f"comparing takes {counts}: give more, or leave images out for those that come with micl-zoo")
     return images
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from onnx import ModelProto, checker, compose, parser
@@ -18,9 +17,6 @@ from micl_zoo.encoders.torch_model import split_tokens
 from micl_zoo.errors import ExportError
 from micl_zoo.images.transform import MAX_ASPECT, Transform
 
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
 EXAMPLES = 2  # images to trace with: torch takes a batch of one for a constant
 MOST = 2**31 - 1  # images per batch; torch 2.6 needs a bound
 
@@ -30,8 +26,7 @@ class _Outputs(nn.Module):
 
     def __init__(self, encoder: Encoder, outputs: Sequence[Output]) -> None:
         super().__init__()
-        self.vit: VisionTransformer = encoder.vit
-        self.outputs, self.grid = tuple(outputs), encoder.grid
+        self.vit, self.outputs, self.grid = encoder.vit, tuple(outputs), encoder.grid
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Compute `embedding` (B, D or 2D) and `patches` (B, h, w, D), or one of them, of (B, 3, S, S)."""
@@ -60,30 +55,22 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
                 verbose=False,
             )
         except Exception as error:  # the exporter's own classes differ from one torch to the next
-            raise ExportError(
-                f"torch {torch.__version__} could not export {encoder.name} to opset {opset}: "
-                f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            ) from error
+            what = f"torch {torch.__version__} could not export {encoder.name} to opset {opset}"
+            raise ExportError(f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     assert made is not None  # it is None only for the older exporter
     model: ModelProto = made.model_proto
     if (found := _opset(model)) != opset:
-        raise ExportError(
-            f"opset {opset} was asked for, and torch {torch.__version__} made opset {found}: take --opset {found}"
-        )
-    return _without_traces(model)
+        made_by = f"torch {torch.__version__} made opset {found}"
+        raise ExportError(f"opset {opset} was asked for, and {made_by}: take --opset {found}")
+    graph = model.graph
+    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
+        del item.metadata_props[:]  # torch notes for each node files and lines of this machine
+        item.doc_string = ""
+    return model
 
 
 def _opset(model: ModelProto) -> int:
     return int(next(one.version for one in model.opset_import if one.domain == ""))
-
-
-def _without_traces(model: ModelProto) -> ModelProto:
-    """Drop what torch notes for each node: files and lines of this machine."""
-    graph = model.graph
-    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    return model
 
 
 def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:

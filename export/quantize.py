@@ -70,9 +70,8 @@ def _cast(source: str, target: str, to: int) -> NodeProto:
 
 def _half(tensor: TensorProto, name: str) -> TensorProto:
     """Rename a tensor, and turn float32 into float16."""
-    values = numpy_helper.to_array(tensor)
+    values, largest = numpy_helper.to_array(tensor), np.finfo(np.float16).max
     if tensor.data_type == TensorProto.FLOAT:
-        largest = np.finfo(np.float16).max
         values = np.clip(values, -largest, largest).astype(np.float16)
     return numpy_helper.from_array(values, name)
 
@@ -85,18 +84,14 @@ def to_int8(model: ModelProto) -> ModelProto:
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes: list[NodeProto] = []
-    added = [
-        numpy_helper.from_array(np.array([-1], np.int64), "int8_last_axis"),
-        numpy_helper.from_array(np.float32(1 / 127), "int8_per_step"),
-        numpy_helper.from_array(np.float32(SMALLEST), "int8_smallest"),
-        numpy_helper.from_array(np.float32(1), "int8_one"),
-        numpy_helper.from_array(np.uint8(ZERO), "int8_zero"),
-    ]
+    steps = {"per_step": np.float32(1 / 127), "smallest": np.float32(SMALLEST), "one": np.float32(1)}
+    constants = {"last_axis": np.array([-1], np.int64), **steps, "zero": np.uint8(ZERO)}
+    added = [numpy_helper.from_array(value, f"int8_{name}") for name, value in constants.items()]
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in tensors:
             integers, scales = _quantized(numpy_helper.to_array(tensors[node.input[1]]))
-            added += [numpy_helper.from_array(integers, f"{node.name}_int8")]
-            added += [numpy_helper.from_array(scales, f"{node.name}_scales")]
+            added.append(numpy_helper.from_array(integers, f"{node.name}_int8"))
+            added.append(numpy_helper.from_array(scales, f"{node.name}_scales"))
             nodes += _integer_product(node)
         else:
             nodes.append(node)
@@ -111,13 +106,13 @@ def _quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _integer_product(node: NodeProto) -> list[NodeProto]:
     """Build x (B, N, in) times weights: bytes = x / scale + ZERO, product in int32, times both scales."""
-    x, result, own = node.input[0], node.output[0], node.name
+    x, result = node.input[0], node.output[0]
 
     def make(kind: str, inputs: list[str], output: str, **settings: Any) -> NodeProto:
-        return helper.make_node(kind, inputs, [output], f"{own}_{kind}_{output}", **settings)
+        return helper.make_node(kind, inputs, [output], f"{node.name}_{kind}_{output}", **settings)
 
     def name(part: str) -> str:
-        return f"{own}_{part}"
+        return f"{node.name}_{part}"
 
     return [
         make("Abs", [x], name("sizes")),
@@ -135,12 +130,11 @@ def _integer_product(node: NodeProto) -> list[NodeProto]:
 
 def _rebuilt(model: ModelProto, nodes: list[NodeProto], tensors: list[TensorProto]) -> ModelProto:
     """Replace a model's nodes, and keep the tensors that they read; no copy, as it may be gigabytes."""
-    graph = model.graph
     read = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in tensors if tensor.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(kept)
     return model
 
 
@@ -150,9 +144,7 @@ class Conversion:
 
     convert: Callable[[ModelProto], ModelProto]  # from the float32 graph; may change it in place
     bounds: Bounds  # what the file must keep
-    # what it must keep with the transform inside: some pixels in ten thousand come out a level away from Pillow's;
-    # None: the same
-    inside: Bounds | None = None
+    inside: Bounds | None = None  # with the transform inside: some pixels in ten thousand are a level off Pillow's
 
 
 CONVERSIONS = {

@@ -51,9 +51,9 @@ class Export:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON holds it."""
-        card = dataclasses.asdict(self.card)
-        drift = dataclasses.asdict(self.drift)
-        return {"file": self.path.name, "bytes": self.bytes, "sha256": self.sha256, "card": card, "drift": drift}
+        return {"file": self.path.name} | {
+            key: value for key, value in dataclasses.asdict(self).items() if key != "path"
+        }
 
 
 def to_onnx(
@@ -153,11 +153,8 @@ def _at_size(encoder: Encoder, side: int | None) -> Encoder:
     vit = copy.deepcopy(encoder.vit)
     vit.set_input_size(img_size=side)
     resize = round(config.transform.resize * side / config.transform.size)
-    config = dataclasses.replace(
-        config,
-        transform=dataclasses.replace(config.transform, size=side, resize=resize),
-        model_args=config.model_args | {"img_size": side},
-    )
+    transform = dataclasses.replace(config.transform, size=side, resize=resize)
+    config = dataclasses.replace(config, transform=transform, model_args=config.model_args | {"img_size": side})
     return Encoder(TorchModel(vit), config, record=encoder.record, weights_sha256=encoder.weights_sha256)
 
 
@@ -181,8 +178,6 @@ def save(graph: ModelProto, card: OnnxCard, file: Path) -> None:
     onnx.helper.set_model_props(graph, card.to_metadata())
     graph.producer_name, graph.producer_version = "micl-zoo", card.versions["micl-zoo"]
     if graph.ByteSize() > LARGEST:
-        raise ExportError(
-            f"{card.config.name} in {card.precision} has {graph.ByteSize():,} bytes, one ONNX file holds {LARGEST:,}: "
-            "take precision fp16 or int8"
-        )
+        has = f"{card.config.name} in {card.precision} has {graph.ByteSize():,} bytes"
+        raise ExportError(f"{has}, one ONNX file holds {LARGEST:,}: take precision fp16 or int8")
     file.write_bytes(graph.SerializeToString())

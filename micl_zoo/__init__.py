@@ -54,35 +54,10 @@ _LATER = {
     "stores.verify": ("verify",),
 }
 
-__all__ = [
-    "Encoder",
-    "ExportError",
-    "Features",
-    "ImageIndex",
-    "Interrupted",
-    "MiclZooError",
-    "Record",
-    "Refused",
-    "SourceError",
-    "Store",
-    "StoreError",
-    "Summary",
-    "TrainingError",
-    "Transform",
-    "UsageError",
-    "WeightsError",
-    "__version__",
-    "convert",
-    "download",
-    "extract",
-    "index_source",
-    "list_models",
-    "list_source",
-    "load",
-    "open_store",
-    "search",
-    "verify",
-]
+__all__ = ["Encoder", "ExportError", "Features", "ImageIndex", "Interrupted", "MiclZooError", "Record", "Refused"]
+__all__ += ["SourceError", "Store", "StoreError", "Summary", "TrainingError", "Transform", "UsageError", "WeightsError"]
+__all__ += ["__version__", "convert", "download", "extract", "index_source", "list_models", "list_source", "load"]
+__all__ += ["open_store", "search", "verify"]
 
 
 def __getattr__(name: str) -> Any:

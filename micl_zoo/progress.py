@@ -1,62 +1,54 @@
-"""Progress bars for long work: on a terminal, on standard error, and nowhere else."""
+"""Progress bars for long work, on standard error if that is a terminal."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 
 class Tick(Protocol):
-    """Moves a bar on."""
+    """Advances a bar. Any thread may call it."""
 
     def __call__(self, amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:
-        """By `amount`; `note` replaces the text after the bar, `total` its end; `before` were done at another time."""
+        """Advance by `amount`; `note` replaces the text after the bar, `total` its end; `before` were done earlier."""
 
 
 @contextmanager
 def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images", show: bool = True) -> Iterator[Tick]:
-    """A bar over `total` units (None: not known yet), of which `done` are there already, with time left and rate.
+    """Show a bar over `total` units (None: not known yet), of which `done` are there already, with time left and rate.
 
-    When standard error is not a terminal, or not `show`, nothing is shown and the same calls cost nothing.
+    Where standard error is not a terminal, or with `show` False, nothing is shown and the same calls cost nothing.
     """
     if not show or not sys.stderr.isatty():
         yield _silent
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
+    class Rate(rich.ProgressColumn):
+        def render(self, task: rich.Task) -> Text:
             return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else "")
 
-    rate = [Rate()] if unit == "images" else []  # a step is said in images by the note of who takes it
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), *rate]
-    clocks = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left  {task.fields[note]}")]
-    with Progress(
-        *columns, *clocks, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600
-    ) as bar:
+    text = rich.TextColumn
+    rate = [Rate()] if unit == "images" else []  # the note gives the rate of steps, in images
+    columns = [text("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), text(unit), *rate]
+    columns += [rich.TimeElapsedColumn(), text("gone,"), rich.TimeRemainingColumn(), text("left  {task.fields[note]}")]
+    with rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
-        note_now = ""
+        note_now, lock = "", threading.Lock()
 
         def tick(amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:
             nonlocal note_now
-            note_now = note or note_now
-            shown = bar.tasks[0]
-            shown.completed += before  # not by `update`, which would count it into the rate
-            shown.total = shown.total if total is None else total  # which would forget the rate
-            bar.update(task, advance=amount, note=note_now)
+            with lock:
+                note_now = note or note_now
+                shown = bar.tasks[0]
+                shown.completed += before  # not by `update`, which would count it into the rate
+                shown.total = shown.total if total is None else total  # which would forget the rate
+                bar.update(task, advance=amount, note=note_now)
 
         yield tick
 

@@ -1,27 +1,25 @@
-"""Stopping well: SIGTERM and the first Ctrl-C are remembered, and heeded where nothing is lost by it."""
+"""Graceful shutdown: SIGTERM and the first Ctrl-C set a flag that is checked at safe points."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 
 class StopRequest:
-    """Remembers SIGTERM (a pre-emption) and the first Ctrl-C, so that a loop can stop between two steps.
+    """Notes SIGTERM (a pre-emption) and the first Ctrl-C, so that a loop can stop between two steps."""
 
-    Attributes:
-        signal: which one came, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
+        self.signal: int | None = None  # which one came
+        self._wake = wake  # called by the signal handler, for a loop that waits; it must not take a lock
         self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
-        """It is time to stop."""
+        """True once it is time to stop."""
         return self.signal is not None
 
     def __enter__(self) -> StopRequest:
@@ -36,3 +34,4 @@ class StopRequest:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait for the step
+        self._wake()

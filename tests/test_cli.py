@@ -19,8 +19,8 @@ from micl_zoo import __version__
 from micl_zoo.cli import main
 from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import Interrupted
-from micl_zoo.extraction.engines import Work
 from micl_zoo.extraction.runner import Event, Times
+from micl_zoo.extraction.work import Work
 from micl_zoo.stores.store import Rows, Store
 
 README = Path(__file__).parent.parent / "README.md"
@@ -99,7 +99,7 @@ def test_extract_sums_up_for_machines_or_not_at_all(
 def test_shards_that_failed_are_said(
     image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(job: object, encoder: object, store: Store, work: Work, stop: object) -> Iterator[Event]:
+    def fails(job: object, encoder: object, store: Store, work: Work) -> Iterator[Event]:
         for shard in iter(work):
             if shard == 1:
                 work.failed[1] = "the process on cpu was ended by signal 9"

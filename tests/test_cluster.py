@@ -19,12 +19,13 @@ from conftest import picture
 from micl_zoo import __version__
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
-from micl_zoo.extraction import cluster
+from micl_zoo.extraction import cluster, engines
 from micl_zoo.extraction.cluster import Cluster, Embedder, _connect, _cores_a_gpu, _cores_a_process
-from micl_zoo.extraction.engines import Engine, Job, Work
+from micl_zoo.extraction.engines import Engine, Job
 from micl_zoo.extraction.extract import extract
+from micl_zoo.extraction.options import ExtractOptions
 from micl_zoo.extraction.runner import Event
-from micl_zoo.images.decode import Decoding
+from micl_zoo.extraction.work import Work
 from micl_zoo.stores.store import Store, open_store
 
 # What older Ray leaves open: the logs of its processes, and those until they are collected.
@@ -36,19 +37,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /
 NODE = {"num_gpus": 0, "object_store_memory": 80 << 20}
 SMALL: dict[str, Any] = {"shard_rows": 6, "batch_size": 3, "workers": 1, "precision": "fp32"}
 
-JOB = Job(
-    model="vit_ti16",
-    weights=None,
-    backend="torch",
-    compile=False,
-    precision="fp32",
-    pool="cls",
-    normalize=True,
-    decoding=Decoding(),
-    batch_size=3,
-    workers=1,
-    image_timeout=120,
-)
+JOB = Job(ExtractOptions(model="vit_ti16"), backend="torch", precision="fp32", batch_size=3, workers=1)
 
 
 def files(store: Path) -> dict[str, bytes]:
@@ -113,9 +102,9 @@ def at_first(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def plan(act: Callable[[], None], *, shard: bool = True) -> None:
         def engine(self: Cluster, job: Job, encoder: Encoder) -> Engine:
-            def run(store: Store, work: Work, stop: Callable[[], bool]) -> Iterator[Event]:
+            def run(store: Store, work: Work) -> Iterator[Event]:
                 waiting = True
-                for event in inner(self, job, encoder)(store, work, stop):
+                for event in inner(self, job, encoder)(store, work):
                     yield event
                     if waiting and event.finished == shard:
                         waiting = False
@@ -196,7 +185,7 @@ def test_an_actor_that_hangs(
         for actor in stopped:
             os.kill(actor, signal.SIGSTOP)
 
-    monkeypatch.setattr(cluster, "HANG", 0.05)
+    monkeypatch.setattr(engines, "HANG", 0.05)
     at_first(freeze)
     extract(pictures, tmp_path / "s", weights=encoder_folder, engine="ray", processes=1, **SMALL)
     assert stopped

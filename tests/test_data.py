@@ -33,7 +33,6 @@ from micl_zoo.training.pretraining.data import (
     CROP_DRAWS,
     CROP_TRIES,
     WHOLE,
-    Batch,
     MemoryCorpus,
     Seen,
     Share,
@@ -181,10 +180,10 @@ def test_resample_equals_pillow(
     image = picture(1).point(lambda level: 50 + 0.6 * level)  # no overshoot to clip between the passes
     expected = np.asarray(image.resize((size, size), Image.Resampling[filter_name.upper()], box=box)).transpose(2, 0, 1)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    batch = Batch(pixels, torch.tensor([box], dtype=torch.float32))
-    got = resample(batch, torch.tensor([False]), size, filter_name)[0].numpy()
+    boxes = torch.tensor([box], dtype=torch.float32)
+    got = resample(pixels, boxes, torch.tensor([False]), size, filter_name)[0].numpy()
     assert np.abs(got - expected).max() <= 1.51  # Pillow rounds to whole levels after each of its two passes
-    flipped = resample(batch, torch.tensor([True]), size, filter_name)[0].numpy()
+    flipped = resample(pixels, boxes, torch.tensor([True]), size, filter_name)[0].numpy()
     np.testing.assert_array_equal(flipped, got[:, :, ::-1])
 
 
@@ -193,11 +192,11 @@ def test_visible_patches_are_those_of_the_whole_crop(image_folder: Callable[...,
     corpus = MemoryCorpus.load(index_source(image_folder(8)), plain.source_size)
     seen, rows, draws = next(corpus.batches(plain, 0, 1)), batch_rows(plain, 8, 0), draw(plain, 0)
     boxes = crop_boxes(draws.crops, corpus.aspect[rows], plain) * plain.source_size
-    batch = Batch(corpus.images[rows], boxes)
-    patches, views = visible_patches(batch, draws, plain)
+    images = corpus.images[rows]
+    patches, views = visible_patches(images, boxes, draws, plain)
     assert torch.equal(seen.patches, patches)
     assert torch.equal(seen.views, views)
-    crop = resample(batch, draws.flips, 32, "bicubic") / 255
+    crop = resample(images, boxes, draws.flips, 32, "bicubic") / 255
     crop = (crop - torch.tensor(plain.pixel_mean)[:, None, None]) / torch.tensor(plain.pixel_std)[:, None, None]
     for image, view, place in [(0, 0, 0), (5, 1, 3), (7, 0, 2)]:
         row, column = divmod(int(views[image, view, place]), 4)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,13 +29,15 @@ from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
 from micl_zoo.extraction import decoders as workers
 from micl_zoo.extraction import engines
-from micl_zoo.extraction.engines import Local, Work
-from micl_zoo.extraction.extract import _backend as chosen_backend
+from micl_zoo.extraction.engines import Local, Worker
 from micl_zoo.extraction.extract import extract
+from micl_zoo.extraction.options import ExtractOptions
 from micl_zoo.extraction.runner import Event
+from micl_zoo.extraction.work import Work
 from micl_zoo.files import Folder
 from micl_zoo.images.decode import decode_pixels
 from micl_zoo.sources.listing import ImageIndex
+from micl_zoo.stop import StopRequest
 from micl_zoo.stores.store import Store
 
 
@@ -448,6 +452,30 @@ def test_an_error_in_the_middle_of_the_source_keeps_what_came_before(
     assert len(micl_zoo.open_store(out)) == 6
 
 
+@pytest.mark.parametrize("options", [{"workers": 0}, {"processes": 2, "devices": "cpu"}])
+def test_the_first_images_are_embedded_while_the_others_are_listed(
+    image_folder: Callable[..., Path],
+    encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    index, out, seen = micl_zoo.index_source(image_folder(6)), tmp_path / "s", []
+
+    def pieces(_: object) -> Iterator[ImageIndex]:
+        yield index.slice(0, 4)
+        deadline = time.monotonic() + 100
+        while not (out / "part-00001.parquet").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.extend(path.name for path in sorted(out.glob("part-*")))
+        yield index.slice(4, 2)
+
+    monkeypatch.setattr("micl_zoo.extraction.extract.list_source", pieces)
+    assert extract("x", out, weights=encoder_folder, shard_rows=2, **options).embedded == 6
+    assert "part-00001.parquet" in seen
+    assert "part-00002.parquet" not in seen
+
+
 def test_short_of_memory_the_batch_is_halved(
     image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,16 +519,17 @@ def test_a_model_process_that_is_killed_is_replaced(
     folder, killed = image_folder(120), []
     options: dict[str, Any] = {"weights": encoder_folder, "shard_rows": 6, "precision": "fp32", "devices": "cpu"}
 
-    def kill_one(self: engines._Model) -> Iterator[Event]:
-        for event in hear(self):
+    def kill_one(self: Worker, said: Any) -> Iterator[Event]:
+        for event in heard(self, said):
             if not killed and event.finished:
-                killed.append(self.process.pid)
-                self.process.kill()
+                assert isinstance(self, engines._Process)
+                killed.append(self.child.process.pid)
+                self.child.process.kill()
             yield event
 
     with pytest.MonkeyPatch.context() as patch:
-        hear = engines._Model.hear
-        patch.setattr(engines._Model, "hear", kill_one)
+        heard = Worker.heard
+        patch.setattr(Worker, "heard", kill_one)
         summary = extract(folder, tmp_path / "s", processes=2, **options)
     assert killed
     assert (summary.embedded, summary.failed) == (120, {})
@@ -509,14 +538,66 @@ def test_a_model_process_that_is_killed_is_replaced(
 
 
 def test_shards_that_fail_twice_are_reported_and_the_rest_goes_on() -> None:
-    work = Work(iter([0, None, 1, 2]))
-    assert [work.take(), work.take(), work.take(), work.take()] == [0, None, 1, 2]
+    work = Work()
+    assert (work.take(), work.over) == (None, False)
+    for shard in (0, 1, 2):
+        work.put(shard)
+    work.end()
+    work.receive()
+    assert [work.take(), work.take(), work.take(), work.over] == [0, 1, 2, True]
     work.give_back([1, 2], "was killed")
-    assert not work.exhausted
+    assert not work.over
     assert [work.take(), work.take()] == [1, 2]
     work.give_back([1, 2], "was killed again")
     assert work.failed == {1: "was killed again"}
-    assert [work.take(), work.take(), work.exhausted] == [2, None, True]
+    assert [work.take(), work.take(), work.over] == [2, None, True]
+
+
+def test_listing_waits_when_it_is_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("micl_zoo.extraction.work.LISTED_AHEAD", 3)
+    work, put = Work(), []
+
+    def lists() -> None:
+        for shard in range(10):
+            work.put(shard)
+            put.append(shard)
+            if work.stopped:
+                return
+
+    thread = threading.Thread(target=lists)
+    thread.start()
+    assert [next(iter(work)), next(iter(work))] == [0, 1]
+    time.sleep(0.2)
+    assert put == [0, 1, 2, 3, 4]  # the two that were taken, and three
+    work.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("how", ["shard", "end", "error", "stop", "message"])
+def test_whatever_happens_wakes_the_one_that_waits(how: str) -> None:
+    work = Work()
+    act: dict[str, Callable[[], None]] = {
+        "shard": lambda: work.put(5),
+        "end": work.end,
+        "error": lambda: work.end(SourceError("gone")),
+        "stop": lambda: signal.raise_signal(signal.SIGTERM),
+        "message": lambda: work.tell("hello"),
+    }
+    timer = threading.Timer(0.2, act[how])
+    with StopRequest(wake=work.stop):
+        timer.start()
+        said = work.hear(60)
+    timer.join()
+    assert (work.take() == 5) == (how == "shard")
+    assert work.over == (how in ("end", "error"))
+    assert isinstance(work.error, SourceError) == (how == "error")
+    assert work.stopped == (how == "stop")
+    assert said == ["hello"] * (how == "message")
+    failing = Work()
+    failing.end(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):  # a fault of ours is not kept for later
+        failing.receive()
 
 
 def test_a_model_process_that_cannot_work_says_why(
@@ -565,22 +646,53 @@ def test_a_full_disk_is_said_in_a_line(
     assert "Traceback" not in run.stderr
 
 
-def test_openvino_is_taken_where_it_is_and_can_be_used(monkeypatch: pytest.MonkeyPatch, encoder_folder: Path) -> None:
-    monkeypatch.setattr("micl_zoo.encoders.device.find_spec", lambda name: name == "openvino" or None)
-    monkeypatch.setattr("micl_zoo.encoders.device.bf16_is_fast", lambda device: False)
-    assert chosen_backend("x", "auto", "cpu", "fp32", compile=False) == "openvino"
-    assert chosen_backend("x", "auto", "cpu", "fp32", compile=True) == "torch"
-    assert chosen_backend("x", "auto", "cpu", "bf16", compile=False) == "torch"
-    assert chosen_backend("x", "auto", "cuda", "fp32", compile=False) == "torch"
-    assert chosen_backend("x", "torch", "cpu", "fp32", compile=False) == "torch"
+def test_a_loaded_encoder_keeps_its_backend(
+    monkeypatch: pytest.MonkeyPatch, image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
-    assert chosen_backend(encoder, "auto", "cpu", "fp32", compile=False) == "torch"  # as it was loaded
-    monkeypatch.setattr("micl_zoo.encoders.device.bf16_is_fast", lambda device: True)
-    assert chosen_backend("x", "auto", "cpu", "bf16", compile=False) == "openvino"
-    monkeypatch.setattr("micl_zoo.encoders.device.find_spec", lambda name: None)
-    assert chosen_backend("x", "auto", "cpu", "fp32", compile=False) == "torch"
+    monkeypatch.setattr("micl_zoo.encoders.device.find_spec", lambda name: object())  # OpenVINO, it seems, is here
+    made = extract(image_folder(1), tmp_path / "s", model=encoder, workers=0, precision="fp32")
+    assert made.store.manifest.runtime == "torch"
     with pytest.raises(UsageError, match="unknown backend 'tensorrt'"):
-        chosen_backend("x", "tensorrt", "cpu", "fp32", compile=False)
+        extract("x.jpg", tmp_path / "t", backend="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"dtype": "float64"}, "unknown dtype 'float64'.*Valid: float16, float32"),
+        ({"engine": "spark"}, "unknown engine 'spark'.*Valid: local, ray"),
+        ({"exif": "sideways"}, "unknown exif 'sideways'"),
+        ({"max_pixels": 0}, "max_pixels must be"),
+    ],
+)
+def test_options_that_mean_nothing(option: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        ExtractOptions(**option)
+    with pytest.raises(UsageError, match=text):
+        extract("x.jpg", "y", **option)
+
+
+def test_the_command_of_a_store_makes_it_again(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"normalize": False, "fast_decode": True, "shard_rows": 2, "pool": "mean", "limit": 3}
+    options = ExtractOptions(weights=encoder_folder, workers=0, **changes)
+    store = extract(image_folder(4), tmp_path / "s", options, show=False).store
+    words = shlex.split(store.manifest.command)
+    assert words[:3] == ["micl-zoo", "extract", str(tmp_path / "images")]
+    assert {"--no-normalize", "--fast-decode"} < set(words)
+    assert words[words.index("--shard-rows") + 1] == "2"
+    subprocess.run([sys.executable, "-m", "micl_zoo", *words[1:], "-o", tmp_path / "again", "--quiet"], check=True)
+    assert files(tmp_path / "again") == files(tmp_path / "s")
+
+
+def test_options_and_changes_to_them(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
+    options = ExtractOptions(weights=encoder_folder, workers=0, pool="mean")
+    assert extract(image_folder(1), tmp_path / "s", options, limit=1).store.manifest.pool == "mean"
+    with pytest.raises(TypeError, match="batchsize"):
+        extract("x.jpg", "y", batchsize=3)
 
 
 def test_what_runs_where_is_said(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:

@@ -69,9 +69,10 @@ def test_the_default_comes_with_the_package() -> None:
     assert opened.weights_sha256 == record.onnx.sha256
     assert opened.record is record
     assert opened.precision == record.onnx.precision
-    assert isinstance(opened.runtime, OnnxSession)
-    assert opened.runtime.card.weights_sha256 == record.sha256
-    assert opened.runtime.card.config.license == record.license
+    assert opened.card
+    assert opened.card.weights_sha256 == record.sha256
+    assert opened.card.config.license == record.license
+    assert micl_zoo.load(device="cpu").card is None
     assert embedded_file(record.onnx.file).stat().st_size == record.onnx.bytes
 
 

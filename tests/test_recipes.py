@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from micl_zoo.encoders.zoo import RECORDS
-from micl_zoo.errors import UsageError
+from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.training.pretraining.pretrain import initial_model, make_vit
-from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, smoke_twin
+from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, read_run, smoke_twin
 from micl_zoo.training.run.optim import learning_rate, make_optimizer
 
 
@@ -117,3 +118,11 @@ def test_no_decay_on_biases_and_norms(twin: Recipe) -> None:
     assert set(groups) == {0.0, 0.05}
     assert all(parameter.ndim == 1 for parameter in groups[0.0])
     assert all(parameter.ndim > 1 for parameter in groups[0.05])
+
+
+def test_a_damaged_record_of_a_run_is_named(tmp_path: Path) -> None:
+    assert read_run(tmp_path) is None
+    for text in ("{", "[1]"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(TrainingError, match=r"run\.json.* is damaged"):
+            read_run(tmp_path)

@@ -30,10 +30,16 @@ def entries(folder: Path) -> list[Entry]:
     return list(micl_zoo.index_source(folder).entries())
 
 
-def taken(pool: Decoders, batches: list[list[Entry]]) -> list[tuple[Batch, np.ndarray]]:
+def taken(pool: Decoders, batches: list[list[Entry]]) -> Iterator[tuple[Batch, np.ndarray]]:
     """With copies of the pixels, whose place is used again."""
-    found = pool.batches(enumerate(batches))
-    return [(batch, batch.pixels.copy()) for batch in found if batch is not None]
+    for tag, batch in enumerate(batches):
+        if not pool.room:
+            found = pool.take()
+            yield found, found.pixels.copy()
+        pool.submit(tag, batch)
+    while pool.pending:
+        found = pool.take()
+        yield found, found.pixels.copy()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -43,7 +49,7 @@ def test_batches_come_in_order_and_whole(image_folder: Callable[..., Path], work
     all_of_them = entries(folder)
     asked = [all_of_them[start : start + 12] for start in range(0, 51, 12)]
     with decoders(workers) as pool:
-        found = taken(pool, asked)
+        found = list(taken(pool, asked))
     assert [batch.tag for batch, _ in found] == list(range(5))
     assert [list(batch.entries) for batch, _ in found] == asked
     bad = [(batch.tag, place, refused.reason) for batch, _ in found for place, refused in batch.refused.items()]
@@ -54,28 +60,11 @@ def test_batches_come_in_order_and_whole(image_folder: Callable[..., Path], work
     assert all(batch.decode_seconds > 0 and batch.read_seconds > 0 for batch, _ in found)
 
 
-def test_nothing_yet_is_said(image_folder: Callable[..., Path]) -> None:
-    some = entries(image_folder(4))
-
-    def source() -> Iterator[tuple[int, list[Entry]] | None]:
-        yield None
-        yield 0, some[:2]
-        yield None
-        yield None
-        yield 1, some[2:]
-
-    with decoders() as pool:
-        found = [None if batch is None else batch.tag for batch in pool.batches(source())]
-    assert [tag for tag in found if tag is not None] == [0, 1]
-    assert found[0] is None
-
-
 def test_a_killed_process_costs_nothing(image_folder: Callable[..., Path]) -> None:
     some = entries(image_folder(60))
     with decoders(workers=2) as pool:
         found = []
-        for batch in pool.batches(enumerate([some[start : start + 12] for start in range(0, 60, 12)])):
-            assert batch is not None
+        for batch, _ in taken(pool, [some[start : start + 12] for start in range(0, 60, 12)]):
             found.append(len(batch.pixels))
             if len(found) in (1, 3):
                 os.kill(pool._processes[len(found) % 2].process.pid, signal.SIGKILL)
@@ -123,11 +112,11 @@ def test_processes_that_cannot_start_are_an_error(
     (tmp_path / "site" / "sitecustomize.py").write_text("import os\nos._exit(7)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     with decoders() as pool, pytest.raises(MiclZooError, match="could not start: it ended with code 7"):
-        taken(pool, [entries(image_folder(2))])
+        list(taken(pool, [entries(image_folder(2))]))
 
 
 def test_they_end_with_their_parent(image_folder: Callable[..., Path]) -> None:
     with decoders(workers=2) as pool:
-        taken(pool, [entries(image_folder(3))])
+        list(taken(pool, [entries(image_folder(3))]))
         processes = [process.process for process in pool._processes]
     assert all(process.poll() is not None for process in processes)

@@ -14,39 +14,24 @@ OTHERS = "mostly from the web of the 2000s and mostly Western. Other things and 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A set of images with labels. An encoder is trained on its training part, or measured on both of its parts.
+    """A set of images with labels. An encoder is trained on its training part, or measured on both of its parts."""
 
-    Attributes:
-        key: its name in recipes and records, and of its folder.
-        classes, images, test_images: number of classes, training images and test images.
-        terms: terms of its images.
-        sha256: checksums of its files, where this project pins them.
-        title: name of its training part, for people.
-        pixels: side in pixels, where all images have the same size.
-        about: what the images show, and whose they are.
-        caution: what a user should know before anything else.
-        uses, limits: what an encoder trained on it is good for, and bad at.
-        own_test: how its test part relates to the training.
-        hub_dataset: its name on the Hugging Face hub.
-        hub_license, license: of weights trained on it: on the hub, and in the table of encoders.
-    """
-
-    key: str
+    key: str  # its name in recipes and records, and of its folder
     classes: int
-    images: int
+    images: int  # of the training part
     test_images: int
-    terms: str
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    title: str = ""
-    pixels: int | None = None
-    about: str = ""
-    caution: str = ""
-    uses: tuple[str, ...] = ()
-    limits: tuple[str, ...] = ()
-    own_test: str = ""
-    hub_dataset: str = ""
-    hub_license: str = "apache-2.0"
-    license: str = FILE_TERMS
+    terms: str  # of its images
+    sha256: Mapping[str, str] = field(default_factory=dict)  # of its files, where this project pins them
+    title: str = ""  # name of its training part, for people
+    pixels: int | None = None  # side in pixels, where all images have the same size
+    about: str = ""  # what the images show, and whose they are
+    caution: str = ""  # what a user should know before anything else
+    uses: tuple[str, ...] = ()  # what an encoder trained on it is good for
+    limits: tuple[str, ...] = ()  # what it is bad at
+    own_test: str = ""  # how its test part relates to the training
+    hub_dataset: str = ""  # its name on the Hugging Face hub
+    hub_license: str = "apache-2.0"  # of weights trained on it, as the hub writes it
+    license: str = FILE_TERMS  # the same in the table of encoders
 
     @property
     def text(self) -> str:

@@ -35,29 +35,19 @@ class MiCL(nn.Module):
 
     The position table is replaced by the frozen 2-D sin-cos one, or trained as it is; no other weight is touched (see
     `init_weights`).
-
-    Args:
-        vit: with a class token, no other prefix token, and class-token pooling (`num_classes=0`).
-        mask_ratio: share of the patches that no view sees; K = floor(N * (1 - mask_ratio)) // V * V are kept.
-        kappa: concentration of the T-distributed spherical similarity.
-        temperature: divides the similarity.
-        views: V, at least 2.
-        pooled_token: what is contrasted: "cls", the class token, or "mean" of a view's patch tokens.
-        class_position: of the frozen table's row for the class token: "zero", or the "centre" of the grid.
-        positions: "sincos", the frozen table, or "learned", that of the ViT, which has a row for the class token.
     """
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: VisionTransformer,  # with a class token, no other prefix token, and class-token pooling (`num_classes=0`)
         *,
-        mask_ratio: float,
-        kappa: float = 1 / 64,
-        temperature: float = 0.07,
-        views: int = 2,
-        pooled_token: Literal["cls", "mean"] = "cls",
-        class_position: Literal["zero", "centre"] = "zero",
-        positions: Literal["sincos", "learned"] = "sincos",
+        mask_ratio: float,  # share of the patches that no view sees; K = floor(N * (1 - mask_ratio)) // V * V are kept
+        kappa: float = 1 / 64,  # concentration of the T-distributed spherical similarity
+        temperature: float = 0.07,  # divides the similarity
+        views: int = 2,  # V, at least 2
+        pooled_token: Literal["cls", "mean"] = "cls",  # what is contrasted: the class token, or a view's mean patch
+        class_position: Literal["zero", "centre"] = "zero",  # of the frozen table's row for the class token
+        positions: Literal["sincos", "learned"] = "sincos",  # the frozen table, or the ViT's own, class token included
     ) -> None:
         super().__init__()
         _check_vit(vit)
@@ -67,14 +57,9 @@ class MiCL(nn.Module):
             raise UsageError(f"views must be at least 2, got {views}")
         if positions == "learned" and class_position != "zero":
             raise UsageError("class_position must be zero with learned positions: they have a row for the class token")
-        self.vit = vit
-        self.views = views
-        self.pooled_token = pooled_token
-        self.class_position = class_position
-        self.positions = positions
-        self.mask_ratio = mask_ratio
-        self.kappa = kappa
-        self.temperature = temperature
+        self.vit, self.views, self.pooled_token = vit, views, pooled_token
+        self.class_position, self.positions = class_position, positions
+        self.mask_ratio, self.kappa, self.temperature = mask_ratio, kappa, temperature
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.grid_size: tuple[int, int] = vit.patch_embed.grid_size
         if positions == "sincos":
@@ -83,12 +68,10 @@ class MiCL(nn.Module):
         vit.pos_embed.requires_grad_(positions == "learned")
 
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MiCLOutput:
-        """Loss of a batch of whole images; only the visible patches are embedded.
+        """Loss of a batch of whole images, (B, 3, H, W), normalised; only the visible patches are embedded.
 
-        Args:
-            pixel_values: (B, 3, H, W), normalised. Where H and W differ from the ViT's own size, the positions are
-                stretched over its grid.
-            noise: (B, N), whose ascending argsort orders the patches. Drawn uniformly when not given.
+        Where H and W differ from the ViT's own size, the positions are stretched over its grid. The patches are ordered
+        by the ascending argsort of `noise`, (B, N), drawn uniformly when not given.
         """
         grid = grid_of(pixel_values, self.patch_size)
         if noise is None:
@@ -172,32 +155,24 @@ def draw_views(noise: Tensor, mask_ratio: float, views: int = 2) -> Tensor:
 def gather_patches(pixel_values: Tensor, views: Tensor, patch_size: int) -> Tensor:
     """The visible patches only: (B, 3, H, W) at (B, V, K/V) -> (B, V, K/V, P), each flattened channel first."""
     down, across = grid_of(pixel_values, patch_size)
-    batch = pixel_values.shape[0]
-    grid = pixel_values.reshape(batch, 3, down, patch_size, across, patch_size)
-    rows = torch.arange(batch, device=views.device)[:, None, None]
-    patches = grid.permute(0, 2, 4, 1, 3, 5)[rows, views // across, views % across]  # (B, V, K/V, 3, p, p)
-    return patches.flatten(3)
+    grid = pixel_values.reshape(-1, 3, down, patch_size, across, patch_size)
+    rows = torch.arange(len(grid), device=views.device)[:, None, None]
+    return grid.permute(0, 2, 4, 1, 3, 5)[rows, views // across, views % across].flatten(3)  # of (B, V, K/V, 3, p, p)
 
 
 def contrastive_loss(
-    pooled: Tensor,
+    pooled: Tensor,  # (B, V, D), a vector per view
     *,
     kappa: float,
     temperature: float,
     all_rows: Callable[[Tensor], Tensor] | None = None,
-    first_row: int = 0,
+    first_row: int = 0,  # where this process's rows begin among all
 ) -> tuple[Tensor, Tensor]:
     """Symmetric cross-entropy over tSP similarities, in float32 at least, whatever the autocast dtype.
 
-    With more than two views it is the mean over all pairs of views.
-
-    Args:
-        pooled: (B, V, D), a vector a view.
-        kappa: concentration of the similarity.
-        temperature: divides the similarity.
-        all_rows: for negatives from other processes: from the rows of this one, (B, V, D), to those of all. Only this
-            process's rows of the matrix are computed; the mean over the processes is the loss of the whole batch.
-        first_row: where this process's rows begin among all.
+    With more than two views it is the mean over all pairs of views. For negatives from other processes `all_rows` turns
+    the rows of this one, (B, V, D), into those of all: only this process's rows of the matrix are computed, and the
+    mean over the processes is the loss of the whole batch.
 
     Returns:
         The loss () and, without gradient, the contrastive accuracy ().
@@ -218,23 +193,16 @@ def contrastive_loss(
 
 
 def position_table(
-    embed_dim: int,
-    grid: tuple[int, int],
-    full_grid: tuple[int, int],
+    embed_dim: int,  # D
+    grid: tuple[int, int],  # patches down and across
+    full_grid: tuple[int, int],  # those of the images that the ViT takes
     *,
-    class_position: Literal["zero", "centre"] = "zero",
+    class_position: Literal["zero", "centre"] = "zero",  # of the first row; centre: that of the middle of the full grid
 ) -> Tensor:
     """The fixed 2-D sin-cos positions (reference code), a row for the class token first: (1 + N, D) float32.
 
     The first half of a row encodes the patch's column, the second its row, each as sines then cosines at
-    embed_dim / 4 frequencies.
-    A grid smaller than `full_grid` is stretched over it: patch centres keep their place in the image.
-
-    Args:
-        embed_dim: D.
-        grid: patches down and across.
-        full_grid: those of the images that the ViT takes.
-        class_position: of the first row: "zero", or the position at the "centre" of the full grid.
+    embed_dim / 4 frequencies. A grid smaller than `full_grid` is stretched over it: patch centres keep their place.
     """
     if embed_dim % 4:
         raise UsageError(f"embed_dim must be a multiple of 4 for sin-cos positions, got {embed_dim}")
@@ -269,12 +237,9 @@ def _sincos(embed_dim: int, rows: Tensor, columns: Tensor) -> Tensor:
 def init_weights(
     vit: VisionTransformer, *, learned_positions: bool = False, generator: torch.Generator | None = None
 ) -> None:
-    """Initialise as the paper's code does: xavier-uniform Linears (the patch embedding too), class token std 0.02.
+    """Initialise in place as the paper's code: xavier-uniform Linears (the patch embedding too), class token std 0.02.
 
-    Args:
-        vit: to initialise in place.
-        learned_positions: draw the position table, too, last and with std 0.02.
-        generator: of the draws.
+    Learned positions are drawn, too, last and with std 0.02.
     """
     for module in vit.modules():
         if isinstance(module, nn.Linear):
@@ -295,12 +260,9 @@ def init_weights(
 def _check_vit(vit: VisionTransformer) -> None:
     problems = {
         "no class token": vit.cls_token is None,
-        "prefix tokens besides the class token": getattr(vit, "num_prefix_tokens", 1) != 1,
-        "no position table with a row for the class token": vit.pos_embed is None
-        or getattr(vit, "no_embed_class", False),
+        "prefix tokens besides the class token": vit.num_prefix_tokens != 1,
+        "no position table with a row for the class token": vit.pos_embed is None or vit.no_embed_class,
         "global_pool other than 'token'": vit.global_pool != "token",
     }
     if found := [what for what, wrong in problems.items() if wrong]:
-        raise UsageError(
-            f"MiCL needs a timm VisionTransformer that pools its class token; this one has {', '.join(found)}"
-        )
+        raise UsageError(f"MiCL needs a timm VisionTransformer that pools its class token; this has {', '.join(found)}")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from micl_zoo.encoders.zoo import ARCHS, IN1K, TIN200
@@ -19,43 +20,26 @@ KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good
 
 @dataclass(frozen=True, kw_only=True)
 class AnyRecipe:
-    """The numbers that every run has.
+    """The numbers that every run has."""
 
-    Attributes:
-        name: name of the recipe; for pre-training `arch.tag`.
-        epochs, warmup_epochs: length of the run and of the linear warm-up.
-        batch_size: images per optimiser step, over all processes; even for fine-tuning, as mixup pairs them.
-        base_lr: learning rate at batch 256; the peak is base_lr * batch_size / 256.
-        min_lr: learning rate at the end of the half-cycle cosine.
-        beta1, beta2, weight_decay: settings of AdamW; biases, norms and positions do not decay, and in fine-tuning the
-            class token does not either.
-        crop_scale_min, crop_scale_max: area of a crop as a share of the image.
-        crop_ratio_min, crop_ratio_max: width / height of a crop before it is resized to a square.
-        flip_probability: chance of a horizontal flip.
-        precision: "auto" is bf16 autocast where the device computes it fast, else fp32.
-        seed: seed of the initialisation, the order and every draw.
-        checkpoint_minutes: time between checkpoints, of which the last two stay; one is always written at the end.
-        keep_epochs: epochs between checkpoints that stay for good; 0 keeps none.
-    """
-
-    name: str
-    epochs: float
-    warmup_epochs: float
-    batch_size: int
-    base_lr: float
-    min_lr: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.05
-    crop_scale_min: float = 0.2
-    crop_scale_max: float = 1.0
-    crop_ratio_min: float = 3 / 4
-    crop_ratio_max: float = 4 / 3
-    flip_probability: float = 0.5
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    seed: int = 0
-    checkpoint_minutes: float = 10
-    keep_epochs: float = 0
+    name: str  # for pre-training `arch.tag`
+    epochs: float  # passes over the images
+    warmup_epochs: float  # length of the linear warm-up
+    batch_size: int  # images per optimiser step, over all processes; even for fine-tuning, as mixup pairs them
+    base_lr: float  # learning rate at batch 256; the peak is base_lr * batch_size / 256
+    min_lr: float = 0.0  # at the end of the half-cycle cosine
+    beta1: float = 0.9  # of AdamW's first moment
+    beta2: float = 0.95  # of its second
+    weight_decay: float = 0.05  # none of biases, norms and positions, and in fine-tuning of the class token
+    crop_scale_min: float = 0.2  # least area of a crop as a share of the image
+    crop_scale_max: float = 1.0  # largest
+    crop_ratio_min: float = 3 / 4  # least width / height of a crop before it is resized to a square
+    crop_ratio_max: float = 4 / 3  # largest
+    flip_probability: float = 0.5  # chance of a horizontal flip
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device is fast at it, else fp32
+    seed: int = 0  # of the initialisation, the order and every draw
+    checkpoint_minutes: float = 10  # between checkpoints, of which the last two stay; one is always written at the end
+    keep_epochs: float = 0  # epochs between checkpoints that stay for good; 0 keeps none
 
     @property
     def lr(self) -> float:
@@ -83,71 +67,45 @@ class AnyRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(AnyRecipe):
-    """The numbers of a pre-training run; what is neither here nor in `AnyRecipe` is not a choice.
-
-    Attributes:
-        corpus: key in CORPORA of the images that the recipe is meant for.
-        image_size: side in pixels of the images the finished encoder takes.
-        patch_size, embed_dim, depth, num_heads, mlp_ratio, norm_eps: shape of the ViT.
-        mask_ratio: share of a crop's patches that no view sees.
-        views: V, disjoint views that the patches kept are split into; the loss is the mean over all pairs of them.
-        pooled_token: what is contrasted: "cls", the class token, or "mean" of a view's patch tokens.
-        class_position: position of the class token: "zero", or "centre", that of the middle of the grid.
-        positions: "sincos", a frozen table, or "learned", drawn at the start and trained without decay.
-        kappa, temperature: parameters of the tSP similarity.
-        negatives: "local": a batch falls into groups of contrast_batch images that are contrasted among themselves, as
-            each GPU of the reference code does; "global": all images of the batch are contrasted with each other.
-        contrast_batch: images per group with local negatives; 0 is the whole batch.
-        crop_size: side in pixels of the training crops; when below image_size, positions are stretched.
-        interpolation: antialiased filter of the resize to crop_size.
-        pixel_mean, pixel_std: RGB, for pixels in 0..1.
-        view_color: draw a gain, a bias and greyscale per view (not in the paper).
-        color_gain, color_bias: half-widths of the uniform draws, per channel, on normalised pixels.
-        grey_probability: chance of a view without colour.
-        cache: "memory" decodes the corpus once to source_size; "none" cuts every crop from the full image, in workers.
-        source_size: side in pixels of the cached images.
-        parallel: how several processes share the work: "ddp", each with all weights, or "fsdp", each with a part of
-            them and of the optimiser's state.
-        activation_checkpointing: compute each block again in the backward pass instead of keeping what it made.
-        compile: compile the transformer blocks; on a CPU this needs a C++ compiler and a minute at the start.
-        save_dtype: data type of the finished encoder's file.
-    """
+    """The numbers of a pre-training run; what is neither here nor in `AnyRecipe` is not a choice."""
 
     epochs: float = 200
     warmup_epochs: float = 10
     batch_size: int = 1800
     base_lr: float = 5e-5
-    corpus: str
-    image_size: int = 224
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
-    mask_ratio: float = 0.8
-    views: int = 2
-    pooled_token: Literal["cls", "mean"] = "cls"
-    class_position: Literal["zero", "centre"] = "zero"
-    positions: Literal["sincos", "learned"] = "sincos"
-    kappa: float = 1 / 64
-    temperature: float = 0.07
+    corpus: str  # key in CORPORA of the images that the recipe is meant for
+    image_size: int = 224  # side in pixels of the images that the finished encoder takes
+    patch_size: int = 16  # side in pixels of a patch
+    embed_dim: int = 768  # D, width of the ViT
+    depth: int = 12  # blocks
+    num_heads: int = 12  # attention heads per block
+    mlp_ratio: float = 4.0  # width of a block's MLP / embed_dim
+    norm_eps: float = 1e-6  # of the LayerNorms
+    mask_ratio: float = 0.8  # share of a crop's patches that no view sees
+    views: int = 2  # V, disjoint views that the patches kept are split into; the loss is the mean over all their pairs
+    pooled_token: Literal["cls", "mean"] = "cls"  # what is contrasted: the class token, or the mean of a view's patches
+    class_position: Literal["zero", "centre"] = "zero"  # of the class token; centre: that of the middle of the grid
+    positions: Literal["sincos", "learned"] = "sincos"  # a frozen table, or drawn at the start, trained without decay
+    kappa: float = 1 / 64  # concentration of the tSP similarity
+    temperature: float = 0.07  # divides the similarity
+    # local: a batch falls into groups of contrast_batch images that are contrasted among themselves, as each GPU of the
+    # reference code does; global: all images of the batch are contrasted with each other
     negatives: Literal["local", "global"] = "local"
-    contrast_batch: int = 0
-    crop_size: int = 224
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    pixel_mean: tuple[float, float, float] = Transform.mean
-    pixel_std: tuple[float, float, float] = Transform.std
-    view_color: bool = False
-    color_gain: float = 0.4
-    color_bias: float = 0.4
-    grey_probability: float = 0.2
-    cache: Literal["memory", "none"] = "none"
-    source_size: int = 256
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    activation_checkpointing: bool = False
-    compile: bool = False
-    save_dtype: Literal["float32", "float16"] = "float32"
+    contrast_batch: int = 0  # images per group with local negatives; 0 is the whole batch
+    crop_size: int = 224  # side in pixels of the training crops; when below image_size, positions are stretched
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # antialiased filter of the resize to crop_size
+    pixel_mean: tuple[float, float, float] = Transform.mean  # RGB, for pixels in 0..1
+    pixel_std: tuple[float, float, float] = Transform.std  # the same
+    view_color: bool = False  # draw a gain, a bias and greyscale per view (not in the paper)
+    color_gain: float = 0.4  # half-width of the uniform draw of the gain, per channel, on normalised pixels
+    color_bias: float = 0.4  # of the bias, likewise
+    grey_probability: float = 0.2  # chance of a view without colour
+    cache: Literal["memory", "none"] = "none"  # memory: decoded once to source_size; none: crops of the full images
+    source_size: int = 256  # side in pixels of the cached images
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has all weights, or a part of them and of AdamW's state
+    activation_checkpointing: bool = False  # compute each block again in the backward pass, to keep less
+    compile: bool = False  # the transformer blocks; on a CPU this needs a C++ compiler and a minute at the start
+    save_dtype: Literal["float32", "float16"] = "float32"  # of the finished encoder's file
 
     @property
     def contrast_size(self) -> int:
@@ -170,46 +128,30 @@ class Recipe(AnyRecipe):
         return 3 * self.patch_size**2
 
     def __post_init__(self) -> None:
+        patch, groups = self.patch_size, self.contrast_batch >= 2 and self.batch_size % self.contrast_size == 0
         whole = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "crop_size", "source_size")
         self._hold({f"{name} must be at least 1": getattr(self, name) >= 1 for name in whole})
-        groups = self.contrast_batch >= 2 and self.batch_size % self.contrast_size == 0
-        one_class_position = self.positions == "sincos" or self.class_position == "zero"
-        must = {
-            "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
-            f"crop_size must be a multiple of patch_size {self.patch_size}": self.crop_size % self.patch_size == 0,
-            f"image_size must be a multiple of patch_size {self.patch_size}": self.image_size % self.patch_size == 0,
-            f"embed_dim must be a multiple of num_heads {self.num_heads}": self.embed_dim % self.num_heads == 0,
-            "batch_size must be at least 2: each image needs a negative": self.batch_size >= 2,
-            "contrast_batch must be 0, or at least 2 and divide batch_size": self.contrast_batch == 0 or groups,
-            "mask_ratio must be at least 0 and below 1": 0 <= self.mask_ratio < 1,
-            "views must be 2, 3 or 4": 2 <= self.views <= 4,
-            "temperature must be above 0": self.temperature > 0,
-        }
-        must["class_position must be zero with learned positions, which have a row for the class token"] = (
-            one_class_position
+        self._hold(
+            {
+                "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
+                f"crop_size must be a multiple of patch_size {patch}": self.crop_size % patch == 0,
+                f"image_size must be a multiple of patch_size {patch}": self.image_size % patch == 0,
+                f"embed_dim must be a multiple of num_heads {self.num_heads}": self.embed_dim % self.num_heads == 0,
+                "batch_size must be at least 2: each image needs a negative": self.batch_size >= 2,
+                "contrast_batch must be 0, or at least 2 and divide batch_size": self.contrast_batch == 0 or groups,
+                "mask_ratio must be at least 0 and below 1": 0 <= self.mask_ratio < 1,
+                "views must be 2, 3 or 4": 2 <= self.views <= 4,
+                "temperature must be above 0": self.temperature > 0,
+                "class_position must be zero with learned positions, which have a row for the class token": (
+                    self.positions == "sincos" or self.class_position == "zero"
+                ),
+            }
         )
-        self._hold(must)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneRecipe(AnyRecipe):
-    """The numbers of a fine-tuning run; what is neither here nor in `AnyRecipe` is not a choice.
-
-    Attributes:
-        layer_decay: the head learns at the full rate, each block below at layer_decay times that of the one above it,
-            and the patch embedding with class token and position table below all of them.
-        drop_path: chance that an image skips a residual branch of the last block, rising linearly from 0 at the first.
-        pool: what the head sees: "mean" of the patch tokens and then a new norm, or "cls", the class token after the
-            encoder's own.
-        head_std: standard deviation of the head's first weights.
-        ema_decay: decay of a running mean of the weights, which is tested and saved; 0 takes the weights themselves.
-        mixup, cutmix: alpha of the beta distribution that the shares of two images are drawn from; 0 is off.
-        mix_probability: chance that a batch is mixed at all; where mixup and cutmix are both on, by one of them.
-        label_smoothing: share of each target that is spread over all classes.
-        augment: timm's name of an automatic augmentation, such as rand-m9-mstd0.5-inc1; empty is none.
-        erase_probability: chance of one rectangle of noise in an image.
-        eval_epochs: epochs between measurements on the test part; 0 is one at the end. None of them chooses anything.
-    """
+    """The numbers of a fine-tuning run; what is neither here nor in `AnyRecipe` is not a choice."""
 
     epochs: float = 100
     warmup_epochs: float = 5
@@ -218,18 +160,22 @@ class FineTuneRecipe(AnyRecipe):
     min_lr: float = 1e-6
     beta2: float = 0.999
     crop_scale_min: float = 0.08
+    # The head learns at the full rate, each block below at layer_decay times that of the one above it, and the patch
+    # embedding with class token and position table below all of them.
     layer_decay: float = 0.65
-    drop_path: float = 0.1
-    pool: Literal["mean", "cls"] = "mean"
-    head_std: float = 2e-5
-    ema_decay: float = 0.0
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mix_probability: float = 1.0
-    label_smoothing: float = 0.1
-    augment: str = "rand-m9-mstd0.5-inc1"
-    erase_probability: float = 0.25
-    eval_epochs: float = 0
+    drop_path: float = 0.1  # chance to skip a branch of the last block, rising linearly from 0 at the first
+    pool: Literal["mean", "cls"] = (
+        "mean"  # the head sees the patches' mean by a new norm, or the class token by the encoder's
+    )
+    head_std: float = 2e-5  # standard deviation of the head's first weights
+    ema_decay: float = 0.0  # of a running mean of the weights, which is tested and saved; 0: the weights themselves
+    mixup: float = 0.8  # alpha of the beta distribution that the shares of two images are drawn from; 0 is off
+    cutmix: float = 1.0  # the same, where a box of one replaces that of the other
+    mix_probability: float = 1.0  # chance that a batch is mixed at all; by one of the two where both are on
+    label_smoothing: float = 0.1  # share of each target that is spread over all classes
+    augment: str = "rand-m9-mstd0.5-inc1"  # timm's name of an automatic augmentation; empty is none
+    erase_probability: float = 0.25  # chance of one rectangle of noise in an image
+    eval_epochs: float = 0  # between measurements on the test part, which choose nothing; 0 is one at the end
 
     def __post_init__(self) -> None:
         shares = ("drop_path", "ema_decay", "label_smoothing", "mix_probability", "erase_probability")
@@ -245,6 +191,15 @@ class FineTuneRecipe(AnyRecipe):
 R = TypeVar("R", Recipe, FineTuneRecipe)
 
 
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Read the run.json of a run's folder; None where there is none."""
+    file = folder / "run.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"{str(file)!r} is damaged: {error}. Give another folder.") from None
+
+
 def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
     """Read the recipe of a run.json, whichever version wrote it."""
     there, known = record["recipe"], {one.name for one in dataclasses.fields(Recipe)}
@@ -258,20 +213,16 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
 
 
 def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
-    """List the fields of recipe, data and encoder that keep two runs from being one; an unrecorded one had its default.
+    """List the fields of recipe, data and encoder, in two run.json, that keep two runs from being one.
 
-    Args:
-        there, asked: what their run.json say.
-        free: fields that may differ beside those that change no number.
+    A field that one of them lacks had its default; those that change no number may differ, and `free` ones.
     """
     # The images are told apart by their fingerprint; `corpus` is only what the recipe is meant for.
     free = {*free, "checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source", "corpus"}
     kind = Recipe if "corpus" in asked["recipe"] else FineTuneRecipe
     defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
-    there, asked = (
-        {**defaults, **record["recipe"], **record["data"], **record.get("encoder", {})} for record in (there, asked)
-    )
-    there, asked = json.loads(json.dumps([there, asked]))  # tuples as JSON gives them back
+    pair = [defaults | record["recipe"] | record["data"] | record.get("encoder", {}) for record in (there, asked)]
+    there, asked = json.loads(json.dumps(pair))  # tuples as JSON gives them back
     keys = [key for key in asked if key not in free]
     return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]
 
@@ -410,17 +361,9 @@ def _shape(arch: str) -> dict[str, Any]:
     return {name: getattr(ARCHS[arch], name) for name in ("embed_dim", "depth", "num_heads")}
 
 
-_PRETRAINING = (
-    vit_b16_in1k,
-    vit_l16_in1k,
-    vit_b16_in1k_color,
-    vit_l16_in1k_color,
-    vit_ti16_tin200,
-    vit_s16_tin200,
-    vit_b16_tin200,
-    vit_l16_tin200,
-)
-RECIPES: dict[str, Callable[[], Recipe]] = {make().name: make for make in _PRETRAINING}
+_IN1K = (vit_b16_in1k, vit_l16_in1k, vit_b16_in1k_color, vit_l16_in1k_color)
+_TIN200 = (vit_ti16_tin200, vit_s16_tin200, vit_b16_tin200, vit_l16_tin200)
+RECIPES: dict[str, Callable[[], Recipe]] = {make().name: make for make in (*_IN1K, *_TIN200)}
 
 
 def mae_b() -> FineTuneRecipe:
@@ -513,8 +456,9 @@ def get_finetune_recipe(name: str, overrides: Iterable[str] = (), *, smoke: bool
 def _get(kind: str, table: Mapping[str, Callable[[], R]], name: str, overrides: Iterable[str], smoke: bool) -> R:
     if name not in table:
         raise UsageError(unknown(kind, name, table))
-    recipe = table[name]()
-    return changed(smoke_twin(recipe) if smoke else recipe, overrides)
+    recipe = smoke_twin(table[name]()) if smoke else table[name]()
+    types = get_type_hints(type(recipe))
+    return dataclasses.replace(recipe, **dict(_parse_override(override, types) for override in overrides))
 
 
 def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[str] = (), *, smoke: bool = False) -> R:
@@ -526,13 +470,8 @@ def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[s
     return smoke_twin(recipe) if smoke else recipe
 
 
-def changed(recipe: R, overrides: Iterable[str]) -> R:
-    """Change a recipe by `key=value` texts, each checked for its name and type."""
-    types = get_type_hints(type(recipe))
-    return dataclasses.replace(recipe, **dict(_parse_override(override, types) for override in overrides))
-
-
 def _parse_override(text: str, types: dict[str, Any]) -> tuple[str, Any]:
+    """Read a `key=value` text, checked for its name and type."""
     key, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--set takes key=value, got {text!r}")
@@ -548,6 +487,6 @@ def _parse_override(text: str, types: dict[str, Any]) -> tuple[str, Any]:
         return key, {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
         names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        many = f"{len(choices)} numbers with commas between"
-        expected = " or ".join(choices) if origin is Literal else many if origin is tuple else names[kind]
+        names[tuple] = f"{len(choices)} numbers with commas between"
+        expected = " or ".join(choices) if origin is Literal else names[origin or kind]
         raise UsageError(f"{key}={value}: expected {expected}") from None

@@ -59,9 +59,7 @@ DTYPES = tuple(row.dtype for row in PRECISIONS.values() if row.dtype)
 BACKENDS = {
     "torch": BackendRow(None, DTYPES, compiles=True),
     "openvino": BackendRow(("cpu",), ("float32",), module="openvino", install="pip install 'micl-zoo[openvino]'"),
-    "onnx": BackendRow(
-        ("cpu", "cuda"), (), exported=True, module="onnxruntime", install="pip install 'micl-zoo[onnx]'"
-    ),
+    "onnx": BackendRow(("cpu", "cuda"), (), True, module="onnxruntime", install="pip install 'micl-zoo[onnx]'"),
 }
 
 
@@ -103,8 +101,8 @@ def bf16_is_fast(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private to torch, so asked for with care
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    private = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch: it may drop them
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in private)
 
 
 def fast_precision(device: torch.device) -> Precision:
@@ -119,10 +117,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}. Valid: auto, {', '.join(PRECISIONS)}.")
     if PRECISIONS[precision].dtype is None:
-        raise UsageError(
-            f"{precision} is a precision of ONNX files: export one with `micl-zoo export … --precision {precision}`, "
-            "and give it as weights"
-        )
+        way_on = f"export one with `micl-zoo export … --precision {precision}`, and give it as weights"
+        raise UsageError(f"{precision} is a precision of ONNX files: {way_on}")
     return autocast_dtype(precision), precision
 
 
@@ -163,19 +159,11 @@ def choose_backend(
     asked: str,
     *,
     weights: str | os.PathLike[str] | None = None,
-    device: torch.device | None = None,
+    device: torch.device | None = None,  # None: not known yet, and no reason for OpenVINO
     precision: str = "fp32",
-    compile: bool = False,
+    compile: bool = False,  # by `torch.compile`, which only torch has
 ) -> Backend:
-    """Resolve "auto": "onnx" for an .onnx file; OpenVINO on a CPU where it is installed and fast; else torch.
-
-    Args:
-        asked: a backend, or "auto".
-        weights: file or folder of the weights, if they are not those of a name.
-        device: that the model will run on; None: not known yet, and no reason for OpenVINO.
-        precision: that the model will compute in.
-        compile: whether `torch.compile` is asked for, which only torch has.
-    """
+    """Resolve "auto": "onnx" for an .onnx file; OpenVINO on a CPU where it is installed and fast; else torch."""
     if asked != "auto":
         find_backend(asked)
         return cast(Backend, asked)
@@ -183,19 +171,12 @@ def choose_backend(
         return "onnx"
     if device is None or device.type != "cpu" or compile or not BACKENDS["openvino"].installed:
         return "torch"
-    return "openvino" if precision == "fp32" or precision == fast_precision(device) else "torch"
+    return "openvino" if precision in ("fp32", fast_precision(device)) else "torch"
 
 
 def backend_again(runtime: str, device: str) -> Backend:
-    """Return the backend that made a store if it can be had here, else torch, whose last digits may differ.
-
-    Args:
-        runtime: of the store's manifest.
-        device: that the model will run on, as `load` takes it.
-    """
+    """Return the backend of a store's runtime if it can be had here, else torch, whose last digits may differ."""
     name = runtime.split()[0]  # without "compiled"
     row = BACKENDS.get(name, BACKENDS["torch"])
     here = row.installed and (row.devices is None or device.partition(":")[0] in ("auto", *row.devices))
-    return (
-        cast(Backend, name) if name in BACKENDS and (row.exported or here) else "torch"
-    )  # ONNX files are other weights
+    return cast(Backend, name) if name in BACKENDS and (row.exported or here) else "torch"  # ONNX: other weights

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import Refused, UsageError, unknown
@@ -25,7 +26,7 @@ from .weights import EncoderConfig
 from .zoo import Record
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
+    from .onnx_session import OnnxCard
 
 Output = Literal["cls", "mean", "patches"]
 Pool = Literal["cls", "mean", "cls+mean", "patches"]
@@ -49,13 +50,8 @@ class Runtime(Protocol):
 
     vit: VisionTransformer | None  # the timm model whose weights these are; None: only the backend's own file has them
 
-    @property
-    def name(self) -> Backend:
-        """Of the backend."""
-
-    @property
-    def precision(self) -> Precision | None:
-        """The precision that the weights' file fixes; None: each call chooses it."""
+    name: Backend
+    precision: Precision | None  # that the weights' file fixes; None: each call chooses it
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +78,7 @@ class Encoder(nn.Module):
         name: `arch.tag`.
         weights_sha256: of the file it came from, or None for random weights.
         embed_dim: D, numbers per embedding.
+        card: what an ONNX file says of itself; None on the other backends.
     """
 
     vit: VisionTransformer
@@ -99,6 +96,7 @@ class Encoder(nn.Module):
         self.name = config.name
         self.weights_sha256 = weights_sha256
         self.embed_dim = config.embed_dim
+        self.card: OnnxCard | None = getattr(runtime, "card", None)
         self._compiled_size: int | None = None  # images per compiled batch
         self.eval()
 
@@ -143,7 +141,7 @@ class Encoder(nn.Module):
         """
         if pool not in get_args(Pool):
             raise UsageError(unknown("pool", pool, get_args(Pool)))
-        return (*self.grid, self.embed_dim) if pool == "patches" else (len(_parts(pool)) * self.embed_dim,)
+        return (*self.grid, self.embed_dim) if pool == "patches" else (len(pool.split("+")) * self.embed_dim,)
 
     def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
         """Compute embeddings of normalised images, from the tokens after the final norm.
@@ -160,7 +158,7 @@ class Encoder(nn.Module):
             UsageError: the pool, the shape or gradients cannot be had.
         """
         self.row_shape(pool)  # raises
-        parts = _parts(pool)
+        parts = cast("list[Output]", pool.split("+"))
         found = self.outputs(pixel_values, parts)
         return torch.cat([found[part] for part in parts], dim=-1) if len(parts) > 1 else found[parts[0]]
 
@@ -173,10 +171,8 @@ class Encoder(nn.Module):
         """Compute at least the outputs wanted: "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
         side = self.transform.size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
-            raise UsageError(
-                f"pixel_values must be (B, 3, {side}, {side}), normalised as encoder.transform does it; "
-                f"got {tuple(pixel_values.shape)}"
-            )
+            wanted_shape = f"(B, 3, {side}, {side}), normalised as encoder.transform does it"
+            raise UsageError(f"pixel_values must be {wanted_shape}; got {tuple(pixel_values.shape)}")
         return self.runtime.outputs(pixel_values, wanted)
 
     def compile_blocks(self, batch_size: int) -> None:
@@ -229,7 +225,8 @@ class Encoder(nn.Module):
         Raises:
             UsageError: an image cannot be read; the text has its place. `extract` goes on past such images.
         """
-        many: Iterable[ImageLike] = [cast(ImageLike, images)] if _is_one(images) else cast(Iterable[ImageLike], images)
+        is_one = isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", None) == 3
+        many = cast(Iterable[ImageLike], [images] if is_one else images)
         pixels = (self.transform.pixels(_open(image, place)) for place, image in enumerate(many))
         rows = [np.empty((0, *self.row_shape(pool)), np.float32)]
         while batch := list(islice(pixels, batch_size)):
@@ -241,8 +238,7 @@ class Encoder(nn.Module):
     ) -> np.ndarray:
         """Embed transformed pixels (B, S, S, 3) uint8: (B, *row_shape(pool)) float32. See `embed_tensor`."""
         on_device = torch.from_numpy(pixels).to(self.device)
-        rows = self.embed_tensor(on_device, normalize=normalize, pool=pool, autocast=autocast)
-        return rows.cpu().numpy()
+        return self.embed_tensor(on_device, normalize=normalize, pool=pool, autocast=autocast).cpu().numpy()
 
     @torch.inference_mode()
     def embed_tensor(
@@ -260,23 +256,11 @@ class Encoder(nn.Module):
             (B, *row_shape(pool)) float32.
         """
         count = len(pixels)
-        autocast = None if self.precision else autocast
         if self._compiled_size and count < self._compiled_size:
             pixels = F.pad(pixels, (0, 0) * 3 + (0, self._compiled_size - count))
-        with autocasting(self.device, autocast):
+        with autocasting(self.device, None if self.precision else autocast):
             rows = self(self.transform.normalise(pixels), pool)[:count].float()
         return F.normalize(rows, dim=-1) if normalize else rows
-
-
-def _parts(pool: Pool) -> list[Output]:
-    """The outputs that a pool is made of, in order."""
-    return cast("list[Output]", pool.split("+"))
-
-
-def _is_one(images: Any) -> bool:
-    return isinstance(images, str | os.PathLike | bytes | Image.Image) or (
-        isinstance(images, np.ndarray) and images.ndim == 3
-    )
 
 
 def _open(image: ImageLike, place: int) -> Image.Image:

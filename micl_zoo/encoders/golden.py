@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..files import write_text
 from .hub import embedded_file
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from .encoder import Encoder
     from .zoo import Record
 
-NUMBERS = 64  # the first of each embedding, that are kept
-DIGITS = 7
+NUMBERS, DIGITS = 64, 7  # the first NUMBERS of each embedding are kept, rounded
 TOLERANCE = 1e-4  # of each number, in fp32
 
 
@@ -45,24 +44,22 @@ def golden_images(size: int) -> dict[str, np.ndarray]:
     return {**images, "noise": (words >> np.uint64(56)).astype(np.uint8)}
 
 
-def make_golden(encoder: Encoder) -> dict[str, Any]:
-    """Compute a golden file: the sha256 of the weights and, by image, the first NUMBERS numbers."""
+def golden_numbers(encoder: Encoder) -> dict[str, list[float]]:
+    """Compute by image the first NUMBERS numbers of its embedding."""
     images = golden_images(encoder.transform.size)
     rows = encoder.embed(list(images.values()))
-    numbers = {name: [round(float(n), DIGITS) for n in row[:NUMBERS]] for name, row in zip(images, rows, strict=True)}
-    return {"encoder": encoder.name, "weights_sha256": encoder.weights_sha256, "embeddings": numbers}
+    return {name: [round(float(n), DIGITS) for n in row[:NUMBERS]] for name, row in zip(images, rows, strict=True)}
 
 
 def write_golden(encoder: Encoder, file: Path) -> None:
-    """Write a golden file, one line per image."""
-    made = make_golden(encoder)
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in made.pop("embeddings").items())
-    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in made.items())
+    """Write a golden file, with the sha256 of the weights, one line per image."""
+    lines = ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in golden_numbers(encoder).items())
+    head = f' "encoder": {json.dumps(encoder.name)},\n "weights_sha256": {json.dumps(encoder.weights_sha256)},\n'
     write_text(file, f'{{\n{head} "embeddings": {{\n{lines}\n }}\n}}\n')
 
 
 def golden_difference(encoder: Encoder, file: Path) -> float:
     """Return the largest difference to the golden file's numbers; in fp32 any backend keeps it within TOLERANCE."""
     wanted = json.loads(file.read_text(encoding="utf-8"))["embeddings"]
-    made = make_golden(encoder)["embeddings"]
+    made = golden_numbers(encoder)
     return max(abs(one - other) for name in wanted for one, other in zip(wanted[name], made[name], strict=True))

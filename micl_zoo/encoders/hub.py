@@ -16,18 +16,12 @@ from .zoo import Record, find_record
 
 @dataclass(frozen=True)
 class Placed:
-    """A file in the folder.
-
-    Attributes:
-        path: of the file.
-        bytes, sha256: of its content.
-        kept: whether it was there already.
-    """
+    """A file in the folder."""
 
     path: Path
     bytes: int
     sha256: str
-    kept: bool
+    kept: bool  # it was there already
 
 
 def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, overwrite: bool = False) -> list[Placed]:
@@ -68,14 +62,10 @@ def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, o
 
 def _is_there(file: Path, sha256: str, overwrite: bool) -> bool:
     """Return whether the file exists with the right bytes; raise if others are in its place."""
-    if not file.exists():
-        return False
-    found = file_sha256(file)
-    if found != sha256 and not overwrite:
-        raise UsageError(
-            f"{str(file)!r} is there with other bytes: sha256 {found}, published {sha256}. Take another folder, or "
-            "overwrite"
-        )
+    found = file_sha256(file) if file.exists() else None
+    if found not in (None, sha256) and not overwrite:
+        bytes_found = f"other bytes: sha256 {found}, published {sha256}"
+        raise UsageError(f"{str(file)!r} is there with {bytes_found}. Take another folder, or overwrite")
     return found == sha256
 
 
@@ -103,10 +93,8 @@ def record_weights(record: Record) -> Weights:
 def record_onnx(record: Record) -> tuple[Path, str]:
     """Find the ONNX file of a row of the table, where its weights are, and its sha256."""
     if record.onnx is None:
-        raise WeightsError(
-            f"no ONNX file of {record.name} comes with micl-zoo: micl-zoo export {record.name} -o DIR, and then "
-            'micl_zoo.load(weights="DIR", backend="onnx")'
-        )
+        way_on = f'micl-zoo export {record.name} -o DIR, and then micl_zoo.load(weights="DIR", backend="onnx")'
+        raise WeightsError(f"no ONNX file of {record.name} comes with micl-zoo: {way_on}")
     return _published(record, "ONNX file", record.onnx.file, record.onnx.sha256), record.onnx.sha256
 
 
@@ -119,10 +107,8 @@ def _published(record: Record, what: str, name: str, sha256: str | None) -> Path
         file, found = _from_hub(record, name, sha256)
         way_on = f"Delete {file.name} in {str(file.parent)!r} and load again."
     if found != sha256:
-        raise WeightsError(
-            f"the bytes of {file.name}, {what} of {record.name}, are not the published ones: sha256 {found}, expected "
-            f"{sha256}. {way_on}"
-        )
+        which = f"the bytes of {file.name}, {what} of {record.name},"
+        raise WeightsError(f"{which} are not the published ones: sha256 {found}, expected {sha256}. {way_on}")
     return file
 
 
@@ -150,19 +136,18 @@ def _from_hub(record: Record, name: str, sha256: str | None) -> tuple[Path, str]
     from huggingface_hub import hf_hub_download
 
     assert record.hub_repo is not None
-    repo, found, file = record.hub_repo, "", Path()
+    found, file = "", Path()
     for force in (False, True):
         try:
-            file = Path(hf_hub_download(repo, name, revision=record.hub_commit, force_download=force))
+            file = Path(hf_hub_download(record.hub_repo, name, revision=record.hub_commit, force_download=force))
         except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
             if found:
                 break
             raise WeightsError(
-                f"cannot fetch {record.name} from {repo} at {record.hub_commit}: {error}. "
-                f"Without a network, run micl-zoo download {record.name} --to FOLDER where there is one, bring FOLDER "
-                f'here and give micl_zoo.load("{record.name}", weights="FOLDER").'
+                f"cannot fetch {record.name} from {record.hub_repo} at {record.hub_commit}: {error}. Without a "
+                f"network, run micl-zoo download {record.name} --to FOLDER where there is one, bring FOLDER here and "
+                f'give micl_zoo.load("{record.name}", weights="FOLDER").'
             ) from error
-        found = file_sha256(file)
-        if found == sha256:
+        if (found := file_sha256(file)) == sha256:
             break
     return file, found

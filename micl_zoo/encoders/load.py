@@ -90,10 +90,8 @@ def _check(backend: str, device: str, dtype: str, providers: Sequence[str] | Non
     if providers is not None and not row.exported:
         raise UsageError(f"providers are ONNX Runtime's: they go with backend onnx, not with {backend}")
     if row.devices and providers is None and device.partition(":")[0] not in ("auto", *row.devices):
-        where = " and ".join(row.devices)
-        raise UsageError(
-            f"backend {backend} runs on {where}, not on {device!r}: leave device out, or take backend torch"
-        )
+        runs = f"runs on {' and '.join(row.devices)}, not on {device!r}"
+        raise UsageError(f"backend {backend} {runs}: leave device out, or take backend torch")
 
 
 def _find(name: str, path: Path | None, pretrained: bool) -> tuple[EncoderConfig, Weights | None, Record | None]:
@@ -105,27 +103,22 @@ def _find(name: str, path: Path | None, pretrained: bool) -> tuple[EncoderConfig
     if pretrained:
         found = record_weights(record)
         return found.config, found, record
-    architecture, model_args = timm_architecture(**record.shape.sizes)
-    shape = record.shape.embed_dim
-    return EncoderConfig(record.name, architecture, model_args, shape, record.transform, record.license), None, record
+    shape, about = record.shape, (record.transform, record.license)
+    return EncoderConfig(record.name, *timm_architecture(**shape.sizes), shape.embed_dim, *about), None, record
 
 
 def _load_onnx(name: str, path: Path | None, device: str, providers: Sequence[str] | None) -> Encoder:
     from .onnx_session import OnnxSession, choose_providers, local_onnx, open_session, runtime
 
     runtime()  # raises before anything is downloaded
-    if path is None:
-        file, sha256 = record_onnx(find_record(name))
-    else:
-        file = local_onnx(path)
-        sha256 = file_sha256(file)
+    file, sha256 = (local_onnx(path), None) if path else record_onnx(find_record(name))
     session, card = open_session(file, choose_providers(device, providers))
     if card.preprocess:
-        raise WeightsError(
-            f"{str(file)!r} has the transform inside, for use without micl-zoo: export one without --with-preprocess"
-        )
+        inside = f"{str(file)!r} has the transform inside, for use without micl-zoo"
+        raise WeightsError(f"{inside}: export one without --with-preprocess")
     if path is not None:
         _check_arch(name, card.config)
+    sha256 = sha256 or file_sha256(file)
     return Encoder(OnnxSession(session, card), card.config, record=record_of(sha256), weights_sha256=sha256)
 
 

@@ -16,12 +16,11 @@ from torch import Tensor
 from ..errors import MiclZooError, UsageError, WeightsError
 from ..images.transform import Transform
 from .device import BACKENDS, Backend, Precision
+from .encoder import Output
 from .weights import ONNX_FILE, EncoderConfig
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
-
-    from .encoder import Output
 
 FORMAT = "1"  # of the metadata
 INSTALL = BACKENDS["onnx"].install
@@ -36,8 +35,7 @@ class OnnxCard:
     config: EncoderConfig  # of the encoder it was made from, with the transform of this file
     weights_sha256: str | None  # of the safetensors it was made from, or None for random weights
     precision: Precision  # of its arithmetic
-    # "cls" and "mean", one after the other in `embedding`, and "patches" in an output of that name
-    outputs: tuple[Output, ...]
+    outputs: tuple[Output, ...]  # "cls" and "mean", one after the other in `embedding`; "patches" by that name
     grid: tuple[int, int]  # (h, w), patches down and across
     preprocess: bool  # whether the transform is inside, for uint8 images of any size
     versions: dict[str, str]  # of the packages that wrote it
@@ -57,12 +55,10 @@ class OnnxCard:
             "precision": self.precision,
             "pooling": "+".join(self.pooled),
             "outputs": ",".join(self.outputs),
-            "grid": json.dumps(self.grid),
-            "preprocess": json.dumps(self.preprocess),
+            **{name: json.dumps(getattr(self, name)) for name in ("grid", "preprocess", "versions")},
             "transform": json.dumps(dataclasses.asdict(self.config.transform)),
             "transform_id": self.config.transform.id,
             "config": self.config.to_json(),
-            "versions": json.dumps(self.versions),
         }
 
     @classmethod
@@ -73,9 +69,9 @@ class OnnxCard:
             raise WeightsError(f"{where} {said}: this version runs files written by `micl-zoo export`, format {FORMAT}")
         config = EncoderConfig.from_json(json.loads(found["config"]), where=where)
         transform = json.loads(found["transform"])
-        mean, std = (tuple(transform.pop(name)) for name in ("mean", "std"))
+        transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
         return cls(
-            config=dataclasses.replace(config, transform=Transform(**transform, mean=mean, std=std)),
+            config=dataclasses.replace(config, transform=Transform(**transform)),
             weights_sha256=found["weights_sha256"] or None,
             precision=cast(Precision, found["precision"]),
             outputs=cast("tuple[Output, ...]", tuple(found["outputs"].split(","))),
@@ -86,12 +82,7 @@ class OnnxCard:
 
 
 class OnnxSession:
-    """An exported file in ONNX Runtime as an encoder's runtime, see `encoder.Runtime`.
-
-    Attributes:
-        session: ONNX Runtime's.
-        card: what the file says of itself.
-    """
+    """An exported file in ONNX Runtime as an encoder's runtime, see `encoder.Runtime`."""
 
     name: Backend = "onnx"
     vit = None
@@ -99,7 +90,8 @@ class OnnxSession:
 
     def __init__(self, session: InferenceSession, card: OnnxCard) -> None:
         self.session, self.card = session, card
-        self.precision, self.grid = card.precision, card.grid
+        self.precision: Precision | None = card.precision
+        self.grid = card.grid
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in float32; the mean is taken from the patches if the file lacks it."""
@@ -108,10 +100,8 @@ class OnnxSession:
         has = self.card.outputs
         sources: set[Output] = {"patches" if one == "mean" and one not in has else one for one in wanted}
         if missing := sorted(sources - set(has)):
-            raise UsageError(
-                f"the ONNX file of {self.card.config.name} gives {', '.join(has)} and not {', '.join(missing)}: "
-                f"export it with --outputs {','.join(dict.fromkeys([*has, *missing]))}"
-            )
+            gives = f"the ONNX file of {self.card.config.name} gives {', '.join(has)} and not {', '.join(missing)}"
+            raise UsageError(f"{gives}: export it with --outputs {','.join([*has, *missing])}")
         names = sorted({"patches" if one == "patches" else "embedding" for one in sources})
         images = pixel_values.detach().float().contiguous().numpy()
         try:
@@ -138,35 +128,24 @@ def local_onnx(path: Path) -> Path:
     if len(chosen) == 1:
         return chosen[0]
     several = f": give one of {', '.join(file.name for file in found)}" if found else ""
-    raise WeightsError(
-        f"backend onnx needs an .onnx file that `micl-zoo export` wrote, {str(path)!r} is not one" + several
-    )
+    raise WeightsError(f"backend onnx needs an .onnx file that `micl-zoo export` wrote, {str(path)!r} is none{several}")
 
 
 def choose_providers(device: str, providers: Sequence[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """Return ONNX Runtime's execution providers with their settings, first choice first.
-
-    Args:
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        providers: see `micl_zoo.load`.
-    """
+    """Return ONNX Runtime's execution providers with their settings, first choice first; arguments: see `load`."""
     kind, _, number = device.partition(":")
     has = runtime().get_available_providers()
-    if providers is None and kind == "auto" and torch.cuda.is_available() and CUDA not in has:
-        logging.getLogger(__name__).warning(
-            "there is a GPU, but ONNX Runtime has no CUDAExecutionProvider: running on the CPU. "
-            "`micl-zoo doctor` says how to fix it"
-        )
-    on_gpu = kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and CUDA in has)
+    finds_gpu = kind == "auto" and torch.cuda.is_available()
+    if finds_gpu and providers is None and CUDA not in has:
+        what = f"there is a GPU, but ONNX Runtime has no {CUDA}: running on the CPU"
+        logging.getLogger(__name__).warning(f"{what}. `micl-zoo doctor` says how to fix it")
+    on_gpu = kind == "cuda" or (finds_gpu and CUDA in has)
     names = {one.removesuffix(tail).lower(): one for one in has for tail in ("", "ExecutionProvider")}
     chosen: list[tuple[str, dict[str, Any]]] = []
     for asked in providers or (["cuda"] if on_gpu else ["cpu"]):
-        name = names.get(asked.lower())
-        if name is None:
-            raise UsageError(
-                f"this ONNX Runtime has no {asked} provider, it has {', '.join(has)}. For NVIDIA GPUs: {INSTALL}; "
-                "`micl-zoo doctor` says what is installed and how to fix it"
-            )
+        if (name := names.get(asked.lower())) is None:
+            way_on = f"For NVIDIA GPUs: {INSTALL}; `micl-zoo doctor` says what is installed and how to fix it"
+            raise UsageError(f"this ONNX Runtime has no {asked} provider, it has {', '.join(has)}. {way_on}")
         # Without use_tf32 fp32 would have 10 bits of mantissa, unlike torch's by default.
         settings = {CUDA: {"device_id": number or "0", "use_tf32": "0"}, TENSORRT: {"device_id": number or "0"}}
         chosen.append((name, settings.get(name, {})))
@@ -193,10 +172,9 @@ def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tup
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors; nobody can do anything about its warnings
     names = [name for name, _ in providers]
+    fall_back = [CPU] if CPU not in names else []
     try:
-        session = onnxruntime.InferenceSession(
-            str(file), options, providers=[*providers, *([CPU] if CPU not in names else [])]
-        )
+        session = onnxruntime.InferenceSession(str(file), options, providers=[*providers, *fall_back])
     except Exception as error:  # ONNX Runtime has a class of its own for each kind, all of them private
         raise WeightsError(f"ONNX Runtime cannot open {str(file)!r}: {str(error).splitlines()[0]}") from None
     if names[0] not in session.get_providers():

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .device import BACKENDS, PRECISIONS, Backend
+from .device import BACKENDS, PRECISIONS, Backend, Precision
+from .encoder import Output
 from .torch_model import split_tokens
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
-    from .encoder import Output
 
 # dtype of torch.autocast -> our name of the precision
 NAMES = {getattr(torch, row.dtype): name for name, row in PRECISIONS.items() if row.dtype and row.openvino}
 
 
 class OpenVinoModel:
-    """A timm ViT converted to OpenVINO as an encoder's runtime, see `encoder.Runtime`.
-
-    It is compiled for a precision when that is first used.
-
-    Attributes:
-        vit: the timm model.
-        model: OpenVINO's graph, for any batch size; its weights are the timm model's own memory.
-    """
+    """A timm ViT in OpenVINO as an `encoder.Runtime`, compiled for a precision when that is first used."""
 
     name: Backend = "openvino"
-    precision = None
+    precision: Precision | None = None
     device = torch.device("cpu")
 
     def __init__(self, vit: VisionTransformer) -> None:
@@ -45,14 +35,13 @@ class OpenVinoModel:
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
         self._core = openvino.Core()
         self._compiled: dict[torch.dtype, Any] = {}
-        self.model = openvino.convert_model(_traced(vit))
+        self.model = openvino.convert_model(_traced(vit))  # for any batch size; its weights are the ViT's own memory
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in the precision of `torch.autocast`, in float32 outside of it."""
         if torch.is_grad_enabled():
-            raise UsageError(
-                "backend openvino computes no gradients: call it under torch.no_grad(), or load with backend='torch'"
-            )
+            way_on = "call it under torch.no_grad(), or load with backend='torch'"
+            raise UsageError(f"backend openvino computes no gradients: {way_on}")
         if pixel_values.device.type != "cpu":
             raise UsageError(f"backend openvino runs on the CPU, got pixel_values on {pixel_values.device}")
         autocast = torch.is_autocast_enabled("cpu")
@@ -66,9 +55,8 @@ class OpenVinoModel:
     def _compile(self, precision: str) -> Any:
         found = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision.upper() not in found:
-            raise UsageError(
-                f"backend openvino has no {precision} arithmetic on this CPU (it has {', '.join(found)}): take fp32"
-            )
+            has = f"no {precision} arithmetic on this CPU (it has {', '.join(found)})"
+            raise UsageError(f"backend openvino has {has}: take fp32")
         settings = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision].openvino,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..errors import WeightsError
-from .device import Backend
+from .device import Backend, Precision
+from .encoder import Output
 from .weights import EncoderConfig, Weights, read_tensors
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
-    from .encoder import Output
 
 
 class TorchModel:
     """A timm ViT as an encoder's runtime, see `encoder.Runtime`."""
 
     name: Backend = "torch"
-    precision = None
+    precision: Precision | None = None
 
     def __init__(self, vit: VisionTransformer) -> None:
         self.vit = vit
@@ -46,9 +42,7 @@ class TorchModel:
 
 def split_tokens(tokens: Tensor, grid: tuple[int, int], wanted: Collection[Output]) -> dict[Output, Tensor]:
     """Cut tokens (B, T, D) into the outputs wanted: "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
-    found: dict[Output, Tensor] = {}
-    if "cls" in wanted:
-        found["cls"] = tokens[:, 0]
+    found: dict[Output, Tensor] = {"cls": tokens[:, 0]}
     if "mean" in wanted:
         found["mean"] = tokens[:, 1:].mean(1)
     if "patches" in wanted:
@@ -59,9 +53,7 @@ def split_tokens(tokens: Tensor, grid: tuple[int, int], wanted: Collection[Outpu
 def build_vit(config: EncoderConfig, weights: Weights | None) -> VisionTransformer:
     """Build the timm model with the weights of a file, or with random ones, in float32."""
     try:
-        vit: VisionTransformer = timm.create_model(
-            config.architecture, pretrained=False, num_classes=0, **config.model_args
-        )
+        vit: VisionTransformer = timm.create_model(config.architecture, num_classes=0, **config.model_args)
     except (RuntimeError, TypeError) as error:
         raise WeightsError(f"timm cannot build {config.architecture!r} with {config.model_args}: {error}") from None
     if weights is not None:

@@ -60,16 +60,10 @@ class EncoderConfig:
     def from_json(cls, body: dict[str, Any], *, where: str) -> EncoderConfig:
         """Read a parsed `config.json`, ours or timm's."""
         try:
-            name = body.get("micl_zoo", {}).get("name") or f"{body['architecture']}.local"
-            config = body["pretrained_cfg"]
-            return cls(
-                name=name,
-                architecture=body["architecture"],
-                model_args=body.get("model_args", {}),
-                embed_dim=body["num_features"],
-                transform=Transform.from_timm(config),
-                license=config.get("license", "unknown"),
-            )
+            architecture, config = body["architecture"], body["pretrained_cfg"]
+            name = body.get("micl_zoo", {}).get("name") or f"{architecture}.local"
+            shape = (architecture, body.get("model_args", {}), body["num_features"])
+            return cls(name, *shape, Transform.from_timm(config), config.get("license", "unknown"))
         except (KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"the config of {where} is not one that timm or micl-zoo writes: {error!r}") from None
 
@@ -88,29 +82,20 @@ def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
     shape = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     architecture, model_args = timm_architecture(**{name: recipe[name] for name in shape})
     size, record = recipe["image_size"], RECORDS.get(recipe["name"])
+    transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
     if record and record.transform.size == size:
         transform = record.transform
-    else:
-        transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
     return EncoderConfig(recipe["name"], architecture, model_args, recipe["embed_dim"], transform)
 
 
 def save_weights(
-    folder: Path,
-    state: dict[str, Tensor],
-    config: EncoderConfig | dict[str, Any],
-    provenance: dict[str, Any],
-    dtype: Literal["float32", "float16"],
+    folder: Path,  # made if need be
+    state: dict[str, Tensor],  # under timm's names
+    config: EncoderConfig | dict[str, Any],  # a dict for another timm model than an encoder; also goes into the header
+    provenance: dict[str, Any],  # recipe, code, data, machine; goes into the header
+    dtype: Literal["float32", "float16"],  # on disk
 ) -> Path:
-    """Write `model.safetensors` and `config.json`, in the layout of timm's hub repositories; return the former.
-
-    Args:
-        folder: made if need be.
-        state: the model's state dict, under timm's names.
-        config: goes beside the weights and into their header; of another timm model than an encoder as a dict.
-        provenance: goes into the header: recipe, code, data, machine.
-        dtype: of the tensors on disk.
-    """
+    """Write `model.safetensors` and `config.json`, in the layout of timm's hub repositories; return the former."""
     import torch
     from safetensors.torch import save_file
 
@@ -128,18 +113,15 @@ def config_text(config: dict[str, Any]) -> str:
 
 
 def local_weights(path: Path) -> Weights:
-    """Find weights and how to build their encoder.
-
-    Args:
-        path: a .safetensors file, among them a checkpoint of a run; a folder with `model.safetensors` and
-            `config.json`; or the folder of a run, which stands for its finished encoder, else its newest checkpoint.
-    """
-    file = _weights_file(path)
+    """Find weights, at any path that `load` takes, and how to build their encoder."""
+    file = path
+    if path.is_dir():  # the run's finished encoder before its newest checkpoint
+        checkpoints = sorted(path.glob("checkpoints/step-*.safetensors"), reverse=True)
+        choices = [path / WEIGHTS_FILE, path / "encoder" / WEIGHTS_FILE, *checkpoints]
+        file = next((choice for choice in choices if choice.is_file()), choices[0])
     if not file.is_file():
-        raise WeightsError(
-            f"no weights at {str(path)!r}: expected a .safetensors file, a folder with {WEIGHTS_FILE}, or the folder "
-            "of a training run"
-        )
+        wanted = f"a .safetensors file, a folder with {WEIGHTS_FILE}, or the folder of a training run"
+        raise WeightsError(f"no weights at {str(path)!r}: expected {wanted}")
     if file.suffix == ".onnx":
         raise WeightsError(f'{str(file)!r} is an ONNX file: load it with backend="onnx", extract with --backend onnx')
     if file.suffix != ".safetensors":
@@ -149,21 +131,10 @@ def local_weights(path: Path) -> Weights:
         )
     if _metadata(file).keys() >= CHECKPOINT_KEYS:
         return _checkpoint(file)
-    config = header(file).get("config")
-    beside = file.parent / CONFIG_FILE
-    if config is None and beside.is_file():
-        config = _parse(beside.read_text(encoding="utf-8"), str(beside))
+    config = header(file).get("config") or _json(file.parent / CONFIG_FILE)
     if config is None:
         raise WeightsError(f"{str(file)!r} says nothing of its architecture: put timm's {CONFIG_FILE} beside it")
     return Weights(file, file_sha256(file), EncoderConfig.from_json(config, where=str(file)))
-
-
-def _weights_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    newest_first = sorted(path.glob("checkpoints/step-*.safetensors"), reverse=True)
-    choices = [path / WEIGHTS_FILE, path / "encoder" / WEIGHTS_FILE, *newest_first]
-    return next((file for file in choices if file.is_file()), choices[0])
 
 
 def _checkpoint(file: Path) -> Weights:
@@ -172,17 +143,13 @@ def _checkpoint(file: Path) -> Weights:
     if beside.is_file() and beside.read_text(encoding="utf-8").split()[:1] != [sha256]:
         raise WeightsError(f"{str(file)!r} is damaged, it has sha256 {sha256}: take another checkpoint")
     body, run = header(file).get("config"), file.parent.parent / "run.json"
-    if body is not None:
-        config = EncoderConfig.from_json(body, where=str(file))
-    else:
-        recipe = _parse(run.read_text(encoding="utf-8"), str(run)).get("recipe", {}) if run.is_file() else {}
-        try:
-            config = recipe_config(recipe)
-        except KeyError:
-            raise WeightsError(
-                f"{str(file)!r} is a checkpoint that does not say what was trained, nor does {str(run)!r} beside it: "
-                "put it back into its run's folder; of an older run of fine-tuning load RUN/encoder"
-            ) from None
+    try:
+        config = EncoderConfig.from_json(body, where=str(file)) if body else recipe_config((_json(run) or {})["recipe"])
+    except KeyError:
+        raise WeightsError(
+            f"{str(file)!r} is a checkpoint that does not say what was trained, nor does {str(run)!r} beside it: "
+            "put it back into its run's folder; of an older run of fine-tuning load RUN/encoder"
+        ) from None
     return Weights(file, sha256, dataclasses.replace(config, name=f"{config.name}-{file.stem}"))
 
 
@@ -221,6 +188,10 @@ def _metadata(file: Path) -> dict[str, str]:
 def header(file: Path) -> dict[str, Any]:
     """Return what this package wrote into a safetensors header: `config` and `provenance`; {} for others' files."""
     return _parse(_metadata(file).get(HEADER_KEY, "{}"), f"the header of {file}")
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    return _parse(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -40,16 +40,10 @@ ARCHS = {
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """An exported encoder, kept where its weights are.
+    """An exported encoder, kept where its weights are."""
 
-    Attributes:
-        file: in the package, or in the hub repository.
-        precision: of its arithmetic.
-        sha256, bytes: of the file.
-    """
-
-    file: str
-    precision: str
+    file: str  # in the package, or in the hub repository
+    precision: str  # of its arithmetic
     sha256: str
     bytes: int
 
@@ -97,7 +91,7 @@ class Record:
 
     @property
     def published(self) -> bool:
-        """There are weights to load."""
+        """Whether there are weights to load."""
         return self.sha256 is not None
 
     @property
@@ -112,7 +106,7 @@ IN1K, TIN200 = "imagenet-1k", "tin200"  # keys of training/corpora.py
 
 
 def _unpublished(name: str, summary: str, corpus: str) -> Record:
-    """Of a recipe that has the encoder's name."""
+    """Make the row of an encoder that is still to be trained, by the recipe of its name."""
     transform = Transform(112, 112) if corpus == TIN200 else Transform(224, 256)  # small ones have no margin to cut off
     return Record(name, summary, recipe=name, corpus=corpus, license=RECIPE_TERMS, transform=transform)
 
@@ -129,8 +123,8 @@ _RECORDS = [
         sha256="60fed30724c9a62ca7bba8b8b033452f62ee6cd7418a6b1fdfb1bb148ce464e3",
         bytes=11008128,
         onnx=OnnxFile(
-            file="vit_ti16.tin200.onnx",
-            precision="fp32",
+            "vit_ti16.tin200.onnx",
+            "fp32",
             sha256="e388abd211ab8c4db18642586a588739b0984ff22ee39684236426cee0ebe5d6",
             bytes=11125232,
         ),
@@ -153,7 +147,7 @@ RECORDS = {record.name: record for record in _RECORDS}
 
 
 def list_models(*, published_only: bool = False) -> list[str]:
-    """Names that `load` takes, sorted.
+    """List the names that `load` takes, sorted.
 
     Args:
         published_only: leave out those whose weights are not there to load.
@@ -162,7 +156,7 @@ def list_models(*, published_only: bool = False) -> list[str]:
 
 
 def find_record(name: str) -> Record:
-    """The record of `arch.tag`, or of a bare arch: then its best published tag, else its first."""
+    """Find the record of `arch.tag`, or of a bare arch: then its best published tag, else its first."""
     if name in RECORDS:
         return RECORDS[name]
     tags = [record for record in RECORDS.values() if record.arch == name]
@@ -172,19 +166,19 @@ def find_record(name: str) -> Record:
 
 
 def is_name(text: str) -> bool:
-    """`find_record` takes it."""
+    """Whether `find_record` takes it."""
     return text in RECORDS or any(record.arch == text for record in RECORDS.values())
 
 
 def record_of(sha256: str) -> Record | None:
-    """The row of a published file, weights or ONNX; None for a file of somebody's own."""
+    """Find the row of a published file, weights or ONNX; None for a file of somebody's own."""
     return next((one for one in RECORDS.values() if sha256 in (one.sha256, one.onnx and one.onnx.sha256)), None)
 
 
 def timm_architecture(
     *, image_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float
 ) -> tuple[str, dict[str, Any]]:
-    """Timm's name for a shape, and the arguments by which the shape departs from it.
+    """Return timm's name for a shape, and the arguments by which the shape departs from it.
 
     A shape with no name of its own, but for the size of the images, is the base model with every argument given.
     """

@@ -1,7 +1,7 @@
 """Processes that read and decode: pixels come back through shared memory, and a dead or hung process costs one image.
 
 Not torch's DataLoader, which ends the whole run with the first worker that dies, cannot say which image it died of, and
-waits for ever for one that hangs.
+waits forever for one that hangs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,75 +28,72 @@ from ..sources.listing import Entry, Reader
 from .processes import CAN_START, Child, parent_pipe, wait_for_message
 
 TRIES = 2  # of an image by itself, after the process that had it among others was lost
-CHUNK = 8  # images a message: few enough that all processes work on the batch that is needed next
+CHUNK = 8  # images per message: few enough that all processes work on the batch that is needed next
 QUEUED_BYTES = 1 << 16  # of messages that a process has not answered: less than any pipe holds, so sending never waits
-STARTS = 3  # of processes that do not come to work, and there is something wrong with all of them
+STARTS = 3  # of processes that die before they come to work, in a row; then something is wrong with all of them
 BATCHES_AHEAD = 3  # decoded or being decoded; each has its place in the shared memory
 
 
-class Batch(NamedTuple):
+Outcome = tuple[dict[int, Refused], float, float]  # of a chunk: refusals by place in it, seconds to read and to decode
+
+
+@dataclass
+class Batch:
     """Images that were read and decoded, or refused.
 
     Attributes:
         tag: what came with the entries.
         entries: the images asked for, in order.
-        pixels: (n, size, size, 3) uint8 of those that were not refused, in order; good until the next batch is taken.
-        refused: by place in `entries`.
-        read_seconds, decode_seconds: that the processes took, all together.
+        slots: (batch_size, size, size, 3) uint8, this batch's part of the shared memory.
+        left: images that are not decoded yet.
+        refused: refusals by place in `entries`.
+        read_seconds, decode_seconds: time spent by the decoding processes, added up.
     """
 
     tag: Any
     entries: Sequence[Entry]
-    pixels: np.ndarray
-    refused: dict[int, Refused]
-    read_seconds: float
-    decode_seconds: float
-
-
-class Outcome(NamedTuple):
-    """What became of a chunk: refusals by place in it, and the seconds it took."""
-
-    refused: dict[int, Refused]
-    read_seconds: float
-    decode_seconds: float
-
-
-@dataclass
-class _Pending:
-    """A batch on its way."""
-
-    tag: Any
-    entries: Sequence[Entry]
-    slot: int
+    slots: np.ndarray
     left: int
     refused: dict[int, Refused] = field(default_factory=dict)
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
+    @property
+    def pixels(self) -> np.ndarray:
+        """(n, size, size, 3) uint8 of the images that were not refused, in order."""
+        if not self.refused:
+            return self.slots[: len(self.entries)]
+        return self.slots[[place for place in range(len(self.entries)) if place not in self.refused]]
+
 
 @dataclass
 class _Chunk:
-    batch: _Pending
+    batch: Batch
+    slot: int
     at: int
     entries: Sequence[Entry]
     alone: int = 0  # times a process died or hung over it and it alone
 
-    def message(self) -> bytes:
-        return pickle.dumps((self.batch.slot, self.at, list(self.entries)), pickle.HIGHEST_PROTOCOL)
-
 
 class _Process(Child):
-    """One process, and the chunks that it was given and has not answered, oldest first."""
+    """One process, and the chunks that it was given and has not answered, oldest first.
+
+    Attributes:
+        ready: it has come to work.
+        since: when it last answered, or was given work when it had none (monotonic seconds).
+    """
 
     def __init__(self, job: bytes, memory: int) -> None:
         super().__init__("micl_zoo.extraction.decoders:work", files=[memory])
         self.chunks: deque[tuple[_Chunk, int]] = deque()
         self.queued = 0
+        self.ready = False
+        self.since = time.monotonic()
         self.connection.send_bytes(job)
 
     def give(self, chunk: _Chunk) -> bool:
         """Send a chunk, unless so much waits already that sending could block."""
-        message = chunk.message()
+        message = pickle.dumps((chunk.slot, chunk.at, list(chunk.entries)), pickle.HIGHEST_PROTOCOL)
         if self.chunks and self.queued + len(message) > QUEUED_BYTES:
             return False
         if not self.chunks:
@@ -123,13 +120,7 @@ class Decoders:
     """
 
     def __init__(
-        self,
-        transform: Transform,
-        decoding: Decoding,
-        *,
-        workers: int,
-        batch_size: int,
-        image_timeout: float = 120.0,
+        self, transform: Transform, decoding: Decoding, workers: int, batch_size: int, image_timeout: float
     ) -> None:
         """Start the processes.
 
@@ -144,11 +135,13 @@ class Decoders:
         self._file = _unnamed_file()
         self._file.truncate(int(np.prod(shape)))
         self._memory = mmap.mmap(self._file.fileno(), int(np.prod(shape)))
-        self.slots = np.frombuffer(self._memory, np.uint8).reshape(shape)
+        self._slots = np.frombuffer(self._memory, np.uint8).reshape(shape)
         self._job = pickle.dumps((transform, decoding, shape))
         self._reader = Reader()
         count = workers if CAN_START else 0
         self._processes = [_Process(self._job, self._file.fileno()) for _ in range(count)]
+        self._pending: deque[Batch] = deque()
+        self._submitted = 0
         self._backlog: deque[_Chunk] = deque()
         self._stillborn = 0  # processes in a row that died before they came to work
 
@@ -162,55 +155,41 @@ class Decoders:
             process.end()
         self._file.close()
 
-    def batches(self, source: Iterable[tuple[Any, Sequence[Entry]] | None]) -> Iterator[Batch | None]:
-        """Decode batches in order; None where there are none for now.
+    @property
+    def pending(self) -> int:
+        """Batches that were submitted and not taken."""
+        return len(self._pending)
 
-        Args:
-            source: a tag and entries for each batch, batch_size at most; None where there is none yet but may be soon.
-        """
-        waiting = iter(source)
-        pending: deque[_Pending] = deque()
-        free = deque(range(BATCHES_AHEAD))
-        more = True
-        while more or pending:
-            while more and free:
-                found = next(waiting, StopIteration)
-                if found is StopIteration:
-                    more = False
-                elif found is None:
-                    break
-                else:
-                    pending.append(self._submit(found[0], found[1], free.popleft()))  # type: ignore[index]
-            if not pending:
-                if more:
-                    yield None
-                    time.sleep(0.01)
-                continue
-            self._pump(0)
-            while pending[0].left:
-                self._pump(0.5)
-            batch = pending.popleft()
-            yield self._finished(batch)
-            free.append(batch.slot)
+    @property
+    def room(self) -> bool:
+        """Another batch can be submitted."""
+        return self.pending < BATCHES_AHEAD
 
-    def _submit(self, tag: Any, entries: Sequence[Entry], slot: int) -> _Pending:
-        batch = _Pending(tag, entries, slot, len(entries))
+    def submit(self, tag: Any, entries: Sequence[Entry]) -> None:
+        """Decode a batch, of `batch_size` at most. The pixels of the one that was taken last are lost."""
+        assert self.room
+        slot = (
+            self._submitted % BATCHES_AHEAD
+        )  # they are taken in order, so it is that of the batch taken last, or free
+        self._submitted += 1
+        batch = Batch(tag, entries, self._slots[slot], len(entries))
+        self._pending.append(batch)
         starts = range(0, len(entries), CHUNK)
-        self._backlog.extend(_Chunk(batch, at, entries[at : at + CHUNK]) for at in starts)
-        return batch
+        self._backlog.extend(_Chunk(batch, slot, at, entries[at : at + CHUNK]) for at in starts)
 
-    def _finished(self, batch: _Pending) -> Batch:
-        kept = [place for place in range(len(batch.entries)) if place not in batch.refused]
-        pixels = self.slots[batch.slot, : len(batch.entries)]
-        pixels = pixels[kept] if batch.refused else pixels
-        return Batch(batch.tag, batch.entries, pixels, batch.refused, batch.read_seconds, batch.decode_seconds)
+    def take(self) -> Batch:
+        """Wait for the oldest batch."""
+        self._pump(0)
+        while self._pending[0].left:
+            self._pump(0.5)
+        return self._pending.popleft()
 
     def _pump(self, seconds: float) -> None:
         """Give out chunks, and take answers that come within some seconds."""
         if not self._processes:
             if self._backlog:
                 chunk = self._backlog.popleft()
-                pixels = self.slots[chunk.batch.slot, chunk.at :]
+                pixels = chunk.batch.slots[chunk.at :]
                 self._settle(chunk, _decode_into(pixels, chunk.entries, self._reader, self.transform, self.decoding))
             return
         self._give_out()
@@ -230,7 +209,7 @@ class Decoders:
             self._backlog.popleft()
 
     def _take(self, process: _Process) -> None:
-        """Every answer that has come from a process."""
+        """Take in every answer that has come from a process."""
         try:
             while process.connection.poll():
                 answer = process.connection.recv()
@@ -242,14 +221,14 @@ class Decoders:
             self._replace(process, "crashed", "the process that decoded it")
 
     def _settle(self, chunk: _Chunk, outcome: Outcome) -> None:
-        batch = chunk.batch
+        batch, (refused, read_seconds, decode_seconds) = chunk.batch, outcome
         batch.left -= len(chunk.entries)
-        batch.refused |= {chunk.at + place: refused for place, refused in outcome.refused.items()}
-        batch.read_seconds += outcome.read_seconds
-        batch.decode_seconds += outcome.decode_seconds
+        batch.refused |= {chunk.at + place: why for place, why in refused.items()}
+        batch.read_seconds += read_seconds
+        batch.decode_seconds += decode_seconds
 
     def _replace(self, process: _Process, reason: Any, what: str) -> None:
-        """Start another in the place of a process, and give its chunks out anew."""
+        """Replace a process, and put its chunks back, those of the first one by one."""
         ended = process.end()
         self._stillborn += not process.ready
         if self._stillborn >= STARTS:
@@ -261,17 +240,15 @@ class Decoders:
             first.alone += len(first.entries) == 1
             if first.alone == TRIES:
                 detail = f"{what} {ended}" if reason == "crashed" else what
-                self._settle(first, Outcome({0: Refused(reason, f"{detail}, {TRIES} times")}, 0.0, 0.0))
+                self._settle(first, ({0: Refused(reason, f"{detail}, {TRIES} times")}, 0.0, 0.0))
             else:
-                singly = (
-                    _Chunk(first.batch, first.at + at, [one], first.alone) for at, one in enumerate(first.entries)
-                )
+                singly = [replace(first, at=first.at + at, entries=[one]) for at, one in enumerate(first.entries)]
                 chunks = [*singly, *chunks]
         self._backlog.extendleft(reversed(chunks))
 
 
 def _unnamed_file() -> Any:
-    """In memory where the system can: so it is not held to the size of /dev/shm, which is small in containers."""
+    """Open a file in memory where the system can: /dev/shm is small in containers, and does not limit this one."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("micl-zoo-pixels"), "rb+", buffering=0)
     return tempfile.TemporaryFile()
@@ -295,15 +272,15 @@ def _decode_into(
             refused[place] = Refused("damaged", f"{type(error).__name__}: {error}")
         end = time.perf_counter()
         reading, decoded = reading + middle - start, decoded + end - middle
-    return Outcome(refused, reading, decoded)
+    return refused, reading, decoded
 
 
 def work(connection: int, memory: int) -> None:
-    """The life of one process: chunks in, outcomes out, until the other end is gone.
+    """Run a decoding process: chunks in, outcomes out, until the other end is gone.
 
     Args:
-        connection: number of the open pipe.
-        memory: number of the open file that the pixels go into.
+        connection: file descriptor of the pipe.
+        memory: file descriptor that the pixels go into.
     """
     pipe = parent_pipe(connection)
     warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files; refusals are for the ledger

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -20,274 +22,268 @@ from ..encoders.device import (
     resolve_precision,
     usable_cores,
 )
-from ..encoders.encoder import Encoder, Pool
+from ..encoders.encoder import Encoder
 from ..encoders.load import load
 from ..errors import MiclZooError, UsageError
 from ..files import Folder
-from ..images.decode import Decoding
 from ..stores.store import Store, open_store
+from .options import ExtractOptions
 from .processes import CAN_START, Child, parent_pipe, wait_for_message
 from .runner import Event, Runner
+from .work import Work
 
 AHEAD = 2  # shards that a process knows of: it decodes the next while it finishes one
-TRIES = 2  # of a shard
-STARTS = 3  # of a process that does not come to work
+STARTS = 3  # of processes in one place that die before they come to work, in a row
 HANG = 5  # times the image timeout without a word, and a process is replaced
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process must know to embed shards of a store.
+    """All that a process must know to embed shards of a store."""
 
-    Attributes:
-        model, weights, backend, providers: see `load`.
-        compile: see `Encoder.compile_blocks`.
-        precision: "fp32", "bf16" or "fp16", of ONNX files "int8", too.
-        pool, normalize, decoding: of the embeddings.
-        batch_size: images a batch.
-        workers: processes that decode, for each one that runs the model.
-        image_timeout: seconds an image may take to read and decode.
-        threads: of a process on the CPU; 0 leaves torch's default.
-    """
-
-    model: str
-    weights: str | None
-    backend: Backend
-    compile: bool
-    precision: str
-    pool: Pool
-    normalize: bool
-    decoding: Decoding
-    batch_size: int
-    workers: int
-    image_timeout: float
-    threads: int = 0
-    providers: tuple[str, ...] | None = None
+    options: ExtractOptions  # as given, but for `model`, which is a name, and `weights`, an absolute path
+    backend: Backend  # "torch", "openvino" or "onnx"
+    precision: str  # "fp32", "bf16" or "fp16"; with ONNX files also "int8"
+    batch_size: int  # images per batch
+    workers: int  # decoding processes per model process
+    threads: int = 0  # threads of a process on the CPU; 0 leaves torch's default
 
     def encoder(self, device: str) -> Encoder:
         """Load the model onto a device."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        encoder = load(self.model, weights=self.weights, device=device, backend=self.backend, providers=self.providers)
-        if self.compile:
+        options = self.options
+        encoder = load(
+            cast(str, options.model),
+            weights=options.weights,
+            device=device,
+            backend=self.backend,
+            providers=options.providers,
+        )
+        if options.compile:
             encoder.compile_blocks(self.batch_size)
         return encoder
 
     def runner(self, encoder: Encoder) -> Runner:
-        """Processes that decode, and the model at work."""
-        return Runner(
-            encoder,
-            pool=self.pool,
-            normalize=self.normalize,
-            autocast=autocast_dtype(self.precision),
-            decoding=self.decoding,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            image_timeout=self.image_timeout,
-        )
+        """Start the decoding processes beside a model."""
+        return Runner(encoder, self.options, self.batch_size, self.workers, autocast_dtype(self.precision))
 
 
-@dataclass
-class Work:
-    """The shards of a run, given out to whoever asks, and taken back from those that die.
-
-    Attributes:
-        source: shards to do, None where none is listed yet.
-        failed: shards that failed too often, and how they did last.
-        error: that ended the source, to be raised when the shards before it are done.
-    """
-
-    source: Iterator[int | None]
-    failed: dict[int, str] = field(default_factory=dict)
-    error: MiclZooError | None = None
-    _again: deque[int] = field(default_factory=deque)
-    _tries: Counter[int] = field(default_factory=Counter)
-    _exhausted: bool = False
-
-    def take(self) -> int | None:
-        """The next shard; None when there is none for now."""
-        if self._again:
-            return self._again.popleft()
-        if self._exhausted:
-            return None
-        try:
-            return next(self.source)
-        except StopIteration:
-            self._exhausted = True
-        except MiclZooError as error:
-            self._exhausted, self.error = True, error
-        return None
-
-    @property
-    def exhausted(self) -> bool:
-        """No other shard comes, unless one is given back."""
-        return self._exhausted and not self._again
-
-    def give_back(self, shards: Sequence[int], why: str, *, guilty: bool = True) -> None:
-        """Shards of a process that has died: the first is the one it was at, and has failed once more if it is guilty.
-
-        It is not where a whole machine is gone, and such a shard is tried for as long as there are others.
-        """
-        for place, shard in enumerate(shards):
-            self._tries[shard] += guilty and place == 0
-            if self._tries[shard] >= TRIES:
-                self.failed[shard] = why
-            else:
-                self._again.append(shard)
-
-    def __iter__(self) -> Iterator[int | None]:
-        while not self.exhausted:
-            shard = self.take()
-            if shard is not None or not self.exhausted:
-                yield shard
+Engine = Callable[[Store, Work], Iterator[Event]]
 
 
-Engine = Callable[[Store, Work, Callable[[], bool]], Iterator[Event]]
-
-
-def run_here(job: Job, encoder: Encoder, store: Store, work: Work, stop: Callable[[], bool]) -> Iterator[Event]:
-    """In this process."""
-    with job.runner(encoder) as runner, contextlib.closing(runner.run(store, iter(work), stop)) as events:
+def run_here(job: Job, encoder: Encoder, store: Store, work: Work) -> Iterator[Event]:
+    """Embed in this process."""
+    with job.runner(encoder) as runner, contextlib.closing(runner.run(store, work)) as events:
         yield from events
 
 
-class _Model(Child):
-    """A process that runs the model, and the shards that it was given and has not finished, in order."""
+class Lost(Exception):
+    """A process has died; the text says of what."""
 
-    def __init__(self, job: Job, device: str, location: str) -> None:
-        super().__init__("micl_zoo.extraction.engines:serve")
-        self.device = device
+
+# What a process says: the node it is on, once its model is loaded; events; an error; None as its last word.
+Said = str | list[Event] | MiclZooError | Lost | None
+
+
+def embed_elsewhere(job: Job, device: str, find: Callable[[], Store], work: Work) -> Iterator[Said]:
+    """Embed shards in a process of their own, and tell of it. An error is one that other processes would meet, too."""
+    try:
+        store = find()
+        with job.runner(job.encoder(device)) as runner:
+            yield ""
+            for event in runner.run(store, work):
+                yield [event]
+    except MiclZooError as error:
+        yield error
+
+
+class Worker:
+    """A process that runs the model, as the run knows it: a child of this process or an actor of a Ray cluster.
+
+    Attributes:
+        what: names it to a person.
+        shards: shards that it was given and has not finished, in order.
+        node: id of its node in a Ray cluster, else "".
+        ready: it has loaded its model.
+        left: it does no more.
+        since: when it was last heard of, or was given work when it had none (monotonic seconds).
+    """
+
+    what: str
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
         self.shards: list[int] = []
-        self.left = self._dismissed = False
-        self.send((job, device, location))
+        self.node = ""
+        self.ready = self.left = False
+        self.since = time.monotonic()
+        self.listener = threading.Thread(target=self._listen, name="listen", daemon=True)
+        self.listener.start()
 
-    def feed(self, work: Work) -> None:
-        """Give it shards, so that it always knows the next."""
-        while len(self.shards) < AHEAD and (shard := work.take()) is not None:
+    def order(self, shard: int | None) -> None:
+        """Send it a shard; or None, to keep what it has and leave."""
+        raise NotImplementedError
+
+    def listen(self) -> Iterator[Said]:
+        """Receive what it says, until it leaves; raises Lost if it dies."""
+        raise NotImplementedError
+
+    def end(self) -> str:
+        """End it at once; how it had ended before, if it had."""
+        raise NotImplementedError
+
+    def guilty(self) -> bool:
+        """Whether its loss counts as a failure of the shard it was at."""
+        return True
+
+    def _listen(self) -> None:
+        try:
+            for said in self.listen():
+                self.work.tell((self, said))
+            self.work.tell((self, None))
+        except Lost as lost:
+            self.work.tell((self, lost))
+
+    def feed(self) -> None:
+        """Give it shards, so that it always knows the next; none before it can work."""
+        while self.ready and len(self.shards) < AHEAD and (shard := self.work.take()) is not None:
             self.since = self.since if self.shards else time.monotonic()
             self.shards.append(shard)
-            self.send(shard)
+            self.order(shard)
 
     def dismiss(self) -> None:
-        """Tell it to keep what it has and to leave."""
-        if not self._dismissed:
-            self._dismissed = True
-            self.send(None)
+        """Tell it to leave. One that has not come to work need not come."""
+        if self.ready:
+            self.order(None)
+        self.left |= not self.ready
 
-    def hear(self) -> Iterator[Event]:
-        """What it has said.
+    def heard(self, said: Said) -> Iterator[Event]:
+        """Note what it has said."""
+        self.since = time.monotonic()
+        if isinstance(said, MiclZooError | Lost):
+            raise said
+        if isinstance(said, str):
+            self.ready, self.node = True, said
+            return
+        self.left |= said is None
+        for event in said or ():
+            if event.finished:
+                self.shards.remove(event.shard)
+            yield event
 
-        Raises:
-            EOFError: it has died.
-            MiclZooError: it cannot do what was asked, and nor could another in its place.
-        """
-        while not self.left and self.connection.poll():
-            said = self.connection.recv()
-            self.since, self.ready = time.monotonic(), True
-            if isinstance(said, MiclZooError):
-                raise said
-            self.left = said == "left"
-            if isinstance(said, Event):
-                if said.finished:
-                    self.shards.remove(said.shard)
-                yield said
+    def seconds_left(self, patience: float) -> float:
+        """Seconds until it counts as hung; infinite while it has nothing to do."""
+        return self.since + patience - time.monotonic() if self.shards and not self.left else math.inf
 
 
-def run_in_processes(
-    job: Job, devices: Sequence[str], store: Store, work: Work, stop: Callable[[], bool]
-) -> Iterator[Event]:
-    """In one process for each device, all on this machine; one that dies or hangs is replaced.
+def run_crew(start: Callable[[int], Worker], count: int, work: Work, image_timeout: float) -> Iterator[Event]:
+    """Keep a number of workers fed until there is no more work; replace one that dies or hangs."""
+    crew = [start(place) for place in range(count)]
+    lost = [0] * count  # by place: workers in a row that died before they came to work
+    ending = False
 
-    Raises:
-        MiclZooError: processes do not start.
-    """
-    location = store.folder.location
-    models = [_Model(job, device, location) for device in devices]
-    lost: Counter[int] = Counter()  # before they came to work, by place
+    def replace(place: int, why: str) -> None:
+        worker = crew[place]
+        how = f"{worker.what} {worker.end()}{why}"
+        lost[place] = 0 if worker.ready else lost[place] + 1
+        if lost[place] >= STARTS:
+            raise MiclZooError(f"the model does not start: {how}. See its output above.")
+        work.give_back(worker.shards, how, guilty=worker.guilty())
+        if ending:
+            worker.left = True
+        else:
+            crew[place] = start(place)
+
     try:
-        while not all(model.left for model in models):
-            ending = stop() or (work.exhausted and not any(model.shards for model in models))
-            for place, model in enumerate(models):
-                if ending:
-                    model.dismiss()
-                elif not model.left:
-                    model.feed(work)
-                why = "it was killed or has crashed"
-                try:
-                    yield from model.hear()
-                    why = "it hung" if _hangs(model, HANG * job.image_timeout) else ""
-                except (EOFError, OSError):
-                    pass
-                if not why:
-                    continue
-                ended = model.end()
-                lost[place] += not model.ready
-                if lost[place] >= STARTS:
-                    raise MiclZooError(f"a process for {model.device} does not start: it {ended}. See above.")
-                work.give_back(model.shards, f"the process on {model.device} {ended}: {why}")
-                models[place] = _Model(job, model.device, location)
-            wait([model.connection for model in models if not model.left], 0.05)
+        while not all(worker.left for worker in crew):
+            if not ending:
+                ending = work.stopped or (work.over and not any(worker.shards for worker in crew))
+                for worker in crew:
+                    worker.dismiss() if ending else worker.feed()
+            patience = min(worker.seconds_left(HANG * image_timeout) for worker in crew)
+            for worker, said in work.hear(None if patience == math.inf else max(0.0, patience)):
+                if worker in crew and not worker.left:  # else another has its place
+                    try:
+                        yield from worker.heard(said)
+                    except Lost as died:
+                        replace(crew.index(worker), str(died))
+            for place, worker in enumerate(crew):
+                if worker.seconds_left(HANG * image_timeout) <= 0:
+                    replace(place, ": it hung")
     finally:
-        for model in models:
-            model.end()
+        for worker in crew:
+            worker.end()
 
 
-def _hangs(model: _Model, seconds: float) -> bool:
-    return bool(model.ready and model.shards and not model.left and time.monotonic() - model.since > seconds)
+class _Process(Worker):
+    """A process on this machine."""
+
+    def __init__(self, job: Job, device: str, location: str, work: Work) -> None:
+        self.child = Child("micl_zoo.extraction.engines:serve")
+        self.what = f"the process on {device}"
+        super().__init__(work)
+        self.child.send((job, device, location))
+
+    def order(self, shard: int | None) -> None:
+        self.child.send(shard)
+
+    def listen(self) -> Iterator[Said]:
+        try:
+            while (said := self.child.connection.recv()) is not None:
+                yield said
+        except (EOFError, OSError):
+            raise Lost(": it was killed or has crashed") from None
+
+    def end(self) -> str:
+        ended = self.child.kill()
+        self.listener.join()  # which reads from the pipe until it is at its end
+        self.child.connection.close()
+        return ended
 
 
 def serve(connection: int) -> None:
-    """The life of a process that runs the model: shards in, events out, until it is dismissed or its parent is gone."""
-    pipe = parent_pipe(connection)
-    inbox: deque[int | None] = deque()
+    """Run a process that embeds shards until it is dismissed or its parent is gone.
 
-    def dismissed() -> bool:
-        while None not in inbox and pipe.poll():
-            inbox.append(pipe.recv())
-        return None in inbox
+    Args:
+        connection: file descriptor of the pipe: in come the job and numbers of shards, out goes what `Said` lists.
+    """
+    pipe, work = parent_pipe(connection), Work()
 
-    def shards() -> Iterator[int | None]:
-        while not dismissed() or inbox[0] is not None:
-            yield inbox.popleft() if inbox else None
+    def take_orders() -> None:
+        with contextlib.suppress(EOFError, OSError):  # of the pipe, whose other end is gone
+            while wait_for_message(pipe) and (shard := pipe.recv()) is not None:
+                work.put(shard)
+        work.stop()
 
-    with contextlib.suppress(EOFError, OSError):  # of the pipe, whose other end is gone
-        if not wait_for_message(pipe):
-            return
-        job, device, location = pipe.recv()
-        try:
-            store = open_store(Folder(location))
-            with job.runner(job.encoder(device)) as runner:
-                pipe.send("ready")
-                for event in runner.run(store, shards(), dismissed):
-                    pipe.send(event)
-        except MiclZooError as error:
-            pipe.send(error)
-        except OSError as error:  # a full disk
-            pipe.send(MiclZooError(f"{error.strerror or error}: {error.filename or location}"))
-        else:
-            pipe.send("left")
+    def say(said: Said) -> None:
+        with contextlib.suppress(OSError):
+            pipe.send(said)
+
+    if not wait_for_message(pipe):
+        return
+    job, device, location = pipe.recv()
+    threading.Thread(target=take_orders, name="orders", daemon=True).start()
+    try:
+        for said in embed_elsewhere(job, device, lambda: open_store(Folder(location)), work):
+            say(said)
+    except OSError as error:  # a full disk
+        say(MiclZooError(f"{error.strerror or error}: {error.filename or location}"))
+    say(None)
 
 
 @dataclass(frozen=True)
 class Local:
-    """This machine, and the device of each process that runs the model on it.
+    """This machine, and the device of each process that runs the model on it."""
 
-    Attributes:
-        devices: one name a process; the same name twice are two processes that share it.
-    """
-
-    devices: list[str]
+    devices: list[str]  # one name per process; the same name twice stands for two processes that share the device
 
     @classmethod
     def find(cls, devices: str, processes: int | None) -> Local:
         """Resolve names.
 
         Args:
-            devices: "auto", "all" (every GPU), or names with commas between them.
-            processes: how many, that share the devices; None is one for each.
-
-        Raises:
-            UsageError: a device that is not there, "all" where there is no GPU, or more devices than processes.
+            devices, processes: see `ExtractOptions`.
         """
         names = [name.strip() for name in devices.split(",") if name.strip()]
         if "all" in names:
@@ -311,28 +307,35 @@ class Local:
 
     @property
     def several(self) -> bool:
-        """The model runs in processes of its own."""
+        """Whether the model runs in processes of its own."""
         return len(self.devices) > 1
 
     @property
     def threads(self) -> int:
-        """Of each process, where several share the processor; else 0, which leaves torch's default."""
+        """Threads per process where several share the CPU; else 0, which leaves torch's default."""
         return max(1, usable_cores() // len(self.devices)) if self.several and self.kind == "cpu" else 0
 
     def precision(self, wanted: Precision) -> str:
-        """That the devices run in."""
+        """Resolve "auto" for the devices."""
         return resolve_precision(wanted, torch.device(self.devices[0]))[1]
 
     def workers(self, wanted: int | None) -> int:
-        """Processes that decode, for each that runs the model."""
+        """Decoding processes per model process."""
         total = default_workers() if wanted is None else wanted
         return -(-total // len(self.devices))
 
     def engine(self, job: Job, encoder: Encoder) -> Engine:
         """What embeds the shards; a single process does it with this very encoder."""
-        if self.several:
-            return lambda store, work, stop: run_in_processes(job, self.devices, store, work, stop)
-        return lambda store, work, stop: run_here(job, encoder, store, work, stop)
+        if not self.several:
+            return lambda store, work: run_here(job, encoder, store, work)
+
+        def run(store: Store, work: Work) -> Iterator[Event]:
+            def start(place: int) -> Worker:
+                return _Process(job, self.devices[place], store.folder.location, work)
+
+            return run_crew(start, len(self.devices), work, job.options.image_timeout)
+
+        return run
 
     def __str__(self) -> str:
         counts = Counter(self.devices)

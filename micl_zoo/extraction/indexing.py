@@ -1,10 +1,9 @@
-"""From a source to the index of a store, shard by shard, while the first images are being embedded."""
+"""Writes the index of a store, shard by shard, while the first images are being embedded."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import deque
 from collections.abc import Iterator
 from itertools import count
 
@@ -12,69 +11,53 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import StoreError
+from ..progress import Tick
 from ..sources.listing import Fingerprint, ImageIndex
 from ..stores.store import Store
+from .work import Work
 
 
-class Listing:
-    """Cuts a source into shards in a thread of its own and writes their index; tells which there are so far.
+class Indexing:
+    """Cuts a source into shards in a thread of its own, writes their index, and puts those to do into the work.
 
     A store that has an index already keeps it, and the source must still be what it was: ids, offsets and lengths. Only
     where images are may have changed (a folder that was moved). The index is written anew then.
+
+    Attributes:
+        images: images listed so far.
     """
 
     def __init__(
-        self, store: Store, pieces: Iterator[ImageIndex], *, limit: int | None = None, only_missing: bool = False
+        self, store: Store, pieces: Iterator[ImageIndex], work: Work, tick: Tick, limit: int | None, only_missing: bool
     ) -> None:
         """Start.
 
         Args:
-            store: to write the index into.
-            pieces: of the source's index, see `list_source`.
-            limit: images at most.
-            only_missing: leave what the store's index has as it is, and add the images that it has not.
+            store: the store to write the index into.
+            pieces: the source's index in pieces, see `list_source`.
+            work: gets the shards that have no part yet, then the end, or the error that was met:
+                SourceError, or StoreError if the source is not that of the store.
+            tick: is told of the shards that have a part already, and at the end how many images there are.
+            limit: number of images to list at most.
+            only_missing: leave what the store's index has as it is, and add the images that it lacks.
         """
-        self.store, self.limit, self.only_missing = store, limit, only_missing
+        self.store, self.work, self.tick, self.limit, self.only_missing = store, work, tick, limit, only_missing
         self.images = 0
-        self._ready: deque[tuple[int, int]] = deque()
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, args=(pieces,), name="listing", daemon=True)
+        self.done = set(store.done())
+        self._thread = threading.Thread(target=self._run, args=(pieces,), name="indexing", daemon=True)
         self._thread.start()
-
-    @property
-    def finished(self) -> bool:
-        """All is listed; `images` is their number."""
-        return not self._thread.is_alive()
-
-    def shards(self) -> Iterator[tuple[int, int] | None]:
-        """All shards in order, each with its number of images; None where none is listed yet.
-
-        Raises:
-            SourceError: of the source.
-            StoreError: the source is not that of the store.
-        """
-        while True:
-            ended = self.finished  # asked first: what was listed last is then in the queue
-            if self._ready:
-                yield self._ready.popleft()
-            elif not ended:
-                yield None
-            elif self._error is not None:
-                raise self._error
-            else:
-                return
 
     def stop(self) -> None:
         """List no further."""
-        self._stopped = True
+        self.work.close()
         self._thread.join(5)  # it ends with the process if it waits for a server
 
     def _run(self, pieces: Iterator[ImageIndex]) -> None:
         try:
             self._list(pieces)
-        except BaseException as error:  # for `shards`, in the thread that works
-            self._error = error
+            self.work.end()
+        except BaseException as error:  # for the thread that works
+            self.work.end(error)
 
     def _list(self, pieces: Iterator[ImageIndex]) -> None:
         there = self.store.indexed()
@@ -92,7 +75,7 @@ class Listing:
                 self._announce(first - 1, index, fingerprint)
         rows = _cut(_new(_limited(pieces, self.limit), known), self.store.manifest.shard_rows)
         for number, index in zip(count(first), rows):
-            if self._stopped:
+            if self.work.stopped:
                 return
             if number < len(there):
                 _compare(self.store, number, index)
@@ -107,7 +90,10 @@ class Listing:
     def _announce(self, number: int, index: ImageIndex, fingerprint: Fingerprint) -> None:
         fingerprint.update(index)
         self.images += len(index)
-        self._ready.append((number, len(index)))
+        if number in self.done:
+            self.tick(0, before=len(index))
+        else:
+            self.work.put(number)
 
     def _finish(self, shards: int, sha256: str) -> None:
         store = self.store
@@ -115,6 +101,7 @@ class Listing:
         if finished != store.manifest:
             store.manifest = finished
             store.write_manifest()
+        self.tick(0, total=self.images)
 
 
 def _limited(pieces: Iterator[ImageIndex], limit: int | None) -> Iterator[ImageIndex]:
@@ -130,7 +117,7 @@ def _limited(pieces: Iterator[ImageIndex], limit: int | None) -> Iterator[ImageI
 
 
 def _new(pieces: Iterator[ImageIndex], known: set[str]) -> Iterator[ImageIndex]:
-    """Without the images that are known."""
+    """Leave out the images that are known."""
     for piece in pieces:
         if known:
             fresh = pa.array([name not in known for name in piece.ids], pa.bool_())
@@ -140,7 +127,7 @@ def _new(pieces: Iterator[ImageIndex], known: set[str]) -> Iterator[ImageIndex]:
 
 
 def _cut(pieces: Iterator[ImageIndex], rows: int) -> Iterator[ImageIndex]:
-    """Pieces of any size, as pieces of `rows` images each but the last."""
+    """Cut pieces of any size into pieces of `rows` images, but for the last."""
     held: list[pa.Table] = []
     for piece in pieces:
         held.append(piece.table)

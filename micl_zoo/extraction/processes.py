@@ -1,4 +1,4 @@
-"""Processes of our own with a pipe to each: started clean, with no thread or lock of this one in them."""
+"""Child processes with a pipe to each: started clean, with no thread or lock of this one in them."""
 
 from __future__ import annotations
 
@@ -7,29 +7,26 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-CAN_START = os.name == "posix"  # they inherit open files, which Windows does otherwise
+CAN_START = os.name == "posix"  # relies on POSIX file-descriptor inheritance
 
 
 class Child:
     """A process that runs one function of this package, and the pipe to it.
 
     Attributes:
-        connection: to send to it and receive from it; at its end (EOFError) it has died.
-        ready: it has said so.
-        since: when it was last heard of, or was given work when it had none (monotonic seconds).
+        connection: sends to it and receives from it; EOFError there means that it has died.
     """
 
     def __init__(self, function: str, *, files: Sequence[int] = ()) -> None:
         """Start it.
 
         Args:
-            function: "module:name" of one that takes the numbers of its pipe and files.
-            files: numbers of open files that it inherits.
+            function: "module:name" of one that takes the file descriptors of its pipe and of `files`.
+            files: descriptors of open files that it inherits.
         """
         here, there = Pipe()
         module, _, name = function.partition(":")
@@ -38,37 +35,40 @@ class Child:
         self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=numbers, stdin=subprocess.DEVNULL)
         there.close()
         self.connection: Connection[Any, Any] = here
-        self.ready = False
-        self.since = time.monotonic()
 
     def send(self, message: Any) -> None:
-        """Send; that it has died meanwhile is seen when its answers are read."""
+        """Send a message; if the process has died meanwhile, reading its answers shows it."""
         with contextlib.suppress(OSError):
             self.connection.send(message)
 
-    def end(self) -> str:
-        """Kill it, and say what it had died of before."""
+    def kill(self) -> str:
+        """Kill the process, and say what it had died of before."""
         code = self.process.poll()
         if code is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self.process.wait(0.2)  # its pipe may close a moment before it has ended
         self.process.kill()
         self.process.wait()
-        self.connection.close()
         if code is None:
             return "did not end"
         return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
 
+    def end(self) -> str:
+        """Kill the process, and close the pipe."""
+        ended = self.kill()
+        self.connection.close()
+        return ended
+
 
 def parent_pipe(number: int) -> Connection[Any, Any]:
-    """The child's end. Signals that reach all processes at once are left to the parent, which closes the pipe."""
+    """Open the child's end. Signals sent to all processes at once are left to the parent, which closes the pipe."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     return Connection(number)
 
 
 def wait_for_message(pipe: Connection[Any, Any]) -> bool:
-    """Wait for one; False when the parent has died."""
+    """Wait for a message; False when the parent has died."""
     parent = os.getppid()
     try:
         while not pipe.poll(5):

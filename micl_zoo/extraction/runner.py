@@ -1,10 +1,10 @@
-"""One process embeds shards: decoding, transfer, model and writing overlap; each image has a row or a refusal."""
+"""Embeds shards in one process: decoding, transfer, model and writing overlap; each image has a row or a refusal."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,22 +15,23 @@ from torch import Tensor
 
 from ..encoders.encoder import Encoder, Pool
 from ..errors import MiclZooError
-from ..images.decode import Decoding
 from ..sources.listing import Entry, ImageIndex
 from ..stores.store import RefusedRow, Rows, Store
 from .decoders import Batch, Decoders
+from .options import ExtractOptions
+from .work import Work
 
-SAVE_SECONDS = 60.0  # between two times that the beginning of a shard is kept: what a killed run can lose
+SAVE_SECONDS = 60.0  # between two saves of the beginning of a shard: what a killed run can lose
 
 
 @dataclass
 class Times:
-    """Seconds, of one process.
+    """Seconds spent in each stage by one process.
 
     Attributes:
-        read, decode: in the processes that decode, added up.
-        wait: for them.
-        transfer, model, write: of the process that runs the model.
+        read, decode: spent by the decoding processes, added up.
+        wait: spent waiting for them.
+        transfer, model, write: spent by the process that runs the model.
     """
 
     read: float = 0.0
@@ -41,13 +42,13 @@ class Times:
     write: float = 0.0
 
     def add(self, other: Times) -> None:
-        """Add those of another piece of work."""
+        """Add the times of another piece of work."""
         for name, seconds in vars(other).items():
             setattr(self, name, getattr(self, name) + seconds)
 
     @property
     def bottleneck(self) -> str:
-        """The stage that the others wait for: read, decode, transfer, model or write; "" before there was any work."""
+        """Name the stage that the others wait for: read, decode, transfer, model or write; "" before any work."""
         waits = {"read" if self.read > self.decode else "decode": self.wait}
         waits |= {"transfer": self.transfer, "model": self.model, "write": self.write}
         stage = max(waits, key=lambda name: waits[name])
@@ -55,26 +56,18 @@ class Times:
 
 
 class Event(NamedTuple):
-    """Progress.
+    """Progress."""
 
-    Attributes:
-        shard: its number.
-        images: that were embedded or refused since the last event.
-        refused: of them without a row.
-        finished: the shard's part is on disk.
-        times: since the last event.
-    """
-
-    shard: int
-    images: int
-    refused: int
-    finished: bool
-    times: Times
+    shard: int  # its number
+    images: int  # images embedded or refused since the last event
+    refused: int  # images refused since the last event
+    finished: bool  # the shard's part is on disk
+    times: Times  # times since the last event
 
 
 @dataclass
 class _Shard:
-    """A shard on its way, and what is there of it so far."""
+    """A shard that is being embedded, and the rows computed so far."""
 
     number: int
     size: int
@@ -86,7 +79,7 @@ class _Shard:
         return sum(piece.images for piece in self.pieces)
 
     def rows(self) -> Rows:
-        """All pieces as one, which takes their place."""
+        """Join the pieces."""
         ids = [name for piece in self.pieces for name in piece.ids]
         refused = [row for piece in self.pieces for row in piece.refused]
         self.pieces = [Rows(ids, np.concatenate([piece.embeddings for piece in self.pieces]), refused)]
@@ -94,7 +87,7 @@ class _Shard:
 
 
 class _Launched(NamedTuple):
-    """A batch whose rows the device may still be at work on."""
+    """A batch whose rows the device may still be computing."""
 
     batch: Batch
     rows: list[Tensor]
@@ -105,7 +98,7 @@ class Model:
     """An encoder that embeds decoded pixels, in smaller pieces where its device has not the memory for all at once.
 
     Attributes:
-        images_at_once: that have fitted so far, at most; None before any did not fit.
+        images_at_once: largest number of images that the device has memory for; None before any did not fit.
     """
 
     def __init__(self, encoder: Encoder, *, pool: Pool, normalize: bool, autocast: torch.dtype | None) -> None:
@@ -114,7 +107,7 @@ class Model:
         self.times = Times()
 
     def launch(self, pixels: np.ndarray) -> tuple[list[Tensor], Any]:
-        """Start on (n, size, size, 3) uint8; the rows come as float32 on the host, good once the event has happened."""
+        """Start embedding (n, size, size, 3) uint8: float32 rows on the host, valid once the event has happened."""
         rows, start = [], 0
         while start < len(pixels):
             piece = pixels[start : start + (self.images_at_once or len(pixels))]
@@ -174,25 +167,17 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 class Runner:
-    """Embeds shards of a store with one model, its own processes that decode, and a thread that writes."""
+    """Embeds shards of a store with one model, its own decoding processes, and a thread that writes."""
 
     def __init__(
-        self,
-        encoder: Encoder,
-        *,
-        pool: Pool = "cls",
-        normalize: bool = True,
-        autocast: torch.dtype | None = None,
-        decoding: Decoding,
-        batch_size: int,
-        workers: int,
-        image_timeout: float = 120.0,
+        self, encoder: Encoder, options: ExtractOptions, batch_size: int, workers: int, autocast: torch.dtype | None
     ) -> None:
-        self.model = Model(encoder, pool=pool, normalize=normalize, autocast=autocast)
+        self.model = Model(encoder, pool=options.pool, normalize=options.normalize, autocast=autocast)
         self.batch_size = batch_size
-        self.decoders = Decoders(
-            encoder.transform, decoding, workers=workers, batch_size=batch_size, image_timeout=image_timeout
-        )
+        self.decoders = Decoders(encoder.transform, options.decoding, workers, batch_size, options.image_timeout)
+        self._planned: Iterator[tuple[_Shard, Sequence[Entry]]] = iter(())  # batches of the shard taken last
+        self._launched: deque[_Launched] = deque()
+        self._started: dict[int, _Shard] = {}
         self._writer = ThreadPoolExecutor(1, "write")
         self._writing: deque[tuple[int, bool, Future[None]]] = deque()  # shard, all of it, when it is done
 
@@ -204,90 +189,88 @@ class Runner:
         self.decoders.__exit__()
 
     def embed(self, index: ImageIndex) -> Iterator[Rows]:
-        """An index batch by batch, without a store."""
-        starts = range(0, len(index), self.batch_size)
-        batches = ((None, list(index.slice(start, self.batch_size).entries())) for start in starts)
-        yield from (self._collect(launched) for launched in self._launches(batches) if launched is not None)
+        """Embed an index batch by batch, without a store."""
+        for start in range(0, len(index), self.batch_size):
+            if not self.decoders.room and (launched := self._next()):
+                yield self._collect(launched)
+            self.decoders.submit(None, list(index.slice(start, self.batch_size).entries()))
+        while launched := self._next():
+            yield self._collect(launched)
 
-    def run(
-        self, store: Store, shards: Iterable[int | None], stop: Callable[[], bool] = lambda: False
-    ) -> Generator[Event, None, None]:
-        """Embed shards of a store, in order.
+    def run(self, store: Store, work: Work) -> Generator[Event, None, None]:
+        """Embed shards of a store, in order, until there are no more or the work is stopped.
 
-        Args:
-            store: that has the index of the shards.
-            shards: numbers; None where there is none yet but may be soon.
-            stop: asked after every batch; when it is time, the beginnings of shards are kept, for the next run.
+        Whatever ends it, the beginnings of unfinished shards are kept for the next run.
         """
-        started: dict[int, _Shard] = {}
         try:
-            for launched in self._launches(self._plan(store, shards, started)):
-                if launched is not None:
-                    yield self._add(store, started, launched)
-                yield from self._written(idle=launched is None)
-                if stop():
+            while not work.stopped:
+                work.receive(0)
+                self._plan(store, work)
+                if launched := self._next():
+                    yield self._add(store, launched)
+                    yield from self._written(idle=False)
+                elif self._writing:
+                    yield from self._written(idle=True)
+                elif work.over:
                     break
+                elif not work.stopped:
+                    work.receive()
         finally:  # also of an error: nothing that was computed is lost
             wait([future for *_, future in self._writing])  # else an older beginning could come after the newer one
-            for shard in started.values():
+            for shard in self._started.values():
                 if shard.pieces:
                     store.write_beginning(shard.number, shard.rows())
         yield from self._written(idle=True)
 
-    def _add(self, store: Store, started: dict[int, _Shard], launched: _Launched) -> Event:
-        """Put a batch to its shard, and write that when it is whole or was not saved for long."""
+    def _plan(self, store: Store, work: Work) -> None:
+        """Submit batches while there is room. None spans two shards."""
+        while self.decoders.room:
+            if batch := next(self._planned, None):
+                self.decoders.submit(*batch)
+            elif (number := work.take()) is not None:
+                self._planned = self._batches(store, number)
+            else:
+                return
+
+    def _batches(self, store: Store, number: int) -> Iterator[tuple[_Shard, Sequence[Entry]]]:
+        """Cut a shard into batches, from where an earlier run has stopped."""
+        index, begun = store.shard(number), store.beginning(number)
+        shard = self._started[number] = _Shard(number, len(index))
+        if begun is not None and begun.images < len(index):
+            shard.pieces.append(begun)
+        for start in range(shard.images, len(index), self.batch_size):
+            yield shard, list(index.slice(start, self.batch_size).entries())
+
+    def _next(self) -> _Launched | None:
+        """Wait for the next batch to be embedded; None if none was submitted."""
+        ahead = 2 if self.model.encoder.device.type == "cuda" else 1  # a GPU works on one while another is collected
+        while self.decoders.pending and len(self._launched) < ahead:
+            start = time.perf_counter()
+            batch = self.decoders.take()
+            self.model.times.wait += time.perf_counter() - start
+            self.model.times.read += batch.read_seconds
+            self.model.times.decode += batch.decode_seconds
+            self._launched.append(_Launched(batch, *self.model.launch(batch.pixels)))
+        return self._launched.popleft() if self._launched else None
+
+    def _add(self, store: Store, launched: _Launched) -> Event:
+        """Add a batch to its shard, and write that when it is whole or was not saved for long."""
         rows, shard = self._collect(launched), launched.batch.tag
         shard.pieces.append(rows)
         if shard.images == shard.size:
-            del started[shard.number]
+            del self._started[shard.number]
             self._write(shard, store.write_part)
         elif time.monotonic() - shard.saved > SAVE_SECONDS and not self._writing:
             self._write(shard, store.write_beginning)
         return Event(shard.number, rows.images, len(rows.refused), False, self._times())
 
-    def _plan(
-        self, store: Store, shards: Iterable[int | None], started: dict[int, _Shard]
-    ) -> Iterator[tuple[_Shard, Sequence[Entry]] | None]:
-        """The batches of shards, which never span two of them, from where an earlier run has stopped."""
-        for number in shards:
-            if number is None:
-                yield None
-                continue
-            index, begun = store.shard(number), store.beginning(number)
-            shard = started[number] = _Shard(number, len(index))
-            if begun is not None and begun.images < len(index):
-                shard.pieces.append(begun)
-            for start in range(shard.images, len(index), self.batch_size):
-                yield shard, list(index.slice(start, self.batch_size).entries())
-
-    def _launches(self, batches: Iterable[tuple[Any, Sequence[Entry]] | None]) -> Iterator[_Launched | None]:
-        """Batches on their way through the model; None where there are none for now.
-
-        On a GPU the next batch is under way before the last is waited for.
-        """
-        before: deque[_Launched] = deque()
-        start = time.perf_counter()
-        for batch in self.decoders.batches(batches):
-            self.model.times.wait += time.perf_counter() - start
-            if batch is not None:
-                self.model.times.read += batch.read_seconds
-                self.model.times.decode += batch.decode_seconds
-                before.append(_Launched(batch, *self.model.launch(batch.pixels)))
-            while before and (batch is None or before[0].event is None or len(before) > 1):
-                yield before.popleft()
-            if batch is None:
-                yield None
-            start = time.perf_counter()
-        yield from before
-
     def _collect(self, launched: _Launched) -> Rows:
-        batch = launched.batch
-        refused = [
-            RefusedRow(entry.id, entry.uri, batch.refused[place].reason, batch.refused[place].detail)
-            for place, entry in enumerate(batch.entries)
-            if place in batch.refused
-        ]
-        ids = [entry.id for place, entry in enumerate(batch.entries) if place not in batch.refused]
+        ids, refused = [], []
+        for place, entry in enumerate(launched.batch.entries):
+            if why := launched.batch.refused.get(place):
+                refused.append(RefusedRow(entry.id, entry.uri, why.reason, why.detail))
+            else:
+                ids.append(entry.id)
         return Rows(ids, self.model.finish(launched.rows, launched.event), refused)
 
     def _write(self, shard: _Shard, write: Callable[[int, Rows], None]) -> None:
@@ -297,7 +280,7 @@ class Runner:
         self._writing.append((shard.number, rows.images == shard.size, future))
 
     def _written(self, *, idle: bool) -> Iterator[Event]:
-        """What was written meanwhile. With a part waiting behind another, writing is what the rest waits for."""
+        """Tell what was written meanwhile. With a part waiting behind another, writing is what the rest waits for."""
         while self._writing and (idle or len(self._writing) > 1 or self._writing[0][2].done()):
             start = time.perf_counter()
             number, whole, future = self._writing.popleft()
@@ -307,6 +290,6 @@ class Runner:
                 yield Event(number, 0, 0, True, self._times())
 
     def _times(self) -> Times:
-        """Since it was asked last."""
+        """Return the times since the last call."""
         times, self.model.times = self.model.times, Times()
         return times

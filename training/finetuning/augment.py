@@ -77,25 +77,6 @@ def share_places(batch_size: int, share: Share) -> Tensor:
     return torch.cat([front, batch_size - 1 - front.flip(0)])
 
 
-def make_augmentation(recipe: FineTuneRecipe, transform: Transform) -> Callable[[Image.Image], Tensor]:
-    """Make timm's crop, flip, automatic augmentation and erasing: a whole RGB image to (3, S, S) float32."""
-    made: Callable[[Image.Image], Tensor] = create_transform(
-        input_size=transform.size,
-        is_training=True,
-        scale=(recipe.crop_scale_min, recipe.crop_scale_max),
-        ratio=(recipe.crop_ratio_min, recipe.crop_ratio_max),
-        hflip=recipe.flip_probability,
-        color_jitter=None,
-        auto_augment=recipe.augment or None,
-        interpolation=transform.interpolation,
-        mean=transform.mean,
-        std=transform.std,
-        re_prob=recipe.erase_probability,
-        re_mode="pixel",  # MAE's: noise of the normalised pixels' own deviation
-    )
-    return made
-
-
 class AugmentedCorpus(Streamed):
     """The training part of a labelled set, read, decoded and augmented by worker processes."""
 
@@ -117,7 +98,22 @@ class _Augmented(Pieces):
 
     def __init__(self, images: LabelledImages, recipe: FineTuneRecipe, transform: Transform, share: Share) -> None:
         super().__init__(images.index, recipe, share_places(recipe.batch_size, share), PIECE)
-        self.labels, self.augment = images.labels, make_augmentation(recipe, transform)
+        self.labels = images.labels
+        # whole RGB image -> (3, S, S) float32: timm's crop, flip, automatic augmentation and erasing
+        self.augment: Callable[[Image.Image], Tensor] = create_transform(
+            input_size=transform.size,
+            is_training=True,
+            scale=(recipe.crop_scale_min, recipe.crop_scale_max),
+            ratio=(recipe.crop_ratio_min, recipe.crop_ratio_max),
+            hflip=recipe.flip_probability,
+            color_jitter=None,
+            auto_augment=recipe.augment or None,
+            interpolation=transform.interpolation,
+            mean=transform.mean,
+            std=transform.std,
+            re_prob=recipe.erase_probability,
+            re_mode="pixel",  # MAE's: noise of the normalised pixels' own deviation
+        )
 
     def makers(self, step: int, places: Tensor) -> Iterator[Callable[[bytes, int], tuple[Tensor, ...]]]:
         """Draw by the place in the batch."""

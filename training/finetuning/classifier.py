@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from micl_zoo.encoders.device import autocasting
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.weights import EncoderConfig, save_weights, without_head
+from micl_zoo.encoders.weights import EncoderConfig, save_weights
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.images.transform import Transform
 
@@ -44,24 +44,15 @@ def make_classifier(encoder: Encoder, recipe: FineTuneRecipe, classes: int) -> V
 
     With pool "mean" the final norm comes after the mean and is new, as in MAE: the encoder's own, which is of single
     tokens, is left out. The position table is trained along with the rest.
-
-    Args:
-        encoder: encoder in torch.
-        recipe: gives the pool, drop path, the head's first weights and the seed.
-        classes: number of classes C.
     """
-    model: VisionTransformer = timm.create_model(
-        encoder.config.architecture,
-        num_classes=classes,
-        **{**encoder.config.model_args, "global_pool": TIMM_POOL[recipe.pool], "drop_path_rate": recipe.drop_path},
-    )
+    args = {**encoder.config.model_args, "global_pool": TIMM_POOL[recipe.pool], "drop_path_rate": recipe.drop_path}
+    model: VisionTransformer = timm.create_model(encoder.config.architecture, num_classes=classes, **args)
     state, new = encoder.vit.state_dict(), {"head.weight", "head.bias"}
     if recipe.pool == "mean":
         state = {key: value for key, value in state.items() if not key.startswith("norm.")}
         new |= {"fc_norm.weight", "fc_norm.bias"}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert set(missing) == new, missing
-    assert not unexpected, unexpected
+    assert (set(missing), unexpected) == (new, []), (missing, unexpected)
     generator = seeded(recipe.seed, 2)  # on the CPU: the same weights for every device
     nn.init.trunc_normal_(model.head.weight, std=recipe.head_std, generator=generator)
     nn.init.zeros_(model.head.bias)
@@ -73,17 +64,12 @@ def make_classifier(encoder: Encoder, recipe: FineTuneRecipe, classes: int) -> V
 
 
 class GivenDropPath(nn.Module):
-    """timm's DropPath, but the random numbers are handed in: they do not depend on how a batch is shared or cut.
-
-    Attributes:
-        drop_prob: chance that a branch's output is set to 0; the others are scaled to keep the mean.
-        draws: (b,) uniform, one per image that comes next.
-    """
+    """timm's DropPath, but the random numbers are handed in: they do not depend on how a batch is shared or cut."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
-        self.drop_prob = drop_prob
-        self.draws = torch.empty(0)
+        self.drop_prob = drop_prob  # chance that a branch's output is set to 0; the others are scaled to keep the mean
+        self.draws = torch.empty(0)  # (b,) uniform, one per image that comes next
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Drop whole branches: (b, N, D), the same shape back."""
@@ -94,26 +80,18 @@ class GivenDropPath(nn.Module):
 
 
 class ClassifierStep(Step):
-    """Takes steps of a classifier: `step(pictures)` changes the weights in place, see `Step`.
-
-    Args:
-        model: made by `make_classifier`, on its device.
-        recipe: recipe of the run.
-        ranks: this process among all.
-        autocast: dtype of the matrix products, None for that of the weights.
-        micro_batch: most images per forward pass; None takes the share whole. The gradients are the same.
-    """
+    """Takes steps of a classifier: `step(pictures)` changes the weights in place, see `Step`."""
 
     recipe: FineTuneRecipe
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: VisionTransformer,  # made by `make_classifier`, on its device
         recipe: FineTuneRecipe,
         ranks: Ranks | None = None,
         *,
-        autocast: torch.dtype | None = None,
-        micro_batch: int | None = None,
+        autocast: torch.dtype | None = None,  # dtype of the matrix products, None for that of the weights
+        micro_batch: int | None = None,  # most images per forward pass, None for all; the gradients are the same
     ) -> None:
         ranks = ranks or Ranks()
         check_share(recipe, ranks.world)
@@ -122,19 +100,17 @@ class ClassifierStep(Step):
         self.optimizer = make_layered_optimizer(model, recipe)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         self._drops = [module for module in model.modules() if isinstance(module, GivenDropPath)]
-        self._mixup = Mixup(
-            recipe.mixup,
-            recipe.cutmix,
-            prob=recipe.mix_probability if recipe.mixup or recipe.cutmix else 0.0,
-            label_smoothing=recipe.label_smoothing,
-            num_classes=model.num_classes,
-        )
+        chance = recipe.mix_probability if recipe.mixup or recipe.cutmix else 0.0
+        smoothing, classes = recipe.label_smoothing, model.num_classes
+        self._mixup = Mixup(recipe.mixup, recipe.cutmix, prob=chance, label_smoothing=smoothing, num_classes=classes)
 
     def accumulate(self, pictures: Pictures) -> Tensor:
         """Compute the gradients of one step, without taking it: loss () of this share."""
         with drawing(self.recipe.seed, 5, pictures.step):  # the same shares and boxes on every rank
             pixels, targets = self._mixup(pictures.pixels, pictures.labels)  # (b, 3, S, S), (b, C)
-        draws = self._drop_draws(pictures)  # (L, b)
+        generator = seeded(self.recipe.seed, 6, pictures.step)
+        draws = torch.rand(len(self._drops), self.recipe.batch_size, generator=generator)
+        draws = draws[:, pictures.places].to(pixels.device, non_blocking=True)  # (L, b)
         count = -(-len(pixels) // self.micro_batch)
         pieces = list(zip(pixels.chunk(count), targets.chunk(count), draws.chunk(count, dim=1), strict=True))
         losses = []
@@ -149,11 +125,6 @@ class ClassifierStep(Step):
         for drop, drawn in zip(self._drops, draws, strict=True):
             drop.draws = drawn
         return SoftTargetCrossEntropy()(self._compute(pixels).float(), targets)  # of logits (b, C)
-
-    def _drop_draws(self, pictures: Pictures) -> Tensor:
-        generator = seeded(self.recipe.seed, 6, pictures.step)
-        draws = torch.rand(len(self._drops), self.recipe.batch_size, generator=generator)
-        return draws[:, pictures.places].to(pictures.pixels.device, non_blocking=True)
 
 
 def check_share(recipe: FineTuneRecipe, world: int) -> None:
@@ -181,21 +152,13 @@ class Tested(NamedTuple):
 @torch.inference_mode()
 def measure_classifier(
     model: VisionTransformer,
-    batches: Iterator[Resized],
-    transform: Transform,
+    batches: Iterator[Resized],  # this rank's share of the test part, on the device of the model
+    transform: Transform,  # of the encoder, to normalise
     ranks: Ranks,
     *,
     autocast: torch.dtype | None = None,
 ) -> Tested:
-    """Test on the shares of all ranks together; each image counts once.
-
-    Args:
-        model: classifier, left in the mode that it was in.
-        batches: this rank's share of the test part, on the device of the model.
-        transform: transform of the encoder, to normalise.
-        ranks: this process among all.
-        autocast: dtype of the matrix products, None for that of the weights.
-    """
+    """Test on the shares of all ranks together; each image counts once."""
     before, right, refused = model.training, list[list[list[bool]]](), list[RefusedImage]()
     model.eval()
     for pixels, labels, bad in batches:
@@ -216,29 +179,15 @@ def measure_classifier(
 
 def save_classifier(
     folder: Path,
-    state: dict[str, Tensor],
-    config: EncoderConfig,
+    state: dict[str, Tensor],  # of `make_classifier`'s model
+    config: EncoderConfig,  # of the encoder
     recipe: FineTuneRecipe,
-    classes: Sequence[str],
+    classes: Sequence[str],  # names, by number
     provenance: dict[str, Any],
 ) -> Path:
-    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` takes; returns the weights file.
-
-    Args:
-        folder: made if need be.
-        state: state of `make_classifier`'s model.
-        config: config of the encoder.
-        recipe: gives the pool.
-        classes: names, by number.
-        provenance: goes into the file's header.
-    """
+    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` takes; returns the weights file."""
     body, pool = json.loads(config.to_json()), TIMM_POOL[recipe.pool]
     body |= {"num_classes": len(classes), "global_pool": pool, "label_names": list(classes)}
     body["model_args"] = {**config.model_args, "global_pool": pool}
     body["pretrained_cfg"] |= {"num_classes": len(classes), "label_names": list(classes)}
     return save_weights(folder, state, body, provenance, "float32")
-
-
-def save_backbone(folder: Path, state: dict[str, Tensor], config: EncoderConfig, provenance: dict[str, Any]) -> Path:
-    """Write a classifier without its head as an encoder, see `without_head`; returns the weights file."""
-    return save_weights(folder, without_head(state), config, provenance, "float32")

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from micl_zoo.encoders.load import load
+from micl_zoo.encoders.weights import save_weights, without_head
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256, write_text
@@ -30,15 +31,7 @@ from ..run.ranks import joined
 from ..run.rundir import RunDir, command_text, run_record
 from ..run.step import resolve_autocast
 from .augment import AugmentedCorpus, Pictures, resized_batches
-from .classifier import (
-    ClassifierStep,
-    Tested,
-    check_share,
-    make_classifier,
-    measure_classifier,
-    save_backbone,
-    save_classifier,
-)
+from .classifier import ClassifierStep, Tested, check_share, make_classifier, measure_classifier, save_classifier
 
 RESULT_FILE = "result.json"
 SMOKE_IMAGES = 64  # of each part
@@ -170,28 +163,25 @@ class _Loop(Loop[Pictures, dict[str, Any]]):
         found, tensors = self.tested(self.total_steps), self.snapshot()
         result: dict[str, Any] = {}
         if self.ranks.main:
-            state, path = weights_of(tensors, "ema" if self.step.ema else "model"), self.folder.path
-            provenance = self.folder.provenance()
-            save_backbone(path / "encoder", state, self.config, provenance)
-            save_classifier(path / "classifier", state, self.config, self.recipe, self.images.classes, provenance)
-            result = self._result(found)
-            self.folder.record["result"] = {"top1": result["top1"], **self.totals()}
-            self.folder.save_record()
-            write_text(path / RESULT_FILE, json.dumps(result, indent=2) + "\n")  # last: it says finished
+            folder, classes, totals = self.folder, self.images.classes, self.totals()
+            state, provenance = weights_of(tensors, "ema" if self.step.ema else "model"), folder.provenance()
+            save_weights(folder.path / "encoder", without_head(state), self.config, provenance, "float32")
+            made = save_classifier(folder.path / "classifier", state, self.config, self.recipe, classes, provenance)
+            result = {
+                **found.scores(len(classes)),
+                "test_images": len(found.top1),
+                "test_refused": [list(image) for image in found.refused],
+                "train_refused": folder.record["data"].get("refused", []),
+                "classes": list(classes),
+                **provenance,
+                "classifier_sha256": file_sha256(made),
+                "processes": self.ranks.world,
+                **totals,
+            }
+            folder.record["result"] = {"top1": result["top1"], **totals}
+            folder.save_record()
+            write_text(folder.path / RESULT_FILE, json.dumps(result, indent=2) + "\n")  # last: it says finished
         return self.ranks.first(result)
-
-    def _result(self, found: Tested) -> dict[str, Any]:
-        return {
-            **found.scores(len(self.images.classes)),
-            "test_images": len(found.top1),
-            "test_refused": [list(image) for image in found.refused],
-            "train_refused": self.folder.record["data"].get("refused", []),
-            "classes": list(self.images.classes),
-            **self.folder.provenance(),
-            "classifier_sha256": file_sha256(self.folder.path / "classifier" / "model.safetensors"),
-            "processes": self.ranks.world,
-            **self.totals(),
-        }
 
 
 def _labels_sha256(images: LabelledSet) -> str:
@@ -204,7 +194,5 @@ def _labels_sha256(images: LabelledSet) -> str:
 
 def _finished(folder: RunDir) -> dict[str, Any] | None:
     file = folder.path / RESULT_FILE
-    if "result" not in folder.record or not file.exists():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    there = "result" in folder.record and file.exists()
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if there else None

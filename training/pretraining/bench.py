@@ -16,7 +16,7 @@ from torch import Tensor
 
 from micl_zoo.encoders.device import default_workers, resolve_device, usable_cores
 from micl_zoo.progress import progress
-from micl_zoo.sources.listing import index_source
+from micl_zoo.sources.listing import ImageIndex, index_source
 
 from ..micl import draw_views, kept_patches
 from ..recipes import Recipe, get_recipe
@@ -47,30 +47,19 @@ class Rates:
 
 @dataclass(frozen=True)
 class StepRates(Rates):
-    """Rates of a training step.
-
-    Attributes:
-        recipe, device, precision, batch_size: what was run.
-        images_per_second: rate with the preparation of the batches.
-        gflop_per_image: work of the model, forward and backward, see `plan.step_flops`.
-        model_tflops: images_per_second times gflop_per_image.
-        matrix_tflops: rate of a large product of random matrices in the same precision.
-        share: model_tflops / matrix_tflops, from 0 to 1 (MFU against the measured rate).
-        data_wait: share of the time that preparing batches adds.
-        peak_memory_gib: peak memory of the device; on a CPU of the whole process.
-    """
+    """Rates of a training step."""
 
     recipe: str
     device: str
     precision: str
     batch_size: int
-    images_per_second: float
-    gflop_per_image: float
-    model_tflops: float
-    matrix_tflops: float
-    share: float
-    data_wait: float
-    peak_memory_gib: float
+    images_per_second: float  # with the preparation of the batches
+    gflop_per_image: float  # work of the model, forward and backward, see `plan.step_flops`
+    model_tflops: float  # images_per_second times gflop_per_image
+    matrix_tflops: float  # rate of a large product of random matrices in the same precision
+    share: float  # model_tflops / matrix_tflops, from 0 to 1 (MFU against the measured rate)
+    data_wait: float  # share of the time that preparing batches adds
+    peak_memory_gib: float  # of the device; on a CPU of the whole process
 
     def text(self) -> str:
         """Write the figures for a person."""
@@ -87,24 +76,16 @@ class StepRates(Rates):
 
 @dataclass(frozen=True)
 class DataRates(Rates):
-    """Rates of the data path.
-
-    Attributes:
-        recipe, images, workers, cores: what was run.
-        alone: images/s of one core, in this process.
-        together: images/s of all workers.
-        wanted: images/s that the GPUs take.
-        cores_wanted: cores that deliver as much, at the rate of one core among those that worked together.
-    """
+    """Rates of the data path."""
 
     recipe: str
     images: int
     workers: int
     cores: int
-    alone: float
-    together: float
-    wanted: float
-    cores_wanted: int
+    alone: float  # images/s of one core, in this process
+    together: float  # images/s of all workers
+    wanted: float  # images/s that the GPUs take
+    cores_wanted: int  # cores that deliver as much, at the rate of one core among those that worked together
 
     def text(self) -> str:
         """Write the figures for a person."""
@@ -124,20 +105,15 @@ def bench_step(
     seconds: float = 20,
     device: str = "auto",
 ) -> StepRates:
-    """Train for some seconds on made-up pixels; nothing is written.
+    """Train for some seconds, after the compiler is done, on made-up pixels; nothing is written.
 
-    Args:
-        recipe: name of the recipe.
-        overrides: "key=value" changes to it.
-        batch_size: images per step; by default the recipe's group, on a GPU halved until it fits, on a CPU 64 at most.
-        seconds: how long to measure, after the compiler is done.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+    By default a step takes the recipe's group, on a GPU halved until it fits, on a CPU 64 images at most.
     """
     target, chosen = resolve_device(device), get_recipe(recipe, overrides)
     autocast = resolve_autocast(chosen, target)
     size = batch_size or (min(chosen.contrast_size, CPU_BATCH) if target.type == "cpu" else chosen.contrast_size)
     chosen, (rate, alone, peak) = at_a_size_that_fits(
-        chosen, size, batch_size is None, lambda sized: _step_rates(sized, target, autocast, seconds)
+        chosen, size, batch_size is None, lambda sized: _step_rates(sized, target, seconds)
     )
     matrix, flops = matrix_rate(target, autocast or torch.float32), step_flops(chosen).total
     return StepRates(
@@ -164,34 +140,24 @@ def bench_data(
     seconds: float = 20,
     wanted: float = 8500,
 ) -> DataRates:
-    """Read, decode and cut images for some seconds, in one process and then in all workers.
+    """Read, decode and cut images, half of the seconds in one process and half in all workers.
 
-    Args:
-        recipe: name of the recipe.
-        data: sources of images.
-        overrides: "key=value" changes to the recipe.
-        workers: number of processes; by default one per core, 16 at most.
-        seconds: how long to measure, half of it one process alone.
-        wanted: images/s that the GPUs take.
+    By default there is a worker per core, 16 at most; `wanted` are the images/s that the GPUs take.
     """
     index, cores = index_source(data), usable_cores()
     workers = max(1, default_workers() if workers is None else workers)
     size = max(2, min(DATA_BATCH, len(index)))
     chosen = dataclasses.replace(get_recipe(recipe, overrides), batch_size=size, contrast_batch=0, cache="none")
-    rates = []
-    for number in (0, workers):
-        corpus = StreamedCorpus(index, number, torch.device("cpu"))
-        with progress(f"{number or 'no'} workers", round(seconds / 2), unit="s") as tick:
-            rates.append(_data_rate(corpus, chosen, seconds / 2, max(1, number), tick))
+    alone, together = (_data_rate(index, chosen, seconds / 2, number) for number in (0, workers))
     return DataRates(
         recipe=chosen.name,
         images=len(index),
         workers=workers,
         cores=cores,
-        alone=round(rates[0], 1),
-        together=round(rates[1], 1),
+        alone=round(alone, 1),
+        together=round(together, 1),
         wanted=wanted,
-        cores_wanted=-(-int(wanted) // max(1, int(rates[1] / min(workers, cores)))),
+        cores_wanted=-(-int(wanted) // max(1, int(together / min(workers, cores)))),
     )
 
 
@@ -204,7 +170,7 @@ def at_a_size_that_fits(recipe: Recipe, size: int, halve: bool, measure: Callabl
         except torch.OutOfMemoryError:
             if not halve or size < 4:
                 raise
-            size //= 2
+        size //= 2
         torch.cuda.empty_cache()
 
 
@@ -262,10 +228,9 @@ def _batches(recipe: Recipe, device: torch.device) -> Iterator[Seen]:
         yield Seen(step, normalise(pixels.to(device, non_blocking=True), draws, recipe), views)
 
 
-def _step_rates(
-    recipe: Recipe, device: torch.device, autocast: torch.dtype | None, seconds: float
-) -> tuple[float, float, int]:
+def _step_rates(recipe: Recipe, device: torch.device, seconds: float) -> tuple[float, float, int]:
     """Images/s with preparing the batches and without, and the peak memory in bytes."""
+    autocast = resolve_autocast(recipe, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step, batches = TrainStep(make_model(recipe, device), recipe, autocast=autocast), _batches(recipe, device)
@@ -290,17 +255,16 @@ def _step_rates(
     return rates[0], rates[1], _peak_memory(device)
 
 
-def _data_rate(
-    corpus: StreamedCorpus, recipe: Recipe, seconds: float, workers: int, tick: Callable[[int], None]
-) -> float:
-    batches = iter(corpus.batches(recipe, 0, 1_000_000))
-    for _ in range(workers):  # all of them have started, and the queue is as full as it stays
-        next(batches)
-    start, done = time.monotonic(), 0
-    while (now := time.monotonic() - start) < seconds or not done:
-        next(batches)
-        done += recipe.batch_size
-        tick(int(time.monotonic() - start) - int(now))
+def _data_rate(index: ImageIndex, recipe: Recipe, seconds: float, workers: int) -> float:
+    batches = iter(StreamedCorpus(index, workers, torch.device("cpu")).batches(recipe, 0, 1_000_000))
+    with progress(f"{workers or 'no'} workers", round(seconds), unit="s") as tick:
+        for _ in range(max(1, workers)):  # all of them have started, and the queue is as full as it stays
+            next(batches)
+        start, done = time.monotonic(), 0
+        while (now := time.monotonic() - start) < seconds or not done:
+            next(batches)
+            done += recipe.batch_size
+            tick(int(time.monotonic() - start) - int(now))
     return done / (time.monotonic() - start)
 
 

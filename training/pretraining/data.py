@@ -30,7 +30,7 @@ from micl_zoo.errors import Refused, SourceError
 from micl_zoo.images.decode import decode, decode_crop
 from micl_zoo.images.transform import statistics
 from micl_zoo.sources.archives import open_parquet, parquet_row_groups
-from micl_zoo.sources.listing import Entry, ImageIndex, Reader
+from micl_zoo.sources.listing import ImageIndex, Reader
 
 from ..micl import draw_views, gather_patches
 from ..recipes import AnyRecipe, Recipe
@@ -43,6 +43,8 @@ SUBSTITUTES = 20  # images that are tried in the place of one that cannot be dec
 PIECE = 256  # images that a worker cuts at a time, at most: 7.5 MB of the 38 patches of 768 numbers of an in1k recipe
 WINDOW = 16_384  # rows of a parquet corpus, at least, that are shuffled together: of whole row groups from everywhere
 T = TypeVar("T")
+Blocks = tuple[int, ...] | None  # where the blocks of rows begin that are best read together; None: rows stand alone
+Make = Callable[[bytes, int], tuple[Tensor, ...]]  # from an image file's bytes and its row to what is trained on
 
 
 class Share(NamedTuple):
@@ -68,13 +70,6 @@ class Seen(NamedTuple):
     views: Tensor  # (B, V, K/V), where in the crop's grid they are
 
 
-class Batch(NamedTuple):
-    """Source pixels and what to cut out of them."""
-
-    images: Tensor  # (B, 3, S, S) uint8, whole images
-    boxes: Tensor  # (B, 4) float32, left, top, right, bottom in pixels of `images`
-
-
 class Draws(NamedTuple):
     """Every random number of one batch, drawn on the CPU so that each device sees the same."""
 
@@ -94,19 +89,10 @@ class Draws(NamedTuple):
         return Draws(*(numbers.to(device, non_blocking=True) for numbers in self))
 
 
-Blocks = tuple[int, ...] | None
-
-
 def batch_rows(recipe: AnyRecipe, images: int, step: int, blocks: Blocks = None) -> Tensor:
     """List the rows of the corpus in batch number `step`: (B,).
 
     An epoch is one permutation; its incomplete last batch is left out.
-
-    Args:
-        recipe: gives the seed and the batch size.
-        images: number of rows of the corpus.
-        step: number of the batch.
-        blocks: where the blocks of rows begin that are best read together; None for rows that stand alone.
     """
     epoch, at = divmod(step, steps_per_epoch(recipe, images))
     return _epoch_order(recipe.seed, epoch, images, blocks)[at * recipe.batch_size : (at + 1) * recipe.batch_size]
@@ -167,15 +153,9 @@ def draw(recipe: Recipe, step: int) -> Draws:
 
 
 def crop_boxes(draws: Tensor, aspect: Tensor, recipe: Recipe) -> Tensor:
-    """Place RandomResizedCrop boxes for a batch, as shares of each image's sides.
+    """Place RandomResizedCrop boxes for a batch: (B, 4) left, top, right, bottom as shares of each image's sides.
 
-    Args:
-        draws: (B, CROP_DRAWS) uniform.
-        aspect: (B,) width / height of the images.
-        recipe: gives the range of areas and of aspect ratios.
-
-    Returns:
-        (B, 4) left, top, right, bottom in [0, 1].
+    `draws` are uniform, (B, CROP_DRAWS); `aspect` is the width / height of each image, (B,).
     """
     area_draw, ratio_draw = draws[:, :CROP_TRIES], draws[:, CROP_TRIES : 2 * CROP_TRIES]
     area = recipe.crop_scale_min + area_draw * (recipe.crop_scale_max - recipe.crop_scale_min)  # (B, tries)
@@ -190,19 +170,24 @@ def crop_boxes(draws: Tensor, aspect: Tensor, recipe: Recipe) -> Tensor:
     return torch.cat([corner, corner + size], dim=1)
 
 
-def resample(batch: Batch, flips: Tensor, size: int, filter_name: Literal["bicubic", "bilinear"]) -> Tensor:
+def resample(
+    images: Tensor,  # (B, 3, S, S) uint8, whole images
+    boxes: Tensor,  # (B, 4) float32, left, top, right, bottom in pixels of `images`
+    flips: Tensor,  # (B,) bool
+    size: int,
+    filter_name: Literal["bicubic", "bilinear"],
+) -> Tensor:
     """Cut, resize with antialiasing and flip a whole batch on its device: (B, 3, size, size) float32 in 0..255.
 
     The filter is separable, so a crop is two batched matrix products; the weights are those of Pillow's
     `Image.resize(…, box=…)`, without its rounding and clipping to uint8 between the passes.
     """
-    left, top, right, bottom = batch.boxes.unbind(1)
-    down, across = batch.images.shape[2:]
+    left, top, right, bottom = boxes.unbind(1)
+    down, across = images.shape[2:]
     columns = _filter_rows(left, right, across, size, filter_name)  # (B, size, S)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
     rows = _filter_rows(top, bottom, down, size, filter_name)
-    pixels = batch.images.float()
-    return (rows[:, None] @ (pixels @ columns.mT[:, None])).clamp_(0, 255)
+    return (rows[:, None] @ (images.float() @ columns.mT[:, None])).clamp_(0, 255)
 
 
 def _filter_rows(start: Tensor, stop: Tensor, length: int, size: int, filter_name: str) -> Tensor:
@@ -211,26 +196,19 @@ def _filter_rows(start: Tensor, stop: Tensor, length: int, size: int, filter_nam
     centres = start[:, None, None] + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (B, size, 1)
     pixels = torch.arange(length, device=start.device) + 0.5
     distance = ((pixels - centres) / scale.clamp(min=1)).abs()  # wider than a pixel when shrinking: antialiasing
-    weights = _cubic(distance) if filter_name == "bicubic" else (1 - distance).clamp(min=0)
+    if filter_name == "bilinear":
+        weights = (1 - distance).clamp(min=0)
+    else:
+        near = (1.5 * distance - 2.5) * distance * distance + 1  # the cubic of a = -0.5
+        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _cubic(distance: Tensor) -> Tensor:
-    near = (1.5 * distance - 2.5) * distance * distance + 1  # the cubic of a = -0.5
-    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-
-
-def visible_patches(batch: Batch, draws: Draws, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Turn source pixels into what the network sees, on the device of the batch.
-
-    Returns:
-        patches (B, V, K/V, P) float32, cropped, flipped, normalised, each view with its own colour change; and
-        views (B, V, K/V), where in the crop's grid they are.
-    """
-    device = batch.images.device
-    draws = draws.to(device)
-    pixels = resample(batch, draws.flips, recipe.crop_size, recipe.interpolation)
+def visible_patches(images: Tensor, boxes: Tensor, draws: Draws, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Cut the patches and views of `Seen` out of whole images (B, 3, S, S) uint8, on their device, see `resample`."""
+    draws = draws.to(images.device)
+    pixels = resample(images, boxes, draws.flips, recipe.crop_size, recipe.interpolation)
     views = draw_views(draws.noise, recipe.mask_ratio, recipe.views)
     return normalise(gather_patches(pixels, views, recipe.patch_size), draws, recipe), views
 
@@ -275,27 +253,43 @@ class MemoryCorpus:
         for step in range(first_step, last_step):
             draws, rows = draw(recipe, step).share(share), share.of(batch_rows(recipe, len(self), step))
             boxes = crop_boxes(draws.crops, self.aspect[rows], recipe) * recipe.source_size
-            yield Seen(step, *visible_patches(Batch(self.images[rows.to(device)], boxes.to(device)), draws, recipe))
+            yield Seen(step, *visible_patches(self.images[rows.to(device)], boxes.to(device), draws, recipe))
 
     @classmethod
     def load(cls, index: ImageIndex, source_size: int, *, tick: Callable[[], None] = lambda: None) -> MemoryCorpus:
         """Decode a whole index. `tick` is called once per image."""
         images = torch.empty(len(index), 3, source_size, source_size, dtype=torch.uint8)
-        aspect, refused, reader = torch.ones(len(index)), [], Reader()
-        rows: list[int] = []
-        entries, row = index.entries(), 0
+        aspect, reader, entries = torch.ones(len(index)), Reader(), enumerate(index.entries())
+        rows, refused = list[int](), list[RefusedImage]()
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
             while chunk := list(islice(entries, 4096)):
-                data = [_read(reader, entry) for entry in chunk]
-                for entry, found in zip(chunk, pool.map(lambda d: _squeeze(d, source_size), data), strict=True):
+                data = [_or_refused(reader.read, entry) for _, entry in chunk]
+                squeezed = pool.map(partial(_or_refused, _squeeze, source_size), data)
+                for (row, entry), found in zip(chunk, squeezed, strict=True):
                     tick()
                     if isinstance(found, Refused):
                         refused.append(RefusedImage(entry.id, found.reason, found.detail))
                     else:
                         images[len(rows)], aspect[len(rows)] = torch.from_numpy(found[0]), found[1]
                         rows.append(row)
-                    row += 1
         return cls(images[: len(rows)], aspect[: len(rows)], torch.tensor(rows, dtype=torch.int64), refused)
+
+
+def _or_refused(make: Callable[..., T], *given: Any) -> T | Refused:
+    try:
+        return make(*given)
+    except Refused as refused:
+        return refused
+
+
+def _squeeze(size: int, data: bytes | Refused) -> tuple[np.ndarray, float]:
+    if isinstance(data, Refused):
+        raise data
+    image = decode(data)
+    aspect = image.width / image.height
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(image).transpose(2, 0, 1), aspect
 
 
 @dataclass
@@ -352,18 +346,13 @@ def open_loader(
 ) -> DataLoader[T | SourceError]:
     """Load what `pieces` has under each of the numbers, in order, by `workers` processes or, with 0, by this one.
 
-    Args:
-        pieces: returns a SourceError rather than to raise it: what is raised in a worker arrives as a traceback's text.
-        numbers: numbers of the pieces.
-        workers: number of processes.
-        device: where the pieces will go.
+    Pieces return a SourceError rather than to raise it: what is raised in a worker arrives as a traceback's text.
     """
     return DataLoader(
         pieces,
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         worker_init_fn=partial(settle_worker, lifeline(os.getpid())),
         multiprocessing_context="fork" if workers and LINUX else None,  # shares the index, starts at once
@@ -385,46 +374,50 @@ class Piece(NamedTuple):
 
 
 class Pieces(Dataset[Piece | SourceError]):
-    """From the number of a piece, counted from step 0 on, to its images. Each batch has as many pieces.
-
-    Attributes:
-        places: (b,), which places of a whole batch are this process's share.
-        count: pieces of a share.
-    """
+    """From the number of a piece, counted from step 0 on, to its images. Each batch has as many pieces."""
 
     def __init__(self, index: ImageIndex, recipe: AnyRecipe, places: Tensor, size: int) -> None:
-        self.index, self.recipe, self.places, self.reader = index, recipe, places, Reader()
-        self.blocks = index_blocks(index)
-        self.count = math.ceil(len(places) / size)
+        self.index, self.recipe, self.reader, self.blocks = index, recipe, Reader(), index_blocks(index)
+        self.places = places  # (b,), which places of a whole batch are this process's share
+        self.count = math.ceil(len(places) / size)  # pieces of a share
 
     def __getitem__(self, number: int) -> Piece | SourceError:
+        (step, piece), refused, made = divmod(number, self.count), list[RefusedImage](), []
         try:
-            return self._piece(*divmod(number, self.count))
-        except SourceError as error:  # as it is: what is raised in a worker arrives as the text of a traceback
+            rows = batch_rows(self.recipe, len(self.index), step, self.blocks)[self.places]
+            at = rows.argsort().tensor_split(self.count)[piece]  # as they lie, so that few pieces read a row group
+            places = self.places[at]
+            for make, place, row in zip(self.makers(step, places), places.tolist(), rows[at].tolist(), strict=True):
+                made.append(self._made(make, row, (step, place), refused))
+        except SourceError as error:  # as it is, see `open_loader`
             return error
-
-    def _piece(self, step: int, piece: int) -> Piece:
-        rows = batch_rows(self.recipe, len(self.index), step, self.blocks)[self.places]
-        at = rows.argsort().tensor_split(self.count)[piece]  # as they lie, so that few pieces read a row group
-        makers, refused = self.makers(step, self.places[at]), list[RefusedImage]()
-        made = []
-        for make, place, row in zip(makers, self.places[at].tolist(), rows[at].tolist(), strict=True):
-            attempt = partial(self._attempt, make, refused=refused)
-            made.append(or_another(attempt, row, (self.recipe.seed, step, place), len(self.index), refused))
         return Piece(at, [torch.stack(parts) for parts in zip(*made, strict=True)], refused)
 
-    def _attempt(
-        self, make: Callable[[bytes, int], tuple[Tensor, ...]], row: int, *, refused: list[RefusedImage]
-    ) -> tuple[Tensor, ...] | None:
-        entry = self.index[row]
-        try:
-            return make(self.reader.read(entry), row)
-        except Refused as found:
-            refused.append(RefusedImage(entry.id, found.reason, found.detail))
-            return None
+    def _made(self, make: Make, row: int, where: tuple[int, int], refused: list[RefusedImage]) -> tuple[Tensor, ...]:
+        """Make tensors of the image in a row, or of another image where that one cannot be decoded.
 
-    def makers(self, step: int, places: Tensor) -> Iterable[Callable[[bytes, int], tuple[Tensor, ...]]]:
-        """Yield, for each place of a batch, what makes tensors of an image file's bytes and its row."""
+        Step and place in the whole batch say what the others are: the same ones in any share.
+        """
+
+        def rows() -> Iterator[int]:
+            yield row
+            generator = seeded(self.recipe.seed, 3, *where)
+            yield from torch.randint(len(self.index), (SUBSTITUTES,), generator=generator).tolist()
+
+        for tried in rows():
+            entry = self.index[tried]
+            try:
+                return make(self.reader.read(entry), tried)
+            except Refused as found:
+                refused.append(RefusedImage(entry.id, found.reason, found.detail))
+        damaged = refused[-1 - SUBSTITUTES]
+        raise SourceError(
+            f"{damaged.id!r} cannot be trained on ({damaged.reason}: {damaged.detail}), and neither can any of "
+            f"{SUBSTITUTES} images tried in its place: look whether the corpus is still there, and whole"
+        )
+
+    def makers(self, step: int, places: Tensor) -> Iterable[Make]:
+        """Yield, for each place of a batch, what makes tensors of its image."""
         raise NotImplementedError
 
 
@@ -436,8 +429,7 @@ class _Crops(Pieces):
     def __init__(self, index: ImageIndex, recipe: Recipe, share: Share) -> None:
         super().__init__(index, recipe, share.of(torch.arange(recipe.batch_size)), PIECE)
 
-    def makers(self, step: int, places: Tensor) -> Iterator[Callable[[bytes, int], tuple[Tensor, ...]]]:
-        """Draw what to cut out."""
+    def makers(self, step: int, places: Tensor) -> Iterator[Make]:
         draws = Draws(*(numbers[places] for numbers in draw(self.recipe, step)))
         views = draw_views(draws.noise, self.recipe.mask_ratio, self.recipe.views)  # (b, V, K/V)
         for crops, flip, seen in zip(draws.crops, draws.flips, views.numpy(), strict=True):
@@ -451,58 +443,6 @@ class _Crops(Pieces):
         crop, side, grid = crop[:, ::-1] if flip else crop, self.recipe.patch_size, self.recipe.grid
         patches = crop.reshape(grid, side, grid, side, 3).transpose(0, 2, 4, 1, 3)  # (down, across, 3, p, p)
         return (torch.from_numpy(patches[views // grid, views % grid].reshape(*views.shape, -1)),)
-
-
-def or_another(
-    make: Callable[[int], T | None],
-    row: int,
-    where: tuple[int, int, int],
-    images: int,
-    refused: Sequence[RefusedImage],
-) -> T:
-    """Return what `make` makes of the image in a row, or of another image where that one cannot be decoded.
-
-    Args:
-        make: from a row to what is trained on, or None with a line more in `refused`.
-        row: row of the image that is wanted.
-        where: seed, step and place in the whole batch, which say what the others are: the same ones in any share.
-        images: number of rows.
-        refused: what `make` could not decode so far.
-    """
-    if (made := make(row)) is not None:
-        return made
-    damaged, (seed, step, place) = refused[-1], where
-    for other in torch.randint(images, (SUBSTITUTES,), generator=seeded(seed, 3, step, place)).tolist():
-        if (made := make(other)) is not None:
-            return made
-    raise SourceError(
-        f"{damaged.id!r} cannot be trained on ({damaged.reason}: {damaged.detail}), and neither can any of "
-        f"{SUBSTITUTES} images tried in its place: look whether the corpus is still there, and whole"
-    )
-
-
-def _as_it_is(cut: Any) -> Any:
-    return cut
-
-
-def _read(reader: Reader, entry: Entry) -> bytes | Refused:
-    try:
-        return reader.read(entry)
-    except Refused as refused:
-        return refused
-
-
-def _squeeze(data: bytes | Refused, size: int) -> tuple[np.ndarray, float] | Refused:
-    if isinstance(data, Refused):
-        return data
-    try:
-        image = decode(data)
-    except Refused as refused:
-        return refused
-    aspect = image.width / image.height
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.array(image).transpose(2, 0, 1), aspect
 
 
 @cache

@@ -57,22 +57,15 @@ class MemoryEstimate(Terms):
     """Bytes on one GPU at the end of a forward pass, where most is alive.
 
     An estimate, for eager execution with fused attention.
-
-    Attributes:
-        weights, gradients, adamw: fp32, the last its two moments.
-        casts: bf16 copies of the matrices, which autocast keeps for the backward pass.
-        pixels: visible patches of all images of a step on this GPU, fp32.
-        activations: what the images of one forward pass keep for the backward pass.
-        loss: fp32 matrices of similarities: six a pair of views kept for the backward pass, six being worked on.
     """
 
-    weights: float
+    weights: float  # fp32, as the gradients and AdamW's two moments
     gradients: float
     adamw: float
-    casts: float
-    pixels: float
-    activations: float
-    loss: float
+    casts: float  # bf16 copies of the matrices, which autocast keeps for the backward pass
+    pixels: float  # visible patches of all images of a step on this GPU, fp32
+    activations: float  # what the images of one forward pass keep for the backward pass
+    loss: float  # fp32 matrices of similarities: six per pair of views kept for the backward pass, six being worked on
 
 
 class CardPlan(NamedTuple):
@@ -93,157 +86,58 @@ class PaperRun(NamedTuple):
     hours: float  # those 800 epochs at the plan's MFU, on the same cards
 
 
-@dataclass(frozen=True)
 class Plan:
-    """Every number of a run that follows from its recipe, its images and its GPUs.
+    """Every number of a run that follows from its recipe, its images and its GPUs, see `make_plan`."""
 
-    Attributes:
-        recipe, images, nodes, mfu: as asked.
-        gpus: of each node, one process a GPU.
-        images_per_process: of one optimiser step.
-        micro_batch: images a forward pass: a share, or in as few equal pieces as `micro_batch` asks for.
-        steps_per_epoch: whole batches in the corpus.
-        kept: K, visible patches of an image.
-        parameters, frozen: numbers that are trained, and those of the position table where it is fixed.
-        flops: that the method needs, an image.
-        memory: of one GPU.
-    """
+    def __init__(self, recipe: Recipe, images: int, gpus: int, nodes: int, micro_batch: int | None, mfu: float) -> None:
+        self.recipe, self.images, self.gpus, self.nodes, self.mfu = recipe, images, gpus, nodes, mfu
+        self.world = gpus * nodes  # processes, one per GPU
+        self.images_per_process = images_per_process(recipe, self.world)  # of one optimiser step
+        # images that one GPU contrasts at a time: a group of its own, or its part of a batch with global negatives
+        self.share = min(self.images_per_process, recipe.contrast_size)
+        self.turns = self.images_per_process // self.share  # shares that a GPU takes in a step, gradients added up
+        self.micro_batch = _piece(self.share, micro_batch or self.share)  # images per forward pass: equal pieces
+        self.chunks = math.ceil(self.share / self.micro_batch)  # forward passes per share; more than one is GradCache
+        self.passes = _passes(recipe, chunked=self.chunks > 1)  # what is computed over what the method needs
 
-    recipe: Recipe
-    images: int
-    gpus: int
-    nodes: int
-    mfu: float
-    images_per_process: int
-    micro_batch: int
-    steps_per_epoch: int
-    kept: int
-    parameters: int
-    frozen: int
-    flops: StepFlops
-    memory: MemoryEstimate
+        self.steps_per_epoch = steps_per_epoch(recipe, images)  # whole batches in the corpus
+        self.total_steps = recipe.total_steps(self.steps_per_epoch)
+        self.warmup_steps = round(self.total_steps * recipe.warmup_epochs / recipe.epochs)
+        self.images_seen = self.total_steps * recipe.batch_size  # over the whole run
 
-    @property
-    def world(self) -> int:
-        """Processes, one a GPU."""
-        return self.gpus * self.nodes
+        self.kept = _kept(recipe)  # K, visible patches of an image
+        self.view_tokens = self.kept // recipe.views + 1  # T, the class token among them
+        self.parameters, self.frozen = parameter_count(recipe), frozen_count(recipe)  # trained, fixed positions
+        self.flops = step_flops(recipe)  # that the method needs, per image
+        self.total_flops = self.images_seen * self.flops.total * self.passes  # repeated forward passes included
+        self.memory = memory_estimate(recipe, images_per_gpu=self.micro_batch, gpus=self.world)
+        # of the decoded images that every GPU holds with cache "memory"
+        self.corpus_bytes = 3 * recipe.source_size**2 * images if recipe.cache == "memory" else 0
 
-    @property
-    def share(self) -> int:
-        """Images that one GPU contrasts at a time: a group of its own, or its part of a batch with global negatives."""
-        return min(self.images_per_process, self.recipe.contrast_size)
+        self.checkpoint_bytes = 4 * (3 * self.parameters + self.frozen)  # of one file: fp32 weights and two moments
+        self.lasting_checkpoints = math.floor(recipe.epochs / recipe.keep_epochs) if recipe.keep_epochs else 0
+        self.encoder_bytes = (self.parameters + self.frozen) * (2 if recipe.save_dtype == "float16" else 4)
+        # the most that the run's folder takes: a new checkpoint is written before an old one goes
+        self.disk_bytes = self.encoder_bytes + self.checkpoint_bytes * (KEPT_CHECKPOINTS + 1 + self.lasting_checkpoints)
 
-    @property
-    def turns(self) -> int:
-        """Shares that a GPU takes one after another in a step, their gradients added up."""
-        return self.images_per_process // self.share
-
-    @property
-    def chunks(self) -> int:
-        """Forward passes that a share falls into; more than one is GradCache."""
-        return math.ceil(self.share / self.micro_batch)
-
-    @property
-    def passes(self) -> float:
-        """What is computed over what the method needs: 1, and 1/3 more for each forward pass that is done again."""
-        return _passes(self.recipe, chunked=self.chunks > 1)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the run."""
-        return self.recipe.total_steps(self.steps_per_epoch)
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps in which the learning rate rises."""
-        return round(self.total_steps * self.recipe.warmup_epochs / self.recipe.epochs)
-
-    @property
-    def images_seen(self) -> int:
-        """Over the whole run."""
-        return self.total_steps * self.recipe.batch_size
-
-    @property
-    def view_tokens(self) -> int:
-        """T, the class token among them."""
-        return self.kept // self.recipe.views + 1
-
-    @property
-    def total_flops(self) -> float:
-        """Computed over the whole run, repeated forward passes included."""
-        return self.images_seen * self.flops.total * self.passes
-
-    @property
-    def corpus_bytes(self) -> int:
-        """Of the decoded images that every GPU holds with cache "memory"."""
-        return 3 * self.recipe.source_size**2 * self.images if self.recipe.cache == "memory" else 0
-
-    @property
-    def cards(self) -> tuple[CardPlan, ...]:
-        """The plan on each of GPUS."""
-        return tuple(_on_card(card, self) for card in GPUS)
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of one file: fp32 weights and two moments, 3 x 4 bytes a parameter, and fixed positions."""
-        return 4 * (3 * self.parameters + self.frozen)
-
-    @property
-    def lasting_checkpoints(self) -> int:
-        """Files that stay for good."""
-        return math.floor(self.recipe.epochs / self.recipe.keep_epochs) if self.recipe.keep_epochs else 0
-
-    @property
-    def encoder_bytes(self) -> int:
-        """Of the finished encoder's file."""
-        return (self.parameters + self.frozen) * (2 if self.recipe.save_dtype == "float16" else 4)
-
-    @property
-    def disk_bytes(self) -> int:
-        """The most that the run's folder takes: a new checkpoint is written before an old one goes."""
-        return self.encoder_bytes + self.checkpoint_bytes * (KEPT_CHECKPOINTS + 1 + self.lasting_checkpoints)
-
-    @property
-    def paper(self) -> PaperRun | None:
-        """For the paper's ViT-L/16 on its corpus."""
-        return _beside_the_paper(self)
+        self.cards = [_on_card(card, self) for card in GPUS]
+        self.paper = _beside_the_paper(self)  # for the paper's ViT-L/16 on its corpus, else None
 
 
 def make_plan(
     recipe: Recipe, *, images: int, gpus: int = 1, nodes: int = 1, micro_batch: int | None = None, mfu: float = 0.5
 ) -> Plan:
-    """Work out what a run will cost.
+    """Work out what a run over so many images will cost, on `nodes` machines of `gpus` GPUs.
 
-    Args:
-        recipe: what to train.
-        images: of the corpus.
-        gpus: of each node, one process a GPU.
-        nodes: how many.
-        micro_batch: images a forward pass at most; by default as many as one GPU contrasts at a time.
-        mfu: share of a card's peak that is reached, 0 to 1.
+    A forward pass takes `micro_batch` images at most, by default as many as one GPU contrasts at a time; `mfu` is the
+    share of a card's peak that is reached, 0 to 1.
     """
-    _check_numbers({"gpus": gpus, "nodes": nodes, "micro_batch": 1 if micro_batch is None else micro_batch}, mfu)
-    each = images_per_process(recipe, gpus * nodes)
-    share = min(each, recipe.contrast_size)
-    micro_batch = _piece(share, micro_batch or share)
-    return Plan(
-        recipe, images, gpus, nodes, mfu,
-        images_per_process=each,
-        micro_batch=micro_batch,
-        steps_per_epoch=steps_per_epoch(recipe, images),
-        kept=_kept(recipe),
-        parameters=parameter_count(recipe),
-        frozen=frozen_count(recipe),
-        flops=step_flops(recipe),
-        memory=memory_estimate(recipe, images_per_gpu=micro_batch, gpus=gpus * nodes),
-    )  # fmt: skip
-
-
-def _check_numbers(counts: dict[str, int], mfu: float) -> None:
+    counts = {"gpus": gpus, "nodes": nodes, "micro_batch": 1 if micro_batch is None else micro_batch}
     if wrong := [name for name, number in counts.items() if number < 1]:
         raise UsageError(f"{wrong[0]} must be at least 1, got {counts[wrong[0]]}")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu is a share of the card's peak, above 0 and at most 1, got {mfu:g}")
+    return Plan(recipe, images, gpus, nodes, micro_batch, mfu)
 
 
 def step_flops(recipe: Recipe) -> StepFlops:
@@ -291,13 +185,9 @@ def memory_estimate(recipe: Recipe, *, images_per_gpu: int, gpus: int) -> Memory
     Not counted: the CUDA context, buffers of communication and of fused kernels, fragmentation, a corpus that is held
     on the GPU (cache "memory"). Compiled blocks keep less.
 
-    Args:
-        recipe: what to train.
-        images_per_gpu: images a forward pass.
-        gpus: over all nodes.
+    `images_per_gpu` are those of a forward pass; `gpus` counts over all nodes.
     """
-    trained = parameter_count(recipe)
-    block = _block_matrices(recipe)
+    trained, block = parameter_count(recipe), _block_matrices(recipe)
     sharded = recipe.parallel == "fsdp" and gpus > 1
     parts = gpus if sharded else 1
     rows = min(recipe.batch_size / gpus, recipe.contrast_size)
@@ -306,7 +196,7 @@ def memory_estimate(recipe: Recipe, *, images_per_gpu: int, gpus: int) -> Memory
         gradients=4 * trained / parts,
         adamw=2 * 4 * trained / parts,
         casts=0 if recipe.precision == "fp32" else 2 * block * recipe.depth,
-        pixels=4 * _pixels(recipe) * recipe.batch_size / gpus,
+        pixels=4 * _kept(recipe) * recipe.patch_numbers * recipe.batch_size / gpus,
         activations=images_per_gpu * _activation_bytes(recipe),
         loss=6 * (math.comb(recipe.views, 2) + 1) * 4 * rows * recipe.contrast_size,
     )
@@ -332,12 +222,8 @@ def _activation_bytes(recipe: Recipe) -> int:
     width, hidden = recipe.embed_dim, _hidden(recipe)
     rest = 4 * width + half * (6 * width + 2 * hidden)
     blocks = 4 * width * recipe.depth + rest * (1 if recipe.activation_checkpointing else recipe.depth)
-    patches = 0 if recipe.precision == "fp32" else 2 * _pixels(recipe)
+    patches = 0 if recipe.precision == "fp32" else 2 * _kept(recipe) * recipe.patch_numbers
     return (_kept(recipe) + recipe.views) * (blocks + 4 * width) + patches
-
-
-def _pixels(recipe: Recipe) -> int:
-    return _kept(recipe) * recipe.patch_numbers
 
 
 def _kept(recipe: Recipe) -> int:

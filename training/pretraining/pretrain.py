@@ -83,11 +83,11 @@ def pretrain(
     recipe = resolve_recipe(recipe, get_recipe, overrides, smoke=smoke)
     kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)  # fails before the corpus is read
     with joined(device) as (ranks, target), StopRequest() as stop:
-        _check_compiler(recipe, target)
+        if recipe.compile and target.type == "cpu" and not has_compiler():
+            raise TrainingError("compile=true needs a C++ compiler, none was found: install one or --set compile=false")
         images_per_process(recipe, ranks.world)
         asked = max(1, knn_images // 4)
-        folders = knn if ranks.main else ()
-        probes = [LabelledSet.open(folder, train_images=knn_images, test_images=asked) for folder in folders]
+        probes = [LabelledSet.open(one, train_images=knn_images, test_images=asked) for one in knn if ranks.main]
         index = index_source(data)
         steps_per_epoch(recipe, len(index))  # a corpus smaller than one batch starts no run
         paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
@@ -129,30 +129,24 @@ class _Loop(Loop[Seen, Path]):
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Seen]:
         """Cut batches from the corpus, and keep a picture of the first."""
-        share = Share(self.ranks.rank, self.ranks.world)
+        share, file = Share(self.ranks.rank, self.ranks.world), self.folder.path / "views.png"
         for seen in self.corpus.batches(self.recipe, first_step, last_step, share):
-            if seen.step == first_step:
-                file = self.folder.path / "views.png"
-                if self.ranks.main and not file.exists():
-                    views_picture(seen.patches, seen.views, self.recipe).save(file)
+            if seen.step == first_step and self.ranks.main and not file.exists():
+                views_picture(seen.patches, seen.views, self.recipe).save(file)
             yield seen
 
     def take(self, batch: Seen) -> Tensor:
-        """Take a step: loss and contrastive accuracy."""
         loss, accuracy = self.step(batch.patches, batch.views)
         return torch.stack([loss.float(), accuracy])
 
     def batch_ids(self, step: int) -> list[str]:
-        """Name the images of a batch by the index."""
         return [self.index[row].id for row in self.corpus.index_rows(self.recipe, step).tolist()]
 
     @property
     def refused(self) -> list[RefusedImage]:
-        """Images of the corpus that could not be decoded."""
         return self.corpus.refused
 
     def checked(self, lines: list[Line]) -> None:
-        """Raise at collapse."""
         worst = math.log(self.recipe.contrast_size)
         warm_up = self.total_steps * self.recipe.warmup_epochs / self.recipe.epochs
         for line in lines:
@@ -166,11 +160,10 @@ class _Loop(Loop[Seen, Path]):
 
     def measure_due(self, steps: int) -> bool:
         """Measure k-NN by the clock and at the end; who was told to stop has no time for it."""
-        by_clock = self.clock.knn_due() and not self.stop.asked
+        by_clock = self.clock.due("knn") and not self.stop.asked
         return bool(self.probes) and (steps == self.total_steps or by_clock)
 
     def measure(self, steps: int) -> None:
-        """Measure k-NN of the weights as they are."""
         state = weights_of(self.snapshot())
         if not self.ranks.main:
             return
@@ -182,7 +175,6 @@ class _Loop(Loop[Seen, Path]):
         self.measured(steps, "knn", found)
 
     def finish(self) -> Path:
-        """Write the record's result and the encoder."""
         state, file = weights_of(self.snapshot()), None
         if self.ranks.main:
             self.folder.record["result"] = self.totals()
@@ -225,8 +217,3 @@ def _read_corpus(index: ImageIndex, recipe: Recipe, device: torch.device, worker
         corpus = MemoryCorpus.load(index, recipe.source_size, tick=tick)
     corpus.images = corpus.images.to(device)
     return corpus
-
-
-def _check_compiler(recipe: Recipe, device: torch.device) -> None:
-    if recipe.compile and device.type == "cpu" and not has_compiler():
-        raise TrainingError("compile=true needs a C++ compiler and none was found: install one, or --set compile=false")

@@ -20,7 +20,7 @@ from micl_zoo.files import atomic_path, write_text
 from ..corpora import corpus_text
 from ..evaluation.tables import need_matplotlib, render
 from ..micl import kept_patches
-from ..recipes import Recipe, recorded_recipe
+from ..recipes import Recipe, read_run, recorded_recipe
 
 CHART_POINTS = 2000  # of a curve, each the mean of its bin
 SMOOTH_PART = 40  # a smoothed curve is the mean over this fraction of the run
@@ -33,39 +33,29 @@ COLUMNS = ("step", "epoch", "loss", "accuracy", "lr", "images_per_second", "data
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of a run, finished or not, and its pictures as PNG files into `pictures_folder`.
-
-    Args:
-        run: the folder that a training run wrote.
-        out: the page, a name that ends in .html; RUN/report.html by default.
-
-    Returns:
-        The page.
-    """
+    """Write the page of a run folder, by default its report.html, and the pictures as PNG into `pictures_folder`."""
     page = run / "report.html" if out is None else out
     if page.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"the report is one HTML page: {str(page)!r} must end in .html")
     need_matplotlib("the charts of a report need")
     record, recipe = _read_record(run)
     history = _read_history(run / "metrics.jsonl")
-    charts = _charts(history, recipe)
-    pictures = {chart.name: (_draw(chart, history, LIGHT), _draw(chart, history, DARK)) for chart in charts}
+    pictures = {
+        chart.name: tuple(_draw(chart, history, theme) for theme in (LIGHT, DARK)) for chart in _charts(history, recipe)
+    }
     views = run / "views.png"
     seen = views.read_bytes() if views.exists() else None
-    files = {name: light for name, (light, _) in pictures.items() if light} | ({"views": seen} if seen else {})
-    for name, png in files.items():
-        with atomic_path(pictures_folder(page) / f"{name}.png") as temporary:
-            temporary.write_bytes(png)
-    write_text(page, _page(run, record, recipe, history, pictures, seen))
+    for name, png in {"views": seen, **{name: light for name, (light, _) in pictures.items()}}.items():
+        if png:
+            with atomic_path(pictures_folder(page) / f"{name}.png") as temporary:
+                temporary.write_bytes(png)
+    write_text(page, _page(record, recipe, history, folder=run, pictures=pictures, seen=seen))
     return page
 
 
 def pictures_folder(page: Path) -> Path:
     """Name the folder beside a page: report/ for report.html, first-report/ for first.html, as `first` may be a run."""
     return page.with_name("report" if page.stem == "report" else f"{page.stem}-report")
-
-
-# Reading a run.
 
 
 class History(NamedTuple):
@@ -99,26 +89,24 @@ class History(NamedTuple):
 
 
 def _read_record(run: Path) -> tuple[dict[str, Any], Recipe]:
-    file = run / "run.json"
-    if not file.is_file():
-        runs = [str(found.parent) for found in sorted(run.glob("*/run.json"))[:5]] if run.is_dir() else []
-        found = "has no run.json" if run.is_dir() else "is a file" if run.exists() else "does not exist"
-        hint = f"It holds these runs: {', '.join(runs)}." if runs else "Give the folder that `train --out` wrote."
-        raise TrainingError(f"no run to report on: {str(run)!r} {found}. {hint}")
+    wrote = "Give the folder that `train --out` wrote."
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return record, recorded_recipe(record)
+        if (record := read_run(run)) is not None:
+            return record, recorded_recipe(record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(
-            f"no run to report on: {str(file)!r} is not what a run of this package writes "
-            f"({type(error).__name__}: {error}). Give the folder that `train --out` wrote."
+            f"no run to report on: {str(run / 'run.json')!r} is not what a run of this package writes "
+            f"({type(error).__name__}: {error}). {wrote}"
         ) from None
+    runs = [str(found.parent) for found in sorted(run.glob("*/run.json"))[:5]]
+    found = "has no run.json" if run.is_dir() else "is a file" if run.exists() else "does not exist"
+    hint = f"It holds these runs: {', '.join(runs)}." if runs else wrote
+    raise TrainingError(f"no run to report on: {str(run)!r} {found}. {hint}")
 
 
 def _read_history(file: Path) -> History:
     numbers, knn, events, unread, whole = array("d"), dict[str, list[tuple[int, float]]](), [], 0, True
-    lines = file.open(encoding="utf-8", errors="replace") if file.exists() else io.StringIO()
-    with lines:
+    with file.open(encoding="utf-8", errors="replace") if file.exists() else io.StringIO() as lines:
         for text in lines:
             unread += not whole  # the line before was damaged, and was not the last
             line = _parse(text)
@@ -134,10 +122,9 @@ def _read_history(file: Path) -> History:
             else:
                 found = map(line.get, COLUMNS)
                 numbers.extend(value if isinstance(value, NUMBER) else math.nan for value in found)
-    table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(COLUMNS))
-    _, newest = np.unique(table[::-1, 0], return_index=True)  # a step that was taken again counts once
-    table = table[::-1][newest]
-    return History(dict(zip(COLUMNS, table.T, strict=True)), knn, events, unread)
+    table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(COLUMNS))[::-1]
+    _, newest = np.unique(table[:, 0], return_index=True)  # a step that was taken again counts once
+    return History(dict(zip(COLUMNS, table[newest].T, strict=True)), knn, events, unread)
 
 
 def _parse(text: str) -> dict[str, Any] | None:
@@ -146,9 +133,6 @@ def _parse(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and type(line.get("step")) is int else None
-
-
-# Charts.
 
 
 class Curve(NamedTuple):
@@ -186,19 +170,16 @@ def _charts(history: History, recipe: Recipe) -> list[Chart]:
     chance = math.log(recipe.contrast_size)
     blind = f"ln {recipe.contrast_size:,} = {chance:.2f}, no two images told apart"
     knn = [
-        Curve(f"{100 * pairs[-1][1]:.1f} % {name}", *(np.array(axis, dtype=float) for axis in zip(*pairs, strict=True)))
+        Curve(f"{100 * pairs[-1][1]:.1f} % {name}", *(np.array(pairs, dtype=float) * (1, 100)).T)
         for name, pairs in history.knn.items()
     ]
-    knn = [curve._replace(values=100 * curve.values) for curve in knn]
-    loss, accuracy, rate = _curve(history, "loss"), _curve(history, "accuracy", 100), "images_per_second"
-    lr, speed, wait = _curve(history, "lr"), _curve(history, rate), _curve(history, "data_wait", 100)
     return [
-        Chart("loss", "nats", loss, (chance, blind), from_zero=False),
-        Chart("accuracy", "percent", accuracy),
+        Chart("loss", "nats", _curve(history, "loss"), (chance, blind), from_zero=False),
+        Chart("accuracy", "percent", _curve(history, "accuracy", 100)),
         Chart("knn", "percent", knn, noisy=False),
-        Chart("lr", "", lr, noisy=False),
-        Chart("rate", "images per second", speed),
-        Chart("wait", "percent of the time", wait),
+        Chart("lr", "", _curve(history, "lr"), noisy=False),
+        Chart("rate", "images per second", _curve(history, "images_per_second")),
+        Chart("wait", "percent of the time", _curve(history, "data_wait", 100)),
     ]
 
 
@@ -247,7 +228,10 @@ def _draw(chart: Chart, history: History, theme: Theme) -> bytes | None:
             )  # fmt: skip
         _dress(axes, chart, theme)
         axes.set_xlim(*history.span)
-        _name_curves(figure, chart, theme)
+        if named:
+            look = {"ncols": 2, "frameon": False, "fontsize": 9, "labelcolor": theme.ink, "handlelength": 1.2}
+            for text in figure.legend(loc="outside upper left", **look).get_texts():
+                text.set_parse_math(False)  # a dollar in a name is a dollar
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
@@ -282,32 +266,12 @@ def _dress(axes: Any, chart: Chart, theme: Theme) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _name_curves(figure: Any, chart: Chart, theme: Theme) -> None:
-    if chart.curves[0].label:
-        legend = figure.legend(
-            loc="outside upper left", ncols=2, frameon=False, fontsize=9, labelcolor=theme.ink, handlelength=1.2
-        )
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a dollar in a name is a dollar
-
-
-# The page.
-
-
-def _page(
-    run: Path,
-    record: dict[str, Any],
-    recipe: Recipe,
-    history: History,
-    pictures: Mapping[str, tuple[bytes | None, bytes | None]],
-    seen: bytes | None,
-) -> str:
+def _page(record: dict[str, Any], recipe: Recipe, history: History, **more: object) -> str:
     data, result, steps = record.get("data", {}), record.get("result", {}), history.columns["step"]
     rates, waits = history.finite("images_per_second"), history.finite("data_wait")
     return render(
         Path(__file__).with_name("report.html.jinja"),
-        folder=run, record=record, data=data, result=result, recipe=recipe, history=history,
-        pictures=pictures, seen=seen,
+        record=record, data=data, result=result, recipe=recipe, history=history, **more,
         corpus=corpus_text(recipe.corpus),
         taken=int(result.get("steps") or (steps[-1] + 1 if len(steps) else 0)),
         total=round(recipe.epochs * ((data.get("images") or 0) // recipe.batch_size)),

@@ -21,29 +21,18 @@ from ..run.step import Step
 
 
 class TrainStep(Step):
-    """Takes steps of the method: `step(patches, views)` changes the weights in place, see `Step`.
-
-    Attributes:
-        model: the method with its ViT.
-
-    Args:
-        model: on its device, initialised, compiled if it is to be.
-        recipe: recipe of the run.
-        ranks: this process among all.
-        autocast: dtype of the matrix products, None for that of the weights.
-        micro_batch: most images per forward pass; None takes each group whole.
-    """
+    """Takes steps of the method: `step(patches, views)` changes the weights in place, see `Step`."""
 
     recipe: Recipe
 
     def __init__(
         self,
-        model: MiCL,
+        model: MiCL,  # the method with its ViT: on its device, initialised, compiled if it is to be
         recipe: Recipe,
         ranks: Ranks | None = None,
         *,
         autocast: torch.dtype | None = None,
-        micro_batch: int | None = None,
+        micro_batch: int | None = None,  # most images per forward pass; None takes each group whole
     ) -> None:
         self.model, ranks = model, ranks or Ranks()
         share = images_per_process(recipe, ranks.world)
@@ -53,14 +42,9 @@ class TrainStep(Step):
         self.optimizer = make_optimizer(model.vit, recipe)
 
     def accumulate(self, patches: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of one step, without taking it.
+        """Compute the gradients of one step, without taking it: loss () and contrastive accuracy () of this share.
 
-        Args:
-            patches: (b, V, K/V, P), normalised pixels of the visible patches of this process's share.
-            views: (b, V, K/V), where in the crop's grid they are.
-
-        Returns:
-            Loss () and contrastive accuracy () of this share.
+        `patches` (b, V, K/V, P) are normalised pixels; `views` (b, V, K/V) tells where in the crop's grid they are.
         """
         groups = list(zip(patches.chunk(self.groups), views.chunk(self.groups), strict=True))
         found = [self._group(*group, last=group is groups[-1]) for group in groups]
@@ -88,13 +72,11 @@ class TrainStep(Step):
         return loss.detach(), accuracy
 
     def _loss(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        shared = self.recipe.negatives == "global" and self.ranks.world > 1
+        recipe, ranks = self.recipe, self.ranks
+        shared = recipe.negatives == "global" and ranks.world > 1
+        rows, first = (ranks.all_rows, ranks.rank * len(tokens)) if shared else (None, 0)
         return contrastive_loss(
-            tokens,
-            kappa=self.recipe.kappa,
-            temperature=self.recipe.temperature,
-            all_rows=self.ranks.all_rows if shared else None,
-            first_row=self.ranks.rank * len(tokens) if shared else 0,
+            tokens, kappa=recipe.kappa, temperature=recipe.temperature, all_rows=rows, first_row=first
         )
 
 

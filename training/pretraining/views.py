@@ -18,13 +18,9 @@ GROUND = 48  # the grey between views: dark enough that the two cannot be confus
 def views_picture(patches: Tensor, views: Tensor, recipe: Recipe) -> Image.Image:
     """Draw what the network sees of the first eight images of a batch: view 1 on top; all else is grey.
 
-    Args:
-        patches: (B, V, K/V, P), normalised, flattened channel first, as `visible_patches` gives them.
-        views: (B, V, K/V), where in the crop's grid each patch is, row by row.
-        recipe: gives the views, the crop, the patch size, and the mean and deviation to undo.
+    `patches` are normalised, (B, V, K/V, P), each channel first; `views` (B, V, K/V) tells where in the crop's grid.
     """
-    rows = recipe.views
-    count, side, grid = min(PICTURE_IMAGES, len(patches)), recipe.patch_size, recipe.grid
+    rows, count, side, grid = recipe.views, min(PICTURE_IMAGES, len(patches)), recipe.patch_size, recipe.grid
     mean, std = (torch.tensor(v)[:, None, None] for v in (recipe.pixel_mean, recipe.pixel_std))
     pixels = patches[:count].detach().float().cpu().unflatten(3, (3, side, side)) * std + mean
     cells = torch.full((count, rows, grid * grid, 3, side, side), HIDDEN, dtype=torch.uint8)

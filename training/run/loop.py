@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -33,7 +33,6 @@ from .trackers import Tracker, open_trackers
 log = logging.getLogger(__name__)
 
 FLUSH_STEPS, FLUSH_SECONDS = 10, 5.0  # numbers are fetched from the device, checked and written at the first of the two
-T = TypeVar("T")
 Batch = TypeVar("Batch")
 Made = TypeVar("Made")
 Line = dict[str, Any]  # of metrics.jsonl
@@ -59,7 +58,7 @@ class Loop(ABC, Generic[Batch, Made]):
 
     def __post_init__(self) -> None:
         self.recipe, self.ranks = self.step.recipe, self.step.ranks
-        self.clock = Clock(self.recipe.checkpoint_minutes, self.knn_minutes)
+        self.clock = Clock(flush=FLUSH_SECONDS, save=60 * self.recipe.checkpoint_minutes, knn=60 * self.knn_minutes)
         self.total_steps = self.recipe.total_steps(self.steps_per_epoch)
         self.folder.keep_steps = round(self.recipe.keep_epochs * self.steps_per_epoch)
 
@@ -113,16 +112,15 @@ class Loop(ABC, Generic[Batch, Made]):
 
     def train(self, first_step: int, last_step: int) -> None:
         """Take the steps number first_step to last_step - 1."""
-        clock, pending = self.clock, list[_Taken]()
+        clock, pending = self.clock, list[tuple[int, float, Tensor]]()  # their numbers are still on the device
         batches = iter(self.batches(first_step, last_step))
         with progress(self.recipe.name, last_step, done=first_step, unit="steps", show=self.ranks.main) as tick:
             for number in range(first_step, last_step):
-                batch, steps = clock.waiting(lambda: next(batches)), number + 1
+                batch, steps = clock.next_of(batches), number + 1
                 lr = learning_rate(self.recipe, number, self.total_steps)
                 set_learning_rate(self.step.optimizer, lr)
-                pending.append(_Taken(number, lr, self.take(batch)))
-
-                due = (clock.save_due(), clock.flush_due(), self.measure_due(steps))
+                pending.append((number, lr, self.take(batch)))
+                due = (clock.due("save"), clock.due("flush"), self.measure_due(steps))
                 stopping, save, flush, measure = self.ranks.any(self.stop.asked or self.ranks.orphaned, *due)
                 save |= steps == last_step or stopping
                 save |= self.folder.keep_steps > 0 and steps % self.folder.keep_steps == 0
@@ -152,21 +150,21 @@ class Loop(ABC, Generic[Batch, Made]):
 
     def roll_back(self, found: _NotFinite, tried_before: bool) -> int:
         """Keep the batch's ids and go back to the last checkpoint, once; stop the second time."""
-        step, file = found.step, self.folder.path / f"nonfinite-step-{found.step:08d}.json"
+        what, step = found.args
+        file = self.folder.path / f"nonfinite-step-{step:08d}.json"
         if self.ranks.main:
-            ids = self.batch_ids(step)
-            write_text(file, json.dumps({"step": step, "what": found.what, "ids": ids}, indent=1) + "\n")
+            write_text(file, json.dumps({"step": step, "what": what, "ids": self.batch_ids(step)}, indent=1) + "\n")
         if tried_before:
             raise TrainingError(
-                f"{found.what} at step {step}, and it was not the first time: stopped. Checkpoints are only written of "
+                f"{what} at step {step}, and it was not the first time: stopped. Checkpoints are only written of "
                 f"finite numbers; the ids of the batch are in {str(file)!r}. Look at its images, or try "
                 f"--set base_lr={self.recipe.base_lr / 2:g} or --set precision=fp32 in a new --out."
             )
         if self.ranks.main:
-            log.warning("%s at step %d: back to the last checkpoint, once. Its ids: %s", found.what, step, file)
+            log.warning("%s at step %d: back to the last checkpoint, once. Its ids: %s", what, step, file)
         self.step.optimizer.zero_grad(set_to_none=True)
         first_step = self.resume()
-        self.note(first_step, "rolled back", f"{found.what} at step {step}")
+        self.note(first_step, "rolled back", f"{what} at step {step}")
         return first_step
 
     def note(self, step: int, event: str, detail: str) -> None:
@@ -184,7 +182,7 @@ class Loop(ABC, Generic[Batch, Made]):
         """Write the line of a measurement, whose time is no step's."""
         seconds = round(self.clock.seconds(), 1)
         self.log([{"step": steps, "epoch": self.epoch(steps), kind: found, "seconds": seconds}])
-        self.clock.measured()
+        self.clock.done("knn", "flush")
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copy the weights, see `rundir.snapshot`; all ranks call it, and the one that writes gets them."""
@@ -208,34 +206,31 @@ class Loop(ABC, Generic[Batch, Made]):
         for tracker in self.trackers:
             tracker.close()
 
-    def _flush(self, pending: list[_Taken]) -> list[Line]:
+    def _flush(self, pending: list[tuple[int, float, Tensor]]) -> list[Line]:
         """Fetch the numbers, agree on them, check and write them."""
+        steps, rates, taken = zip(*pending, strict=True)
         new, self.told = self.refused[self.told :], len(self.refused)
-        mine = torch.stack([taken.numbers for taken in pending]).tolist()
-        told = self.ranks.gather((mine, new, self.clock.lap(), _weights_finite(self.step.vit)))
+        told = self.ranks.gather((torch.stack(taken).tolist(), new, self.clock.lap(), _weights_finite(self.step.vit)))
         self._refuse([list(image) for _, refused, *_ in told for image in refused])
         seconds, wait = told[0][2]
         every = torch.tensor([numbers for numbers, *_ in told], dtype=torch.float64)  # (ranks, steps, numbers)
-        shared = {
-            "images_per_second": round(len(pending) * self.recipe.batch_size / seconds, 1),
-            "data_wait": round(wait / seconds, 4),
-            "seconds": round(self.clock.seconds(), 1),
-        }
+        shared = {"images_per_second": round(len(steps) * self.recipe.batch_size / seconds, 1)}
+        shared |= {"data_wait": round(wait / seconds, 4), "seconds": round(self.clock.seconds(), 1)}
         lines = []
-        for taken, numbers in zip(pending, every.mean(0).tolist(), strict=True):
+        for step, lr, numbers in zip(steps, rates, every.mean(0).tolist(), strict=True):
             if not math.isfinite(numbers[0]):
-                raise _NotFinite(f"the loss is {numbers[0]}", taken.step)
+                raise _NotFinite(f"the loss is {numbers[0]}", step)
             named = dict(zip(self.logged, numbers, strict=True))
-            lines.append({"step": taken.step, "epoch": self.epoch(taken.step), **named, "lr": taken.lr, **shared})
+            lines.append({"step": step, "epoch": self.epoch(step), **named, "lr": lr, **shared})
         if not all(finite for *_, finite in told):
-            raise _NotFinite("a weight is not finite", pending[-1].step)
+            raise _NotFinite("a weight is not finite", steps[-1])
         self.log(lines)
         self.checked(lines)
         return lines
 
     def _save(self, steps: int) -> None:
         tensors = snapshot(self.step)
-        self.clock.saved()
+        self.clock.done("save")
         if self.ranks.main:
             self.folder.save_checkpoint(steps, self.clock.seconds(), tensors, self.config)
 
@@ -243,10 +238,8 @@ class Loop(ABC, Generic[Batch, Made]):
         self.folder.finish_writing()
         self.close()
         number = self.stop.signal or signal.SIGTERM
-        text = (
-            f"stopped by {signal.Signals(number).name} after step {steps}, with a checkpoint. The same command goes on "
-        )
-        stopped = Interrupted(f"{text}from there.", signal=number)
+        told = f"stopped by {signal.Signals(number).name} after step {steps}, with a checkpoint"
+        stopped = Interrupted(f"{told}. The same command goes on from there.", signal=number)
         if not self.ranks.main:
             raise SystemExit(stopped.exit_code)  # one of them says it
         raise stopped
@@ -262,68 +255,42 @@ class Loop(ABC, Generic[Batch, Made]):
             self.folder.save_record()
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """A step whose numbers are still on the device."""
-
-    step: int
-    lr: float
-    numbers: Tensor
-
-
 class _NotFinite(Exception):
-    """Raised alike on every rank."""
-
-    def __init__(self, what: str, step: int) -> None:
-        super().__init__(what)
-        self.what, self.step = what, step
+    """Raised alike on every rank, of (what, step)."""
 
 
 class Clock:
     """Seconds of training, earlier pieces of the run included, and what is due."""
 
-    def __init__(self, checkpoint_minutes: float, knn_minutes: float) -> None:
-        self.start = self.last_lap = self.last_save = self.last_knn = time.monotonic()
-        self.before = self.waited = 0.0
-        self.save_every, self.knn_every = 60 * checkpoint_minutes, 60 * knn_minutes
+    def __init__(self, **every: float) -> None:  # seconds between two of a kind: flush, save, knn
+        self.start, self.before, self.waited = time.monotonic(), 0.0, 0.0
+        self.every, self.last = every, dict.fromkeys(every, self.start)
 
     def seconds(self) -> float:
         """Count the seconds of the whole run."""
         return self.before + time.monotonic() - self.start
 
-    def waiting(self, what: Callable[[], T]) -> T:
-        """Do what is waited for, and count the time."""
+    def next_of(self, batches: Iterator[Batch]) -> Batch:
+        """Take the next batch, and count the time spent waiting for it."""
         start = time.monotonic()
-        found = what()
+        found = next(batches)
         self.waited += time.monotonic() - start
         return found
 
     def lap(self) -> tuple[float, float]:
         """Count the seconds since the last lap, and those of them spent waiting for data."""
-        now = time.monotonic()
-        lap, waited = max(now - self.last_lap, 1e-9), self.waited
-        self.last_lap, self.waited = now, 0.0
+        lap, waited = max(time.monotonic() - self.last["flush"], 1e-9), self.waited
+        self.done("flush")
+        self.waited = 0.0
         return lap, min(waited, lap)
 
-    def flush_due(self) -> bool:
-        """Tell whether it is time to show something."""
-        return time.monotonic() - self.last_lap >= FLUSH_SECONDS
+    def due(self, kind: str) -> bool:
+        """Tell whether it is time for one of a kind."""
+        return time.monotonic() - self.last[kind] >= self.every[kind]
 
-    def save_due(self) -> bool:
-        """Tell whether it is time for a checkpoint."""
-        return time.monotonic() - self.last_save >= self.save_every
-
-    def saved(self) -> None:
-        """Note that a checkpoint is being written."""
-        self.last_save = time.monotonic()
-
-    def knn_due(self) -> bool:
-        """Tell whether it is time for k-NN."""
-        return time.monotonic() - self.last_knn >= self.knn_every
-
-    def measured(self) -> None:
-        """Note that a measurement is over; its time is no step's."""
-        self.last_knn = self.last_lap = time.monotonic()
+    def done(self, *kinds: str) -> None:
+        """Note that one of each kind is done, or on its way."""
+        self.last |= dict.fromkeys(kinds, time.monotonic())
 
 
 def weights_of(tensors: dict[str, Tensor], prefix: str = "model") -> dict[str, Tensor]:

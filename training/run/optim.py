@@ -24,12 +24,8 @@ def make_layered_optimizer(model: VisionTransformer, recipe: FineTuneRecipe) -> 
 
     No weight decay on biases, norms, the class token and the position table.
     """
-    groups = param_groups_layer_decay(
-        model,
-        weight_decay=recipe.weight_decay,
-        no_weight_decay_list=model.no_weight_decay(),
-        layer_decay=recipe.layer_decay,
-    )
+    fixed = list(model.no_weight_decay())
+    groups = param_groups_layer_decay(model, recipe.weight_decay, fixed, layer_decay=recipe.layer_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,8 +70,7 @@ def steps_per_epoch(recipe: AnyRecipe, images: int) -> int:
 
 
 def _divisors(number: int) -> list[int]:
-    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*low, *(number // n for n in low)})
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _either(ways: Sequence[object]) -> str:

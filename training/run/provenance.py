@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,19 @@ from micl_zoo._version import package_versions
 
 
 def code_commit() -> str | None:
-    """Name the commit this code was run from, "-dirty" added where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    """Name the commit this code was run from, "-dirty" added where files differ from it; None outside a checkout.
+
+    The variable MICL_ZOO_COMMIT names it where no .git travels along.
+    """
+    if given := os.environ.get("MICL_ZOO_COMMIT"):
+        return given
+    here = Path(__file__).resolve()
+    git = partial(subprocess.run, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True)
     try:
-        run = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-        tracked = subprocess.run(
-            ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name],
-            capture_output=True, timeout=10, check=False,
-        )  # fmt: skip
+        git(["git", "ls-files", "--error-unmatch", here.name])  # another project's checkout does not know this file
+        return git(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return run.stdout.strip() if tracked.returncode == 0 else None
 
 
 def made_with(device: torch.device) -> dict[str, Any]:
@@ -53,8 +53,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
+    if names := [name.strip() for key, _, name in lines if key.startswith("model name")]:
+        return names[0]
     return platform.processor() or platform.machine()

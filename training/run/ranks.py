@@ -7,7 +7,6 @@ words between hosts (a signal, a loss, a bad image) always travel by gloo, so th
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,26 +95,27 @@ class _AllRows(torch.autograd.Function):
 def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the other ranks when torchrun or SLURM started several; leave them at the end.
 
-    Args:
-        device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks on GPUs each takes the one of its local rank.
+    The device is "auto", "cpu", "cuda" or "cuda:N"; with several ranks on GPUs each takes the one of its local rank.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 and "RANK" not in os.environ:
         yield Ranks(), resolve_device(device)
         return
-    target = _own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    target = resolve_device(device)
     if target.type == "cuda":
+        local, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= cards:
+            raise UsageError(
+                f"rank {local} of this machine has no GPU, {cards} are visible: "
+                "give --gpus that number at most, or --device cpu"
+            )
+        target = torch.device("cuda", local)
         torch.cuda.set_device(target)
     store, rank, world = next(rendezvous("env://", timeout=WAIT))
     # The store outlives a restart, with the dead ranks' ports in it.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        "nccl" if target.type == "cuda" else "gloo",
-        store=PrefixStore(f"attempt-{attempt}", store),
-        rank=rank,
-        world_size=world,
-        timeout=WAIT,
-    )
+    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if target.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
     try:
         parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         yield Ranks(rank, world, dist.new_group(backend="gloo", timeout=WAIT), parent), target
@@ -123,33 +123,20 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         dist.destroy_process_group()
 
 
-def _own_device(device: str, local_rank: int) -> torch.device:
-    target = resolve_device(device)
-    if target.type != "cuda":
-        return target
-    if local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"rank {local_rank} of this machine has no GPU, {torch.cuda.device_count()} are visible: "
-            "give --gpus that number at most, or --device cpu"
-        )
-    return torch.device("cuda", local_rank)
-
-
 def says() -> bool:
     """Tell whether this process is the one that speaks to the person: rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(words: Sequence[str], *, gpus: int = 1, nodes: int = 1, rdzv: str | None = None, restarts: int = 0) -> None:
-    """Run `python -m micl_zoo.training WORDS` in `gpus` processes on this machine, by torchrun's elastic agent.
-
-    Args:
-        words: of `micl-zoo`, from `train` or `eval` on, without the options that say how many processes there are.
-        gpus: processes on this machine, one per GPU.
-        nodes: machines; the same call runs on each of them.
-        rdzv: rendezvous endpoint, "host:port" of one of the machines; required for more than one.
-        restarts: how often all ranks start again, from the last checkpoint, after one has failed.
-    """
+def launch(
+    words: Sequence[str],  # of `micl-zoo`, from `train` or `eval` on, without the options on the number of processes
+    *,
+    gpus: int = 1,  # processes on this machine, one per GPU
+    nodes: int = 1,  # machines; the same call runs on each of them
+    rdzv: str | None = None,  # rendezvous endpoint, "host:port" of one of the machines; required for more than one
+    restarts: int = 0,  # how often all ranks start again, from the last checkpoint, after one has failed
+) -> None:
+    """Run `python -m micl_zoo.training WORDS` in `gpus` processes on this machine, by torchrun's elastic agent."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -162,7 +149,7 @@ def launch(words: Sequence[str], *, gpus: int = 1, nodes: int = 1, rdzv: str | N
         nproc_per_node=gpus,
         run_id=os.environ.get("SLURM_JOB_ID", "micl-zoo"),
         rdzv_backend="c10d",
-        rdzv_endpoint=rdzv or f"localhost:{_free_port()}",
+        rdzv_endpoint=rdzv or "localhost:0",  # 0: any free port
         max_restarts=restarts,
         monitor_interval=0.5,
     )
@@ -174,9 +161,3 @@ def launch(words: Sequence[str], *, gpus: int = 1, nodes: int = 1, rdzv: str | N
         raise TrainingError(f"rank {rank} ended with code {failure.exitcode}; see its output above") from None
     except SignalException as error:
         raise Interrupted("the ranks were told to stop; see their output above", signal=error.sigval) from None
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])

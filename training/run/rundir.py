@@ -26,7 +26,7 @@ from micl_zoo.encoders.weights import HEADER_KEY, WEIGHTS_FILE, EncoderConfig, r
 from micl_zoo.errors import TrainingError
 from micl_zoo.files import atomic_path, file_sha256, lock_folder, write_text
 
-from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, record_differences
+from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, read_run, record_differences
 from .provenance import code_commit, machine
 from .step import Step
 
@@ -36,33 +36,22 @@ log = logging.getLogger(__name__)
 
 
 class RunDir:
-    """The folder of one run.
-
-    Attributes:
-        path: path of the folder.
-        record: content of run.json.
-        keep_steps: a checkpoint after a multiple of so many steps stays for good; 0 keeps none.
-    """
+    """The folder of one run."""
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.path = path
-        self.record = record
-        self.keep_steps = 0
+        self.path, self.record = path, record  # the content of run.json
+        self.keep_steps = 0  # a checkpoint after a multiple of so many steps stays for good; 0 keeps none
         self._writing: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._lock: ExitStack | None = None
+        self._lock = ExitStack()
 
     def __enter__(self) -> RunDir:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        with self._lock, self._writer:  # the lock is let go last
             if kind is None:
                 self.finish_writing()
-        finally:
-            self._writer.shutdown()
-            if self._lock is not None:
-                self._lock.close()
 
     @classmethod
     def open(cls, path: Path, record: dict[str, Any], *, main: bool = True) -> RunDir:
@@ -73,16 +62,14 @@ class RunDir:
         if (there := read_run(path)) is None:
             if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
                 raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
-            run.lock()
-            run.save_record()
-            return run
-        if differences := record_differences(there, record):
+        elif differences := record_differences(there, record):
             raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
-        run.record = there
-        run.lock()
+        run._lock = lock_folder(path, "training in", TrainingError)
+        run.record = record if there is None else there
         where = {key: record[key] for key in ("commit", "versions", "machine", "processes")}
-        if where != {key: there.get(key) for key in where}:
-            there.setdefault("resumed", []).append({**where, "started": record["started"]})
+        if moved := where != {key: run.record.get(key) for key in where}:
+            run.record.setdefault("resumed", []).append({**where, "started": record["started"]})
+        if moved or there is None:
             run.save_record()
         return run
 
@@ -92,16 +79,12 @@ class RunDir:
         file = self.path / "encoder" / WEIGHTS_FILE
         return file if "result" in self.record and file.exists() else None
 
-    def lock(self) -> None:
-        """Keep others out of the folder for as long as this process lives."""
-        self._lock = lock_folder(self.path, "training in", TrainingError)
-
     def save_record(self) -> None:
         """Write run.json."""
         write_text(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
 
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Append to metrics.jsonl, a line a step."""
+        """Append lines to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -111,7 +94,9 @@ class RunDir:
         if not file.exists():
             return
         kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        write_text(file, "".join(line for line in kept if _before(json.loads(line), step)))
+        lines = [(line, json.loads(line)) for line in kept]
+        # a step's line has the number of steps before it; k-NN and events have the number of steps taken
+        write_text(file, "".join(line for line, found in lines if found["step"] < step + ("loss" not in found)))
 
     def save_checkpoint(self, step: int, seconds: float, tensors: dict[str, Tensor], config: EncoderConfig) -> None:
         """Write a snapshot after `step` steps, in a thread of its own, while the training goes on.
@@ -120,7 +105,9 @@ class RunDir:
         multiple of `keep_steps`. The header says how to build the encoder, so that the file loads by itself.
         """
         self.finish_writing()
-        _check_space(self.path, sum(value.nbytes for value in tensors.values()))
+        size, free = sum(value.nbytes for value in tensors.values()), shutil.disk_usage(self.path).free
+        if free < size:
+            raise _disk_full(self.path, f"a checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free")
         entry = json.dumps({"config": json.loads(config.to_json()), "provenance": self.provenance()})
         header = {"format": "pt", "step": str(step), "seconds": repr(seconds), HEADER_KEY: entry}
         self._writing = self._writer.submit(self._write_checkpoint, step, tensors, header)
@@ -164,10 +151,8 @@ class RunDir:
             file.replace(file.with_name(f"{file.name}.damaged"))
             log.warning("%s is damaged (%s): going on from the checkpoint before", file.name, damage)
         if files:
-            raise TrainingError(
-                f"every checkpoint in {str(self.path / 'checkpoints')!r} is damaged: nothing to go on from. "
-                "Train again in a new --out."
-            )
+            where = str(self.path / "checkpoints")
+            raise TrainingError(f"every checkpoint in {where!r} is damaged: nothing to go on from. Use a new --out.")
         return None
 
     def save_encoder(self, state: dict[str, Tensor], recipe: Recipe) -> Path:
@@ -205,11 +190,7 @@ def snapshot(step: Step, *, moments: bool = True) -> dict[str, Tensor]:
 
 
 def restore(file: Path, step: Step) -> tuple[int, float]:
-    """Put a checkpoint back in place, whatever number of processes it came from.
-
-    Returns:
-        Steps taken and seconds spent so far.
-    """
+    """Put a checkpoint back in place, of any number of processes; the steps taken and seconds spent so far."""
     with safe_open(file, framework="pt") as opened:  # on the host: no card has room for two
         header = opened.metadata()
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
@@ -253,12 +234,6 @@ def _damage(file: Path) -> str | None:
         return str(error)
 
 
-def _check_space(path: Path, size: int) -> None:
-    free = shutil.disk_usage(path).free
-    if free < size:
-        raise _disk_full(path, f"a checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free")
-
-
 def _disk_full(path: Path, detail: str) -> TrainingError:
     return TrainingError(
         f"the disk of {str(path)!r} is full ({detail}): stopped. The checkpoints that are there are whole: "
@@ -277,20 +252,12 @@ def vit_sizes(recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in names}
 
 
-def read_run(path: Path) -> dict[str, Any] | None:
-    """Read the run.json of a folder; None where there is none."""
-    file = path / "run.json"
-    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    return found
-
-
 def command_text(
     words: Sequence[str], options: Iterable[tuple[str, str]], overrides: Iterable[str], smoke: bool
 ) -> str:
     """Write the command that makes a run."""
     options = [*options, *(("--set", change) for change in overrides)]
-    words = [*words, *["--smoke"] * smoke]
-    return " ".join([*words, *(f"{option} {shlex.quote(value)}" for option, value in options)])
+    return " ".join([*words, *["--smoke"] * smoke, *(f"{option} {shlex.quote(value)}" for option, value in options)])
 
 
 def run_record(
@@ -307,8 +274,3 @@ def run_record(
         "processes": processes,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _before(line: dict[str, Any], step: int) -> bool:
-    # a step's line has the number of steps before it; k-NN and events have the number of steps taken
-    return bool(line["step"] < step if "loss" in line else line["step"] <= step)

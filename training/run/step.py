@@ -20,31 +20,22 @@ from .ranks import Ranks
 
 
 class Step(ABC):
-    """Takes steps: `step(*share_of_a_batch)` changes the weights in place.
-
-    Attributes:
-        recipe, ranks: recipe of the run, and this process among all.
-        vit: the network that is trained, under its own names.
-        optimizer: optimizer of the recipe.
-        ema: running means of the weights, or None.
-        autocast: dtype of the matrix products, None for that of the weights.
-    """
+    """Takes steps: `step(*share_of_a_batch)` changes the weights in place."""
 
     optimizer: torch.optim.Optimizer
-    ema: ModelEmaV3 | None = None
+    ema: ModelEmaV3 | None = None  # running means of the weights
 
     def __init__(
         self, module: nn.Module, vit: VisionTransformer, recipe: AnyRecipe, ranks: Ranks, autocast: torch.dtype | None
     ) -> None:
-        self.vit, self.recipe, self.ranks, self.autocast = vit, recipe, ranks, autocast
+        self.vit, self.recipe, self.ranks = vit, recipe, ranks  # vit: the network that is trained, under its own names
+        self.autocast = autocast  # dtype of the matrix products, None for that of the weights
         self._forward = _distribute(module, vit, ranks, sharded=getattr(recipe, "parallel", "ddp") == "fsdp")
 
     def __call__(self, *share: Any) -> Any:
-        """Take one step.
+        """Take one step: what `accumulate` gives, numbers of this share, without gradient and still on the device.
 
-        Returns:
-            What `accumulate` gives: numbers of this share, without gradient and still on the device. Their means over
-            the processes are those of the batch.
+        Their means over the processes are those of the batch.
         """
         found = self.accumulate(*share)
         self.optimizer.step()

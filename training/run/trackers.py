@@ -29,20 +29,12 @@ def open_trackers(
 ) -> list[Tracker]:
     """Open the trackers of a run, new or resumed. Steps from `first_step` on replace those that were tracked before.
 
-    TensorBoard's files go to RUN/tensorboard. Weights & Biases sends data away, so it is used only when named.
-
-    Args:
-        run: the run's folder.
-        record: what its run.json holds; a resumed run is known by the start in it.
-        first_step: the first step that will be taken.
-        wandb_project: where Weights & Biases keeps the run.
+    TensorBoard's files go to RUN/tensorboard. Weights & Biases sends data away, so it is used only when named; it knows
+    a resumed run by the start in its run.json, the `record`.
     """
-    trackers: list[Tracker] = []
-    if wandb_project is not None:
-        trackers.append(_WandB(run, record, wandb_project))
-    if writer := _summary_writer(run / "tensorboard", first_step):
-        trackers.append(_TensorBoard(writer))
-    return trackers
+    trackers: list[Tracker] = [_WandB(run, record, wandb_project)] if wandb_project is not None else []
+    writer = _summary_writer(run / "tensorboard", first_step)
+    return [*trackers, _TensorBoard(writer)] if writer else trackers
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
@@ -95,14 +87,8 @@ class _WandB:
             wandb = importlib.import_module("wandb")
         except ImportError:
             raise UsageError(f"to track this run in the project {project!r}: pip install wandb") from None
-        self.run = wandb.init(
-            project=project,
-            name=run.resolve().name,
-            id=wandb_id(record),
-            resume="allow",
-            dir=str(run),
-            config=record["recipe"],
-        )
+        known = {"id": wandb_id(record), "name": run.resolve().name, "config": record["recipe"]}
+        self.run = wandb.init(project=project, resume="allow", dir=str(run), **known)
         self.run.define_metric("*", step_metric="step")  # a step that is taken again would not be a next wandb step
 
     def log(self, lines: list[dict[str, Any]]) -> None:

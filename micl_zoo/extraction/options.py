@@ -1,0 +1,115 @@
+"""The options of `extract`: name, type, default and meaning of each, stated once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from ..encoders.device import Backend, Precision
+from ..encoders.zoo import DEFAULT
+from ..errors import UsageError, unknown
+from ..images.decode import MAX_PIXELS, Decoding, Exif
+
+if TYPE_CHECKING:  # they import torch, which a command line that only shows its help does without
+    from ..encoders.encoder import Encoder, Pool
+
+Dtype = Literal["float16", "float32"]
+EngineName = Literal["local", "ray"]
+
+# The options that change the rows of a store; its manifest gives them as a command line, in this order.
+ROW_OPTIONS = (
+    *("model", "weights", "pool", "dtype", "precision", "backend", "exif", "max_pixels", "shard_rows", "limit"),
+    *("compile", "fast_decode", "normalize"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """What can be chosen about an extraction.
+
+    Attributes:
+        model: name from `list_models`, or a loaded encoder, which decides `weights`, `devices` and `backend` itself.
+        weights: your own file or folder, see `load`.
+        pool: "cls" token, "mean" of the patch tokens, "cls+mean" concatenated, or all "patches".
+        normalize: scale embeddings to unit length.
+        dtype: data type of the stored embeddings.
+        precision: compute precision; "auto" is bf16 where the device computes it fast, else fp32. ONNX files keep their
+            own.
+        backend: "torch", "openvino" for CPUs, or "onnx"; "auto" is "onnx" for an .onnx file, and "openvino" where it is
+            installed and can be used.
+        providers: execution providers of ONNX Runtime, see `load`.
+        compile: compile the model by torch.compile; pays off after thousands of images.
+        devices: "auto", "all" GPUs, or device names separated by commas; one process each.
+        processes: number of model processes, which share the devices; None is one per device, with Ray one per GPU of
+            the cluster.
+        engine: "local", or "ray" for a cluster.
+        address: address of the Ray cluster; None is the one this machine belongs to, or a new one on it.
+        batch_size: images per batch; None is 256 on a GPU, 16 on a CPU. Halved where memory is short.
+        shard_rows: images per part file; None is 10,000, fewer for long rows such as patches.
+        workers: decoding processes per machine; None is one per core, 16 at most; 0 decodes in the model process.
+        fast_decode: decode JPEG at the scale that is needed: nearly the same pixels, and the store says so.
+        exif: "upright" turns pictures as their cameras say, "keep" leaves them as they are stored.
+        max_pixels: width x height above which an image is refused.
+        image_timeout: seconds a process may take to read and decode an image before it is replaced.
+        limit: embed only the first images of the source.
+        only_missing: add the images that the store lacks; those it has may be gone from the source.
+        overwrite: delete the embeddings in the output first.
+
+    Raises:
+        UsageError: a value that is not valid.
+    """
+
+    model: str | Encoder = DEFAULT
+    weights: str | os.PathLike[str] | None = None
+    pool: Pool = "cls"
+    normalize: bool = True
+    dtype: Dtype = "float32"
+    precision: Precision = "auto"
+    backend: Backend | Literal["auto"] = "auto"
+    providers: Sequence[str] | None = None
+    compile: bool = False
+    devices: str = "auto"
+    processes: int | None = None
+    engine: EngineName = "local"
+    address: str | None = None
+    batch_size: int | None = None
+    shard_rows: int | None = None
+    workers: int | None = None
+    fast_decode: bool = False
+    exif: Exif = "upright"
+    max_pixels: int = MAX_PIXELS
+    image_timeout: float = 120.0
+    limit: int | None = None
+    only_missing: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "shard_rows", "limit", "processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        for name, valid in (("dtype", get_args(Dtype)), ("engine", get_args(EngineName))):
+            if getattr(self, name) not in valid:
+                raise UsageError(unknown(name, getattr(self, name), valid))
+        _ = self.decoding  # checks exif and max_pixels
+
+    @property
+    def decoding(self) -> Decoding:
+        """How the bytes of an image become pixels."""
+        return Decoding(exif=self.exif, fast=self.fast_decode, max_pixels=self.max_pixels)
+
+    def command(self, sources: Sequence[str | os.PathLike[str]]) -> str:
+        """The command line that computes the same rows from the same sources; it leaves out where they are written."""
+        words = []
+        for name in ROW_OPTIONS:
+            value, option = getattr(self, name), name.replace("_", "-")
+            if name == "normalize":
+                words += [] if value else ["--no-normalize"]
+            elif isinstance(value, bool):
+                words += [f"--{option}"] * value
+            elif value is not None:
+                words += [f"--{option}", str(value)]
+        return shlex.join(["micl-zoo", "extract", *(os.fspath(one) for one in sources), *words])
