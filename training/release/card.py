@@ -80,7 +80,8 @@ def ablations_page(records: Path | None = None) -> str:
         arms = {name: arm for record in found.values() for name, arm in record["arms"].items()}
         lines: dict[tuple[str, ...], list[list[str]]] = {}  # by head: those on the same sets are in one table
         for head, these in map(_compared, found.values()):
-            lines.setdefault(head, []).extend(these)
+            there = lines.setdefault(head, [])
+            there += [line for line in these if line[1:] not in [other[1:] for other in there]]  # pixels, once
         shown[pattern] = {
             "arms": {name: arm["trained"] for name, arm in arms.items()},
             "networks": dict.fromkeys(map(_network, arms.values())),
