@@ -80,27 +80,24 @@ def evaluate(
         raise UsageError(f"two sets are called {', '.join(sorted(twice))}: rename a folder, a record goes by the names")
     record = _begun(out, _record(_described(encoder), protocol, command, encoder.device), sets)
     chosen = {encoder.name: encoder} | {name: _baseline(name, encoder) for name in baselines}
-    for subject, labelled in product(chosen, sets):
+    for (subject, model), labelled in product(chosen.items(), sets):
         there, started = record["results"].setdefault(subject, {}), time.monotonic()
         if labelled.name in there:
             continue
         features = []
         for part, images in (("training part", labelled.train), ("test part", labelled.test)):
             with progress(f"{subject} on {labelled.name}, {part}", len(images.labels), show=show) as tick:
-                loading = {"batch_size": batch_size, "workers": workers, "tick": tick}
-                features.append(_features(chosen[subject], images, protocol, **loading))
+                how: dict[str, Any] = {"pools": protocol.pools, "batch_size": batch_size, "workers": workers}
+                found = pixel_features(images) if model is None else embed_labelled(model, images, tick=tick, **how)
+                features.append(found)
         refused = sum(len(one.refused) for one in features)
         record["data"].setdefault(labelled.name, labelled.facts | {"refused": refused})
-        how = replace(protocol, methods=("knn",)) if subject == "pixels" and "knn" in protocol.methods else protocol
-        there[labelled.name] = probe(*features, classes=len(labelled.classes), protocol=how, device=encoder.device)
+        alone = replace(protocol, methods=("knn",)) if model is None and "knn" in protocol.methods else protocol
+        there[labelled.name] = probe(*features, classes=len(labelled.classes), protocol=alone, device=encoder.device)
         record["minutes"] = round(record["minutes"] + (time.monotonic() - started) / 60, 2)
         if out is not None:
             write_text(out, json.dumps(record, indent=1) + "\n")
     return record
-
-
-def _features(model: Encoder | None, images: LabelledImages, protocol: Protocol, **how: Any) -> Features:
-    return pixel_features(images) if model is None else embed_labelled(model, images, pools=protocol.pools, **how)
 
 
 def _begun(out: Path | None, asked: dict[str, Any], sets: Sequence[LabelledSet]) -> dict[str, Any]:
@@ -112,18 +109,15 @@ def _begun(out: Path | None, asked: dict[str, Any], sets: Sequence[LabelledSet])
         before = {key: dict(there[key]) for key in ("encoder", "protocol", "data", "results")}
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{str(out)!r} exists and is not an evaluation record: choose another file") from None
-    pairs = [
-        (key, before[part].get(key), value) for part in ("encoder", "protocol") for key, value in asked[part].items()
-    ]
+    pairs = [(key, before[of].get(key), value) for of in ("encoder", "protocol") for key, value in asked[of].items()]
     for labelled in sets:
         if labelled.name in before["data"]:
             known = before["data"][labelled.name]
             pairs += [(f"{labelled.name}, {key}", known.get(key), labelled.facts[key]) for key in SAME_IMAGES]
     if differences := [f"{key} is {mine!r} there, {value!r} asked for" for key, mine, value in pairs if mine != value]:
         raise UsageError(f"{str(out)!r} holds another evaluation: {'; '.join(differences)}. Give another file.")
-    there.setdefault("resumed", []).append(
-        {key: asked[key] for key in ("command", "date", "commit", "machine", "versions")}
-    )
+    again = {key: asked[key] for key in ("command", "date", "commit", "machine", "versions")}
+    there.setdefault("resumed", []).append(again)
     return there
 
 
@@ -133,15 +127,8 @@ def evaluate_stores(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure embeddings that `extract` wrote; no image is opened. The record is that of `evaluate`.
 
-    For k-NN alone, the rows of the training store are read one part at a time.
-
-    Args:
-        train, test: complete stores of the same encoder.
-        protocol: methods and settings; the token of a store with one token is the only pool.
-        labels: label by id, for images whose place does not say it.
-        name: name of the set in the record.
-        command: the command that was given, for the record.
-        device: device that computes the classifiers.
+    The stores are complete and of the same encoder; the token of stores with one token is the only pool. `labels` are
+    by id, for images whose place does not say it. For k-NN alone, the training store is read one part at a time.
     """
     protocol, started = protocol or Protocol(), time.monotonic()
     _check_pair(train, test)
@@ -150,15 +137,13 @@ def evaluate_stores(
         protocol = replace(protocol, pools=(stored,))  # type: ignore[arg-type]  # store_features refuses "patches"
     train_labels, test_labels = store_labels(train, labels), store_labels(test, labels)
     classes, (first, second) = number_classes(list(train_labels.values()), list(test_labels.values()), name)
-    numbers = [
-        dict(zip(ids, part.tolist(), strict=True)) for ids, part in ((train_labels, first), (test_labels, second))
-    ]
-    asked = store_features(test, numbers[1], protocol.pools)
+    numbers = dict(zip(train_labels, first.tolist(), strict=True))
+    asked = store_features(test, dict(zip(test_labels, second.tolist(), strict=True)), protocol.pools)
     if protocol.methods == ("knn",):
-        bank = _streamed(train, numbers[0], protocol.pools[0])
+        bank = _streamed(train, numbers, protocol.pools[0])
         found = {"knn": measure_bank(bank, asked, protocol, len(classes), device)}
     else:
-        features = store_features(train, numbers[0], protocol.pools)
+        features = store_features(train, numbers, protocol.pools)
         found = probe(features, asked, classes=len(classes), protocol=protocol, device=device)
     manifest = train.manifest
     facts = {
@@ -180,10 +165,8 @@ def probe(
     train: Features, test: Features, *, classes: int, protocol: Protocol, device: str | torch.device = "cpu"
 ) -> Results:
     """Run the protocol's methods on features; accuracies in percent."""
-    train, test = (
-        one._replace(rows={pool: one.rows[pool] for pool in one.rows if pool in (*protocol.pools, "pixels")})
-        for one in (train, test)
-    )
+    kept = (*protocol.pools, "pixels")
+    train, test = (one._replace(rows={k: v for k, v in one.rows.items() if k in kept}) for one in (train, test))
     chosen = [method for method in METHODS.values() if method.name in protocol.methods]
     return {one.name: one.measure(train, test, protocol, classes, device) for one in chosen}
 
@@ -223,13 +206,10 @@ def _check_pair(train: Store, test: Store) -> None:
     for store in (train, test):
         if not store.complete:
             raise StoreError(f"{str(store.folder)!r} is not complete: run the same extract command again first")
-    same = ("model", "weights_sha256", "transform", "pool", "normalized", "shape")
-    for field in same:
+    for field in ("model", "weights_sha256", "transform", "pool", "normalized", "shape"):
         mine, theirs = getattr(train.manifest, field), getattr(test.manifest, field)
         if mine != theirs:
-            raise StoreError(
-                f"the stores differ in {field}: {mine!r} in the training store, {theirs!r} in the test store"
-            )
+            raise StoreError(f"the stores differ in {field}: {mine!r} in the training store, {theirs!r} in the other")
 
 
 def _streamed(store: Store, numbers: Mapping[str, int], pool: Pool) -> Bank:
@@ -241,12 +221,9 @@ def _streamed(store: Store, numbers: Mapping[str, int], pool: Pool) -> Bank:
 
 def _described(encoder: Encoder) -> dict[str, Any]:
     return {
-        "name": encoder.name,
-        "weights_sha256": encoder.weights_sha256,
-        "transform": encoder.transform.id,
-        "precision": resolve_precision("auto", encoder.device)[1],
-        "backend": encoder.backend,
-    }
+        "name": encoder.name, "weights_sha256": encoder.weights_sha256, "transform": encoder.transform.id,
+        "precision": resolve_precision("auto", encoder.device)[1], "backend": encoder.backend,
+    }  # fmt: skip
 
 
 def _record(encoder: dict[str, Any], protocol: Protocol, command: str, device: str | torch.device) -> dict[str, Any]:

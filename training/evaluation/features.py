@@ -19,43 +19,22 @@ from .protocols import POOLS, check_names
 
 
 class Features(NamedTuple):
-    """Frozen features and classes of a part, as methods see them.
+    """Frozen features and classes of a part, as methods see them."""
 
-    Attributes:
-        rows: by pool ("cls", "mean", "cls+mean"): (N, D) float32, not normalised unless their store was.
-        labels: (N,) int64.
-        refused: ids of images that could not be embedded and are left out.
-    """
-
-    rows: dict[str, np.ndarray]
-    labels: np.ndarray
-    refused: tuple[str, ...] = ()
+    rows: dict[str, np.ndarray]  # by pool ("cls", "mean", "cls+mean"): (N, D) float32, normalised if their store was
+    labels: np.ndarray  # (N,) int64
+    refused: tuple[str, ...] = ()  # ids of images that could not be embedded and are left out
 
 
-Told = Callable[[int], object]
 Device = str | torch.device
 Figures = dict[str, dict[str, Any]]  # of one method, by key or by pool
 
 
 def embed_labelled(
-    encoder: Encoder,
-    images: LabelledImages,
-    *,
-    pools: Sequence[Pool] = ("cls",),
-    batch_size: int = 64,
-    workers: int | None = None,
-    tick: Told = lambda count: None,
-) -> Features:
-    """Embed a labelled part once, for all pools.
-
-    Args:
-        encoder: encoder of any backend.
-        images: the part.
-        pools: features to keep.
-        batch_size: images per forward pass.
-        workers: decoding processes; one per core by default, none for 0.
-        tick: called with the number of images whenever some are done.
-    """
+    encoder: Encoder, images: LabelledImages, *, pools: Sequence[Pool] = ("cls",), batch_size: int = 64,
+    workers: int | None = None, tick: Callable[[int], object] = lambda count: None,
+) -> Features:  # fmt: skip
+    """Embed a labelled part once, for all pools; `tick` is called with the number of images whenever some are done."""
     check_names("pool", pools, POOLS)
     autocast, _ = resolve_precision("auto", encoder.device)
     both: Pool = "cls+mean" if set(pools) != {"cls"} else "cls"
@@ -94,13 +73,7 @@ def store_labels(store: Store, given: Mapping[str, str] | None = None) -> dict[s
 
 
 def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Pool] | None = None) -> Features:
-    """Read all rows of a store with the class number of each id.
-
-    Args:
-        store: store of pool "cls", "mean" or "cls+mean".
-        numbers: class by id.
-        pools: features to keep of a "cls+mean" store; all that it holds by default.
-    """
+    """Read all rows of a store with the class number of each id; of a "cls+mean" store, by default every pool."""
     stored = store.manifest.pool
     held = POOLS if stored == "cls+mean" else (stored,)
     if stored == "patches" or (pools and not set(pools) <= set(held)):
@@ -108,7 +81,6 @@ def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Poo
             f"{str(store.folder)!r} holds the pool {stored!r}, asked for {', '.join(pools or ['one row per image'])}: "
             "extract again with --pool cls+mean"
         )
-    rows = store.embeddings.astype(np.float32, copy=False)
+    rows = split_pools(store.embeddings.astype(np.float32, copy=False), stored, pools or held)
     labels = np.array([numbers[name] for name in store.ids], np.int64)
-    refused = tuple(row.id for row in store.refused())
-    return Features(split_pools(rows, stored, pools or held), labels, refused)
+    return Features(rows, labels, tuple(row.id for row in store.refused()))

@@ -24,38 +24,26 @@ Bank = Iterable[tuple[np.ndarray, np.ndarray]]  # pieces: rows (n, D) and their 
 
 
 def knn_predict(
-    bank: Bank,
-    queries: np.ndarray,
-    *,
-    classes: int,
-    ks: Sequence[int] = KS,
-    temperature: float = TEMPERATURE,
+    bank: Bank, queries: np.ndarray, *, classes: int, ks: Sequence[int] = KS, temperature: float = TEMPERATURE,
     device: Device = "cpu",
-) -> dict[int, np.ndarray]:
-    """Classify queries by the votes of the k nearest rows of the bank, for several k from one search.
+) -> dict[int, np.ndarray]:  # fmt: skip
+    """Classify queries (N, D) by the votes of the k nearest rows of the bank: classes (N,) int64 by k, of one search.
 
-    A neighbour votes exp(cosine / temperature) for its class. The bank may be larger than memory: it is read
-    once, and only the nearest rows of each piece stay.
-
-    Args:
-        bank: pieces of any size and scale; rows are L2-normalised here.
-        queries: (N, D), any scale.
-        classes: number of classes; labels count from 0.
-        ks: numbers of neighbours; all rows of a smaller bank vote.
-        temperature: temperature of the votes.
-        device: device that computes.
-
-    Returns:
-        Classes (N,) int64 by k.
+    A neighbour votes exp(cosine / temperature) for its class; all rows of a bank smaller than k vote. Rows of any scale
+    are L2-normalised here. The bank may be larger than memory: it is read once, and only the nearest rows of each piece
+    stay.
     """
     asked = F.normalize(torch.from_numpy(queries).to(device).float(), dim=1)  # (N, D)
-    cosines, labels = torch.empty(len(asked), 0, device=device), torch.empty(len(asked), 0, dtype=torch.long)
-    labels = labels.to(device)
-    for rows, numbers in _pieces(bank):
+    cosines = torch.empty(len(asked), 0, device=device)
+    labels = torch.empty(len(asked), 0, dtype=torch.long, device=device)
+    for rows, numbers in bank:
         if rows.shape[1] != asked.shape[1]:
             raise UsageError(f"the bank has rows of {rows.shape[1]} numbers, the queries of {asked.shape[1]}")
-        piece = F.normalize(torch.from_numpy(rows).to(device).float(), dim=1)
-        cosines, labels = _nearest(asked, piece, torch.from_numpy(numbers).to(device).long(), cosines, labels, max(ks))
+        for start in range(0, len(rows), BANK_ROWS):
+            part = slice(start, start + BANK_ROWS)
+            piece = F.normalize(torch.from_numpy(rows[part]).to(device).float(), dim=1)
+            named = torch.from_numpy(numbers[part]).to(device).long()
+            cosines, labels = _nearest(asked, piece, named, cosines, labels, max(ks))
     if not cosines.shape[1]:
         raise UsageError("the bank has no rows: nothing to look for neighbours among")
     votes = (cosines.double() / temperature).exp()
@@ -64,12 +52,6 @@ def knn_predict(
         ballot = torch.zeros(len(asked), classes, dtype=votes.dtype, device=device)
         found[k] = ballot.scatter_add_(1, labels[:, :k], votes[:, :k]).argmax(1).cpu().numpy()
     return found
-
-
-def _pieces(bank: Bank) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    for rows, numbers in bank:
-        for start in range(0, len(rows), BANK_ROWS):
-            yield rows[start : start + BANK_ROWS], numbers[start : start + BANK_ROWS]
 
 
 def _nearest(
@@ -101,22 +83,10 @@ def measure_bank(bank: Bank, test: Features, protocol: Protocol, classes: int, d
 
 
 def knn_accuracy(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
-    *,
-    k: int = 20,
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, *, k: int = 20,
     temperature: float = TEMPERATURE,
-) -> float:
-    """Compute the share of test rows whose k nearest training rows vote for their label.
-
-    Args:
-        train: (M, D), any scale. test: (N, D).
-        train_labels: (M,) and test_labels: (N,), whole numbers from 0.
-        k: number of neighbours; all rows vote where there are fewer.
-        temperature: temperature of the votes.
-    """
+) -> float:  # fmt: skip
+    """Compute the share of test rows (N, D) whose k nearest training rows (M, D), any scale, vote for their label."""
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     found = knn_predict([(train, train_labels)], test, classes=classes, ks=(k,), temperature=temperature)
     return float((found[k] == test_labels).mean())

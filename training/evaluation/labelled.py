@@ -46,30 +46,19 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """A set to measure an encoder on.
+    """A set to measure an encoder on."""
 
-    Attributes:
-        name: name of its folder.
-        classes: names, sorted; a label is a number into it.
-        train, test: its parts.
-        facts: where it came from, how much of it was taken, the sha256 of its files; whether it is a known set.
-    """
-
-    name: str
-    classes: tuple[str, ...]
+    name: str  # of its folder
+    classes: tuple[str, ...]  # names, sorted; a label is a number into it
     train: LabelledImages
     test: LabelledImages
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # where it came from, how much was taken, the sha256 of its files; whether it is a known set
 
     @classmethod
     def open(
-        cls,
-        place: str | os.PathLike[str],
-        *,
-        labels: str | os.PathLike[str] | None = None,
-        train_images: int | None = None,
-        test_images: int | None = None,
-    ) -> LabelledSet:
+        cls, place: str | os.PathLike[str], *, labels: str | os.PathLike[str] | None = None,
+        train_images: int | None = None, test_images: int | None = None,
+    ) -> LabelledSet:  # fmt: skip
         """Open a set in one of the usual layouts.
 
         Args:
@@ -84,22 +73,17 @@ class LabelledSet:
         train, found = _open_part(where, ("train",), given)
         test, asked = _open_part(where, TEST_NAMES, given)
         classes, numbers = number_classes(found, asked, where)
-        parts = LabelledImages(train, numbers[0]), LabelledImages(test, numbers[1])
-        taken = parts[0].most(train_images), parts[1].most(test_images)
+        first = LabelledImages(train, numbers[0]).most(train_images)
+        second = LabelledImages(test, numbers[1]).most(test_images)
         facts = {
             "source": name,
             "classes": len(classes),
-            **_counts("train", *(part[0].labels for part in (parts, taken))),
-            **_counts("test", *(part[1].labels for part in (parts, taken))),
+            "train_images": len(first.labels), "train_images_there": len(found),
+            "test_images": len(second.labels), "test_images_there": len(asked),
             "sha256": _hashes(train) | _hashes(test),
-            "train_fingerprint": taken[0].index.fingerprint(),
-            "test_fingerprint": taken[1].index.fingerprint(),
-        }
-        return cls(name, classes, *taken, facts | {"known": _known(name, facts)})
-
-
-def _counts(part: str, there: np.ndarray, taken: np.ndarray) -> dict[str, int]:
-    return {f"{part}_images": len(taken), f"{part}_images_there": len(there)}
+            "train_fingerprint": first.index.fingerprint(), "test_fingerprint": second.index.fingerprint(),
+        }  # fmt: skip
+        return cls(name, classes, first, second, facts | {"known": _known(name, facts)})
 
 
 def _where(place: str) -> tuple[str, str]:
@@ -131,20 +115,13 @@ def _open_part(where: str, names: Sequence[str], given: dict[str, str] | None) -
 
 
 def _listed(where: str, name: str, said: list[str]) -> Iterator[ImageIndex]:
-    hub = where.startswith("hf://")
-    folders = ("", "data/", "*/") if hub else ("", "data/")
-    sources = [f"{where}/{folder}{name}*.parquet" for folder in folders] + [f"{where}/{name}/"]
-    for source in sources:
-        if "://" not in source and not _there(where, source):
-            continue
-        try:
-            yield index_source(source)
-        except SourceError as error:
-            said.append(str(error))
-
-
-def _there(where: str, source: str) -> bool:
-    return any(Path(where).glob(os.path.relpath(source, where)))
+    folders = ("", "data/", "*/") if where.startswith("hf://") else ("", "data/")
+    for source in [*(f"{where}/{folder}{name}*.parquet" for folder in folders), f"{where}/{name}/"]:
+        if "://" in source or any(Path(where).glob(os.path.relpath(source, where))):
+            try:
+                yield index_source(source)
+            except SourceError as error:
+                said.append(str(error))
 
 
 def _hashes(index: ImageIndex) -> dict[str, str]:
@@ -196,11 +173,9 @@ def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list
                 f"by the ids of the images, such as {ids[0]!r}"
             )
         return [given[name] for name in ids]
-    columns: dict[str, list[Label]] = {}
-    return [_label(columns, *row) for row in zip(*(index.table[c].to_pylist() for c in _INDEX), strict=True)]
-
-
-_INDEX = ("id", "uri", "kind", "offset")
+    columns: dict[str, list[Label]] = {}  # by file
+    rows = zip(*(index.table[name].to_pylist() for name in ("id", "uri", "kind", "offset")), strict=True)
+    return [_label(columns, *row) for row in rows]
 
 
 def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offset: int) -> Label:

@@ -33,66 +33,36 @@ class Chosen(NamedTuple):
 
 
 def linear_probe(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    *,
-    classes: int,
-    learning_rates: Sequence[float] = Protocol.learning_rates,
-    epochs: int = Protocol.epochs,
-    batch_size: int = BATCH_SIZE,
-    seed: int = 0,
-    device: Device = "cpu",
-) -> Chosen:
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, classes: int,
+    learning_rates: Sequence[float] = Protocol.learning_rates, epochs: int = Protocol.epochs,
+    batch_size: int = BATCH_SIZE, seed: int = 0, device: Device = "cpu",
+) -> Chosen:  # fmt: skip
     """Fit softmax regression by SGD with momentum and a cosine schedule, one classifier per learning rate, all at once.
 
-    Features are brought to mean 0 and deviation 1 over the training images, as the BatchNorm without affine of MAE's
-    protocol does. The best learning rate on a fifth of the training images is taken once more for all of them; the test
-    rows are classified once.
-
-    Args:
-        train: (M, D), labels: (M,), test: (N, D).
-        classes: C.
-        learning_rates: peak rates for a batch of 256; they are scaled with the batch.
-        epochs: epochs over the training images.
-        batch_size: images per step.
-        seed: seed of the split and the order.
-        device: device that computes.
+    Features, train (M, D) and test (N, D), are brought to mean 0 and deviation 1 over the training images, as the
+    BatchNorm without affine of MAE's protocol does. The learning rates are peaks for a batch of 256, scaled with the
+    batch; the best on a fifth of the training images is taken once more for all of them, and the test rows are
+    classified once.
     """
     scaled, asked = standardise(train, test)
 
-    def fit(rows: np.ndarray, numbers: np.ndarray, rates: Sequence[float]) -> Tensor:
-        return _sgd(rows, numbers, classes, rates, epochs, batch_size, seed, device)
-
     fitting, held = validation_split(labels, seed)
-    weights = fit(scaled[fitting], labels[fitting], learning_rates)  # (L, D + 1, C)
+    how = (epochs, batch_size, seed, device)
+    weights = _sgd(scaled[fitting], labels[fitting], classes, learning_rates, *how)  # (L, D + 1, C)
     hits = [(_predict(scaled[held], one) == labels[held]).mean() for one in weights]
     found = dict(zip(learning_rates, map(float, hits), strict=True))
     best = _best(found)
-    return Chosen(best, found, _predict(asked, fit(scaled, labels, [best])[0]))
+    return Chosen(best, found, _predict(asked, _sgd(scaled, labels, classes, [best], *how)[0]))
 
 
 def logistic_regression(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    *,
-    classes: int,
-    inverse_penalties: Sequence[float] = Protocol.inverse_penalties,
-    seed: int = 0,
-    device: Device = "cpu",
-) -> Chosen:
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, classes: int,
+    inverse_penalties: Sequence[float] = Protocol.inverse_penalties, seed: int = 0, device: Device = "cpu",
+) -> Chosen:  # fmt: skip
     """Fit multinomial logistic regression by L-BFGS, with C chosen on a fifth of the training images.
 
     The objective is scikit-learn's: half the squared weights plus C times the summed cross-entropy; no penalty on
     the bias. Features are brought to mean 0 and deviation 1 first. Each C starts from the weights of the one before.
-
-    Args:
-        train: (M, D), labels: (M,), test: (N, D).
-        classes: number of classes.
-        inverse_penalties: values of C.
-        seed: seed of the split.
-        device: device that computes.
     """
     scaled, asked = standardise(train, test)
     fitting, held = validation_split(labels, seed)
@@ -105,20 +75,12 @@ def logistic_regression(
 
 
 def few_shot(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    *,
-    classes: int,
-    shots: int,
-    draws: int = Protocol.draws,
-    inverse_penalty: float = Protocol.few_shot_c,
-    device: Device = "cpu",
-) -> list[np.ndarray]:
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, classes: int, shots: int, draws: int = Protocol.draws,
+    inverse_penalty: float = Protocol.few_shot_c, device: Device = "cpu",
+) -> list[np.ndarray]:  # fmt: skip
     """Predict classes (N,) by logistic regression on `shots` images per class, for several draws of them.
 
-    C is fixed: there is nothing to choose it on. Features are scaled by all training images, whose labels are not used
-    for that.
+    C is fixed: there is nothing to choose it on. Features are scaled by all training images, without their labels.
     """
     fewest = int(np.bincount(labels, minlength=classes).min())
     if fewest < shots:
@@ -190,25 +152,10 @@ def validation_split(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.
 
 
 def fit_logistic(
-    rows: np.ndarray,
-    labels: np.ndarray,
-    classes: int,
-    inverse_penalty: float,
-    *,
-    start: Tensor | None = None,
-    iterations: int = 500,
-    device: Device = "cpu",
-) -> Tensor:
-    """Fit multinomial logistic regression: weights and, in the last row, biases (D + 1, C).
-
-    Args:
-        rows: (N, D), labels: (N,).
-        classes: C, columns of the result.
-        inverse_penalty: what scikit-learn calls C.
-        start: weights to begin with.
-        iterations: most iterations of L-BFGS.
-        device: device that computes.
-    """
+    rows: np.ndarray, labels: np.ndarray, classes: int, inverse_penalty: float, *, start: Tensor | None = None,
+    iterations: int = 500, device: Device = "cpu",
+) -> Tensor:  # fmt: skip
+    """Fit multinomial logistic regression from `start` on: weights and, in the last row, biases (D + 1, C)."""
     inputs, target = _with_ones(rows, device), torch.from_numpy(labels).to(device)
     shape = (inputs.shape[1], classes)
     weights = torch.zeros(shape, device=device) if start is None else start.clone()
@@ -229,15 +176,9 @@ def fit_logistic(
 
 
 def _sgd(
-    rows: np.ndarray,
-    labels: np.ndarray,
-    classes: int,
-    rates: Sequence[float],
-    epochs: int,
-    batch_size: int,
-    seed: int,
+    rows: np.ndarray, labels: np.ndarray, classes: int, rates: Sequence[float], epochs: int, batch_size: int, seed: int,
     device: Device,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Fit one classifier per learning rate: weights and, in the last row, biases (L, D + 1, C)."""
     inputs, target = _with_ones(rows, device), torch.from_numpy(labels).to(device)
     batch_size = min(batch_size, len(inputs))

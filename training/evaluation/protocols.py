@@ -21,30 +21,20 @@ class Method:
     """One way to measure frozen features: its command, its figures in records, its columns in tables and plots.
 
     A new one takes a module with its function, a row in METHODS, and a field in `Protocol` for each new setting.
-
-    Attributes:
-        name: its command, and its key in records.
-        function: `module:function`, called as function(train, test, protocol, classes, device) with the `Features` of
-            both parts. It returns figures by key, or by pool: each has an accuracy in percent, and `low` and `high`
-            or a `spread`; a figure by pool has the `validation` accuracy, too.
-        heading: heading of its columns. With {} each key of its figures has a column, else the pool has one that the
-            validation images choose.
-        glance: key of the column that summaries show; empty for the chosen pool.
-        settings: names of the fields of `Protocol` that its command has as options.
-        help, examples: help text of the command.
-        about: what a card says of it, with fields of `Protocol` in braces: a number, or the length of a tuple.
-        chosen: key in its figures of the setting that the validation images chose.
     """
 
-    name: str
+    name: str  # its command, and its key in records
+    # "module:function", called as function(train, test, protocol, classes, device) with the `Features` of both parts.
+    # Its figures, by key or by pool, have an accuracy in percent, and `low` and `high` or a `spread`; those by pool
+    # have the `validation` accuracy, too.
     function: str
-    heading: str
-    settings: tuple[str, ...]
-    help: str
+    heading: str  # of its columns: with {} each key of its figures has one, else the pool that validation chooses
+    settings: tuple[str, ...]  # names of the fields of `Protocol` that its command has as options
+    help: str  # of the command
     examples: tuple[str, ...]
-    about: str
-    glance: str = ""
-    chosen: str = ""
+    about: str = ""  # what a card says of it, with fields of `Protocol` in braces: a number, or the length of a tuple
+    glance: str = ""  # key of the column that summaries show; empty for the chosen pool
+    chosen: str = ""  # key in its figures of the setting that the validation images chose
 
     @property
     def by_key(self) -> bool:
@@ -121,7 +111,6 @@ ALL = Method(
         "vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png",
         "runs/first --data imagenet --baseline random --baseline pixels",
     ),
-    about="",
 )
 
 
@@ -132,22 +121,10 @@ def _option(default: Any, flag: str, help: str, least: int = 1) -> Any:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Every choice of a measurement.
-
-    Attributes:
-        methods: names of the methods to run.
-        pools: features of the linear probe and of logistic regression; k-NN and few-shot take the first.
-        ks: numbers of neighbours of k-NN.
-        temperature: temperature of its votes.
-        learning_rates, epochs: settings of the linear probe.
-        inverse_penalties: values of C of logistic regression.
-        shots: numbers of images per class of few-shot.
-        draws: number of draws of those images.
-        few_shot_c: C of few-shot.
-        seed: seed of the validation split and of the order of the linear probe.
-    """
+    """Every choice of a measurement."""
 
     methods: tuple[str, ...] = tuple(METHODS)
+    # k-NN and few-shot take the first
     pools: tuple[Pool, ...] = _option(
         POOLS, "--pool", "Features: class token, mean of the patch tokens, both. May be repeated."
     )
@@ -155,7 +132,7 @@ class Protocol:
     temperature: float = _option(0.07, "--temperature", "Temperature of the votes.", least=0)
     learning_rates: tuple[float, ...] = LEARNING_RATES
     epochs: int = _option(50, "--epochs", "Epochs over the training part.")
-    inverse_penalties: tuple[float, ...] = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # 1e-5 to 10
+    inverse_penalties: tuple[float, ...] = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # C, 1e-5 to 10
     shots: tuple[int, ...] = _option((1, 5, 10), "--shots", "Number of images per class. May be repeated.")
     draws: int = _option(5, "--draws", "Number of draws of those images.")
     few_shot_c: float = 0.1
@@ -165,19 +142,15 @@ class Protocol:
         check_names("method", self.methods, METHODS)
         check_names("pool", self.pools, POOLS)
         for one in option_fields():
-            value, least = getattr(self, one.name), one.metadata["least"]
-            counts = [number for number in (value if isinstance(value, tuple) else [value]) if isinstance(number, int)]
-            if min(counts, default=0 if value == () else least) < least:
-                raise UsageError(
-                    f"{one.metadata['flag'].strip('-')} must be at least {least}, got {min(counts, default=0)}"
-                )
+            value, least, flag = getattr(self, one.name), one.metadata["least"], one.metadata["flag"].strip("-")
+            numbers = [number for number in (value if isinstance(value, tuple) else [value]) if isinstance(number, int)]
+            lowest = min(numbers, default=0 if value == () else least)
+            if lowest < least:
+                raise UsageError(f"{flag} must be at least {least}, got {lowest}")
 
 
 def option_fields(settings: Sequence[str] | None = None) -> list[Field[Any]]:
-    """The fields of `Protocol` that are options, or those of some names in the order of the names.
-
-    The metadata of each has its `flag`, its `help` and the `least` number.
-    """
+    """List the fields of `Protocol` that are options, or those of some names; each has `_option`'s metadata."""
     options = {one.name: one for one in fields(Protocol) if one.metadata}
     return [options[name] for name in settings or options]
 

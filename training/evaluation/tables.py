@@ -6,7 +6,7 @@ import base64
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -70,16 +70,10 @@ def cell(found: Mapping[str, Any] | None) -> str:
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Write a record as a Markdown table, one line per set and subject."""
-    return figures(record, columns(record), cell)
-
-
-def figures(
-    record: Mapping[str, Any], shown: Sequence[Column], written: Callable[[Mapping[str, Any] | None], str]
-) -> str:
-    """Write some columns of a record as a Markdown table, each figure in one way; no line without a figure."""
+    """Write a record as a Markdown table, one line per set and subject that has a figure."""
+    shown = columns(record)
     lines = [(name, subject, [one.find(found) for one in shown]) for name, subject, found in rows(record)]
-    texts = [[name, subject, *map(written, line)] for name, subject, line in lines if any(line)]
+    texts = [[name, subject, *map(cell, line)] for name, subject, line in lines if any(line)]
     return markdown(["data", "features of", *[one.heading for one in shown]], texts)
 
 
@@ -87,9 +81,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Write a Markdown table whose columns line up in plain text, too."""
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = [
-        "| " + " | ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
+    texts = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
     return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
 
 
@@ -101,16 +93,17 @@ def with_interval(found: Mapping[str, Any] | None) -> str:
 
 
 def pool_table(record: Mapping[str, Any], subject: str) -> str:
-    """Write one subject's figures of every pool, with what the validation images chose, as a Markdown table."""
+    """Write one subject's figures of every pool, with what the validation images chose; empty where there are none."""
     shown = [one.method for one in columns(record) if not one.method.by_key]
-    lines = []
-    for name, results in record["results"][subject].items():
-        for pool in dict.fromkeys(pool for method in shown for pool in results.get(method.name, {})):
-            figures = [(method.chosen, results.get(method.name, {}).get(pool)) for method in shown]
-            lines.append([name, pool, *(text for key, figure in figures for text in _choice(figure, key))])
-    return markdown(
-        ["data", "pool", *(text for one in shown for text in (one.heading, one.chosen, "validation"))], lines
-    )
+    found = [(name, one, sets.get(one.name, {})) for name, sets in record["results"][subject].items() for one in shown]
+    pools = dict.fromkeys(pool for *_, figures in found for pool in figures)
+    lines = [
+        [name, method.heading, *(text for pool in pools for text in _choice(figures.get(pool), method.chosen))]
+        for name, method, figures in found
+    ]
+    setting = " or ".join(one.chosen for one in shown)
+    head = ["data", "method", *(text for pool in pools for text in (pool, setting, "validation"))]
+    return markdown(head, lines) if lines else ""
 
 
 def _choice(found: Mapping[str, Any] | None, setting: str) -> tuple[str, str, str]:
@@ -120,11 +113,7 @@ def _choice(found: Mapping[str, Any] | None, setting: str) -> tuple[str, str, st
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill a Jinja template; in one of HTML, values are escaped.
-
-    Besides Jinja's own filters there are `n`, a number with commas, `g`, a short one, `wrap`, a paragraph of Markdown,
-    `item`, an item of a list, and `png`, an address that holds the picture.
-    """
+    """Fill a Jinja template; in one of HTML, values are escaped. See below for the filters besides Jinja's own."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -132,10 +121,10 @@ def render(template: Path, **values: Any) -> str:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
-        "png": lambda data: "data:image/png;base64," + base64.b64encode(data).decode(),
+        "png": lambda data: "data:image/png;base64," + base64.b64encode(data).decode(),  # an address with the picture
         "n": lambda value: f"{value:,}",
         "g": lambda value: f"{value:g}",
-        "wrap": lambda text: _filled(text),
+        "wrap": _filled,  # a paragraph of Markdown
         "item": lambda text: _filled(text, initial_indent="- ", subsequent_indent="  "),
     }
     return environment.get_template(template.name).render(values)
@@ -154,13 +143,8 @@ T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10
 def further_run(accuracies: Sequence[float]) -> tuple[float, float] | None:
     """Predict where the figure of one more run lies in 95 of 100 cases, if runs are spread as a normal distribution.
 
-    The prediction interval of a single observation: mean ± t s sqrt(1 + 1/n), s the deviation of the n runs.
-
-    Args:
-        accuracies: accuracies of runs that differ in their seed, on the same test images.
-
-    Returns:
-        Lower and upper end, in their unit; None for fewer than three runs.
+    The prediction interval of a single observation: mean ± t s sqrt(1 + 1/n), s the deviation of n runs that differ in
+    their seed, on the same test images. None for fewer than three runs.
     """
     runs = len(accuracies)
     if runs < RUNS_TO_PREDICT:
@@ -181,11 +165,7 @@ CHOICES = ("methods", "pools", "ks", "shots")  # of a protocol: which figures th
 
 
 def merge(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Join the results, data and protocol of several records of the same encoder.
-
-    Args:
-        records: records by the names of their files.
-    """
+    """Join the results, data and protocol of several records of the same encoder, by the names of their files."""
     whole: dict[str, Any] = {"results": {}, "data": {}, "protocol": {}}
     for file, record in records.items():
         how = {key: value for key, value in record["protocol"].items() if key not in CHOICES}
@@ -201,8 +181,8 @@ def _join(there: dict[str, Any], found: Mapping[str, Any], where: str) -> None:
             _join(there.setdefault(key, {}), value, f"{where}, {key}")
         elif there.setdefault(key, value) != value:
             raise UsageError(
-                f"{where}, {key} is {value!r}, and {there[key]!r} in another record: figures that stand beside each "
-                "other must be of the same images, settings and weights. Measure them together, in one command."
+                f"{where}, {key} is {value!r}, and {there[key]!r} in another record: figures side by side must be of "
+                "the same images, settings and weights. Measure them together, in one command."
             )
 
 
@@ -211,8 +191,7 @@ def plot(record: Mapping[str, Any], file: Path) -> None:
     need_matplotlib("the plot of an evaluation needs")
     from matplotlib.figure import Figure
 
-    shown, names = columns(record), list(record["data"])
-    subjects = list(record["results"])
+    shown, names, subjects = columns(record), list(record["data"]), list(record["results"])
     height = 1.4 + len(shown) * max(0.3, 0.16 * len(subjects))
     figure = Figure(figsize=(max(4.5, 3.2 * len(names)), height), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
@@ -249,10 +228,6 @@ def interval(accuracy: float, images: int) -> tuple[float, float]:
     """Compute the 95 % bootstrap interval of an accuracy, both 0 to 1.
 
     Drawing n outcomes of 0 and 1 with replacement gives a binomial count, so that is what is drawn.
-
-    Args:
-        accuracy: share of hits.
-        images: number of images it was measured on.
     """
     counts = np.random.default_rng(0).binomial(images, accuracy, RESAMPLES)
     low, high = np.percentile(counts / images, [2.5, 97.5])
@@ -262,8 +237,9 @@ def interval(accuracy: float, images: int) -> tuple[float, float]:
 def score(right: np.ndarray) -> dict[str, float]:
     """Compute accuracy and its 95 % interval, in percent, of outcomes (N,) that are right or wrong."""
     accuracy = float(right.mean())
-    low, high = interval(accuracy, len(right))
-    return {"accuracy": percent(accuracy), "low": percent(low), "high": percent(high)}
+    return dict(
+        zip(("accuracy", "low", "high"), map(percent, (accuracy, *interval(accuracy, len(right)))), strict=True)
+    )
 
 
 def need_matplotlib(what: str) -> None:

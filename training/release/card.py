@@ -77,8 +77,16 @@ def ablations_page(records: Path | None = None) -> str:
     shown, made = {}, []
     for pattern, what in (("rivals", "other methods"), ("ablations", "one thing changed")):
         found = read_all(records, f"{pattern}*.json")
-        arms = {name: arm["trained"] for record in found.values() for name, arm in record["arms"].items()}
-        shown[pattern] = {"arms": arms, "tables": [*map(_compared, found.values())]}
+        arms = {name: arm for record in found.values() for name, arm in record["arms"].items()}
+        lines: dict[tuple[str, ...], list[list[str]]] = {}  # by head: those on the same sets are in one table
+        for head, these in map(_compared, found.values()):
+            there = lines.setdefault(head, [])
+            there += [line for line in these if line[1:] not in [other[1:] for other in there]]  # pixels, once
+        shown[pattern] = {
+            "arms": {name: arm["trained"] for name, arm in arms.items()},
+            "networks": dict.fromkeys(map(_network, arms.values())),
+            "tables": [markdown(*one) for one in lines.items()],
+        }
         made += [(what, file, record) for file, record in found.items()]
     if not made:
         raise UsageError("there are no records of benchmarks/rivals.py: see training/records/ in the repository")
@@ -86,13 +94,7 @@ def ablations_page(records: Path | None = None) -> str:
 
 
 def one_card(trained: Trained, *, hub: bool = False, repo: str | None = None) -> str:
-    """Write the card of one encoder.
-
-    Args:
-        trained: the encoder.
-        hub: the card is for the hub, and loads from there.
-        repo: OWNER/NAME there; None takes that of the table, if it says one.
-    """
+    """Write the card of one encoder; one for the hub loads from `repo` there, by default that of the table."""
     repo = (repo or (trained.entry and trained.entry.hub_repo) or "OWNER/NAME") if hub else None
     head = f"{front_matter(trained)}\n\n" if hub else ""
     return f"{head}# Model card: {trained.name}\n\n{_body(trained, '##', repo)}"
@@ -199,7 +201,6 @@ def _evaluation(trained: Trained) -> dict[str, Any]:
         return {"whole": None, "scores": [], "about": []}
     whole, name, own = _figures(trained), trained.name, trained.corpus
     alone = {**whole, "results": {name: whole["results"][name]}}
-    by_key = [one for one in tables.columns(alone) if one.method.by_key]
     methods = {one.method.name: one.method for one in tables.columns(whole)}
     settings = {key: len(value) if isinstance(value, list) else value for key, value in whole["protocol"].items()}
     scores = [
@@ -219,9 +220,8 @@ def _evaluation(trained: Trained) -> dict[str, Any]:
         "about": [method.about.format(**settings) for method in methods.values()],
         "sets": _sets(whole["data"]),
         "own_sets": own_set.strip(),
-        "glance": tables.figures(whole, tables.columns(whole, glance=True), cell),
-        "by_key": tables.figures(alone, by_key, with_interval) if by_key else "",
-        "by_pool": tables.pool_table(alone, name) if len(by_key) < len(tables.columns(alone)) else "",
+        "table": tables.table(whole),
+        "by_pool": tables.pool_table(alone, name),
         "left_out": dict.fromkeys(
             f"{data}, {method.heading.format(key)}: {figure['left_out']}."
             for data, _, found in tables.rows(whole)
@@ -235,11 +235,9 @@ def _evaluation(trained: Trained) -> dict[str, Any]:
 def _sets(data: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for name, facts in data.items():
-        parts = [_part(facts, part) for part in ("train", "test")]
         terms = CORPORA[name].terms if name in CORPORA else "not known here"
-        lines.append(
-            [name, f"{facts['classes']:,}", *parts, str(facts.get("refused", 0)), facts.get("known", "-"), terms]
-        )
+        counts = [f"{facts['classes']:,}", _part(facts, "train"), _part(facts, "test"), str(facts.get("refused", 0))]
+        lines.append([name, *counts, facts.get("known", "-"), terms])
     return markdown(["data", "classes", "train images", "test images", "refused", "files", "terms"], lines)
 
 
@@ -252,9 +250,7 @@ def _again(trained: Trained) -> dict[str, Any] | None:
     """Compare the same recipe with other seeds, figure by figure."""
     if not (trained.repeats and trained.evaluations):
         return None
-    lines: list[list[str]] = []
-    outside: list[bool] = []
-    held: list[bool] = []
+    lines, outside, held = list[list[str]](), list[bool](), list[bool]()
     for heading, name, (first, *others) in repeated(trained):
         accuracies = [one["accuracy"] for one in (first, *others)]
         left = [not first["low"] <= one <= first["high"] for one in accuracies[1:]]
@@ -265,10 +261,11 @@ def _again(trained: Trained) -> dict[str, Any] | None:
             lines[-1] += [spread, f"{expected[0]:.1f} to {expected[1]:.1f}"]
         outside += left
         held += tables.foretold(accuracies)
-    head = ["", "data", f"published, seed {trained.recipe.seed}"]
-    head += [f"seed {repeat.run['recipe']['seed']}" for repeat in trained.repeats]
+    seeds = [f"seed {run['recipe']['seed']}" for run in (trained.run, *(repeat.run for repeat in trained.repeats))]
     predicts = 1 + len(trained.repeats) >= tables.RUNS_TO_PREDICT
-    table = markdown([*head, *["mean ± deviation", "a further run"] * predicts], lines)
+    table = markdown(
+        ["", "data", f"published, {seeds[0]}", *seeds[1:], *["mean ± deviation", "a further run"] * predicts], lines
+    )
     counts = {"outside": sum(outside), "figures": len(outside), "held": sum(held), "asked": len(held)}
     return {"table": table, "predicts": predicts, **counts}
 
@@ -285,14 +282,16 @@ def repeated(trained: Trained) -> Iterator[tuple[str, str, list[dict[str, Any]]]
             yield column.heading, name, runs
 
 
-def _compared(record: Mapping[str, Any]) -> tuple[str, str]:
-    """Write what all arms of a record had alike, and their figures as a table."""
-    data, shown, lines = record["data"], _measured_once(record), []
+def _compared(record: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Make the head and the lines of a table of all arms of a record."""
+    data, shown, arms = record["data"], _measured_once(record), record["arms"]
+    training, lines = _training(next(iter(arms.values()))), []
     for subject, found in record["results"].items():
-        arm, line = record["arms"].get(subject), [subject]
-        line += (
-            [f"{arm['minutes']:,.1f}", f"{arm['images_seen']:,}", f"{arm['images_per_second']:,.0f}"] if arm else "---"
-        )
+        arm, line = arms.get(subject), [training, subject]
+        if arm:
+            line += [f"{arm['minutes']:,.1f}", f"{arm['images_seen']:,}", f"{arm['images_per_second']:,.0f}"]
+        else:
+            line += ["-"] * 3
         for column in shown:
             row = [column.find(found.get(name, {})) for name in data]
             line += [
@@ -300,21 +299,24 @@ def _compared(record: Mapping[str, Any]) -> tuple[str, str]:
                 f"{sum(one['accuracy'] for one in row if one) / len(row):.1f}" if all(row) else "-",
             ]
         lines.append(line)
-    names = [*data, "mean"]
-    head = [f"{column.heading}: {name}" if name == names[0] else name for column in shown for name in names]
-    return _alike(next(iter(record["arms"].values()))), markdown(
-        ["method", "minutes", "images seen", "images/s", *head], lines
-    )
+    head = ["training", "method", "minutes", "images seen", "images/s"]
+    for column, (first, *others) in product(shown, [[*data, "mean"]]):
+        head += [f"{column.heading}: {first}", *others]
+    return tuple(head), lines
 
 
-def _alike(arm: Mapping[str, Any]) -> str:
+def _training(arm: Mapping[str, Any]) -> str:
+    """Say what the arms of a record have alike."""
     budget, recipe = arm["settings"]["budget"], arm["settings"]["recipe"]
+    where = "" if arm["clock"] == "processor" else f" of {arm['machine']['card']}"
+    length = f"{budget['images']:,} images" if budget["images"] else f"{budget['minutes']:g} min{where}"
+    return f"{length}, {recipe['depth']} blocks, seed {recipe['seed']}"
+
+
+def _network(arm: Mapping[str, Any]) -> str:
+    recipe = arm["settings"]["recipe"]
     patches = (recipe["crop_size"] // recipe["patch_size"]) ** 2
-    vit = f"a ViT of {recipe['depth']} blocks {recipe['embed_dim']} wide on {patches} patches, seed {recipe['seed']}"
-    if budget["images"]:
-        return f"Equal images: {budget['images']:,} for {vit}"
-    where = "one processor core" if arm["clock"] == "processor" else arm["machine"]["card"]
-    return f"Equal time: {budget['minutes']:g} minutes of {where} for {vit}"
+    return f"{recipe['depth']} blocks {recipe['embed_dim']} wide on {patches} patches"
 
 
 def _finetuning(trained: Trained) -> str:
@@ -358,8 +360,11 @@ def _provenance(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> tuple[str
         lines.append([what, f"`{file}`", date, commit, machine, f"`{one.get('command', 'not recorded')}`"])
         versions.append((", ".join(f"{name} {version}" for name, version in one.get("versions", {}).items()), file))
     most = Counter(text for text, _ in versions).most_common(1)[0][0]
-    others = [f" `{file}`: {text}." for text, file in versions if text != most]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines]), f"Versions: {most}.{''.join(others)}"
+    others, usual = "", most.split(", ")
+    for text, file in versions:
+        if text != most:
+            others += f" For `{file}`: {', '.join(one for one in text.split(', ') if one not in usual) or text}."
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines]), f"Versions: {most}.{others}"
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

@@ -61,20 +61,16 @@ def import_checkpoint(
     """
     if (out / WEIGHTS_FILE).exists():
         raise UsageError(f"{str(out)!r} holds an encoder already: give a new folder")
-    found = _read(checkpoint)
-    where = repr(str(checkpoint))
+    found, where = _read(checkpoint), repr(str(checkpoint))
     state, left_out = _encoder_part(found.state)
     shape, heads_from = _shape(state, num_heads, str(found.args.get("model", "")), where)
     _check_state(state, shape, where)
     provenance = {
         "imported_from": {"file": checkpoint.name, "sha256": file_sha256(checkpoint)},
-        "epoch": found.epoch,
-        "args": found.args,
-        "license": license,
+        "epoch": found.epoch, "args": found.args, "license": license,
         "shape": {**shape.sizes, "num_heads_from": heads_from},
-        "left_out": left_out,
-        "versions": package_versions(),
-    }
+        "left_out": left_out, "versions": package_versions(),
+    }  # fmt: skip
     return save_weights(out, state, _config(shape, name, license), provenance, "float32")
 
 

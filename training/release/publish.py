@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ TIMM_TOLERANCE = 1e-5  # the same network in float32
 ONNX_DIFFERENCE, ONNX_COSINE = 1e-4, 0.99999  # of embeddings of unit length, as `micl-zoo export` holds fp32 to
 LOCAL_TIMM = (1, 0, 26)  # reads safetensors in a local folder from here on
 REPO = re.compile(r"(?:[A-Za-z0-9_]+[-.])*[A-Za-z0-9_]+/(?:[A-Za-z0-9_]+[-.])*[A-Za-z0-9_]+")
+TOKENS = "https://huggingface.co/settings/tokens"
 LONGEST_REPO = 96  # characters, on the hub
 WIDTH = 100  # of a line of the row, with its indent
 
@@ -48,9 +49,7 @@ class LoadedBack:
 
     images: int  # number of images embedded
     timm: float  # largest difference of a number between timm and micl_zoo
-    # largest difference of a number of unit-length embeddings between ONNX Runtime and micl_zoo, or None without an
-    # ONNX file
-    onnx: float | None
+    onnx: float | None  # the same between ONNX Runtime and micl_zoo, at unit length; None without an ONNX file
 
     def text(self) -> str:
         """One line for a person."""
@@ -109,8 +108,7 @@ def publish(
         ExportError: what was loaded back does not embed as the encoder does; nothing is sent, an older folder stays.
         WeightsError: the hub refused it or was not reached; the folder stays.
     """
-    run = Path(run)
-    folder = run / "hub" if out is None else Path(out)
+    run, folder = Path(run), Path(out or Path(run) / "hub")
     _check_repo(repo)
     trained = of_run(run, measured)
     if not dry_run:
@@ -148,9 +146,8 @@ def _check_sending(trained: Trained, repo: str) -> None:
         )
     if get_token() is None:
         raise UsageError(
-            f"there is no token for the hub: make one that may write to {repo.partition('/')[0]} "
-            "(https://huggingface.co/settings/tokens) and give it to `hf auth login`, or set HF_TOKEN; --dry-run needs "
-            "none"
+            f"there is no token for the hub: make one that may write to {repo.partition('/')[0]} ({TOKENS}) and give "
+            "it to `hf auth login`, or set HF_TOKEN; --dry-run needs none"
         )
 
 
@@ -218,12 +215,7 @@ def _onnx_file(folder: Path) -> OnnxFile | None:
 
 
 def check(folder: Path, sha256: str) -> LoadedBack:
-    """Load a hub folder in every way that people will, and compare.
-
-    Args:
-        folder: folder with `model.safetensors`, `config.json` and perhaps `model.onnx`.
-        sha256: checksum that the weights should have.
-    """
+    """Load a hub folder, whose weights should have a checksum, in every way that people will, and compare."""
     encoder, images = load(weights=folder, device="cpu"), _pictures()
     if encoder.weights_sha256 != sha256:
         raise ExportError(f"the copy in {str(folder)!r} has sha256 {encoder.weights_sha256}, expected {sha256}")
@@ -279,20 +271,18 @@ def send(folder: Path, repo: str, *, private: bool, message: str) -> tuple[str, 
     """Make the repository where there is none, and commit the folder to it, once.
 
     Files that an earlier call sent and this one does not are deleted by the same commit; others in the repository stay.
-
-    Returns:
-        The commit's URL and its 40 digits; those of the last one where nothing has changed.
+    Returns the commit's URL and its 40 digits; those of the last one where nothing has changed.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, names = HfApi(), _names(folder)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
-        stale = [name for name in api.list_repo_files(repo) if _replaced(name) and name not in names]
-        operations: list[CommitOperationAdd | CommitOperationDelete] = []
-        operations += [CommitOperationAdd(name, folder / name) for name in names]
-        operations += [CommitOperationDelete(name) for name in stale]
-        made = api.create_commit(repo, operations, commit_message=message)  # upload_folder may make several
+        gone = set(api.list_repo_files(repo)) - set(names)
+        # these would contradict other weights
+        stale = sorted(one for one in gone if one in (ONNX_FILE, DRIFT_FILE) or one.startswith(f"{RECORDS_FOLDER}/"))
+        add, delete = [CommitOperationAdd(name, folder / name) for name in names], map(CommitOperationDelete, stale)
+        made = api.create_commit(repo, [*add, *delete], commit_message=message)  # upload_folder may make several
     except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
         stays = f"What was built stays in {folder}; the same command tries again."
         raise WeightsError(f"{_refusal(error, repo)}. Nothing was published. {stays}") from error
@@ -300,34 +290,23 @@ def send(folder: Path, repo: str, *, private: bool, message: str) -> tuple[str, 
     return made.commit_url, made.oid
 
 
-def _replaced(name: str) -> bool:
-    """Whether a file would contradict other weights."""
-    return name in (ONNX_FILE, DRIFT_FILE) or name.startswith(f"{RECORDS_FOLDER}/")
-
-
 def _refusal(error: Exception, repo: str) -> str:
     """Say why the hub refused, or was not reached."""
     from huggingface_hub import constants
 
-    owner = repo.partition("/")[0]
-    chain = list(_causes(error))  # the library says "error while uploading", and why in its cause
+    owner, chain = repo.partition("/")[0], list[BaseException]([error])
+    while cause := chain[-1].__cause__:  # the library says "error while uploading", and why in its cause
+        chain.append(cause)
     answered = next((one for one in chain if getattr(one, "response", None) is not None), None)
     status = getattr(getattr(answered, "response", None), "status_code", None)
-    tokens = "https://huggingface.co/settings/tokens"
     if status == 401:
-        return f"the hub does not know the token: make a new one ({tokens}) and give it to `hf auth login` or HF_TOKEN"
+        return f"the hub does not know the token: make a new one ({TOKENS}) and give it to `hf auth login` or HF_TOKEN"
     if status == 403:
-        return f"the token may not write to {repo}: take one with write access to {owner} ({tokens}), or another --repo"
+        return f"the token may not write to {repo}: take one with write access to {owner} ({TOKENS}), or another --repo"
     said = " ".join(str(answered or chain[-1]).split()).rstrip(".") or type(chain[-1]).__name__
     if status is not None:
         return f"the hub refused {repo} with status {status}: {said}"
     return f"{repo} could not be sent to {constants.ENDPOINT}: {said}. Is there a network? HF_ENDPOINT names the hub"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 # The row of the table.
@@ -340,22 +319,13 @@ def make_record(trained: Trained, repo: str, onnx: OnnxFile | None) -> Record:
     summary = f"ViT, {parameters / 1e6:.1f} M parameters, trained on {data['images']:,} images"
     figures = merge(trained.evaluations)["results"].get(trained.name, {})
     return Record(
-        name=trained.name,
-        summary=there.summary if there else summary,
-        recipe=trained.recipe.name,
+        name=trained.name, summary=there.summary if there else summary, recipe=trained.recipe.name,
         corpus=trained.recipe.corpus if trained.corpus else f"{data['images']:,} images of one's own",
-        license=trained.license,
-        transform=trained.transform,
-        hub_repo=repo,
-        hub_commit=NO_COMMIT,
-        sha256=trained.weights["sha256"],
-        bytes=trained.weights["bytes"],
-        onnx=onnx,
+        license=trained.license, transform=trained.transform, hub_repo=repo, hub_commit=NO_COMMIT,
+        sha256=trained.weights["sha256"], bytes=trained.weights["bytes"], onnx=onnx,
         training_record=f"{trained.name}.json",
-        metrics={
-            name: found["knn"]["20"]["accuracy"] for name, found in figures.items() if "20" in found.get("knn", {})
-        },
-    )
+        metrics={name: of["knn"]["20"]["accuracy"] for name, of in figures.items() if "20" in of.get("knn", {})},
+    )  # fmt: skip
 
 
 def row_text(record: Record) -> str:

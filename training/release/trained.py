@@ -21,6 +21,7 @@ from ..recipes import Recipe, record_differences, recorded_recipe
 
 RECORDS_FOLDER = Path(__file__).parents[1] / "records"
 Json = dict[str, Any]
+OTHERS = ("export", "upright")
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
 
 
@@ -40,42 +41,28 @@ class Repeat(NamedTuple):
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained encoder and all that is on record of it.
+    """A trained encoder and all that is on record of it."""
 
-    Attributes:
-        name: `arch.tag`.
-        record: weights (sha256 and bytes), run (run.json), curve, and knn, measured on the way.
-        file, run_file, onnx_file: weights, record of the training and ONNX file, as the card names them.
-        load: line of Python that loads it without the hub.
-        transform: transform of its images.
-        license: terms of the weights.
-        entry: its row in the table of encoders, if it is published.
-        repeats: the recipe trained again with other seeds.
-        onnx: the same weights as an ONNX file that is published with them.
-        evaluations, finetunings: records of `micl-zoo eval all` and `eval finetune`, by file.
-        export, upright: records of benchmarks/export.py and benchmarks/upright.py.
-    """
-
-    name: str
-    record: Json
-    file: str
-    load: str
+    name: str  # arch.tag
+    record: Json  # weights (sha256 and bytes), run (run.json), curve, and knn, measured on the way
+    file: str  # the weights, as the card names them; so run_file and onnx_file
+    load: str  # line of Python that loads it without the hub
     transform: Transform
-    license: str
+    license: str  # terms of the weights
     run_file: str = "run.json"
-    entry: Record | None = None
-    repeats: tuple[Repeat, ...] = ()
-    onnx: OnnxFile | None = None
+    entry: Record | None = None  # its row in the table of encoders, if it is published
+    repeats: tuple[Repeat, ...] = ()  # the recipe trained again with other seeds
+    onnx: OnnxFile | None = None  # the same weights as an ONNX file that is published with them
     onnx_file: str = ""
-    evaluations: dict[str, Json] = field(default_factory=dict)
-    finetunings: dict[str, Json] = field(default_factory=dict)
-    export: Json | None = None
-    upright: Json | None = None
+    evaluations: dict[str, Json] = field(default_factory=dict)  # records of `micl-zoo eval all`, by file
+    finetunings: dict[str, Json] = field(default_factory=dict)  # of `micl-zoo eval finetune`, by file
+    export: Json | None = None  # record of benchmarks/export.py
+    upright: Json | None = None  # record of benchmarks/upright.py
 
     def __post_init__(self) -> None:
         measured = {file: one["encoder"]["weights_sha256"] for file, one in self.evaluations.items()}
         measured |= {file: one["encoder"]["encoder_sha256"] for file, one in self.finetunings.items()}
-        measured |= {name: one["weights_sha256"] for name in ("export", "upright") if (one := getattr(self, name))}
+        measured |= {name: one["weights_sha256"] for name in OTHERS if (one := getattr(self, name))}
         for file, sha256 in measured.items():
             if sha256 != self.weights["sha256"]:
                 raise UsageError(
@@ -128,6 +115,7 @@ class Trained:
 def published(name: str, records: Path | None = None) -> Trained:
     """Gather a published encoder and the records that come with the package."""
     entry, records = find_record(name), records or RECORDS_FOLDER
+    export, upright = (next(iter(read_all(records, f"{entry.name}.{of}.json").values()), None) for of in OTHERS)
     if entry.training_record is None:
         raise UsageError(f"there is nothing to say in a card: {not_published(entry)}")
     at = "micl_zoo/embedded/{}" if entry.embedded else f"{{}} of {entry.hub_repo}"
@@ -145,18 +133,13 @@ def published(name: str, records: Path | None = None) -> Trained:
         onnx_file=at.format(entry.onnx.file) if entry.onnx else "",
         evaluations=read_all(records, f"{entry.name}.eval*.json"),
         finetunings=read_all(records, f"{entry.name}.finetune*.json"),
-        export=next(iter(read_all(records, f"{entry.name}.export.json").values()), None),
-        upright=next(iter(read_all(records, f"{entry.name}.upright.json").values()), None),
+        export=export,
+        upright=upright,
     )
 
 
 def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
-    """Gather the encoder of a finished run of one's own.
-
-    Args:
-        run: folder that `train` wrote.
-        measured: records of `micl-zoo eval all`, and the result.json of `eval finetune`.
-    """
+    """Gather the encoder of a finished run of one's own, with records of `eval all` and results of `eval finetune`."""
     record, weights = run_record(run), local_weights(run / "encoder")
     found = {str(file): _read(file) for file in measured}
     trained = Trained(
@@ -190,13 +173,9 @@ def run_record(run: Path) -> Json:
     if "result" not in made_by or not file.exists():
         raise TrainingError(f"{str(run)!r} is not finished: rerun the command that started it to resume")
     steps = [line for line in lines if "loss" in line]
-    kept = steps[::CURVE_EVERY] + ([] if (len(steps) - 1) % CURVE_EVERY == 0 else steps[-1:])
-    return {
-        "weights": {"sha256": file_sha256(file), "bytes": file.stat().st_size},
-        "run": made_by,
-        "curve": kept,
-        "knn": [line for line in lines if "knn" in line],
-    }
+    kept = steps[::CURVE_EVERY] + steps[-1:] * ((len(steps) - 1) % CURVE_EVERY != 0)
+    weights = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+    return {"weights": weights, "run": made_by, "curve": kept, "knn": [line for line in lines if "knn" in line]}
 
 
 def write_run_record(run: Path, file: Path) -> None:
