@@ -21,7 +21,7 @@ from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
 from micl_zoo.extraction import cluster, engines
 from micl_zoo.extraction.cluster import Cluster, Embedder, _connect, _cores_a_gpu, _cores_a_process
-from micl_zoo.extraction.engines import Engine, Job
+from micl_zoo.extraction.engines import Job
 from micl_zoo.extraction.extract import extract
 from micl_zoo.extraction.options import ExtractOptions
 from micl_zoo.extraction.runner import Event
@@ -98,21 +98,18 @@ def actors() -> list[int]:
 @pytest.fixture
 def at_first(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Has something done at the first batch, or as soon as a first shard is finished."""
-    inner = Cluster.engine
+    inner = Cluster.run
 
     def plan(act: Callable[[], None], *, shard: bool = True) -> None:
-        def engine(self: Cluster, job: Job, encoder: Encoder) -> Engine:
-            def run(store: Store, work: Work) -> Iterator[Event]:
-                waiting = True
-                for event in inner(self, job, encoder)(store, work):
-                    yield event
-                    if waiting and event.finished == shard:
-                        waiting = False
-                        act()
+        def run(self: Cluster, job: Job, encoder: Encoder, store: Store, work: Work) -> Iterator[Event]:
+            waiting = True
+            for event in inner(self, job, encoder, store, work):
+                yield event
+                if waiting and event.finished == shard:
+                    waiting = False
+                    act()
 
-            return run
-
-        monkeypatch.setattr(Cluster, "engine", engine)
+        monkeypatch.setattr(Cluster, "run", run)
 
     return plan
 

@@ -17,13 +17,13 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from logging import getLogger
 from math import ceil
 from pathlib import Path
 from threading import Timer
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,7 +34,7 @@ from ..errors import MiclZooError, SourceError, StoreError, UsageError
 from ..files import Folder
 from ..sources.index import ImageIndex
 from ..stores.store import Store, open_store
-from .engines import Engine, Job, Lost, Said, Worker, embed_elsewhere, run_crew
+from .engines import Job, Lost, Said, Worker, embed_elsewhere, run_crew
 from .runner import Event
 from .work import Work
 
@@ -50,6 +50,7 @@ logger = getLogger(__name__)
 class Cluster:
     """A Ray cluster, and what the processes that run the model take of it."""
 
+    several: ClassVar[bool] = True  # the model runs in processes of its own, even if it is one
     devices: list[str]  # "cuda" or "cpu", per process
     cores: list[float]  # cores that Ray reserves, per process
     nodes: list[str]  # ids of the nodes that can hold such a process
@@ -57,13 +58,11 @@ class Cluster:
 
     @classmethod
     def join(cls, address: str | None, processes: int | None) -> Cluster:
-        """Join a cluster, or start one on this machine.
+        """Join the cluster at host:port, or start one on this machine.
 
-        Args:
-            address: host:port; "auto" is the cluster that RAY_ADDRESS names or that this machine belongs to, and None
-                starts one where there is none. A process that is in a cluster already stays in that one.
-            processes: number of model processes. None is one per GPU or, where there are none, one per node. More than
-                there are GPUs wait for nodes that come later; on CPUs they share the cores.
+        Address "auto" is the cluster that RAY_ADDRESS names or that this machine belongs to, and None starts one where
+        there is none. A process that is in a cluster already stays in that one. Processes are one per GPU by default
+        or, where there are none, one per node. More than there are GPUs wait for later nodes; on CPUs they share cores.
         """
         ray = _ray()
         joined = not ray.is_initialized()
@@ -83,11 +82,6 @@ class Cluster:
         return self.devices[0]
 
     @property
-    def several(self) -> bool:
-        """Whether the model runs in processes of its own: always, even if it is one."""
-        return True
-
-    @property
     def threads(self) -> int:
         """Threads of the process with the most cores; 0, which leaves torch's default, on GPUs."""
         return max(1, int(max(self.cores))) if self.kind == "cpu" else 0
@@ -105,9 +99,7 @@ class Cluster:
         asked = [task.options(num_cpus=0, num_gpus=share, scheduling_strategy=node).remote(kind) for node in there]
         answered, _ = ray.wait(asked, num_returns=len(asked), timeout=ASK_SECONDS)
         if not answered:
-            raise MiclZooError(
-                f"no node of the Ray cluster has answered in {ASK_SECONDS:g} s: see `ray status` for what is free"
-            )
+            raise MiclZooError(f"no Ray node has answered in {ASK_SECONDS:g} s: `ray status` says what is free")
         try:
             return "bf16" if set(ray.get(answered)) == {"bf16"} else "fp32"
         except ray.exceptions.RayError as error:
@@ -119,13 +111,45 @@ class Cluster:
             return min(MAX_WORKERS, max(1, int(max(self.cores))))
         return min(wanted, ceil(wanted * len(self.nodes) / len(self.devices)))
 
-    def engine(self, job: Job, encoder: Encoder) -> Engine:
-        """What embeds the shards; this process has the encoder only to know what it is."""
-        return lambda store, work: _run(self, job, store, work)
+    def run(self, job: Job, encoder: Encoder, store: Store, work: Work) -> Iterator[Event]:
+        """Keep actors at work until there is no more. They are asked for as soon as there is a shard."""
+        ray, actors = _ray(), list[_Actor]()
+        waiting = Timer(ROOM_SECONDS, self._say_what_is_asked, [actors])
+        waiting.daemon = True
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray reports losses; standard output is for results
+            try:
+                if (first := next(iter(work), None)) is None:
+                    return
+                work.give_back([first], "", guilty=False)
+                witness, local = _witness(store.shard(first)), store.folder.local
+                location = store.folder.location if local is None else str(local.absolute())
+                embedder = ray.remote(concurrency_groups={"orders": 1})(Embedder)
+
+                def start(place: int) -> Worker:
+                    ours = (self.part(job, place), self.devices[place], location, witness, __version__)
+                    actors.append(_Actor(embedder.options(**self.asks(place)).remote(*ours), work))
+                    return actors[-1]
+
+                waiting.start()
+                yield from run_crew(start, len(self.devices), work, job.options.image_timeout)
+            finally:
+                waiting.cancel()
+                for actor in actors:
+                    actor.listener.join(5)
+                if self.joined:
+                    ray.shutdown()
+
+    def _say_what_is_asked(self, actors: list[_Actor]) -> None:
+        if not any(actor.ready for actor in actors):
+            logger.warning(
+                "no process that runs the model has started in %g s. Each asks Ray for %g cores and %d GPUs: "
+                "`ray status` says what is free",
+                *(ROOM_SECONDS, self.cores[0], self.kind == "cuda"),
+            )
 
     def asks(self, place: int) -> dict[str, Any]:
         """What Ray must have free for a process. They are spread, so that no node reads and decodes for all others."""
-        gpus = 1 if self.kind == "cuda" else 0
+        gpus = int(self.kind == "cuda")
         return {"num_cpus": self.cores[place], "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
 
     def part(self, job: Job, place: int) -> Job:
@@ -135,9 +159,8 @@ class Cluster:
 
     def __str__(self) -> str:
         count, nodes = len(self.devices), len(self.nodes)
-        what = "GPU" if self.kind == "cuda" else "process"
-        many = ("s" if self.kind == "cuda" else "es") * (count > 1)
-        return f"{count} {what}{many} of a Ray cluster of {nodes} node{'s' * (nodes > 1)}"
+        what = ("GPU", "GPUs") if self.kind == "cuda" else ("process", "processes")
+        return f"{count} {what[count > 1]} of a Ray cluster of {nodes} node{'s' * (nodes > 1)}"
 
 
 def _ray() -> Any:
@@ -192,6 +215,7 @@ def _text(error: BaseException) -> str:
     return (because or lines[-1:])[0][:300]
 
 
+@dataclass
 class Embedder:
     """An actor: shards in, events out, until it is dismissed.
 
@@ -199,24 +223,16 @@ class Embedder:
     next shard is being decoded while one is finished.
     """
 
-    def __init__(self, job: Job, device: str, location: str, witness: str, version: str) -> None:
-        """Prepare.
-
-        Args:
-            job, device: what to embed with.
-            location: location of the store.
-            witness: a folder of the source that must be visible from here as well, or "".
-            version: version of micl-zoo where the run was started.
-        """
-        self.job, self.device, self.location, self.witness, self.version = job, device, location, witness, version
-        self.work = Work()
+    job: Job
+    device: str
+    location: str  # of the store
+    witness: str  # a folder of the source that must be visible from here as well, or ""
+    version: str  # of micl-zoo where the run was started
+    work: Work = field(default_factory=Work)
 
     def order(self, shard: int | None) -> None:
         """Add a shard to do; or None, to keep what there is of unfinished shards and leave."""
-        if shard is None:
-            self.work.stop()
-        else:
-            self.work.put(shard)
+        self.work.stop() if shard is None else self.work.put(shard)
 
     def events(self) -> Iterator[Said]:
         """Embed shards: `embed_elsewhere`, whose events come in groups."""
@@ -275,48 +291,8 @@ class _Actor(Worker):
         return any(one["NodeID"] == self.node and one["Alive"] for one in self.ray.nodes())
 
 
-def _run(cluster: Cluster, job: Job, store: Store, work: Work) -> Iterator[Event]:
-    """Keep actors at work until there is no more. They are asked for as soon as there is a shard."""
-    ray, actors = _ray(), list[_Actor]()
-    waiting = Timer(ROOM_SECONDS, _say_what_is_asked, (cluster, actors))
-    waiting.daemon = True
-    with contextlib.redirect_stdout(sys.stderr):  # where Ray reports losses; standard output is for results
-        try:
-            if (first := next(iter(work), None)) is None:
-                return
-            work.give_back([first], "", guilty=False)
-            witness, local = _witness(store.shard(first)), store.folder.local
-            location = store.folder.location if local is None else str(local.absolute())
-            embedder = ray.remote(concurrency_groups={"orders": 1})(Embedder)
-
-            def start(place: int) -> Worker:
-                part, asks = cluster.part(job, place), cluster.asks(place)
-                handle = embedder.options(**asks).remote(part, cluster.devices[place], location, witness, __version__)
-                actors.append(_Actor(handle, work))
-                return actors[-1]
-
-            waiting.start()
-            yield from run_crew(start, len(cluster.devices), work, job.options.image_timeout)
-        finally:
-            waiting.cancel()
-            for actor in actors:
-                actor.listener.join(5)
-            if cluster.joined:
-                ray.shutdown()
-
-
-def _say_what_is_asked(cluster: Cluster, actors: list[_Actor]) -> None:
-    """Warn if none is at work."""
-    if not any(actor.ready for actor in actors):
-        logger.warning(
-            "no process that runs the model has started in %g s. Each asks Ray for %g cores and %d GPUs: "
-            "`ray status` says what is free",
-            *(ROOM_SECONDS, cluster.cores[0], cluster.kind == "cuda"),
-        )
-
-
 def _witness(index: ImageIndex) -> str:
     """A folder on this machine that holds images of an index; "" where none of the first does."""
-    uris = [entry.uri for entry in islice(index.entries(), 100)]
+    uris = (entry.uri for entry in islice(index.entries(), 100))
     folders = (Path(uri).parent for uri in uris if "://" not in uri)
     return next((str(folder) for folder in folders if folder.is_dir()), "")

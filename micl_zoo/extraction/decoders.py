@@ -7,6 +7,7 @@ waits forever for one that hangs.
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import pickle
@@ -34,30 +35,20 @@ QUEUED_BYTES = 1 << 16  # of messages that a process has not answered: less than
 STARTS = 3  # of processes that die before they come to work, in a row; then something is wrong with all of them
 BATCHES_AHEAD = 3  # decoded or being decoded; each has its place in the shared memory
 
-
 Outcome = tuple[dict[int, Refused], float, float]  # of a chunk: refusals by place in it, seconds to read and to decode
 
 
 @dataclass
 class Batch:
-    """Images that were read and decoded, or refused.
+    """Images that were read and decoded, or refused."""
 
-    Attributes:
-        tag: what came with the entries.
-        entries: the images asked for, in order.
-        slots: (batch_size, size, size, 3) uint8, this batch's part of the shared memory.
-        left: images that are not decoded yet.
-        refused: refusals by place in `entries`.
-        read_seconds, decode_seconds: time spent by the decoding processes, added up.
-    """
-
-    tag: Any
-    entries: Sequence[Entry]
-    slots: np.ndarray
-    left: int
-    refused: dict[int, Refused] = field(default_factory=dict)
-    read_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    tag: Any  # what came with the entries
+    entries: Sequence[Entry]  # the images asked for, in order
+    slots: np.ndarray  # (batch_size, size, size, 3) uint8, this batch's part of the shared memory
+    left: int  # images that are not decoded yet
+    refused: dict[int, Refused] = field(default_factory=dict)  # by place in `entries`
+    read_seconds: float = 0.0  # of the decoding processes, added up
+    decode_seconds: float = 0.0  # likewise
 
     @property
     def pixels(self) -> np.ndarray:
@@ -77,19 +68,14 @@ class _Chunk:
 
 
 class _Process(Child):
-    """One process, and the chunks that it was given and has not answered, oldest first.
-
-    Attributes:
-        ready: it has come to work.
-        since: when it last answered, or was given work when it had none (monotonic seconds).
-    """
+    """One process, and the chunks that it was given and has not answered."""
 
     def __init__(self, job: bytes, memory: int) -> None:
         super().__init__("micl_zoo.extraction.decoders:work", files=[memory])
-        self.chunks: deque[tuple[_Chunk, int]] = deque()
-        self.queued = 0
-        self.ready = False
-        self.since = time.monotonic()
+        self.chunks: deque[tuple[_Chunk, int]] = deque()  # with the bytes of their messages, oldest first
+        self.queued = 0  # bytes of these messages
+        self.ready = False  # it has come to work
+        self.since = time.monotonic()  # when it last answered, or was given work when it had none
         self.connection.send_bytes(job)
 
     def give(self, chunk: _Chunk) -> bool:
@@ -117,31 +103,22 @@ class Decoders:
     """Reads and decodes batches ahead of whoever takes them, in processes of its own or, with none, in this one.
 
     A process that dies or hangs is replaced. The images that it had are tried again one by one; the one that takes a
-    process along TRIES times is refused.
+    process along TRIES times is refused. With 0 workers nothing guards against crashes and hangs. `batch_size` is that
+    of the largest batch, `image_timeout` the seconds that a process may take over one image or a chunk of CHUNK.
     """
 
     def __init__(
         self, transform: Transform, decoding: Decoding, workers: int, batch_size: int, image_timeout: float
     ) -> None:
-        """Start the processes.
-
-        Args:
-            transform, decoding: from bytes to pixels.
-            workers: processes; 0 reads and decodes in this one, without a guard against crashes and hangs.
-            batch_size: images in the largest batch.
-            image_timeout: seconds a process may take over one image, or a chunk of CHUNK.
-        """
         self.transform, self.decoding, self.image_timeout = transform, decoding, image_timeout
         shape = (BATCHES_AHEAD, batch_size, transform.size, transform.size, 3)
         self._file = _unnamed_file()
-        self._file.truncate(int(np.prod(shape)))
-        self._memory = mmap.mmap(self._file.fileno(), int(np.prod(shape)))
-        self._slots = np.frombuffer(self._memory, np.uint8).reshape(shape)
+        self._file.truncate(math.prod(shape))
+        self._slots = np.frombuffer(mmap.mmap(self._file.fileno(), math.prod(shape)), np.uint8).reshape(shape)
         self._job = pickle.dumps((transform, decoding, shape))
         self._reader = Reader()
-        count = workers if CAN_START else 0
-        self._processes = [_Process(self._job, self._file.fileno()) for _ in range(count)]
-        self._pending: deque[Batch] = deque()
+        self._processes = [_Process(self._job, self._file.fileno()) for _ in range(workers if CAN_START else 0)]
+        self.pending: deque[Batch] = deque()  # submitted and not taken
         self._submitted = 0
         self._backlog: deque[_Chunk] = deque()
         self._stillborn = 0  # processes in a row that died before they came to work
@@ -151,39 +128,31 @@ class Decoders:
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
-            process.process.kill()
+            process.process.kill()  # all at once, then wait
         for process in self._processes:
             process.end()
         self._file.close()
 
     @property
-    def pending(self) -> int:
-        """Batches that were submitted and not taken."""
-        return len(self._pending)
-
-    @property
     def room(self) -> bool:
         """Another batch can be submitted."""
-        return self.pending < BATCHES_AHEAD
+        return len(self.pending) < BATCHES_AHEAD
 
     def submit(self, tag: Any, entries: Sequence[Entry]) -> None:
         """Decode a batch, of `batch_size` at most. The pixels of the one that was taken last are lost."""
         assert self.room
-        slot = (
-            self._submitted % BATCHES_AHEAD
-        )  # they are taken in order, so it is that of the batch taken last, or free
+        slot = self._submitted % BATCHES_AHEAD  # they are taken in order: it is free, or that of the batch taken last
         self._submitted += 1
-        batch = Batch(tag, entries, self._slots[slot], len(entries))
-        self._pending.append(batch)
+        self.pending.append(batch := Batch(tag, entries, self._slots[slot], len(entries)))
         starts = range(0, len(entries), CHUNK)
         self._backlog.extend(_Chunk(batch, slot, at, entries[at : at + CHUNK]) for at in starts)
 
     def take(self) -> Batch:
         """Wait for the oldest batch."""
         self._pump(0)
-        while self._pending[0].left:
+        while self.pending[0].left:
             self._pump(0.5)
-        return self._pending.popleft()
+        return self.pending.popleft()
 
     def _pump(self, seconds: float) -> None:
         """Give out chunks, and take answers that come within some seconds."""
@@ -194,9 +163,9 @@ class Decoders:
                 self._settle(chunk, _decode_into(pixels, chunk.entries, self._reader, self.transform, self.decoding))
             return
         self._give_out()
-        connections: dict[Any, _Process] = {process.connection: process for process in self._processes}
-        for connection in wait(list(connections), seconds):
-            self._take(connections[connection])
+        ready = wait([process.connection for process in self._processes], seconds)
+        for process in [process for process in self._processes if process.connection in ready]:
+            self._take(process)
         for process in self._processes:
             if process.chunks and process.ready and time.monotonic() - process.since > self.image_timeout:
                 self._replace(process, "timeout", f"it took longer than {self.image_timeout:g} s")
@@ -210,7 +179,6 @@ class Decoders:
             self._backlog.popleft()
 
     def _take(self, process: _Process) -> None:
-        """Take in every answer that has come from a process."""
         try:
             while process.connection.poll():
                 answer = process.connection.recv()
@@ -222,11 +190,10 @@ class Decoders:
             self._replace(process, "crashed", "the process that decoded it")
 
     def _settle(self, chunk: _Chunk, outcome: Outcome) -> None:
-        batch, (refused, read_seconds, decode_seconds) = chunk.batch, outcome
+        batch, (refused, reading, decoding) = chunk.batch, outcome
         batch.left -= len(chunk.entries)
         batch.refused |= {chunk.at + place: why for place, why in refused.items()}
-        batch.read_seconds += read_seconds
-        batch.decode_seconds += decode_seconds
+        batch.read_seconds, batch.decode_seconds = batch.read_seconds + reading, batch.decode_seconds + decoding
 
     def _replace(self, process: _Process, reason: Any, what: str) -> None:
         """Replace a process, and put its chunks back, those of the first one by one."""
@@ -277,17 +244,11 @@ def _decode_into(
 
 
 def work(connection: int, memory: int) -> None:
-    """Run a decoding process: chunks in, outcomes out, until the other end is gone.
-
-    Args:
-        connection: file descriptor of the pipe.
-        memory: file descriptor that the pixels go into.
-    """
+    """Run a decoding process: chunks in, outcomes out, until the other end is gone. Takes two file descriptors."""
     pipe = parent_pipe(connection)
     warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files; refusals are for the ledger
     transform, decoding, shape = pickle.loads(pipe.recv_bytes())
-    slots = np.frombuffer(mmap.mmap(memory, int(np.prod(shape))), np.uint8).reshape(shape)
-    reader = Reader()
+    slots, reader = np.frombuffer(mmap.mmap(memory, math.prod(shape)), np.uint8).reshape(shape), Reader()
     with contextlib.suppress(EOFError, OSError):
         pipe.send(None)
         while wait_for_message(pipe):

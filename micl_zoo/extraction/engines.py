@@ -52,14 +52,8 @@ class Job:
         """Load the model onto a device."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        options = self.options
-        encoder = load(
-            cast(str, options.model),
-            weights=options.weights,
-            device=device,
-            backend=self.backend,
-            providers=options.providers,
-        )
+        options, name = self.options, cast(str, self.options.model)
+        encoder = load(name, weights=options.weights, device=device, backend=self.backend, providers=options.providers)
         if options.compile:
             encoder.compile_blocks(self.batch_size)
         return encoder
@@ -67,9 +61,6 @@ class Job:
     def runner(self, encoder: Encoder) -> Runner:
         """Start the decoding processes beside a model."""
         return Runner(encoder, self.options, self.batch_size, self.workers, autocast_dtype(self.precision))
-
-
-Engine = Callable[[Store, Work], Iterator[Event]]
 
 
 def run_here(job: Job, encoder: Encoder, store: Store, work: Work) -> Iterator[Event]:
@@ -99,25 +90,17 @@ def embed_elsewhere(job: Job, device: str, find: Callable[[], Store], work: Work
 
 
 class Worker:
-    """A process that runs the model, as the run knows it: a child of this process or an actor of a Ray cluster.
+    """A process that runs the model, as the run knows it: a child of this process or an actor of a Ray cluster."""
 
-    Attributes:
-        what: names it to a person.
-        shards: shards that it was given and has not finished, in order.
-        node: id of its node in a Ray cluster, else "".
-        ready: it has loaded its model.
-        left: it does no more.
-        since: when it was last heard of, or was given work when it had none (monotonic seconds).
-    """
-
-    what: str
+    what: str  # names it to a person
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.shards: list[int] = []
-        self.node = ""
-        self.ready = self.left = False
-        self.since = time.monotonic()
+        self.shards: list[int] = []  # that it was given and has not finished, in order
+        self.node = ""  # id of its node in a Ray cluster
+        self.ready = False  # it has loaded its model
+        self.left = False  # it does no more
+        self.since = time.monotonic()  # when it was last heard of, or was given work when it had none
         self.listener = threading.Thread(target=self._listen, name="listen", daemon=True)
         self.listener.start()
 
@@ -190,10 +173,8 @@ def run_crew(start: Callable[[int], Worker], count: int, work: Work, image_timeo
         if lost[place] >= STARTS:
             raise MiclZooError(f"the model does not start: {how}. See its output above.")
         work.give_back(worker.shards, how, guilty=worker.guilty())
-        if ending:
-            worker.left = True
-        else:
-            crew[place] = start(place)
+        worker.left = ending
+        crew[place] = worker if ending else start(place)
 
     try:
         while not all(worker.left for worker in crew):
@@ -243,12 +224,8 @@ class _Process(Worker):
 
 
 def serve(connection: int) -> None:
-    """Run a process that embeds shards until it is dismissed or its parent is gone.
-
-    Args:
-        connection: file descriptor of the pipe: in come the job and numbers of shards, out goes what `Said` lists.
-    """
-    pipe, work = parent_pipe(connection), Work()
+    """Run a process that embeds shards until it is dismissed or its parent is gone."""
+    pipe, work = parent_pipe(connection), Work()  # in come the job and numbers of shards, out goes what `Said` lists
 
     def take_orders() -> None:
         with contextlib.suppress(EOFError, OSError):  # of the pipe, whose other end is gone
@@ -280,16 +257,10 @@ class Local:
 
     @classmethod
     def find(cls, devices: str, processes: int | None) -> Local:
-        """Resolve names.
-
-        Args:
-            devices, processes: see `ExtractOptions`.
-        """
+        """Resolve `devices` and `processes` of `ExtractOptions`."""
         names = [name.strip() for name in devices.split(",") if name.strip()]
-        if "all" in names:
-            names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-            if not names:
-                raise UsageError('devices "all" means every GPU, and there is none here: give "cpu" or "auto"')
+        if "all" in names and not (names := [f"cuda:{number}" for number in range(torch.cuda.device_count())]):
+            raise UsageError('devices "all" means every GPU, and there is none here: give "cpu" or "auto"')
         if not names:
             raise UsageError(f"no device in {devices!r}. Valid: auto, all, cpu, cuda, cuda:N, mps, or several of them")
         count = processes or len(names)
@@ -301,11 +272,6 @@ class Local:
         return cls([resolved[place % len(names)] for place in range(count)])
 
     @property
-    def kind(self) -> str:
-        """ "cuda", "cpu" or "mps"."""
-        return self.devices[0].partition(":")[0]
-
-    @property
     def several(self) -> bool:
         """Whether the model runs in processes of its own."""
         return len(self.devices) > 1
@@ -313,7 +279,7 @@ class Local:
     @property
     def threads(self) -> int:
         """Threads per process where several share the CPU; else 0, which leaves torch's default."""
-        return max(1, usable_cores() // len(self.devices)) if self.several and self.kind == "cpu" else 0
+        return max(1, usable_cores() // len(self.devices)) if self.several and "cpu" in self.devices[0] else 0
 
     def precision(self, wanted: Precision) -> str:
         """Resolve "auto" for the devices."""
@@ -321,21 +287,17 @@ class Local:
 
     def workers(self, wanted: int | None) -> int:
         """Decoding processes per model process."""
-        total = default_workers() if wanted is None else wanted
-        return -(-total // len(self.devices))
+        return math.ceil((default_workers() if wanted is None else wanted) / len(self.devices))
 
-    def engine(self, job: Job, encoder: Encoder) -> Engine:
-        """What embeds the shards; a single process does it with this very encoder."""
+    def run(self, job: Job, encoder: Encoder, store: Store, work: Work) -> Iterator[Event]:
+        """Embed the shards; a single process does it with this very encoder."""
         if not self.several:
-            return lambda store, work: run_here(job, encoder, store, work)
+            return run_here(job, encoder, store, work)
 
-        def run(store: Store, work: Work) -> Iterator[Event]:
-            def start(place: int) -> Worker:
-                return _Process(job, self.devices[place], store.folder.location, work)
+        def start(place: int) -> Worker:
+            return _Process(job, self.devices[place], store.folder.location, work)
 
-            return run_crew(start, len(self.devices), work, job.options.image_timeout)
-
-        return run
+        return run_crew(start, len(self.devices), work, job.options.image_timeout)
 
     def __str__(self) -> str:
         counts = Counter(self.devices)

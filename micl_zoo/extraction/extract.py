@@ -13,14 +13,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from .._version import package_versions
 from ..encoders.device import Backend, choose_backend, default_workers, precision_advice
-from ..encoders.encoder import Encoder, Pool
+from ..encoders.encoder import Encoder
 from ..encoders.load import load
 from ..errors import Interrupted, MiclZooError, UsageError
 from ..files import Folder
@@ -29,14 +29,12 @@ from ..sources.index import ImageIndex
 from ..sources.listing import SourceLike, list_source
 from ..stop import StopRequest
 from ..stores.store import Manifest, Rows, Store
+from .cluster import Cluster
 from .engines import Job, Local
 from .indexing import Indexing
 from .options import ExtractOptions
 from .runner import Event, Runner, Times
 from .work import Work
-
-if TYPE_CHECKING:
-    from .cluster import Cluster
 
 SHARD_ROWS = 10_000
 PART_BYTES = 64 << 20  # of a part of long rows, such as patches: it is held in memory
@@ -82,9 +80,7 @@ class Summary:
     def text(self) -> str:
         """One line for a person."""
         manifest = self.store.manifest
-        rate = (
-            f", {self.images_per_second:,.1f} images/s, waiting for: {self.times.bottleneck}" if self.computed else ""
-        )
+        rate = f", {self.images_per_second:,.1f} images/s, waiting for: {self.times.bottleneck}" * bool(self.computed)
         before = f", {self.shards_before:,} shards were done already" if self.shards_before else ""
         return (
             f"{self.embedded:,} of {self.images:,} images embedded by {manifest.model} in {manifest.precision}, "
@@ -140,20 +136,24 @@ def extract(
         encoder = load(cast(str, options.model), weights=options.weights, device="cpu", backend=kind)
     elif encoder is None:
         encoder = job.encoder(places.devices[0])
-    if encoder.precision:
-        job = replace(job, precision=_own_precision(encoder, options))
+    if (own := encoder.precision) and options.precision not in ("auto", own):
+        raise UsageError(
+            f"the ONNX file of {encoder.name} computes in {own}, not in {options.precision}: leave precision out, or "
+            f"export another with --precision {options.precision}"
+        )
+    job = replace(job, precision=own or job.precision)
     say(_sentence(encoder, job, places))
-    if not encoder.precision and (advice := precision_advice(job.precision, torch.device(places.kind))):
+    if not own and (advice := precision_advice(job.precision, torch.device(places.devices[0]))):
         say(advice)
     work, folder = Work(), Folder(out)
     with folder.lock() or nullcontext(), StopRequest(wake=work.stop) as stop:
         store = Store.create(folder, _manifest(encoder, job, source), overwrite=options.overwrite)
         summary = Summary(store, places.devices, job.batch_size)
         with progress(f"embedding with {encoder.name}", None, show=show) as tick:
-            indexing = Indexing(store, pieces, work, tick, options.limit, options.only_missing)
+            indexing = Indexing(store, pieces, work, tick, options)
             begun = time.monotonic()
             try:
-                for event in places.engine(job, encoder)(store, work):
+                for event in places.run(job, encoder, store, work):
                     if not summary.computed:  # a process has loaded its model meanwhile
                         begun = time.monotonic() - event.times.wait - event.times.transfer - event.times.model
                     tick(event.images, _count(summary, event))
@@ -174,9 +174,9 @@ def _count(summary: Summary, event: Event) -> str:
     summary.times.add(event.times)
     summary.computed += event.images
     summary.refused += event.refused
-    refused = [f"{summary.refused:,} refused"] if summary.refused else []
-    slowest = [f"waiting for: {summary.times.bottleneck}"] if summary.times.bottleneck else []
-    return ", ".join(refused + slowest)
+    refused = f"{summary.refused:,} refused" if summary.refused else ""
+    slowest = f"waiting for: {summary.times.bottleneck}" if summary.times.bottleneck else ""
+    return ", ".join(filter(None, [refused, slowest]))
 
 
 def _interrupted(stop: StopRequest, summary: Summary) -> Interrupted:
@@ -218,47 +218,30 @@ def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
 
 def _places(options: ExtractOptions) -> Local | Cluster:
     if options.engine == "ray":
-        from .cluster import Cluster
-
         return Cluster.join(options.address, options.processes)
-    return Local.find(_devices(options), options.processes)
+    devices = options.devices
+    if devices == "auto" and options.backend == "openvino":
+        devices = "cpu"
+    elif devices == "auto" and options.backend == "onnx":
+        from ..encoders.onnx_session import GPU, choose_providers
 
-
-def _devices(options: ExtractOptions) -> str:
-    """Resolve "auto" where the backend decides it."""
-    if options.devices != "auto" or options.backend not in ("openvino", "onnx"):
-        return options.devices
-    if options.backend == "openvino":
-        return "cpu"
-    from ..encoders.onnx_session import GPU, choose_providers
-
-    on_gpu = choose_providers("auto", options.providers)[0][0] in GPU and torch.cuda.is_available()
-    return "cuda" if on_gpu else "cpu"
+        on_gpu = choose_providers("auto", options.providers)[0][0] in GPU and torch.cuda.is_available()
+        devices = "cuda" if on_gpu else "cpu"
+    return Local.find(devices, options.processes)
 
 
 def _job(options: ExtractOptions, places: Local | Cluster) -> Job:
     """Resolve what is left open."""
     precision = options.precision if options.backend == "onnx" else places.precision(options.precision)
-    device = torch.device(places.kind)
+    device = torch.device(places.devices[0])
     return Job(
         options,
         backend=choose_backend(options.backend, device=device, precision=precision, compile=options.compile),
         precision=precision,
-        batch_size=options.batch_size or (256 if places.kind == "cuda" else 16),
+        batch_size=options.batch_size or (256 if device.type == "cuda" else 16),
         workers=places.workers(options.workers),
         threads=places.threads,
     )
-
-
-def _own_precision(encoder: Encoder, options: ExtractOptions) -> str:
-    """The precision of an encoder whose file fixes it."""
-    assert encoder.precision is not None
-    if options.precision not in ("auto", encoder.precision):
-        raise UsageError(
-            f"the ONNX file of {encoder.name} computes in {encoder.precision}, not in {options.precision}: leave "
-            f"precision out, or export another with --precision {options.precision}"
-        )
-    return encoder.precision
 
 
 def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:
@@ -303,24 +286,9 @@ def _tensors_sha256(encoder: Encoder) -> str:
 
 
 def embed_index(
-    encoder: Encoder,
-    index: ImageIndex,
-    *,
-    batch_size: int = 64,
-    workers: int | None = None,
-    autocast: torch.dtype | None = None,
-    pool: Pool = "cls",
-    normalize: bool = True,
+    encoder: Encoder, index: ImageIndex, options: ExtractOptions, autocast: torch.dtype | None
 ) -> Iterator[Rows]:
-    """Embed an index batch by batch, in order, without a store.
-
-    Args:
-        encoder: the model.
-        index: the images.
-        batch_size, workers, pool, normalize: see `ExtractOptions`.
-        autocast: dtype of the matrix products, None for float32.
-    """
-    workers = default_workers() if workers is None else workers
-    options = ExtractOptions(pool=pool, normalize=normalize)
-    with Runner(encoder, options, batch_size, workers, autocast) as runner:
+    """Embed an index batch by batch, in order, without a store; `autocast` is for matrix products, None for float32."""
+    workers = default_workers() if options.workers is None else options.workers
+    with Runner(encoder, options, options.batch_size or 64, workers, autocast) as runner:
         yield from runner.embed(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Iterator
 from itertools import count
@@ -14,6 +15,7 @@ from ..errors import StoreError
 from ..progress import Tick
 from ..sources.index import Fingerprint, ImageIndex
 from ..stores.store import Store
+from .options import ExtractOptions
 from .work import Work
 
 
@@ -23,26 +25,15 @@ class Indexing:
     A store that has an index already keeps it, and the source must still be what it was: ids, offsets and lengths. Only
     where images are may have changed (a folder that was moved). The index is written anew then.
 
-    Attributes:
-        images: images listed so far.
+    `work` gets the shards without a part, then the end or what was met: a SourceError, or a StoreError if the source is
+    not that of the store. `tick` is told of the shards with a part, and at the end of the number of images.
     """
 
     def __init__(
-        self, store: Store, pieces: Iterator[ImageIndex], work: Work, tick: Tick, limit: int | None, only_missing: bool
+        self, store: Store, pieces: Iterator[ImageIndex], work: Work, tick: Tick, options: ExtractOptions
     ) -> None:
-        """Start.
-
-        Args:
-            store: the store to write the index into.
-            pieces: the source's index in pieces, see `list_source`.
-            work: gets the shards that have no part yet, then the end, or the error that was met:
-                SourceError, or StoreError if the source is not that of the store.
-            tick: is told of the shards that have a part already, and at the end how many images there are.
-            limit: number of images to list at most.
-            only_missing: leave what the store's index has as it is, and add the images that it lacks.
-        """
-        self.store, self.work, self.tick, self.limit, self.only_missing = store, work, tick, limit, only_missing
-        self.images = 0
+        self.store, self.work, self.tick, self.options = store, work, tick, options
+        self.images = 0  # listed so far
         self.done = set(store.done())
         self._thread = threading.Thread(target=self._run, args=(pieces,), name="indexing", daemon=True)
         self._thread.start()
@@ -66,14 +57,16 @@ class Indexing:
             raise StoreError(
                 f"index/part-{lost:05d}.parquet is missing from {str(self.store.folder)!r}: --overwrite starts anew"
             )
-        fingerprint = Fingerprint()
-        known: set[str] = set()
-        first = 0
-        if self.only_missing:
+        fingerprint, known, first = Fingerprint(), set[str](), 0
+        if self.options.only_missing:
             for first, index in enumerate(map(self.store.shard, there), start=1):
                 known.update(index.ids)
                 self._announce(first - 1, index, fingerprint)
-        rows = _cut(_new(_limited(pieces, self.limit), known), self.store.manifest.shard_rows)
+        pieces = _limited(pieces, self.options.limit)
+        if known:
+            fresh = ((piece.table, pa.array([name not in known for name in piece.ids], pa.bool_())) for piece in pieces)
+            pieces = (ImageIndex(table.filter(mask)) for table, mask in fresh)
+        rows = _cut(pieces, self.store.manifest.shard_rows)
         for number, index in zip(count(first), rows):
             if self.work.stopped:
                 return
@@ -85,7 +78,12 @@ class Indexing:
             first = number + 1
         if first < len(there):
             raise _other(self.store, first, 0, self.store.shard(first)[0].id, None)
-        self._finish(first, fingerprint.hexdigest())
+        sha256 = fingerprint.hexdigest()
+        finished = dataclasses.replace(self.store.manifest, rows=self.images, shards=first, index_sha256=sha256)
+        if finished != self.store.manifest:
+            self.store.manifest = finished
+            self.store.write_manifest()
+        self.tick(0, total=self.images)
 
     def _announce(self, number: int, index: ImageIndex, fingerprint: Fingerprint) -> None:
         fingerprint.update(index)
@@ -95,35 +93,14 @@ class Indexing:
         else:
             self.work.put(number)
 
-    def _finish(self, shards: int, sha256: str) -> None:
-        store = self.store
-        finished = dataclasses.replace(store.manifest, rows=self.images, shards=shards, index_sha256=sha256)
-        if finished != store.manifest:
-            store.manifest = finished
-            store.write_manifest()
-        self.tick(0, total=self.images)
-
 
 def _limited(pieces: Iterator[ImageIndex], limit: int | None) -> Iterator[ImageIndex]:
-    left = limit
+    left = sys.maxsize if limit is None else limit
     for piece in pieces:
-        if left is None:
-            yield piece
-            continue
         yield piece.slice(0, left)
         left -= len(piece)
         if left <= 0:
             return
-
-
-def _new(pieces: Iterator[ImageIndex], known: set[str]) -> Iterator[ImageIndex]:
-    """Leave out the images that are known."""
-    for piece in pieces:
-        if known:
-            fresh = pa.array([name not in known for name in piece.ids], pa.bool_())
-            yield ImageIndex(piece.table.filter(fresh))
-        else:
-            yield piece
 
 
 def _cut(pieces: Iterator[ImageIndex], rows: int) -> Iterator[ImageIndex]:
@@ -138,9 +115,8 @@ def _cut(pieces: Iterator[ImageIndex], rows: int) -> Iterator[ImageIndex]:
         for start in range(0, whole, rows):
             yield ImageIndex(table.slice(start, rows).combine_chunks())
         held = [table.slice(whole)]
-    rest = pa.concat_tables(held) if held else None
-    if rest is not None and len(rest):
-        yield ImageIndex(rest.combine_chunks())
+    if any(map(len, held)):
+        yield ImageIndex(pa.concat_tables(held).combine_chunks())
 
 
 def _compare(store: Store, number: int, index: ImageIndex) -> None:

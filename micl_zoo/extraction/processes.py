@@ -15,26 +15,17 @@ CAN_START = os.name == "posix"  # relies on POSIX file-descriptor inheritance
 
 
 class Child:
-    """A process that runs one function of this package, and the pipe to it.
-
-    Attributes:
-        connection: sends to it and receives from it; EOFError there means that it has died.
-    """
+    """A process that runs one function of this package, and the pipe to it."""
 
     def __init__(self, function: str, *, files: Sequence[int] = ()) -> None:
-        """Start it.
-
-        Args:
-            function: "module:name" of one that takes the file descriptors of its pipe and of `files`.
-            files: descriptors of open files that it inherits.
-        """
+        """Start "module:name", which takes the file descriptors of its pipe and of open `files` that it inherits."""
         here, there = Pipe()
         module, _, name = function.partition(":")
         numbers = [there.fileno(), *files]
         code = f"from {module} import {name}; {name}({', '.join(map(str, numbers))})"
         self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=numbers, stdin=subprocess.DEVNULL)
         there.close()
-        self.connection: Connection[Any, Any] = here
+        self.connection: Connection[Any, Any] = here  # EOFError in receiving means that the process has died
 
     def send(self, message: Any) -> None:
         """Send a message; if the process has died meanwhile, reading its answers shows it."""
@@ -70,10 +61,8 @@ def parent_pipe(number: int) -> Connection[Any, Any]:
 def wait_for_message(pipe: Connection[Any, Any]) -> bool:
     """Wait for a message; False when the parent has died."""
     parent = os.getppid()
-    try:
-        while not pipe.poll(5):
-            if os.getppid() != parent:
-                return False
-    except (EOFError, OSError):
-        return False
-    return True
+    with contextlib.suppress(EOFError, OSError):
+        while os.getppid() == parent:
+            if pipe.poll(5):
+                return True
+    return False

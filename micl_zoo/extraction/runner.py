@@ -26,18 +26,12 @@ SAVE_SECONDS = 60.0  # between two saves of the beginning of a shard: what a kil
 
 @dataclass
 class Times:
-    """Seconds spent in each stage by one process.
+    """Seconds spent in each stage by one process."""
 
-    Attributes:
-        read, decode: spent by the decoding processes, added up.
-        wait: spent waiting for them.
-        transfer, model, write: spent by the process that runs the model.
-    """
-
-    read: float = 0.0
+    read: float = 0.0  # this and `decode`: of the decoding processes, added up
     decode: float = 0.0
-    wait: float = 0.0
-    transfer: float = 0.0
+    wait: float = 0.0  # for them
+    transfer: float = 0.0  # this and the others: of the process that runs the model
     model: float = 0.0
     write: float = 0.0
 
@@ -79,31 +73,21 @@ class _Shard:
         return sum(piece.images for piece in self.pieces)
 
     def rows(self) -> Rows:
-        """Join the pieces."""
         ids = [name for piece in self.pieces for name in piece.ids]
         refused = [row for piece in self.pieces for row in piece.refused]
         self.pieces = [Rows(ids, np.concatenate([piece.embeddings for piece in self.pieces]), refused)]
         return self.pieces[0]
 
 
-class _Launched(NamedTuple):
-    """A batch whose rows the device may still be computing."""
-
-    batch: Batch
-    rows: list[Tensor]
-    event: Any
+_Launched = tuple[Batch, list[Tensor], Any]  # a batch, its rows, the event after which the device has computed them
 
 
 class Model:
-    """An encoder that embeds decoded pixels, in smaller pieces where its device has not the memory for all at once.
-
-    Attributes:
-        images_at_once: largest number of images that the device has memory for; None before any did not fit.
-    """
+    """An encoder that embeds decoded pixels, in smaller pieces where its device has not the memory for all at once."""
 
     def __init__(self, encoder: Encoder, *, pool: Pool, normalize: bool, autocast: torch.dtype | None) -> None:
         self.encoder, self.pool, self.normalize, self.autocast = encoder, pool, normalize, autocast
-        self.images_at_once: int | None = None
+        self.images_at_once: int | None = None  # that the device has memory for; None before any did not fit
         self.times = Times()
 
     def launch(self, pixels: np.ndarray) -> tuple[list[Tensor], Any]:
@@ -116,10 +100,10 @@ class Model:
                 start += len(piece)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 self._halve(len(piece), error)
-        event = None
-        if self.encoder.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.encoder.device))
+        if self.encoder.device.type != "cuda":
+            return rows, None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.encoder.device))
         return rows, event
 
     def finish(self, rows: list[Tensor], event: Any) -> np.ndarray:
@@ -135,20 +119,19 @@ class Model:
     def _embed(self, pixels: np.ndarray) -> Tensor:
         start = time.perf_counter()
         on_host, device = torch.from_numpy(pixels), self.encoder.device
-        if device.type == "cuda":
-            on_host = on_host.pin_memory()
-        on_device = on_host.to(device, non_blocking=True)
+        on_device = (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
         middle = time.perf_counter()
+        self.times.transfer += middle - start
         rows = self.encoder.embed_tensor(on_device, normalize=self.normalize, pool=self.pool, autocast=self.autocast)
         if device.type == "cuda":
             rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows, non_blocking=True)
         rows = rows.cpu()
-        self.times.transfer += middle - start
         self.times.model += time.perf_counter() - middle
         return rows
 
     def _halve(self, images: int, error: Exception) -> None:
-        if not _out_of_memory(error):
+        short = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not short and "can't allocate memory" not in str(error).lower():
             raise error
         if images == 1:
             raise MiclZooError(
@@ -159,11 +142,6 @@ class Model:
         self.encoder.fit_compiled(self.images_at_once)
         if self.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
 class Runner:
@@ -192,10 +170,10 @@ class Runner:
         """Embed an index batch by batch, without a store."""
         for start in range(0, len(index), self.batch_size):
             if not self.decoders.room and (launched := self._next()):
-                yield self._collect(launched)
+                yield self._collect(*launched)
             self.decoders.submit(None, list(index.slice(start, self.batch_size).entries()))
         while launched := self._next():
-            yield self._collect(launched)
+            yield self._collect(*launched)
 
     def run(self, store: Store, work: Work) -> Generator[Event, None, None]:
         """Embed shards of a store, in order, until there are no more or the work is stopped.
@@ -207,7 +185,7 @@ class Runner:
                 work.receive(0)
                 self._plan(store, work)
                 if launched := self._next():
-                    yield self._add(store, launched)
+                    yield self._add(store, launched[0].tag, self._collect(*launched))
                     yield from self._written(idle=False)
                 elif self._writing:
                     yield from self._written(idle=True)
@@ -250,12 +228,11 @@ class Runner:
             self.model.times.wait += time.perf_counter() - start
             self.model.times.read += batch.read_seconds
             self.model.times.decode += batch.decode_seconds
-            self._launched.append(_Launched(batch, *self.model.launch(batch.pixels)))
+            self._launched.append((batch, *self.model.launch(batch.pixels)))
         return self._launched.popleft() if self._launched else None
 
-    def _add(self, store: Store, launched: _Launched) -> Event:
-        """Add a batch to its shard, and write that when it is whole or was not saved for long."""
-        rows, shard = self._collect(launched), launched.batch.tag
+    def _add(self, store: Store, shard: _Shard, rows: Rows) -> Event:
+        """Add rows to their shard, and write that when it is whole or was not saved for long."""
         shard.pieces.append(rows)
         if shard.images == shard.size:
             del self._started[shard.number]
@@ -264,20 +241,16 @@ class Runner:
             self._write(shard, store.write_beginning)
         return Event(shard.number, rows.images, len(rows.refused), False, self._times())
 
-    def _collect(self, launched: _Launched) -> Rows:
-        ids, refused = [], []
-        for place, entry in enumerate(launched.batch.entries):
-            if why := launched.batch.refused.get(place):
-                refused.append(RefusedRow(entry.id, entry.uri, why.reason, why.detail))
-            else:
-                ids.append(entry.id)
-        return Rows(ids, self.model.finish(launched.rows, launched.event), refused)
+    def _collect(self, batch: Batch, rows: list[Tensor], event: Any) -> Rows:
+        ids = [entry.id for place, entry in enumerate(batch.entries) if place not in batch.refused]
+        reasons = [(batch.entries[place], batch.refused[place]) for place in sorted(batch.refused)]
+        refused = [RefusedRow(entry.id, entry.uri, why.reason, why.detail) for entry, why in reasons]
+        return Rows(ids, self.model.finish(rows, event), refused)
 
     def _write(self, shard: _Shard, write: Callable[[int, Rows], None]) -> None:
         shard.saved = time.monotonic()
-        rows = shard.rows()
-        future = self._writer.submit(write, shard.number, rows)
-        self._writing.append((shard.number, rows.images == shard.size, future))
+        future = self._writer.submit(write, shard.number, shard.rows())
+        self._writing.append((shard.number, shard.images == shard.size, future))
 
     def _written(self, *, idle: bool) -> Iterator[Event]:
         """Tell what was written meanwhile. With a part waiting behind another, writing is what the rest waits for."""

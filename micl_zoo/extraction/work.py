@@ -21,23 +21,17 @@ class Work:
     All that can happen to a run arrives in one queue, into which every thread and a signal handler may put: shards, the
     end of the source, what processes say, the wish to stop. A single thread takes it in (`receive`, `hear`), and blocks
     there when it has nothing else to do.
-
-    Attributes:
-        failed: shards that failed too often, and how they did last.
-        error: the error that ended the source, to be raised when the shards before it are done.
-        stopped: the run is to keep what it has and to leave.
     """
 
     def __init__(self) -> None:
-        self.failed: dict[int, str] = {}
-        self.error: MiclZooError | None = None
-        self.stopped = False
+        self.failed: dict[int, str] = {}  # shards that failed too often, and how they did last
+        self.error: MiclZooError | None = None  # that ended the source, to be raised after the shards before it
+        self.stopped = False  # the run is to keep what it has and to leave
         # Not a queue.Queue: a signal handler that puts into one can wait for a lock which its own thread holds.
         self._arrived: SimpleQueue[tuple[Callable[[Any], object], Any]] = SimpleQueue()
         self._room = Semaphore(LISTED_AHEAD)
-        self._listed: deque[int] = deque()
-        self._again: deque[int] = deque()
-        self._said: deque[Any] = deque()
+        self._listed, self._again = deque[int](), deque[int]()
+        self._said: list[Any] = []
         self._tries: Counter[int] = Counter()
         self._ended = False
 
@@ -75,7 +69,7 @@ class Work:
     def hear(self, seconds: float | None = None) -> list[Any]:
         """Receive; the messages that have arrived, which may be none."""
         self.receive(seconds)
-        said = list(self._said)
+        said = self._said.copy()
         self._said.clear()
         return said
 

@@ -12,6 +12,7 @@ from micl_zoo.encoders.device import resolve_precision
 from micl_zoo.encoders.encoder import Encoder, Pool
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.extraction.extract import embed_index
+from micl_zoo.extraction.options import ExtractOptions
 from micl_zoo.stores.store import Store
 
 from .labelled import Label, LabelledImages, labels_of
@@ -39,8 +40,8 @@ def embed_labelled(
     autocast, _ = resolve_precision("auto", encoder.device)
     both: Pool = "cls+mean" if set(pools) != {"cls"} else "cls"
     pieces, ids = [], list[str]()
-    how: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "autocast": autocast, "normalize": False}
-    for batch in embed_index(encoder, images.index, pool=both, **how):
+    options = ExtractOptions(pool=both, batch_size=batch_size, workers=workers, normalize=False)
+    for batch in embed_index(encoder, images.index, options, autocast):
         pieces.append(batch.embeddings.astype(np.float32, copy=False))
         ids += batch.ids
         tick(batch.images)
