@@ -112,7 +112,7 @@ def extract(
     """Embed every image of a source into a store; the same call again skips the shards that are done.
 
     Args:
-        source: see `micl_zoo.sources.index_source`.
+        source: see `micl_zoo.index_source`.
         out: the store: a folder, or a URI such as s3://bucket/embeddings; new, or made by the same call.
         options: see `ExtractOptions`; None is the default ones.
         show: show a progress bar, on a terminal.

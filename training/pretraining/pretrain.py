@@ -58,7 +58,7 @@ def pretrain(
 
     Args:
         recipe: a recipe or its name.
-        data: a source of images, see `micl_zoo.sources.index_source`.
+        data: a source of images, see `micl_zoo.index_source`.
         out: the run's folder; with several machines, on a file system that all of them see.
         overrides: "key=value" changes to a recipe given by name.
         smoke: train the recipe's small twin instead, see `smoke_twin`; overrides change the twin.

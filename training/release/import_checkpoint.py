@@ -53,7 +53,7 @@ def import_checkpoint(
         num_heads: attention heads, where the shape is not a known one: weights do not tell.
 
     Returns:
-        The weights file. Its header has the provenance: see `micl_zoo.weights.header`.
+        The weights file. Its header has the provenance: see `micl_zoo.encoders.weights.header`.
 
     Raises:
         WeightsError: a file that is not such a checkpoint, or that needs more than tensors and plain values to be read.
