@@ -215,7 +215,7 @@ def test_what_is_no_run_is_said(tmp_path: Path, twin: Recipe) -> None:
         write_report(run, tmp_path / "page.pdf")
     for text in ("{", "[]", '{"recipe": {}}'):
         (run / "run.json").write_text(text)
-        with pytest.raises(TrainingError, match="run.json.*(damaged|is not what a run)"):
+        with pytest.raises(TrainingError, match=r"run\.json.*(damaged|is not what a run)"):
             write_report(run)
 
 

@@ -59,6 +59,14 @@ def test_the_nearest_are_those_of_a_plain_loop(store: Store, k: int) -> None:
     assert found(store, queries, k) == [[ids[at] for at in plain(rows, query, k)] for query in queries]
 
 
+def test_a_store_may_be_named_by_its_path(store: Store, tmp_path: Path) -> None:
+    folder = str(store.path)
+    assert micl_zoo.search(folder, ids=store.ids[:2], k=3) == search(store, ids=store.ids[:2], k=3)
+    assert micl_zoo.convert(folder, tmp_path / "rows.npy").shape == store.embeddings.shape
+    with pytest.raises(micl_zoo.StoreError, match="no store of embeddings"):
+        micl_zoo.verify(tmp_path)
+
+
 def test_equal_rows_come_in_index_order(store: Store) -> None:
     random = np.random.default_rng(0)
     kinds = random.standard_normal((5, 32)).astype(np.float32)

@@ -246,6 +246,11 @@ def test_embed_takes_what_people_have(encoder_folder: Path, tmp_path: Path) -> N
     assert encoder.embed([]).shape == (0, 32)
 
 
+def test_embed_takes_batches_of_at_least_one() -> None:
+    with pytest.raises(UsageError, match="batch_size must be at least 1, got 0"):
+        micl_zoo.load(device="cpu").embed([picture(0, 64, 48)], batch_size=0)
+
+
 def test_embed_names_the_image_it_cannot_read(encoder_folder: Path, tmp_path: Path) -> None:
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
     (tmp_path / "b.jpg").write_bytes(b"text")

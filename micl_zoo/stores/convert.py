@@ -16,7 +16,7 @@ import pyarrow as pa
 from ..errors import StoreError, UsageError
 from ..files import atomic_folder, atomic_path
 from ..progress import Tick, progress
-from .store import ID, Store, parts_of
+from .store import ID, Store, open_store, parts_of
 
 ENDINGS = (".npy", ".safetensors", ".lance", ".lancedb")
 DEFAULT_TABLE = "embeddings"  # where OUT names a LanceDB database and no table
@@ -35,7 +35,7 @@ class Converted:
 
 
 def convert(
-    store: Store,
+    store: Store | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     dtype: Literal["float16", "float32"] | None = None,
@@ -57,6 +57,7 @@ def convert(
         UsageError: another ending, or `out` exists.
         StoreError: an incomplete store, a damaged part, a number that does not fit the dtype, or no LanceDB.
     """
+    store = open_store(store)
     path, kind = Path(out), np.dtype(dtype or store.manifest.dtype)
     if path.suffix not in ENDINGS:
         raise UsageError(f"cannot tell what to write to {str(path)!r}: its name must end in {', '.join(ENDINGS)}")

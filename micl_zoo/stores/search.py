@@ -16,7 +16,7 @@ from ..progress import progress
 from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
 from .reembed import StoreEncoder, store_encoder
-from .store import ID, Store
+from .store import ID, Store, open_store
 
 ImageFile = str | os.PathLike[str] | bytes
 BLOCK = 1024  # queries per matrix product: with a part of 10,000 rows, 41 MB of cosines
@@ -46,7 +46,7 @@ class _Found(NamedTuple):
 
 
 def search(
-    store: Store,
+    store: Store | str | os.PathLike[str],
     images: ImageFile | Iterable[ImageFile] = (),
     k: int = 10,
     *,
@@ -79,6 +79,7 @@ def search(
         WeightsError: see `store_encoder`.
         StoreError: a part is damaged.
     """
+    store = open_store(store)
     many = [images] if isinstance(images, str | bytes | os.PathLike) else list(images)
     _check(store, k, len(many) + len(ids), picture)
     store = store.snapshot()

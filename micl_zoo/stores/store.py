@@ -307,15 +307,17 @@ class Store:
             ) from None
 
 
-def open_store(path: str | os.PathLike[str] | Folder) -> Store:
+def open_store(path: Store | str | os.PathLike[str] | Folder) -> Store:
     """Open a folder of embeddings. Of one that is still being written, the finished parts are seen.
 
     Args:
-        path: a local folder, or a URI such as s3://bucket/embeddings.
+        path: a local folder, or a URI such as s3://bucket/embeddings; an open store is returned as it is.
 
     Raises:
         StoreError: there is no store, its manifest is damaged, or its layout is of another version.
     """
+    if isinstance(path, Store):
+        return path
     folder = path if isinstance(path, Folder) else Folder(path)
     if not folder.exists("manifest.json"):
         raise StoreError(f"{str(folder)!r} is no store of embeddings: it has no manifest.json")

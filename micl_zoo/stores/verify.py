@@ -20,7 +20,7 @@ from ..progress import progress
 from ..sources.index import Entry, Fingerprint
 from ..sources.reader import Reader
 from .reembed import StoreEncoder, store_encoder
-from .store import Manifest, Store, parts_of
+from .store import Manifest, Store, open_store, parts_of
 
 MIN_COSINE = 0.9999  # between a row and its image embedded again: other batch sizes and kernels stay above it
 UNIT_SLACK = 2e-3  # float16 rounds each number by 2^-11 = 5e-4 of it at most, and bfloat16 models end in float32
@@ -54,7 +54,7 @@ class Verification:
 
 
 def verify(
-    store: Store,
+    store: Store | str | os.PathLike[str],
     *,
     sample: int = 32,
     seed: int = 0,
@@ -81,6 +81,7 @@ def verify(
         UsageError: a negative sample.
         WeightsError: see `store_encoder`.
     """
+    store = open_store(store)
     if sample < 0:
         raise UsageError(f"sample must be 0 or more images, got {sample}")
     encoder = store_encoder(store, weights, device) if sample else None

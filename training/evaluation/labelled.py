@@ -110,7 +110,7 @@ def _open_part(where: str, names: Sequence[str], given: dict[str, str] | None) -
                 said.append(f"{name}: {error}")
     raise SourceError(
         f"no {' or '.join(names)} part with labels in {where!r}: expected {names[0]}*.parquet with the columns image "
-        f"and label, or {names[0]}/CLASS/*.jpg. " + " | ".join(said[:3])
+        f"and label, or {names[0]}/CLASS/*.jpg" + "".join(f" | {one}" for one in said[:3])
     )
 
 
