@@ -222,8 +222,8 @@ class Encoder(nn.Module):
             (images, *row_shape(pool)) float32, in the order given.
 
         Raises:
-            UsageError: batch_size is below 1, or an image cannot be read; the text has its place. `extract` goes on past
-                such images.
+            UsageError: batch_size is below 1, or an image cannot be read; the text has its place. `extract` goes on
+                past such images.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size!r}")
