@@ -115,8 +115,9 @@ def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
     if any(stores):
         if not all(stores) or encoder or data or options["baselines"]:
             raise click.UsageError("two stores need --train and --test, and neither ENCODER, --data nor --baseline")
-        opened, given = map(open_store, stores), read_label_file(labels) if labels else None
-        return evaluate_stores(*opened, protocol, labels=given, command=command, device=str(resolve_device(device)))
+        train, test = map(open_store, stores)
+        given = read_label_file(labels) if labels else None
+        return evaluate_stores(train, test, protocol, labels=given, command=command, device=str(resolve_device(device)))
     if encoder is None or not data:
         raise click.UsageError("give an ENCODER and --data, or two stores by --train and --test")
     sets = [LabelledSet.open(place, labels=labels, **most) for place in data]
@@ -157,9 +158,11 @@ def eval_finetune(encoder: str, data: str, out: Path, as_json: bool, **options: 
     from micl_zoo.training.run.ranks import says
 
     found = finetune(data, out, **opt.encoder_of(encoder), **options)
-    if says() and found is None:
+    if not says():
+        return
+    if found is None:
         click.echo(f"Stopped at --max-steps. Run the same command without it to resume {out}.", err=as_json)
-    elif says():
+    else:
         click.echo(json.dumps(found) if as_json else _finetuned(found, out))
 
 
