@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what _LATER says, for type checkers; a test compares the tw
     from .encoders.hub import download
     from .encoders.load import load
     from .extraction.extract import Summary, extract
+    from .extraction.options import ExtractOptions
     from .sources.index import ImageIndex
     from .sources.listing import index_source, list_source
     from .stores.convert import convert
@@ -46,6 +47,7 @@ _LATER = {
     "encoders.hub": ("download",),
     "encoders.load": ("load",),
     "extraction.extract": ("Summary", "extract"),
+    "extraction.options": ("ExtractOptions",),
     "sources.index": ("ImageIndex",),
     "sources.listing": ("index_source", "list_source"),
     "stores.convert": ("convert",),
@@ -54,10 +56,10 @@ _LATER = {
     "stores.verify": ("verify",),
 }
 
-__all__ = ["Encoder", "ExportError", "Features", "ImageIndex", "Interrupted", "MiclZooError", "Record", "Refused"]
-__all__ += ["SourceError", "Store", "StoreError", "Summary", "TrainingError", "Transform", "UsageError", "WeightsError"]
-__all__ += ["__version__", "convert", "download", "extract", "index_source", "list_models", "list_source", "load"]
-__all__ += ["open_store", "search", "verify"]
+__all__ = ["Encoder", "ExportError", "ExtractOptions", "Features", "ImageIndex", "Interrupted", "MiclZooError"]
+__all__ += ["Record", "Refused", "SourceError", "Store", "StoreError", "Summary", "TrainingError", "Transform"]
+__all__ += ["UsageError", "WeightsError", "__version__", "convert", "download", "extract", "index_source"]
+__all__ += ["list_models", "list_source", "load", "open_store", "search", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -178,6 +178,11 @@ class Folder:
         return f"{self._root}/{name}"
 
 
+def sum_file(file: Path) -> Path:
+    """Return where the sha256 of a checkpoint stands, as `sha256sum -c` reads it."""
+    return file.with_name(f"{file.name}.sha256")
+
+
 def file_sha256(file: Path) -> str:
     """Hash a file in pieces, to hexadecimal digits."""
     digest = hashlib.sha256()

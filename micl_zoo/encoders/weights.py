@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import WeightsError
-from ..files import atomic_path, file_sha256, write_text
+from ..files import atomic_path, file_sha256, sum_file, write_text
 from ..images.transform import Transform
-from .zoo import RECORDS, timm_architecture
+from .zoo import RECORDS, timm_architecture, vit_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,8 +79,7 @@ class Weights:
 
 def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
     """Return how to build the encoder that a pre-training recipe trains, from the recipe's fields, see run.json."""
-    shape = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    architecture, model_args = timm_architecture(**{name: recipe[name] for name in shape})
+    architecture, model_args = timm_architecture(**vit_sizes(recipe))
     size, record = recipe["image_size"], RECORDS.get(recipe["name"])
     transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
     if record and record.transform.size == size:
@@ -139,7 +138,7 @@ def local_weights(path: Path) -> Weights:
 
 def _checkpoint(file: Path) -> Weights:
     """Read a run's checkpoint, of which older versions say in run.json alone what was trained."""
-    sha256, beside = file_sha256(file), file.with_name(f"{file.name}.sha256")
+    sha256, beside = file_sha256(file), sum_file(file)
     if beside.is_file() and beside.read_text(encoding="utf-8").split()[:1] != [sha256]:
         raise WeightsError(f"{str(file)!r} is damaged, it has sha256 {sha256}: take another checkpoint")
     body, run = header(file).get("config"), file.parent.parent / "run.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,12 @@ class Arch:
     @property
     def sizes(self) -> dict[str, Any]:
         """All but the name, as `timm_architecture` takes them."""
-        return {key: value for key, value in vars(self).items() if key != "timm_name"}
+        return vit_sizes(vars(self))
+
+
+def vit_sizes(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the numbers of a ViT's shape out of a recipe's fields, or of others that have them by the same names."""
+    return {one.name: found[one.name] for one in dataclasses.fields(Arch) if one.name != "timm_name"}
 
 
 ARCHS = {

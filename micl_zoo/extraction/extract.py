@@ -9,7 +9,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -146,7 +145,7 @@ def extract(
     if not own and (advice := precision_advice(job.precision, torch.device(places.devices[0]))):
         say(advice)
     work, folder = Work(), Folder(out)
-    with folder.lock() or nullcontext(), StopRequest(wake=work.stop) as stop:
+    with folder.lock(), StopRequest(wake=work.stop) as stop:
         store = Store.create(folder, _manifest(encoder, job, source), overwrite=options.overwrite)
         summary = Summary(store, places.devices, job.batch_size)
         with progress(f"embedding with {encoder.name}", None, show=show) as tick:

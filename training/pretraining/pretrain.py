@@ -15,6 +15,7 @@ from torch import Tensor
 from micl_zoo.encoders.device import has_compiler
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
+from micl_zoo.encoders.zoo import vit_sizes
 from micl_zoo.errors import SourceError, TrainingError
 from micl_zoo.progress import progress
 from micl_zoo.sources.index import ImageIndex
@@ -28,7 +29,7 @@ from ..recipes import Recipe, get_recipe, resolve_recipe
 from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
 from ..run.ranks import Ranks, joined
-from ..run.rundir import RunDir, command_text, encoder_config, run_record, vit_sizes
+from ..run.rundir import RunDir, command_text, encoder_config, run_record
 from ..run.step import resolve_autocast
 from .data import Corpus, MemoryCorpus, Seen, Share, StreamedCorpus, loader_workers
 from .step import TrainStep
@@ -188,7 +189,7 @@ class _Loop(Loop[Seen, Path]):
 
 def make_vit(recipe: Recipe) -> VisionTransformer:
     """Build the timm ViT that a recipe trains, not initialised yet."""
-    sizes = vit_sizes(recipe)
+    sizes = vit_sizes(vars(recipe))
     return VisionTransformer(sizes.pop("image_size"), **sizes, num_classes=0, weight_init="skip")
 
 

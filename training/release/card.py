@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from micl_zoo.encoders.device import ONNX_PRECISIONS
-from micl_zoo.encoders.zoo import RECORDS, timm_architecture
+from micl_zoo.encoders.zoo import RECORDS, timm_architecture, vit_sizes
 from micl_zoo.errors import UsageError
 
 from ..corpora import CORPORA, PEOPLE
@@ -146,8 +146,7 @@ def front_matter(trained: Trained) -> str:
 
 def _body(trained: Trained, heading: str, repo: str | None = None) -> str:
     recipe, run = trained.recipe, trained.run
-    sizes = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    architecture, changed = timm_architecture(**{key: getattr(recipe, key) for key in sizes})
+    architecture, changed = timm_architecture(**vit_sizes(vars(recipe)))
     return tables.render(
         HERE / "card.md.jinja",
         h=heading, t=trained, r=recipe, run=run, repo=repo, result=run["result"], data=run["data"],

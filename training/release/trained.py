@@ -145,7 +145,7 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
     trained = Trained(
         name=weights.config.name,
         record=record,
-        file="encoder/model.safetensors",
+        file=f"encoder/{WEIGHTS_FILE}",
         load=f'micl_zoo.load(weights="{run.as_posix()}/encoder")',
         transform=weights.config.transform,
         license=weights.config.license,
@@ -169,7 +169,7 @@ def run_record(run: Path) -> Json:
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"run.json or metrics.jsonl in {str(run)!r} is damaged: {error}") from None
-    file = run / "encoder" / "model.safetensors"
+    file = run / "encoder" / WEIGHTS_FILE
     if "result" not in made_by or not file.exists():
         raise TrainingError(f"{str(run)!r} is not finished: rerun the command that started it to resume")
     steps = [line for line in lines if "loss" in line]

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from micl_zoo._version import package_versions
 from micl_zoo.encoders.weights import HEADER_KEY, WEIGHTS_FILE, EncoderConfig, recipe_config, save_weights
 from micl_zoo.errors import TrainingError
-from micl_zoo.files import atomic_path, file_sha256, lock_folder, write_text
+from micl_zoo.files import atomic_path, file_sha256, lock_folder, sum_file, write_text
 
 from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, read_run, record_differences
 from .provenance import code_commit, machine
@@ -127,12 +127,12 @@ class RunDir:
         file = self.path / "checkpoints" / f"step-{step:08d}.safetensors"
         with atomic_path(file) as temporary:
             save_file(tensors, temporary, header)
-            write_text(_sum_file(file), f"{file_sha256(temporary)}  {file.name}\n")  # first, so that none is without
+            write_text(sum_file(file), f"{file_sha256(temporary)}  {file.name}\n")  # first, so that none is without
         steps = {old: int(old.stem.removeprefix("step-")) for old in self.checkpoints()}
         passing = [old for old, at in steps.items() if not (self.keep_steps and at and at % self.keep_steps == 0)]
         for old in passing[:-KEPT_CHECKPOINTS]:
             old.unlink()
-            _sum_file(old).unlink(missing_ok=True)
+            sum_file(old).unlink(missing_ok=True)
 
     def checkpoints(self) -> list[Path]:
         """List the checkpoints, oldest first."""
@@ -218,14 +218,10 @@ def _like(there: Tensor, value: Tensor) -> Tensor:
     return distribute_tensor(value, there.device_mesh, there.placements) if isinstance(there, DTensor) else value
 
 
-def _sum_file(file: Path) -> Path:
-    return file.with_name(f"{file.name}.sha256")
-
-
 def _damage(file: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        wanted = _sum_file(file).read_text(encoding="utf-8").split()[0]
+        wanted = sum_file(file).read_text(encoding="utf-8").split()[0]
         if file_sha256(file) != wanted:
             return "its bytes do not have the sha256 that was written beside it"
         with safe_open(file, framework="pt") as opened:
@@ -244,12 +240,6 @@ def _disk_full(path: Path, detail: str) -> TrainingError:
 def encoder_config(recipe: Recipe) -> EncoderConfig:
     """Return how to build what a recipe trains."""
     return recipe_config(vars(recipe))
-
-
-def vit_sizes(recipe: Recipe) -> dict[str, Any]:
-    """Pick the shape of a recipe's ViT, for `timm_architecture`."""
-    names = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    return {name: getattr(recipe, name) for name in names}
 
 
 def command_text(
