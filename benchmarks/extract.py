@@ -317,8 +317,8 @@ def summarised(
         "share_of_model_only": ratio(rate, twin),
         "share_of_matrix_rate": ratio(rate * flops / 1e12, matrix),
         "matrix_tflops": matrix,
-        "start_up_seconds": None if alone or not waits else round(statistics.median(waits), 1),
-        "wall_seconds": None if alone else round(statistics.median(run.wall for run in own), 1),
+        "start_up_seconds": None if alone or not waits else round(statistics.median(waits), 3),
+        "wall_seconds": None if alone else round(statistics.median(run.wall for run in own), 3),
         "peak_mb": round(statistics.median(peaks)) if peaks else None,
     }
 
