@@ -32,7 +32,7 @@ from record import made_on, missing, options_text, write
 from toys import SMALL, random_encoder
 
 import micl_zoo
-from micl_zoo.encoders.device import bf16_is_fast, resolve_device, usable_cores
+from micl_zoo.encoders.device import bf16_is_fast, fast_precision, resolve_device, usable_cores
 from micl_zoo.errors import UsageError, unknown
 
 LOOPS, LIGHTLY = (Path(__file__).with_name(name) for name in ("loops.py", "lightly_embed.py"))
@@ -180,8 +180,8 @@ def compare(settings: Settings, only: Sequence[str], repeat: int) -> dict[str, A
 
 def contenders(settings: Settings, device: torch.device) -> list[Contender]:
     """All of them, those that cannot run here with the reason."""
-    auto = "bf16" if bf16_is_fast(device) else "fp32"
-    no_bf16 = None if bf16_is_fast(device) else "bf16 is emulated here, which takes longer than fp32"
+    auto = fast_precision(device)
+    no_bf16 = None if auto == "bf16" else "bf16 is emulated here, which takes longer than fp32"
     no_openvino = missing("openvino") if device.type == "cpu" else "openvino runs on the CPU"
     return [
         ours("extract auto", settings, auto, "auto"),

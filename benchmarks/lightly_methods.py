@@ -31,6 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from micl_zoo.encoders.device import autocasting
 from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretraining.data import MemoryCorpus, batch_rows
 from micl_zoo.training.pretraining.pretrain import make_model
@@ -232,8 +233,7 @@ class _Frame:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in the dtype that MiCL's have."""
-        dtype = resolve_autocast(self.recipe, self.device)
-        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+        return autocasting(self.device, resolve_autocast(self.recipe, self.device))
 
     def move(self, numbers: Tensor) -> Tensor:
         """To the device."""

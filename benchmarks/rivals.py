@@ -326,7 +326,7 @@ def prepare_corpus(data: Path, work: Path) -> None:
     write_text(facts, json.dumps({**said, "fingerprint": fingerprint}, indent=1) + "\n")
 
 
-def open_corpus(work: Path, device: torch.device) -> tuple[MemoryCorpus, torch.Tensor, dict[str, Any]]:
+def open_corpus(work: Path) -> tuple[MemoryCorpus, torch.Tensor, dict[str, Any]]:
     """The corpus, its labels (M,), and what it is."""
     folder = work / "corpus"
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -377,7 +377,7 @@ def train_arm(
 
     torch.manual_seed(recipe.seed)
     np.random.seed(recipe.seed)  # noqa: NPY002 - lightly's transforms draw from it
-    corpus, labels, facts = open_corpus(work, device)
+    corpus, labels, facts = open_corpus(work)
     method = make_method(ARMS[name].method, recipe, device, int(labels.max()) + 1)
     if is_micl(name):
         corpus.images = corpus.images.to(device)
@@ -393,8 +393,9 @@ def train_arm(
     }
     for folder, vit in {"encoder": method.vit, **method.extras}.items():
         save_encoder(work / name / folder, vit, recipe, provenance)
-    click.echo(f"{run.images:,} images in {run.result()['minutes']:.2f} minutes, loss {run.losses[-1]:.3f}")
-    return {"name": name, "settings": settings, **provenance, "result": run.result()}
+    result = run.result()
+    click.echo(f"{run.images:,} images in {result['minutes']:.2f} minutes, loss {run.losses[-1]:.3f}")
+    return {"name": name, "settings": settings, **provenance, "result": result}
 
 
 def save_encoder(folder: Path, vit: VisionTransformer, recipe: Recipe, provenance: dict[str, Any]) -> None:

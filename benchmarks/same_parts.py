@@ -7,7 +7,6 @@ Also the memory of a run over a tenth of the images beside that over all of them
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -28,6 +27,7 @@ from record import missing, write
 from toys import SMALL, random_encoder
 
 import micl_zoo
+from micl_zoo.files import file_sha256
 from micl_zoo.training.run.provenance import made_with
 
 SAMPLE_SECONDS = 0.25
@@ -67,7 +67,7 @@ class Watched:
 def hashes(store: Path) -> dict[str, str]:
     """Sha256 of the parts, the index and the ledger."""
     names = [*store.glob("part-*.parquet"), *store.glob("index/*.parquet"), store / "errors.jsonl"]
-    return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(names)}
+    return {str(path.relative_to(store)): file_sha256(path) for path in sorted(names)}
 
 
 def killed(command: list[str], store: Path, kills: int, longest: float, seed: int) -> dict[str, Any]:

@@ -19,11 +19,18 @@ from contest import in_turn, spread
 from record import write
 from torch import Tensor
 
-from micl_zoo.encoders.device import resolve_device
+from micl_zoo.encoders.device import autocasting, resolve_device
 from micl_zoo.training.micl import contrastive_loss, draw_views, gather_patches
-from micl_zoo.training.pretraining.bench import at_a_size_that_fits, device_name, matrix_rate, timed
+from micl_zoo.training.pretraining.bench import (
+    CPU_BATCH,
+    WARM_UP_STEPS,
+    at_a_size_that_fits,
+    device_name,
+    matrix_rate,
+    timed,
+)
 from micl_zoo.training.pretraining.data import draw, normalise
-from micl_zoo.training.pretraining.plan import step_flops
+from micl_zoo.training.pretraining.plan import PAPER_EPOCHS, PAPER_GPUS, PAPER_IMAGES, PAPER_TFLOPS, step_flops
 from micl_zoo.training.pretraining.pretrain import make_model
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe, get_recipe
@@ -32,9 +39,6 @@ from micl_zoo.training.run.provenance import made_with
 from micl_zoo.training.run.step import resolve_autocast
 
 LEARNING_RATE = 1e-6
-WARM_UP_STEPS = 3
-PAPER_IMAGES = 800 * 1_281_167
-A100_TFLOPS = 312
 
 
 @click.command()
@@ -66,7 +70,7 @@ def main(
 
 def compare(recipe: Recipe, batch_size: int | None, rounds: int, device: torch.device) -> dict[str, object]:
     """The record of both, at the largest batch that fits into a GPU's memory for both of them."""
-    size = batch_size or (recipe.contrast_size if device.type == "cuda" else 64)
+    size = batch_size or (recipe.contrast_size if device.type == "cuda" else CPU_BATCH)
     return at_a_size_that_fits(recipe, size, batch_size is None, lambda sized: _compare(sized, rounds, device))[1]
 
 
@@ -105,7 +109,7 @@ def _compare(recipe: Recipe, rounds: int, device: torch.device) -> dict[str, obj
         "share_of_matrix_rate": round(mfu, 4),
         "peak_memory_gib": peak,
         "hours_of_800_epochs_on_4_a100_at_that_share": round(
-            PAPER_IMAGES * flops / (4 * A100_TFLOPS * 1e12 * mfu) / 3600, 1
+            PAPER_EPOCHS * PAPER_IMAGES * flops / (PAPER_GPUS * PAPER_TFLOPS * 1e12 * mfu) / 3600, 1
         ),
         "device": device_name(device),
         **made_with(device),
@@ -141,7 +145,7 @@ def straightforward(
     def take(crops: Tensor, noise: Tensor) -> Tensor:
         pixel_values = (crops.float() / 255 - mean) / std
         views = draw_views(noise, recipe.mask_ratio, recipe.views)  # (B, V, K/V)
-        with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        with autocasting(device, autocast):
             tokens = vit.patch_embed.proj(pixel_values).flatten(2).mT + positions[1:]  # (B, N, D)
             rows = torch.arange(len(crops), device=device)[:, None, None]
             kept = tokens[rows, views].flatten(0, 1)  # (VB, K/V, D)

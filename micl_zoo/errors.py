@@ -61,7 +61,7 @@ class Interrupted(MiclZooError):
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """Write the text for a name that does not exist: what was asked, the nearest names, and the valid ones."""
     names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), names, n=2, cutoff=0.6)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(names)}."
 

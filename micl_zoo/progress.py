@@ -39,16 +39,14 @@ def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images
     columns += [rich.TimeElapsedColumn(), text("gone,"), rich.TimeRemainingColumn(), text("left  {task.fields[note]}")]
     with rich.Progress(*columns, console=Console(stderr=True), refresh_per_second=4, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
-        note_now, lock = "", threading.Lock()
+        lock = threading.Lock()
 
         def tick(amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:
-            nonlocal note_now
             with lock:
-                note_now = note or note_now
                 shown = bar.tasks[0]
                 shown.completed += before  # not by `update`, which would count it into the rate
                 shown.total = shown.total if total is None else total  # which would forget the rate
-                bar.update(task, advance=amount, note=note_now)
+                bar.update(task, advance=amount, note=note or shown.fields["note"])
 
         yield tick
 

@@ -83,13 +83,11 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory, twin: Recipe) -> Pa
     return folder
 
 
-def small_vit(image_size: int = 32, patch_size: int = 8, embed_dim: int = 32, depth: int = 2) -> VisionTransformer:
+def small_vit() -> VisionTransformer:
     """A ViT initialised as the method says, from seed 0."""
-    vit = VisionTransformer(
-        img_size=image_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=2, num_classes=0
-    )
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
     init_weights(vit, generator=torch.Generator().manual_seed(0))
     grid = vit.patch_embed.grid_size
     with torch.no_grad():
-        vit.pos_embed.copy_(position_table(embed_dim, grid, grid))
+        vit.pos_embed.copy_(position_table(vit.embed_dim, grid, grid))
     return vit

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import picture
+from damaged import encoded
 from PIL import Image
 from torch import Tensor
 
@@ -81,9 +82,7 @@ def assert_same(first: Sequence[Seen], second: Sequence[Seen]) -> None:
 
 
 def jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed, 40 + seed % 20, 44).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return encoded(picture(seed, 40 + seed % 20, 44), "JPEG", quality=90)
 
 
 def parquet(path: Path, images: Sequence[bytes], group: int, **columns: Sequence[str]) -> Path:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 from conftest import picture
+from damaged import encoded
 from PIL import Image
 
 from micl_zoo.errors import Refused, UsageError
 from micl_zoo.images import decode as module
 from micl_zoo.images.decode import MAX_PIXELS, Decoding, decode, decode_crop, decode_pixels
 from micl_zoo.images.transform import Transform
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "JPEG", "WEBP", "GIF"])

@@ -24,14 +24,16 @@ from micl_zoo.encoders.device import (
     ONNX_PRECISIONS,
     PRECISIONS,
     Backend,
+    Pool,
     Precision,
+    autocast_dtype,
     backend_again,
     bf16_is_fast,
     choose_backend,
     precision_advice,
     resolve_precision,
 )
-from micl_zoo.encoders.encoder import Encoder, Pool
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import UsageError
 
 SHAPES: dict[Pool, tuple[int, ...]] = {"cls": (32,), "mean": (32,), "cls+mean": (64,), "patches": (4, 4, 32)}
@@ -222,6 +224,7 @@ def test_precisions_and_backends_stand_in_one_table() -> None:
     assert get_args(Precision) == ("auto", *PRECISIONS)
     assert get_args(Backend) == tuple(BACKENDS)
     for command, option, valid in [
+        ("extract", "pool", get_args(Pool)),
         ("extract", "precision", get_args(Precision)),
         ("extract", "backend", ("auto", *BACKENDS)),
         ("export", "precision", ONNX_PRECISIONS),
@@ -251,8 +254,9 @@ def _texts(node: ast.AST) -> list[str | None]:
 
 def test_auto_is_the_fastest_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_module, "bf16_is_fast", lambda device: device.type == "cuda")
-    assert resolve_precision("auto", CPU) == (None, "fp32")
-    assert resolve_precision("auto", torch.device("cuda")) == (torch.bfloat16, "bf16")
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
+    assert (autocast_dtype("fp32"), autocast_dtype("bf16")) == (None, torch.bfloat16)
     for installed in (True, False):
         monkeypatch.setattr(device_module, "find_spec", lambda name, found=installed: object() if found else None)
         fast = "openvino" if installed else "torch"

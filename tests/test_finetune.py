@@ -233,7 +233,7 @@ def pictures(places: torch.Tensor, step: int = 3) -> Pictures:
 def gradients(encoder: Encoder, chosen: FineTuneRecipe, share: Share, micro_batch: int | None = None) -> list[Any]:
     step = ClassifierStep(make_classifier(encoder, chosen, 3), chosen, micro_batch=micro_batch)
     loss = step.accumulate(pictures(share_places(8, share)))
-    return [loss, *(parameter.grad for parameter in step.model.parameters())]
+    return [loss, *(parameter.grad for parameter in step.vit.parameters())]
 
 
 @pytest.mark.parametrize("mix", [("mixup=0.8", "cutmix=0"), ("mixup=0", "cutmix=1"), ("mixup=0", "cutmix=0")])
@@ -259,7 +259,7 @@ def test_the_loss_is_that_of_a_plain_loop(encoder: Encoder) -> None:
         tokens = encoder.vit.blocks(encoder.vit._pos_embed(encoder.vit.patch_embed(pixels[None])))
         mean = tokens[0, 1:].mean(0)  # of the patch tokens before the norm
         normed = (mean - mean.mean()) / (mean.var(unbiased=False) + 1e-6).sqrt()
-        logits = step.model.head(normed).double()
+        logits = step.vit.head(normed).double()
         share = logits.exp() / logits.exp().sum()
         total -= sum(math.log(share[c].item()) * (0.2 / 3 + 0.8 * (c == label)) for c in range(3)) / 8
     assert step.accumulate(batch).item() == pytest.approx(total, abs=1e-5)
@@ -287,15 +287,15 @@ def test_the_running_mean_is_that_of_a_plain_loop(encoder: Encoder) -> None:
     step = ClassifierStep(make_classifier(encoder, chosen, 3), chosen)
     for group in step.optimizer.param_groups:
         group["lr"] = 0.01
-    wanted = {name: value.clone() for name, value in step.model.state_dict().items()}
+    wanted = {name: value.clone() for name, value in step.vit.state_dict().items()}
     for number in range(3):
         step(pictures(torch.arange(8), number))
-        for name, value in step.model.state_dict().items():
+        for name, value in step.vit.state_dict().items():
             wanted[name] = 0.7 * wanted[name] + 0.3 * value
     assert step.ema is not None
     for name, value in step.ema.module.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-6)
-    assert not torch.equal(wanted["head.weight"], step.model.head.weight)
+    assert not torch.equal(wanted["head.weight"], step.vit.head.weight)
 
 
 def test_a_place_of_a_step_has_one_picture_in_any_share(colors: Path, encoder: Encoder) -> None:

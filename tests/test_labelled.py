@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import picture
+from damaged import encoded
 
 import micl_zoo
 from micl_zoo.errors import SourceError
@@ -21,9 +21,7 @@ from micl_zoo.training.evaluation.labelled import LabelledSet, balanced_rows, la
 
 
 def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(picture(seed), "PNG")
 
 
 def write_parquet(file: Path, labels: list[int], *, names: list[str] | None = None, broken: int = -1) -> None:

@@ -18,7 +18,8 @@ from conftest import picture
 import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.encoders import zoo
-from micl_zoo.encoders.encoder import Encoder, Pool
+from micl_zoo.encoders.device import Pool
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.hub import embedded_file
 from micl_zoo.encoders.onnx_session import OnnxSession, choose_providers, local_onnx, open_session
 from micl_zoo.errors import MiclZooError, UsageError, WeightsError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -24,6 +23,7 @@ import pytest
 import timm
 import torch
 from conftest import TWIN, picture
+from damaged import encoded
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -398,13 +398,9 @@ def test_a_full_disk_stops_the_run_and_leaves_what_is_there(
 
 
 def labelled(folder: Path, name: str, count: int) -> None:
-    encoded = []
-    for number in range(count):
-        buffer = io.BytesIO()
-        picture(number % 4, 40, 40).save(buffer, "PNG")
-        encoded.append({"bytes": buffer.getvalue(), "path": f"{number}.png"})
+    cells = [{"bytes": encoded(picture(n % 4, 40, 40), "PNG"), "path": f"{n}.png"} for n in range(count)]
     folder.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"image": encoded, "label": [n % 4 for n in range(count)]}), folder / f"{name}.parquet")
+    pq.write_table(pa.table({"image": cells, "label": [n % 4 for n in range(count)]}), folder / f"{name}.parquet")
 
 
 def test_knn_and_the_views_are_shown_while_it_trains(image_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.multiprocessing as mp
 from click.testing import CliRunner
 from conftest import picture
+from damaged import encoded
 
 from micl_zoo.cli import main
 from micl_zoo.training.corpora import CORPORA
@@ -160,9 +161,7 @@ TRAIN, VAL = 16, 3  # images a class; the small twin's batch is 16
 
 
 def jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed, 80 + seed % 16, 72).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return encoded(picture(seed, 80 + seed % 16, 72), "JPEG", quality=90)
 
 
 def train_images() -> dict[str, dict[str, bytes]]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import picture
+from damaged import encoded
 from PIL import Image
 
 from micl_zoo.errors import Refused, SourceError, UsageError
@@ -37,9 +38,7 @@ from micl_zoo.stores.store import open_store
 
 
 def jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed).save(buffer, "JPEG")
-    return buffer.getvalue()
+    return encoded(picture(seed), "JPEG")
 
 
 def parquet(path: Path, count: int, *, own_ids: bool = False, first: int = 0) -> Path:

@@ -8,7 +8,6 @@ P = 3 * patch_size ** 2 numbers a patch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from micl_zoo.errors import UsageError
+
+from .recipes import kept_patches
 
 
 class MiCLOutput(NamedTuple):
@@ -132,18 +133,6 @@ def grid_of(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
     if len(shape) != 4 or shape[1] != 3 or shape[2] % patch_size or shape[3] % patch_size:
         raise UsageError(f"pixel_values must be (B, 3, H, W) with H and W multiples of {patch_size}, got {shape}")
     return shape[2] // patch_size, shape[3] // patch_size
-
-
-def kept_patches(num_patches: int, mask_ratio: float, views: int = 2) -> int:
-    """K, the patches that stay visible, as many in each view (reference code, for two views)."""
-    kept = math.floor(num_patches * (1 - mask_ratio)) // views * views
-    if not kept:
-        limit = math.floor(1e4 * (1 - views / num_patches) - 1e-6) / 1e4  # less than exact, which a float may exceed
-        count = {2: "two", 3: "three", 4: "four"}.get(views, views)
-        raise UsageError(
-            f"mask_ratio {mask_ratio} of {num_patches} patches leaves no patch for {count} views: use {limit} at most"
-        )
-    return kept
 
 
 def draw_views(noise: Tensor, mask_ratio: float, views: int = 2) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,23 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from micl_zoo.encoders.zoo import ARCHS, IN1K, TIN200
 from micl_zoo.errors import TrainingError, UsageError, unknown
-from micl_zoo.images.transform import Transform
+from micl_zoo.images.transform import Filter, Transform
 
 from .corpora import CORPORA, corpus_key
 
 KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good
+
+
+def kept_patches(num_patches: int, mask_ratio: float, views: int = 2) -> int:
+    """K, the patches that stay visible, as many in each view (reference code, for two views)."""
+    kept = math.floor(num_patches * (1 - mask_ratio)) // views * views
+    if not kept:
+        limit = math.floor(1e4 * (1 - views / num_patches) - 1e-6) / 1e4  # less than exact, which a float may exceed
+        count = {2: "two", 3: "three", 4: "four"}.get(views, views)
+        raise UsageError(
+            f"mask_ratio {mask_ratio} of {num_patches} patches leaves no patch for {count} views: use {limit} at most"
+        )
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +62,10 @@ class AnyRecipe:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Count the optimiser steps of the run."""
         return max(1, round(self.epochs * steps_per_epoch))
+
+    def warmup_steps(self, total_steps: int) -> float:
+        """Length of the linear warm-up in steps of such a run."""
+        return total_steps * self.warmup_epochs / self.epochs
 
     def _hold(self, rules: dict[str, bool]) -> None:
         """Raise the broken ones of a kind's own rules and of those that all have; a rule begins with its field."""
@@ -93,7 +110,7 @@ class Recipe(AnyRecipe):
     negatives: Literal["local", "global"] = "local"
     contrast_batch: int = 0  # images per group with local negatives; 0 is the whole batch
     crop_size: int = 224  # side in pixels of the training crops; when below image_size, positions are stretched
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # antialiased filter of the resize to crop_size
+    interpolation: Filter = "bicubic"  # antialiased filter of the resize to crop_size
     pixel_mean: tuple[float, float, float] = Transform.mean  # RGB, for pixels in 0..1
     pixel_std: tuple[float, float, float] = Transform.std  # the same
     view_color: bool = False  # draw a gain, a bias and greyscale per view (not in the paper)
@@ -121,6 +138,11 @@ class Recipe(AnyRecipe):
     def num_patches(self) -> int:
         """N, patches of one training crop."""
         return self.grid**2
+
+    @property
+    def kept(self) -> int:
+        """K, patches of one training crop that its views see."""
+        return kept_patches(self.num_patches, self.mask_ratio, self.views)
 
     @property
     def patch_numbers(self) -> int:

@@ -43,8 +43,10 @@ def _setting(field: Any) -> Callable[[opt.F], opt.F]:
     several, least = isinstance(field.default, tuple), field.metadata["least"]
     kinds = {int: click.IntRange(least), float: click.FloatRange(least, min_open=True)}
     kind = kinds.get(type(field.default[0] if several else field.default)) or click.Choice(field.default)
-    names, help = (field.metadata["flag"], field.name), field.metadata["help"]
-    return click.option(*names, help=help, type=kind, default=field.default, multiple=several)
+    settings = {"multiple": True} if several else {}
+    return opt.value(
+        field.metadata["flag"], field.name, field.metadata["help"], type=kind, default=field.default, **settings
+    )
 
 
 class _Methods(opt.Group):

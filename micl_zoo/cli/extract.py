@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from ..encoders.device import BACKENDS, PRECISIONS
+from ..encoders.device import BACKENDS, PRECISIONS, Pool
 from ..encoders.zoo import DEFAULT
 from . import _options as opt
 
@@ -19,7 +19,7 @@ REFUSED_EXIT_CODE = 3
 @opt.value("-o", "--out", "Output folder or URI; the same command resumes it.", required=True)
 @opt.value("--model", "Name of an encoder, see `micl-zoo models`.", default=DEFAULT)
 @opt.path("--weights", "Your own .safetensors or .onnx file or folder, in place of --model.")
-@opt.choice("--pool", ["cls", "mean", "cls+mean", "patches"], "Class token, mean of the patches, both, or all patches.")
+@opt.choice("--pool", get_args(Pool), "Class token, mean of the patches, both, or all patches.")
 @opt.value("--normalize/--no-normalize", "Embeddings of unit length, or as they are.", default=True)
 @opt.choice("--dtype", ["float32", "float16"], "Data type of the stored embeddings.")
 @opt.choice(

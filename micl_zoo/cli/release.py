@@ -43,12 +43,12 @@ def card(encoder: str | None, measured: tuple[Path, ...], check: Path | None, re
     if sum(map(bool, (out, check, record))) > 1 or (record and (measured or how["hub"])):
         raise click.UsageError("-o, --check and --record go alone; a record takes neither --eval nor --hub")
     from micl_zoo.training.release import card as cards
-    from micl_zoo.training.release.trained import write_run_record
+    from micl_zoo.training.release.trained import run_record, write_run_record
 
     from ..files import write_text
 
     if record and encoder:
-        write_run_record(Path(encoder), record)
+        write_run_record(run_record(Path(encoder)), record)
         click.echo(f"The record of {encoder} is in {record}.")
         return
     text = cards.card(encoder, measured, **how)

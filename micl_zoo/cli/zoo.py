@@ -117,7 +117,7 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
 @opt.count("--image-size", "Side of the images in pixels.", show_default="the encoder's own")
 @opt.flag("--with-preprocess", "Put the transform into the graph, which then takes uint8 images of any size.")
 @opt.count("--opset", "ONNX opset of the file.", least=18, default=18)
-@opt.value("--images", "Images to compare on: any source that extract takes.", multiple=True, show_default="10 of ours")
+@opt.value("--images", f"Images to compare on: {opt.SOURCE}", multiple=True, show_default="10 of ours")
 @opt.flag("--overwrite", "Replace the file if it exists.")
 @opt.AS_JSON
 def export(encoder: str, outputs: str, images: tuple[str, ...], as_json: bool, **options: Any) -> None:

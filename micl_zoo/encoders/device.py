@@ -21,6 +21,7 @@ MAX_WORKERS = 16  # processes that decode
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Backend = Literal["torch", "openvino", "onnx"]
 Output = Literal["cls", "mean", "patches"]  # that a backend computes; pools are made of them
+Pool = Literal["cls", "mean", "cls+mean", "patches"]
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def fast_precision(device: torch.device) -> Precision:
     return "bf16" if bf16_is_fast(device) else "fp32"
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """Return torch's autocast dtype, None for float32, and the name of the precision."""
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
+    """Resolve "auto" for a device."""
     if precision == "auto":
         precision = fast_precision(device)
     if precision not in PRECISIONS:
@@ -120,7 +121,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> tuple[torch
     if PRECISIONS[precision].dtype is None:
         way_on = f"export one with `micl-zoo export … --precision {precision}`, and give it as weights"
         raise UsageError(f"{precision} is a precision of ONNX files: {way_on}")
-    return autocast_dtype(precision), precision
+    return precision
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from ..errors import Refused, UsageError, unknown
 from ..images.decode import MIN_SIDE, decode, to_rgb
 from ..images.transform import Transform
-from .device import BACKENDS, Backend, Output, Precision, autocasting, has_compiler
+from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
 from .weights import EncoderConfig
 from .zoo import Record
 
 if TYPE_CHECKING:
     from .onnx_session import OnnxCard
 
-Pool = Literal["cls", "mean", "cls+mean", "patches"]
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 

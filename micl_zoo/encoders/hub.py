@@ -85,7 +85,7 @@ def record_weights(record: Record) -> Weights:
     if not record.embedded and not (record.hub_repo and record.hub_commit):
         raise WeightsError(not_published(record))
     file = _published(record, "weights", record.embedded or WEIGHTS_FILE, record.sha256)
-    config = EncoderConfig.from_json(header(file).get("config", {}), where=record.name)
+    config = EncoderConfig.from_dict(header(file).get("config", {}), where=record.name)
     assert config.transform == record.transform, (config.transform, record.transform)
     return Weights(file, record.sha256 or "", config)
 

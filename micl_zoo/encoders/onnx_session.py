@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import MiclZooError, UsageError, WeightsError
 from ..images.transform import Transform
 from .device import BACKENDS, Backend, Output, Precision
-from .weights import ONNX_FILE, EncoderConfig
+from .weights import ONNX_FILE, EncoderConfig, config_text
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -57,7 +57,7 @@ class OnnxCard:
             **{name: json.dumps(getattr(self, name)) for name in ("grid", "preprocess", "versions")},
             "transform": json.dumps(dataclasses.asdict(self.config.transform)),
             "transform_id": self.config.transform.id,
-            "config": self.config.to_json(),
+            "config": config_text(self.config.to_dict()),
         }
 
     @classmethod
@@ -66,7 +66,7 @@ class OnnxCard:
         if found.get("micl_zoo") != FORMAT:
             said = f"has format {found['micl_zoo']}" if "micl_zoo" in found else "does not say which encoder it holds"
             raise WeightsError(f"{where} {said}: this version runs files written by `micl-zoo export`, format {FORMAT}")
-        config = EncoderConfig.from_json(json.loads(found["config"]), where=where)
+        config = EncoderConfig.from_dict(json.loads(found["config"]), where=where)
         transform = json.loads(found["transform"])
         transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
         return cls(
@@ -114,7 +114,9 @@ class OnnxSession:
         if "embedding" in raw:
             found |= zip(self.card.pooled, raw["embedding"].split(self.card.config.embed_dim, dim=1), strict=True)
         if "patches" in raw:
-            found = {"mean": raw["patches"].flatten(1, 2).mean(1), **found, "patches": raw["patches"]}
+            found["patches"] = raw["patches"]
+        if "mean" in wanted and "mean" not in found:
+            found["mean"] = raw["patches"].flatten(1, 2).mean(1)
         return found
 
 

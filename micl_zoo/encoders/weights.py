@@ -36,9 +36,9 @@ class EncoderConfig:
     transform: Transform  # from an image to pixel_values
     license: str = "unknown"  # of the weights
 
-    def to_json(self) -> str:
-        """Return the text of `config.json`."""
-        body = {
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of `config.json`."""
+        return {
             "architecture": self.architecture,
             "num_classes": 0,
             "num_features": self.embed_dim,
@@ -54,10 +54,9 @@ class EncoderConfig:
             },
             "micl_zoo": {"name": self.name},
         }
-        return config_text(body)
 
     @classmethod
-    def from_json(cls, body: dict[str, Any], *, where: str) -> EncoderConfig:
+    def from_dict(cls, body: dict[str, Any], *, where: str) -> EncoderConfig:
         """Read a parsed `config.json`, ours or timm's."""
         try:
             architecture, config = body["architecture"], body["pretrained_cfg"]
@@ -98,7 +97,7 @@ def save_weights(
     import torch
     from safetensors.torch import save_file
 
-    body = config if isinstance(config, dict) else json.loads(config.to_json())
+    body = config if isinstance(config, dict) else config.to_dict()
     tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, {HEADER_KEY: json.dumps({"config": body, "provenance": provenance})})
@@ -133,7 +132,7 @@ def local_weights(path: Path) -> Weights:
     config = header(file).get("config") or _json(file.parent / CONFIG_FILE)
     if config is None:
         raise WeightsError(f"{str(file)!r} says nothing of its architecture: put timm's {CONFIG_FILE} beside it")
-    return Weights(file, file_sha256(file), EncoderConfig.from_json(config, where=str(file)))
+    return Weights(file, file_sha256(file), EncoderConfig.from_dict(config, where=str(file)))
 
 
 def _checkpoint(file: Path) -> Weights:
@@ -143,7 +142,7 @@ def _checkpoint(file: Path) -> Weights:
         raise WeightsError(f"{str(file)!r} is damaged, it has sha256 {sha256}: take another checkpoint")
     body, run = header(file).get("config"), file.parent.parent / "run.json"
     try:
-        config = EncoderConfig.from_json(body, where=str(file)) if body else recipe_config((_json(run) or {})["recipe"])
+        config = EncoderConfig.from_dict(body, where=str(file)) if body else recipe_config((_json(run) or {})["recipe"])
     except KeyError:
         raise WeightsError(
             f"{str(file)!r} is a checkpoint that does not say what was trained, nor does {str(run)!r} beside it: "

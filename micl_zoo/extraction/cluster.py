@@ -89,7 +89,7 @@ class Cluster:
     def precision(self, wanted: Precision) -> str:
         """Resolve "auto" by asking every node: bf16 where all of them compute it fast, else fp32."""
         if wanted != "auto":
-            return resolve_precision(wanted, torch.device(self.kind))[1]
+            return resolve_precision(wanted, torch.device(self.kind))
         ray = _ray()
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -283,7 +283,7 @@ class Local:
 
     def precision(self, wanted: Precision) -> str:
         """Resolve "auto" for the devices."""
-        return resolve_precision(wanted, torch.device(self.devices[0]))[1]
+        return resolve_precision(wanted, torch.device(self.devices[0]))
 
     def workers(self, wanted: int | None) -> int:
         """Decoding processes per model process."""

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ..encoders.device import Backend, Precision
+from ..encoders.device import Backend, Pool, Precision
 from ..encoders.zoo import DEFAULT
 from ..errors import UsageError, unknown
 from ..images.decode import MAX_PIXELS, Decoding, Exif
 
 if TYPE_CHECKING:  # they import torch, which a command line that only shows its help does without
-    from ..encoders.encoder import Encoder, Pool
+    from ..encoders.encoder import Encoder
 
 Dtype = Literal["float16", "float32"]
 EngineName = Literal["local", "ray"]

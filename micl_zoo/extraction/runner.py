@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoders.encoder import Encoder, Pool
+from ..encoders.device import Pool
+from ..encoders.encoder import Encoder
 from ..errors import MiclZooError
 from ..sources.index import Entry, ImageIndex
 from ..stores.store import RefusedRow, Rows, Store

@@ -10,17 +10,16 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import Refused, UsageError
+from ..errors import Refused, UsageError, unknown
 from .integrity import check_file, check_tags, jpeg_pieces
-from .transform import MAX_ASPECT, Transform
+from .transform import Filter, Transform, resized_part
 
 Exif = Literal["upright", "keep"]
-Filter = Literal["bicubic", "bilinear"]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bomb threshold: 256 MiB as 24-bit RGB; it refuses twice as many itself
 MIN_SIDE = 2  # a side of one pixel holds no picture: tracking pixels, separators
@@ -64,8 +63,8 @@ class Decoding:
     max_pixels: int = MAX_PIXELS  # width x height above which a file is refused before it is decoded
 
     def __post_init__(self) -> None:
-        if self.exif not in ("upright", "keep"):
-            raise UsageError(f"unknown exif {self.exif!r}. Valid: keep, upright.")
+        if self.exif not in get_args(Exif):
+            raise UsageError(unknown("exif", self.exif, get_args(Exif)))
         if not 1 <= self.max_pixels <= 2 * MAX_PIXELS:
             raise UsageError(f"max_pixels must be 1 to {2 * MAX_PIXELS:,}, Pillow's own limit; got {self.max_pixels:,}")
 
@@ -134,9 +133,9 @@ def _kept(transform: Transform, width: int, height: int) -> tuple[float, float, 
     short, side = min(width, height), transform.size
     near, far = [0.0, 0.0], [1.0, 1.0]
     for axis, length in enumerate((width, height)):
-        strip = min(length, MAX_ASPECT * short)  # of a long strip only the middle is resized
+        before, strip = resized_part(length, short)
         scaled = int(transform.resize * strip / short)
-        start, before = round((scaled - side) / 2), (length - strip) // 2
+        start = round((scaled - side) / 2)
         near[axis] = (before + start * strip / scaled) / length
         far[axis] = (before + (start + side) * strip / scaled) / length
     return near[0], near[1], far[0], far[1]

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+Filter = Literal["bicubic", "bilinear"]  # of a resize, antialiased
+
 MAX_ASPECT = 8  # a longer strip is cut to its middle before it is resized: 2 x 50,000 pixels would become 3.7 GB
 
 
@@ -28,7 +30,7 @@ class Transform:
 
     size: int = 224
     resize: int = 224
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Filter = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -93,10 +95,14 @@ def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
         return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
+def resized_part(length: int, short: int) -> tuple[int, int]:
+    """Find the part of a side, beside a shorter one, that is resized: its start and its length."""
+    kept = min(length, MAX_ASPECT * short)
+    return (length - kept) // 2, kept
+
+
 def _cut_strip(image: Image.Image) -> Image.Image:
-    limit = MAX_ASPECT * min(image.size)
-    if max(image.size) <= limit:
+    (left, width), (top, height) = (resized_part(side, min(image.size)) for side in image.size)
+    if (width, height) == image.size:
         return image
-    ends = [((side - limit) // 2, (side + limit) // 2) if side > limit else (0, side) for side in image.size]
-    (left, right), (top, bottom) = ends
-    return image.crop((left, top, right, bottom))
+    return image.crop((left, top, left + width, top + height))

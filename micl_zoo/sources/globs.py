@@ -76,7 +76,7 @@ def counted(others: Counter[str]) -> str:
 
 def has_magic(place: str) -> bool:
     """Tell whether a place is a glob or has braces. A web address may have a "?" of its own."""
-    text = place.replace("?", "") if place.startswith(("http://", "https://")) else place
+    text = place.replace("?", "") if remote.is_web(place) else place
     return glob.has_magic(text) or BRACES.search(text) is not None
 
 

@@ -149,7 +149,7 @@ def _is_folder(place: str) -> bool | None:
     if not remote.is_remote(place):
         return True if Path(place).is_dir() else False if Path(place).is_file() else None
     named = kind_of(place) is not None or suffix_of(place) in LISTS
-    if place.endswith("/") or place.startswith(("http://", "https://")) or named:
+    if place.endswith("/") or remote.is_web(place) or named:
         return place.endswith("/")
     try:
         return remote.describe(place).is_folder

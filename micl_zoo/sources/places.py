@@ -31,7 +31,7 @@ class File(NamedTuple):
 
 def bare(uri: str) -> str:
     """Drop the query of a web address; other places stay as they are."""
-    return uri.partition("?")[0] if uri.startswith(("http://", "https://")) else uri
+    return uri.partition("?")[0] if remote.is_web(uri) else uri
 
 
 def suffix_of(place: str) -> str:
@@ -68,7 +68,7 @@ def to_uri(path: str) -> str:
 
 def to_path(uri: str) -> Path:
     """Return the path of a local place."""
-    return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)) if uri.startswith("file://") else uri)
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)) if uri.lower().startswith("file://") else uri)
 
 
 def open_binary(uri: str) -> BinaryIO:

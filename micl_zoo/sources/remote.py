@@ -43,6 +43,11 @@ def is_remote(place: str) -> bool:
     return match is not None and match[1].lower() != "file"
 
 
+def is_web(place: str) -> bool:
+    """Tell whether a place is a web address, which may have a query; web servers have no folders."""
+    return place.startswith(("http://", "https://"))
+
+
 def list_folder(uri: str) -> Listing:
     """List a folder's own files and folders, hidden ones too."""
     filesystem, path = _filesystem(uri)

@@ -197,9 +197,9 @@ class Store:
         """Read one finished shard; StoreError where its part is damaged or missing."""
         return self._decoded(_part(number))[0]
 
-    def check_part(self, number: int) -> None:
-        """Hash one finished shard again; StoreError where its part is not what was written."""
-        self._checked(_part(number))
+    def check_part(self, number: int) -> Rows:
+        """Read one finished shard and hash it again; StoreError where its part is not what was written."""
+        return self._checked(_part(number))
 
     def refused(self) -> Iterator[RefusedRow]:
         """Iterate over the ledger lines of the parts, in index order."""

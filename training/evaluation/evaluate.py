@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from micl_zoo.encoders.device import resolve_precision
-from micl_zoo.encoders.encoder import Encoder, Pool
+from micl_zoo.encoders.device import Pool, resolve_precision
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import Refused, StoreError, UsageError, unknown
 from micl_zoo.files import write_text
@@ -133,8 +133,8 @@ def evaluate_stores(
     protocol, started = protocol or Protocol(), time.monotonic()
     _check_pair(train, test)
     stored = train.manifest.pool
-    if stored != "cls+mean":
-        protocol = replace(protocol, pools=(stored,))  # type: ignore[arg-type]  # store_features refuses "patches"
+    if stored in ("cls", "mean"):  # "patches" is refused by store_features
+        protocol = replace(protocol, pools=(stored,))  # type: ignore[arg-type]
     train_labels, test_labels = store_labels(train, labels), store_labels(test, labels)
     classes, (first, second) = number_classes(list(train_labels.values()), list(test_labels.values()), name)
     numbers = dict(zip(train_labels, first.tolist(), strict=True))
@@ -165,8 +165,6 @@ def probe(
     train: Features, test: Features, *, classes: int, protocol: Protocol, device: str | torch.device = "cpu"
 ) -> Results:
     """Run the protocol's methods on features; accuracies in percent."""
-    kept = (*protocol.pools, "pixels")
-    train, test = (one._replace(rows={k: v for k, v in one.rows.items() if k in kept}) for one in (train, test))
     chosen = [method for method in METHODS.values() if method.name in protocol.methods]
     return {one.name: one.measure(train, test, protocol, classes, device) for one in chosen}
 
@@ -222,7 +220,7 @@ def _streamed(store: Store, numbers: Mapping[str, int], pool: Pool) -> Bank:
 def _described(encoder: Encoder) -> dict[str, Any]:
     return {
         "name": encoder.name, "weights_sha256": encoder.weights_sha256, "transform": encoder.transform.id,
-        "precision": resolve_precision("auto", encoder.device)[1], "backend": encoder.backend,
+        "precision": resolve_precision("auto", encoder.device), "backend": encoder.backend,
     }  # fmt: skip
 
 

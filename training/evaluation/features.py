@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from micl_zoo.encoders.device import resolve_precision
-from micl_zoo.encoders.encoder import Encoder, Pool
+from micl_zoo.encoders.device import Pool, autocast_dtype, resolve_precision
+from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.extraction.extract import embed_index
 from micl_zoo.extraction.options import ExtractOptions
@@ -37,7 +37,7 @@ def embed_labelled(
 ) -> Features:  # fmt: skip
     """Embed a labelled part once, for all pools; `tick` is called with the number of images whenever some are done."""
     check_names("pool", pools, POOLS)
-    autocast, _ = resolve_precision("auto", encoder.device)
+    autocast = autocast_dtype(resolve_precision("auto", encoder.device))
     both: Pool = "cls+mean" if set(pools) != {"cls"} else "cls"
     pieces, ids = [], list[str]()
     options = ExtractOptions(pool=both, batch_size=batch_size, workers=workers, normalize=False)
@@ -73,15 +73,15 @@ def store_labels(store: Store, given: Mapping[str, str] | None = None) -> dict[s
     return labels
 
 
-def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Pool] | None = None) -> Features:
-    """Read all rows of a store with the class number of each id; of a "cls+mean" store, by default every pool."""
+def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Pool]) -> Features:
+    """Read the rows of some pools of a store, with the class number of each id."""
     stored = store.manifest.pool
     held = POOLS if stored == "cls+mean" else (stored,)
-    if stored == "patches" or (pools and not set(pools) <= set(held)):
+    if not set(pools) <= set(held):
         raise UsageError(
-            f"{str(store.folder)!r} holds the pool {stored!r}, asked for {', '.join(pools or ['one row per image'])}: "
+            f"{str(store.folder)!r} holds the pool {stored!r}, asked for {', '.join(pools)}: "
             "extract again with --pool cls+mean"
         )
-    rows = split_pools(store.embeddings.astype(np.float32, copy=False), stored, pools or held)
+    rows = split_pools(store.embeddings.astype(np.float32, copy=False), stored, pools)
     labels = np.array([numbers[name] for name in store.ids], np.int64)
     return Features(rows, labels, tuple(row.id for row in store.refused()))

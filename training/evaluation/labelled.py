@@ -18,7 +18,6 @@ from micl_zoo.files import file_sha256
 from micl_zoo.sources.archives import open_parquet
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
-from micl_zoo.sources.places import to_path
 
 from ..corpora import CORPORA
 
@@ -126,8 +125,8 @@ def _listed(where: str, name: str, said: list[str]) -> Iterator[ImageIndex]:
 
 def _hashes(index: ImageIndex) -> dict[str, str]:
     """Hash the local parquet files behind an index; the index's fingerprint identifies other images."""
-    files = index.table["uri"].combine_chunks().dictionary_encode().dictionary.to_pylist()
-    local = [to_path(uri) for uri in files if uri.endswith(".parquet") and "://" not in uri]
+    files = index.table["uri"].unique().to_pylist()
+    local = [Path(uri) for uri in files if uri.endswith(".parquet") and "://" not in uri]
     return {file.name: file_sha256(file) for file in local}
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from micl_zoo.encoders.device import Pool
 from micl_zoo.errors import UsageError, unknown
-
-if TYPE_CHECKING:
-    from micl_zoo.encoders.encoder import Pool
 
 POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")  # that give one row per image
 PIXELS = 32  # side of the images whose pixels are a baseline's features
@@ -125,15 +123,13 @@ class Protocol:
 
     methods: tuple[str, ...] = tuple(METHODS)
     # k-NN and few-shot take the first
-    pools: tuple[Pool, ...] = _option(
-        POOLS, "--pool", "Features: class token, mean of the patch tokens, both. May be repeated."
-    )
-    ks: tuple[int, ...] = _option((10, 20, 100, 200), "-k", "Number of neighbours. May be repeated.")
+    pools: tuple[Pool, ...] = _option(POOLS, "--pool", "Features: class token, mean of the patch tokens, both.")
+    ks: tuple[int, ...] = _option((10, 20, 100, 200), "-k", "Number of neighbours.")
     temperature: float = _option(0.07, "--temperature", "Temperature of the votes.", least=0)
     learning_rates: tuple[float, ...] = LEARNING_RATES
     epochs: int = _option(50, "--epochs", "Epochs over the training part.")
     inverse_penalties: tuple[float, ...] = tuple(10.0 ** (power / 2) for power in range(-10, 3))  # C, 1e-5 to 10
-    shots: tuple[int, ...] = _option((1, 5, 10), "--shots", "Number of images per class. May be repeated.")
+    shots: tuple[int, ...] = _option((1, 5, 10), "--shots", "Number of images per class.")
     draws: int = _option(5, "--draws", "Number of draws of those images.")
     few_shot_c: float = 0.1
     seed: int = _option(0, "--seed", "Seed of the validation split and of the order.", least=0)

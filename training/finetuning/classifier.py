@@ -6,7 +6,6 @@ dropped: two a block.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +95,7 @@ class ClassifierStep(Step):
         ranks = ranks or Ranks()
         check_share(recipe, ranks.world)
         super().__init__(model, model, recipe, ranks, autocast)
-        self.model, self.micro_batch = model, micro_batch or recipe.batch_size
+        self.micro_batch = micro_batch or recipe.batch_size
         self.optimizer = make_layered_optimizer(model, recipe)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         self._drops = [module for module in model.modules() if isinstance(module, GivenDropPath)]
@@ -159,7 +158,7 @@ def measure_classifier(
     autocast: torch.dtype | None = None,
 ) -> Tested:
     """Test on the shares of all ranks together; each image counts once."""
-    before, right, refused = model.training, list[list[list[bool]]](), list[RefusedImage]()
+    before, right, refused = model.training, list[list[bool]](), list[RefusedImage]()
     model.eval()
     for pixels, labels, bad in batches:
         refused += bad
@@ -168,13 +167,13 @@ def measure_classifier(
                 logits = model(transform.normalise(pixels)).float()  # (n, C)
             guesses = logits.topk(min(TOP, model.num_classes)).indices  # (n, 5)
             hit = guesses == labels[:, None]
-            right.append(torch.stack([hit[:, 0], hit.any(1)], dim=1).tolist())
+            right += torch.stack([hit[:, 0], hit.any(1)], dim=1).tolist()
     model.train(before)
-    told = ranks.gather(([pair for piece in right for pair in piece], [tuple(image) for image in refused]))
+    told = ranks.gather((right, refused))
     pairs = np.array([pair for pairs, _ in told for pair in pairs], dtype=bool).reshape(-1, 2)
     if not len(pairs):
         raise SourceError("no image of the test part can be decoded: look whether the data are still there, and whole")
-    return Tested(pairs[:, 0], pairs[:, 1], [RefusedImage(*image) for _, bad in told for image in bad])
+    return Tested(pairs[:, 0], pairs[:, 1], [image for _, bad in told for image in bad])
 
 
 def save_classifier(
@@ -186,7 +185,7 @@ def save_classifier(
     provenance: dict[str, Any],
 ) -> Path:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` takes; returns the weights file."""
-    body, pool = json.loads(config.to_json()), TIMM_POOL[recipe.pool]
+    body, pool = config.to_dict(), TIMM_POOL[recipe.pool]
     body |= {"num_classes": len(classes), "global_pool": pool, "label_names": list(classes)}
     body["model_args"] = {**config.model_args, "global_pool": pool}
     body["pretrained_cfg"] |= {"num_classes": len(classes), "label_names": list(classes)}

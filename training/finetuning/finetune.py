@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from micl_zoo.encoders.load import load
-from micl_zoo.encoders.weights import save_weights, without_head
+from micl_zoo.encoders.weights import without_head
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256, write_text
@@ -165,7 +165,7 @@ class _Loop(Loop[Pictures, dict[str, Any]]):
         if self.ranks.main:
             folder, classes, totals = self.folder, self.images.classes, self.totals()
             state, provenance = weights_of(tensors, "ema" if self.step.ema else "model"), folder.provenance()
-            save_weights(folder.path / "encoder", without_head(state), self.config, provenance, "float32")
+            folder.save_encoder(without_head(state), self.config, "float32")
             made = save_classifier(folder.path / "classifier", state, self.config, self.recipe, classes, provenance)
             result = {
                 **found.scores(len(classes)),

@@ -14,12 +14,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from micl_zoo.encoders.device import default_workers, resolve_device, usable_cores
+from micl_zoo.encoders.device import autocast_dtype, default_workers, resolve_device, resolve_precision, usable_cores
 from micl_zoo.progress import progress
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
 
-from ..micl import draw_views, kept_patches
+from ..micl import draw_views
 from ..recipes import Recipe, get_recipe
 from ..run.optim import set_learning_rate
 from ..run.provenance import made_with
@@ -111,16 +111,16 @@ def bench_step(
     By default a step takes the recipe's group, on a GPU halved until it fits, on a CPU 64 images at most.
     """
     target, chosen = resolve_device(device), get_recipe(recipe, overrides)
-    autocast = resolve_autocast(chosen, target)
+    precision = resolve_precision(chosen.precision, target)
     size = batch_size or (min(chosen.contrast_size, CPU_BATCH) if target.type == "cpu" else chosen.contrast_size)
     chosen, (rate, alone, peak) = at_a_size_that_fits(
         chosen, size, batch_size is None, lambda sized: _step_rates(sized, target, seconds)
     )
-    matrix, flops = matrix_rate(target, autocast or torch.float32), step_flops(chosen).total
+    matrix, flops = matrix_rate(target, autocast_dtype(precision) or torch.float32), step_flops(chosen).total
     return StepRates(
         recipe=chosen.name,
         device=device_name(target),
-        precision="fp32" if autocast is None else "bf16",
+        precision=precision,
         batch_size=chosen.batch_size,
         images_per_second=round(rate, 2),
         gflop_per_image=round(flops / 1e9, 3),
@@ -209,8 +209,7 @@ def device_name(device: torch.device) -> str:
 
 def made_up_patches(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
     """Make random patches (B, V, K/V, P) uint8 on the host, pinned for a GPU, and places (B, V, K/V) on the device."""
-    kept = kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)
-    shape = (recipe.batch_size, recipe.views, kept // recipe.views, recipe.patch_numbers)
+    shape = (recipe.batch_size, recipe.views, recipe.kept // recipe.views, recipe.patch_numbers)
     pixels = torch.randint(256, shape, dtype=torch.uint8)
     views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio, recipe.views)
     return (pixels.pin_memory() if device.type == "cuda" else pixels), views.to(device)

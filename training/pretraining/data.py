@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import islice, pairwise
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from micl_zoo.encoders.device import default_workers
 from micl_zoo.errors import Refused, SourceError
 from micl_zoo.images.decode import decode, decode_crop
-from micl_zoo.images.transform import statistics
+from micl_zoo.images.transform import Filter, statistics
 from micl_zoo.sources.archives import open_parquet, parquet_row_groups
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.reader import Reader
@@ -176,7 +176,7 @@ def resample(
     boxes: Tensor,  # (B, 4) float32, left, top, right, bottom in pixels of `images`
     flips: Tensor,  # (B,) bool
     size: int,
-    filter_name: Literal["bicubic", "bilinear"],
+    filter_name: Filter,
 ) -> Tensor:
     """Cut, resize with antialiasing and flip a whole batch on its device: (B, 3, size, size) float32 in 0..255.
 

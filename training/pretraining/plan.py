@@ -102,10 +102,10 @@ class Plan:
 
         self.steps_per_epoch = steps_per_epoch(recipe, images)  # whole batches in the corpus
         self.total_steps = recipe.total_steps(self.steps_per_epoch)
-        self.warmup_steps = round(self.total_steps * recipe.warmup_epochs / recipe.epochs)
+        self.warmup_steps = round(recipe.warmup_steps(self.total_steps))
         self.images_seen = self.total_steps * recipe.batch_size  # over the whole run
 
-        self.kept = _kept(recipe)  # K, visible patches of an image
+        self.kept = recipe.kept  # K, visible patches of an image
         self.view_tokens = self.kept // recipe.views + 1  # T, the class token among them
         self.parameters, self.frozen = parameter_count(recipe), frozen_count(recipe)  # trained, fixed positions
         self.flops = step_flops(recipe)  # that the method needs, per image
@@ -147,7 +147,7 @@ def step_flops(recipe: Recipe) -> StepFlops:
     attention computes again in its backward pass. ViT-L/16 at mask ratio 0.8: 40 tokens x 2 x 302 M weights x 3 =
     72.5 GFLOP, 73 with all terms.
     """
-    kept, width, depth, views = _kept(recipe), recipe.embed_dim, recipe.depth, recipe.views
+    kept, width, depth, views = recipe.kept, recipe.embed_dim, recipe.depth, recipe.views
     tokens = kept // views + 1
     return StepFlops(
         patch_embed=2 * 2 * kept * recipe.patch_numbers * width,
@@ -196,7 +196,7 @@ def memory_estimate(recipe: Recipe, *, images_per_gpu: int, gpus: int) -> Memory
         gradients=4 * trained / parts,
         adamw=2 * 4 * trained / parts,
         casts=0 if recipe.precision == "fp32" else 2 * block * recipe.depth,
-        pixels=4 * _kept(recipe) * recipe.patch_numbers * recipe.batch_size / gpus,
+        pixels=4 * recipe.kept * recipe.patch_numbers * recipe.batch_size / gpus,
         activations=images_per_gpu * _activation_bytes(recipe),
         loss=6 * (math.comb(recipe.views, 2) + 1) * 4 * rows * recipe.contrast_size,
     )
@@ -222,14 +222,8 @@ def _activation_bytes(recipe: Recipe) -> int:
     width, hidden = recipe.embed_dim, _hidden(recipe)
     rest = 4 * width + half * (6 * width + 2 * hidden)
     blocks = 4 * width * recipe.depth + rest * (1 if recipe.activation_checkpointing else recipe.depth)
-    patches = 0 if recipe.precision == "fp32" else 2 * _kept(recipe) * recipe.patch_numbers
-    return (_kept(recipe) + recipe.views) * (blocks + 4 * width) + patches
-
-
-def _kept(recipe: Recipe) -> int:
-    from ..micl import kept_patches  # torch: a second or more, so not before a plan is asked for
-
-    return kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)
+    patches = 0 if recipe.precision == "fp32" else 2 * recipe.kept * recipe.patch_numbers
+    return (recipe.kept + recipe.views) * (blocks + 4 * width) + patches
 
 
 def _hidden(recipe: Recipe) -> int:

@@ -24,8 +24,8 @@ from micl_zoo.stop import StopRequest
 
 from ..evaluation.knn import measure_knn
 from ..evaluation.labelled import LabelledSet
-from ..micl import MiCL, init_weights, kept_patches
-from ..recipes import Recipe, get_recipe, resolve_recipe
+from ..micl import MiCL, init_weights
+from ..recipes import Recipe, get_recipe, kept_patches, resolve_recipe
 from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
 from ..run.ranks import Ranks, joined
@@ -150,7 +150,7 @@ class _Loop(Loop[Seen, Path]):
 
     def checked(self, lines: list[Line]) -> None:
         worst = math.log(self.recipe.contrast_size)
-        warm_up = self.total_steps * self.recipe.warmup_epochs / self.recipe.epochs
+        warm_up = self.recipe.warmup_steps(self.total_steps)
         for line in lines:
             self.flat_steps = self.flat_steps + 1 if line["step"] > warm_up and line["loss"] > COLLAPSE * worst else 0
         if self.flat_steps >= COLLAPSE_STEPS:
@@ -181,7 +181,7 @@ class _Loop(Loop[Seen, Path]):
         if self.ranks.main:
             self.folder.record["result"] = self.totals()
             self.folder.save_record()
-            file = self.folder.save_encoder(state, self.recipe)
+            file = self.folder.save_encoder(state, self.config, self.recipe.save_dtype)
         made = self.ranks.first(file)
         assert made is not None
         return made

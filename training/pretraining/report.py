@@ -19,7 +19,6 @@ from micl_zoo.files import atomic_path, write_text
 
 from ..corpora import corpus_text
 from ..evaluation.tables import need_matplotlib, render
-from ..micl import kept_patches
 from ..recipes import Recipe, read_run, recorded_recipe
 
 CHART_POINTS = 2000  # of a curve, each the mean of its bin
@@ -281,7 +280,7 @@ def _page(record: dict[str, Any], recipe: Recipe, history: History, **more: obje
         rate=float(np.median(rates)) if len(rates) else math.nan,
         wait=100 * float(waits.mean()) if len(waits) else math.nan,
         knn={name: (pairs, max(pairs, key=lambda pair: pair[1]), pairs[-1]) for name, pairs in history.knn.items()},
-        view_patches=kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views) // recipe.views,
+        view_patches=recipe.kept // recipe.views,
         events=[(f"{step:,}", what, detail) for step, what, detail in history.events],
         resumed=_resumed(record, history),
         final_steps=FINAL_STEPS, events_marked=EVENTS_MARKED, refused_shown=REFUSED_SHOWN, version=__version__,

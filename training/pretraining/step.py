@@ -38,7 +38,8 @@ class TrainStep(Step):
         share = images_per_process(recipe, ranks.world)
         self.groups = 1 if recipe.negatives == "global" else share // recipe.contrast_size
         self.micro_batch = micro_batch or share
-        super().__init__(_PooledViews(model, (recipe.grid, recipe.grid)), model.vit, recipe, ranks, autocast)
+        forward, sharded = _PooledViews(model, (recipe.grid, recipe.grid)), recipe.parallel == "fsdp"
+        super().__init__(forward, model.vit, recipe, ranks, autocast, sharded=sharded)
         self.optimizer = make_optimizer(model.vit, recipe)
 
     def accumulate(self, patches: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ The text stands in the templates beside this file. Every number comes out of a r
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
@@ -154,7 +153,7 @@ def _body(trained: Trained, heading: str, repo: str | None = None) -> str:
         changed=f" with {', '.join(f'{key}={value:g}' for key, value in changed.items())}" if changed else "",
         parameters=parameter_count(recipe) + frozen_count(recipe), frozen=frozen_count(recipe),
         patches=(recipe.image_size // recipe.patch_size) ** 2,
-        view_patches=math.floor(recipe.num_patches * (1 - recipe.mask_ratio)) // recipe.views,
+        view_patches=recipe.kept // recipe.views,
         others={key: value for key, value in run["recipe"].items() if key not in SAID},  # newer fields, too
         notes=trained.entry.notes if trained.entry else (),
         machine=_machine, PEOPLE=PEOPLE, PIXELS=PIXELS,
@@ -197,7 +196,7 @@ def _measured_once(record: Mapping[str, Any]) -> list[Column]:
 def _evaluation(trained: Trained) -> dict[str, Any]:
     """Gather tables and facts of the evaluation; `whole` is None where there is none."""
     if not trained.evaluations:
-        return {"whole": None, "scores": [], "about": []}
+        return {"whole": None, "scores": []}
     whole, name, own = _figures(trained), trained.name, trained.corpus
     alone = {**whole, "results": {name: whole["results"][name]}}
     methods = {one.method.name: one.method for one in tables.columns(whole)}

@@ -115,9 +115,9 @@ def publish(
         _check_sending(trained, repo)
     _check_folder(folder)
     with atomic_folder(folder) as temporary:
-        _build(trained, run, temporary, export, repo)
+        onnx = _build(trained, run, temporary, export, repo)
         loaded_back = check(temporary, trained.weights["sha256"])
-        record = make_record(trained, repo, _onnx_file(temporary))
+        record = make_record(trained, repo, onnx)
     files = {name: (folder / name).stat().st_size for name in _names(folder)}
     from huggingface_hub import constants
 
@@ -163,7 +163,7 @@ def _check_folder(folder: Path) -> None:
 # The folder.
 
 
-def _build(trained: Trained, run: Path, folder: Path, export: Export | None, repo: str) -> None:
+def _build(trained: Trained, run: Path, folder: Path, export: Export | None, repo: str) -> OnnxFile | None:
     """Write weights and config as they are, the ONNX file, the records, and a card of all that."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(run / "encoder" / name, folder / name)
@@ -176,7 +176,7 @@ def _build(trained: Trained, run: Path, folder: Path, export: Export | None, rep
     records.mkdir()
     for name in ("run.json", "metrics.jsonl"):
         shutil.copyfile(run / name, records / name)
-    write_run_record(run, records / f"{trained.name}.json")
+    write_run_record(trained.record, records / f"{trained.name}.json")
     onnx = _onnx_file(folder)
     shown = dataclasses.replace(
         trained,
@@ -187,6 +187,7 @@ def _build(trained: Trained, run: Path, folder: Path, export: Export | None, rep
         finetunings=_keep(trained.finetunings, f"{trained.name}.finetune", records),
     )
     write_text(folder / CARD_FILE, one_card(shown, hub=True, repo=repo))
+    return onnx
 
 
 def _keep(measured: Mapping[str, dict[str, Any]], stem: str, records: Path) -> dict[str, dict[str, Any]]:

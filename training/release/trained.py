@@ -178,9 +178,9 @@ def run_record(run: Path) -> Json:
     return {"weights": weights, "run": made_by, "curve": kept, "knn": [line for line in lines if "knn" in line]}
 
 
-def write_run_record(run: Path, file: Path) -> None:
-    """Write `run_record` as it lies in training/records/."""
-    write_text(file, json.dumps(run_record(run), indent=1) + "\n")
+def write_run_record(record: Json, file: Path) -> None:
+    """Write a `run_record` as it lies in training/records/."""
+    write_text(file, json.dumps(record, indent=1) + "\n")
 
 
 def _read_repeats(folder: Path, name: str) -> Iterator[Repeat]:

@@ -31,7 +31,7 @@ def make_layered_optimizer(model: VisionTransformer, recipe: FineTuneRecipe) -> 
 
 def learning_rate(recipe: AnyRecipe, step: int, total_steps: int) -> float:
     """Compute the linear warm-up to recipe.lr, then a half-cycle cosine to min_lr, set per step (reference code)."""
-    warmup = total_steps * recipe.warmup_epochs / recipe.epochs
+    warmup = recipe.warmup_steps(total_steps)
     if step < warmup:
         return recipe.lr * step / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)

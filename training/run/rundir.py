@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,7 +108,7 @@ class RunDir:
         size, free = sum(value.nbytes for value in tensors.values()), shutil.disk_usage(self.path).free
         if free < size:
             raise _disk_full(self.path, f"a checkpoint takes {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free")
-        entry = json.dumps({"config": json.loads(config.to_json()), "provenance": self.provenance()})
+        entry = json.dumps({"config": config.to_dict(), "provenance": self.provenance()})
         header = {"format": "pt", "step": str(step), "seconds": repr(seconds), HEADER_KEY: entry}
         self._writing = self._writer.submit(self._write_checkpoint, step, tensors, header)
 
@@ -155,9 +155,11 @@ class RunDir:
             raise TrainingError(f"every checkpoint in {where!r} is damaged: nothing to go on from. Use a new --out.")
         return None
 
-    def save_encoder(self, state: dict[str, Tensor], recipe: Recipe) -> Path:
+    def save_encoder(
+        self, state: dict[str, Tensor], config: EncoderConfig, dtype: Literal["float32", "float16"]
+    ) -> Path:
         """Write `encoder/`, which `micl_zoo.load(weights=…)` and timm's hub loader take; returns the weights file."""
-        return save_weights(self.path / "encoder", state, encoder_config(recipe), self.provenance(), recipe.save_dtype)
+        return save_weights(self.path / "encoder", state, config, self.provenance(), dtype)
 
     def provenance(self) -> dict[str, Any]:
         """Gather what a file of weights says of where it comes from.

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from micl_zoo.encoders.device import autocasting, resolve_precision
+from micl_zoo.encoders.device import autocast_dtype, autocasting, resolve_precision
 from micl_zoo.errors import UsageError
 
 from ..recipes import AnyRecipe
@@ -26,11 +26,18 @@ class Step(ABC):
     ema: ModelEmaV3 | None = None  # running means of the weights
 
     def __init__(
-        self, module: nn.Module, vit: VisionTransformer, recipe: AnyRecipe, ranks: Ranks, autocast: torch.dtype | None
+        self,
+        module: nn.Module,
+        vit: VisionTransformer,
+        recipe: AnyRecipe,
+        ranks: Ranks,
+        autocast: torch.dtype | None,
+        *,
+        sharded: bool = False,
     ) -> None:
         self.vit, self.recipe, self.ranks = vit, recipe, ranks  # vit: the network that is trained, under its own names
         self.autocast = autocast  # dtype of the matrix products, None for that of the weights
-        self._forward = _distribute(module, vit, ranks, sharded=getattr(recipe, "parallel", "ddp") == "fsdp")
+        self._forward = _distribute(module, vit, ranks, sharded=sharded)
 
     def __call__(self, *share: Any) -> Any:
         """Take one step: what `accumulate` gives, numbers of this share, without gradient and still on the device.
@@ -68,7 +75,7 @@ class Step(ABC):
 
 def resolve_autocast(recipe: AnyRecipe, device: torch.device) -> torch.dtype | None:
     """Return the dtype of the matrix products on a device, None for float32."""
-    return resolve_precision(recipe.precision, device)[0]
+    return autocast_dtype(resolve_precision(recipe.precision, device))
 
 
 def fsdp_works_on(device: torch.device) -> bool:
