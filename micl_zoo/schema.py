@@ -1,0 +1,180 @@
+"""One reader for files of facts: JSON becomes a frozen dataclass, or one sentence says what is wrong with it.
+
+A schema is a dataclass whose annotations say all: types, `Literal` for closed sets, `Annotated[int, Between(1, 64)]`
+for ranges. Not msgspec or pydantic: a machine that has torch, timm and pyarrow alone must read these files, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import MiclZooError
+
+T = TypeVar("T")
+MAX_BYTES = 64 << 20  # of a file of facts; the largest, metrics.jsonl of a long run, is read line by line
+SHOWN = 60  # letters of a wrong value in an error
+
+
+@dataclass(frozen=True)
+class Between:
+    """Range of a number, or of the length of a text, list or object; both ends are allowed."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            return f"at least {self.least:,}"
+        return f"at most {self.most:,}" if self.least == -math.inf else f"{self.least:,} to {self.most:,}"
+
+
+class _Wrong(ValueError):
+    """One value that is not what its annotation says."""
+
+
+def read_json(file: Path, error: type[MiclZooError], cure: str = "") -> Any:
+    """Parse a JSON file; `error` where it cannot be read or is none, which ends in `cure`, what to do about it."""
+    try:
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise error(f"{str(file)!r} is too large for what it should be: {size:,} bytes{_tail(cure)}")
+        data = file.read_bytes()
+    except OSError as problem:
+        raise error(f"cannot read {str(file)!r}: {problem.strerror or problem}{_tail(cure)}") from None
+    return parse_json(data, repr(str(file)), error, cure)
+
+
+def parse_json(data: bytes | str, what: str, error: type[MiclZooError], cure: str = "") -> Any:
+    """Parse JSON; `what` names it in the `error`."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as problem:  # ValueError: no JSON, no UTF-8, a number of thousands of digits
+        why = "it is nested too deep" if isinstance(problem, RecursionError) else str(problem)[:200]
+        raise error(f"{what} is damaged, it is no JSON ({why}){_tail(cure)}") from None
+
+
+def read(kind: type[T], found: Any, what: str, error: type[MiclZooError], cure: str = "", *, others: bool = False) -> T:
+    """Make a `kind`, a dataclass, of parsed JSON; lists become tuples where it says so, whole numbers floats.
+
+    Args:
+        found: what JSON gave.
+        what: names the file, and the place in it, in the error.
+        error: is raised where a field is missing, of another type or outside its range, or unknown.
+        cure: what to do about it; ends the error.
+        others: accept unknown fields, and leave them out.
+    """
+    try:
+        return _object(kind, found, "", others)
+    except _Wrong as problem:
+        raise error(f"{what} is damaged: {problem}{_tail(cure)}") from None
+
+
+def _tail(cure: str) -> str:
+    return f": {cure}" if cure else ""
+
+
+def _object(kind: type[T], found: Any, at: str, others: bool) -> T:
+    if not isinstance(found, dict):
+        raise _Wrong(f"{at or 'it'} must be an object, it is {shown(found)}")
+    hints, fields = _hints(kind), {one.name: one for one in dataclasses.fields(kind) if one.init}  # type: ignore[arg-type]
+    prefix = f"{at}." if at else ""
+    if not others and (unknown := [key for key in found if key not in fields]):
+        raise _Wrong(f"{prefix}{shown(unknown[0])} is no field of it; those are {', '.join(fields)}")
+    for name, one in fields.items():
+        if name not in found and one.default is one.default_factory is dataclasses.MISSING:
+            raise _Wrong(f"{prefix}{name} is missing")
+    given = {name: _value(hints[name], found[name], prefix + name, others) for name in fields if name in found}
+    try:
+        return kind(**given)
+    except ValueError as problem:  # from a __post_init__, which checks what lies between fields
+        raise _Wrong(f"{at or 'it'} cannot be: {problem}") from None
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _value(kind: Any, found: Any, at: str, others: bool) -> Any:
+    """Check one value against its annotation."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return found
+    if origin is Annotated:
+        return _bounded(_value(args[0], found, at, others), args[1:], at)
+    if origin is Literal:
+        if not any(found == one and type(found) is type(one) for one in args):
+            raise _Wrong(f"{at} must be one of {', '.join(map(str, args))}, it is {shown(found)}")
+        return found
+    if origin in (Union, types.UnionType):
+        return _one_of(args, found, at, others)
+    if dataclasses.is_dataclass(kind):
+        return _object(kind, found, at, others)  # type: ignore[arg-type]
+    if origin in (list, tuple, dict):
+        return _many(origin, args, found, at, others)
+    if kind is float and type(found) is int and abs(found) < 2**63:
+        found = float(found)
+    if type(found) is not kind or (kind is float and not math.isfinite(found)):
+        names = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+        raise _Wrong(f"{at} must be {names.get(kind, 'null')}, it is {shown(found)}")
+    return found
+
+
+def _one_of(kinds: tuple[Any, ...], found: Any, at: str, others: bool) -> Any:
+    if found is None and type(None) in kinds:
+        return None
+    problems = []
+    for kind in kinds:
+        if kind is not type(None):
+            try:
+                return _value(kind, found, at, others)
+            except _Wrong as problem:
+                problems.append(str(problem))
+    raise _Wrong(problems[-1])
+
+
+def _many(origin: Any, args: tuple[Any, ...], found: Any, at: str, others: bool) -> Any:
+    if origin is dict:
+        if not isinstance(found, dict):
+            raise _Wrong(f"{at} must be an object, it is {shown(found)}")
+        return {name: _value(args[1], one, f"{at}.{shown(name)}", others) for name, one in found.items()}
+    if not isinstance(found, list | tuple):
+        raise _Wrong(f"{at} must be a list, it is {shown(found)}")
+    kinds = [args[0]] * len(found) if origin is list or args[-1] is ... else args
+    if len(kinds) != len(found):
+        raise _Wrong(f"{at} must have {len(kinds)} values, it has {len(found)}")
+    pairs = zip(kinds, found, strict=True)
+    return origin(_value(kind, one, f"{at}[{place}]", others) for place, (kind, one) in enumerate(pairs))
+
+
+def _bounded(found: Any, limits: tuple[Any, ...], at: str) -> Any:
+    for limit in limits:
+        if isinstance(limit, Between) and found is not None:
+            sized = isinstance(found, str | list | tuple | dict)
+            size = len(found) if sized else found
+            if not limit.least <= size <= limit.most:
+                raise _Wrong(f"{at} {'has a length of' if sized else 'is'} {shown(size)}, and must be {limit}")
+    return found
+
+
+def shown(found: Any) -> str:
+    """Write a value from outside into an error, shortened."""
+    text = found if isinstance(found, str) else _json(found)
+    text = text if len(text) <= SHOWN else text[:SHOWN] + "…"
+    return repr(text) if isinstance(found, str) else text
+
+
+def _json(found: Any) -> str:
+    if isinstance(found, list | tuple | dict) and len(found) > SHOWN:
+        return f"{'an object' if isinstance(found, dict) else 'a list'} of {len(found):,} entries"
+    try:
+        return json.dumps(found)
+    except (TypeError, ValueError, RecursionError):
+        return f"a {type(found).__name__}"
