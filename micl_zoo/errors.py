@@ -17,6 +17,7 @@ Reason = Literal[
     "unsupported",
     "crashed",
     "timeout",
+    "listing",  # of an entry of a source, which no image has
 ]
 
 

@@ -237,7 +237,8 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
 def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:
     """List the fields of recipe, data and encoder, in two run.json, that keep two runs from being one.
 
-    A field that one of them lacks had its default; those that change no number may differ, and `free` ones.
+    A field that one of them lacks had its default; those that change no number may differ, and `free` ones. Runs before
+    0.2 know nothing of the marks of their parquet files.
     """
     # The images are told apart by their fingerprint; `corpus` is only what the recipe is meant for.
     free = {*free, "checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source", "corpus"}
@@ -245,7 +246,7 @@ def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free:
     defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     pair = [defaults | record["recipe"] | record["data"] | record.get("encoder", {}) for record in (there, asked)]
     there, asked = json.loads(json.dumps(pair))  # tuples as JSON gives them back
-    keys = [key for key in asked if key not in free]
+    keys = [key for key in asked if key not in free and (key != "marks" or key in there)]
     return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]
 
 

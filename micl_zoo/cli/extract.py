@@ -9,9 +9,11 @@ import click
 
 from ..encoders.device import BACKENDS, PRECISIONS, Pool
 from ..encoders.zoo import DEFAULT
+from ..sources.selection import EXCLUDED
 from . import _options as opt
 
 REFUSED_EXIT_CODE = 3
+DEFAULTS = f"Left out besides: hidden names, {', '.join(EXCLUDED)}."
 
 
 @click.command(cls=opt.Command)
@@ -51,10 +53,14 @@ REFUSED_EXIT_CODE = 3
 @opt.choice("--exif", ["upright", "keep"], "Orientation: as the camera says, or as the pixels are stored.")
 @opt.count("--max-pixels", "Largest image in pixels; larger ones are refused.", show_default="89,478,485")
 @opt.value("--image-timeout", "Seconds per image, after which its process is replaced.", type=opt.POSITIVE, default=120)
+@opt.value("--column", "Column of the images in parquet files.", show_default="by metadata, name, or the only one")
+@opt.value("--id-column", "Column of ids in parquet files; none: file#row.", show_default="id, where there is one")
+@opt.value("--exclude", f"Names or paths to leave out, as a shell's pattern. {DEFAULTS}", multiple=True)
+@opt.value("--default-exclude/--no-default-exclude", "Leave out thumbnails and trash as listed above.", default=True)
 @opt.count("--limit", "Number of images to embed, from the first of the source.")
 @opt.flag("--only-missing", "Add only the images that the store in --out lacks.")
 @opt.flag("--overwrite", "Delete the embeddings in --out first.")
-@opt.flag("--strict", f"Exit with code {REFUSED_EXIT_CODE} when an image could not be embedded.")
+@opt.flag("--strict", f"Exit with code {REFUSED_EXIT_CODE} when an image could not be embedded or listed.")
 @opt.AS_JSON
 @opt.flag("--quiet", "Print nothing but errors.")
 def extract(
@@ -62,11 +68,12 @@ def extract(
 ) -> None:
     """Embed the images of SOURCE.
 
-    SOURCE is any number of folders, images, globs, lists (.txt, .csv, .jsonl, or - for standard input), tar and zip
-    archives, and parquet files with encoded images, local or at URIs such as s3://, gs://, https:// and hf://.
+    SOURCE is any number of folders, images, globs, lists (.txt, .csv, .tsv, .json, .jsonl, or - for standard input),
+    tar and zip archives, and parquet files with encoded images, local or at URIs: s3://, gs://, https://, hf:// …
 
     Writes manifest.json, index/, part-*.parquet (columns id, embedding) and errors.jsonl, one line per image that
-    could not be embedded. Ctrl-C keeps everything computed so far; a run that is killed loses at most its last minute.
+    could not be embedded or entry that could not be listed. Ctrl-C keeps everything computed so far; a run that is
+    killed loses at most its last minute.
 
     Examples:
       micl-zoo extract ~/Pictures -o embeddings
@@ -94,7 +101,9 @@ def extract(
         click.echo(f"shard {shard} failed twice: {why}. The same command tries it again.", err=True)
     if summary.refused and not quiet:
         click.echo(f"{summary.refused:,} could not be embedded: see {out}/errors.jsonl", err=True)
+    if summary.notes.problems and not quiet:
+        click.echo(f"{summary.notes.unlisted:,} could not be listed: see {out}/errors.jsonl", err=True)
     if summary.failed:
         raise SystemExit(1)
-    if summary.refused and strict:
+    if (summary.refused or summary.notes.problems) and strict:
         raise SystemExit(REFUSED_EXIT_CODE)

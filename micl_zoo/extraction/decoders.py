@@ -116,7 +116,7 @@ class Decoders:
         self._file.truncate(math.prod(shape))
         self._slots = np.frombuffer(mmap.mmap(self._file.fileno(), math.prod(shape)), np.uint8).reshape(shape)
         self._job = pickle.dumps((transform, decoding, shape))
-        self._reader = Reader()
+        self._reader = Reader(decoding.max_pixels)
         self._processes = [_Process(self._job, self._file.fileno()) for _ in range(workers if CAN_START else 0)]
         self.pending: deque[Batch] = deque()  # submitted and not taken
         self._submitted = 0
@@ -248,7 +248,10 @@ def work(connection: int, memory: int) -> None:
     pipe = parent_pipe(connection)
     warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files; refusals are for the ledger
     transform, decoding, shape = pickle.loads(pipe.recv_bytes())
-    slots, reader = np.frombuffer(mmap.mmap(memory, math.prod(shape)), np.uint8).reshape(shape), Reader()
+    slots, reader = (
+        np.frombuffer(mmap.mmap(memory, math.prod(shape)), np.uint8).reshape(shape),
+        Reader(decoding.max_pixels),
+    )
     with contextlib.suppress(EOFError, OSError):
         pipe.send(None)
         while wait_for_message(pipe):

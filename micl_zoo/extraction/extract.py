@@ -26,8 +26,9 @@ from ..files import Folder
 from ..progress import progress
 from ..sources.index import ImageIndex
 from ..sources.listing import SourceLike, list_source
+from ..sources.notes import Notes
 from ..stop import StopRequest
-from ..stores.store import Manifest, Rows, Store
+from ..stores.store import Manifest, RefusedRow, Rows, Store
 from .cluster import Cluster
 from .engines import Job, Local
 from .indexing import Indexing
@@ -50,6 +51,7 @@ class Summary:
         images: images in the index.
         embedded: images with a row.
         refused: images with a line in errors.jsonl.
+        notes: what could not be listed, which has lines there, too, and what was left out of the source and why.
         failed: shards that failed twice, and how; their images have neither.
         shards_before: shards that were there already.
         computed: images this call went through.
@@ -64,6 +66,7 @@ class Summary:
     images: int = 0
     embedded: int = 0
     refused: int = 0
+    notes: Notes = field(default_factory=Notes)
     failed: dict[int, str] = field(default_factory=dict)
     shards_before: int = 0
     computed: int = 0
@@ -84,7 +87,7 @@ class Summary:
         return (
             f"{self.embedded:,} of {self.images:,} images embedded by {manifest.model} in {manifest.precision}, "
             f"{' x '.join(map(str, manifest.shape))} numbers each, in {self.store.folder} "
-            f"({self.seconds:.1f} s{rate}{before})"
+            f"({self.seconds:.1f} s{rate}{before})" + (f"; {said}" if (said := self.notes.text()) else "")
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,6 +98,7 @@ class Summary:
             "images_per_second": self.images_per_second,
             "bottleneck": self.times.bottleneck,
             "times": vars(self.times),
+            "notes": self.notes.as_dict(),
             "manifest": dataclasses.asdict(self.store.manifest),
         }
 
@@ -128,7 +132,7 @@ def extract(
     options, encoder = _named(replace(options or ExtractOptions(), **changes))
     places = _places(options)
     job = _job(options, places)
-    pieces = list_source(source)
+    pieces = list_source(source, selection=options.selection())
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
     if encoder is None and places.several:  # the processes load it; here it only says what the store will hold
         kind: Backend = "onnx" if job.backend == "onnx" else "torch"
@@ -164,6 +168,7 @@ def extract(
         if work.error is not None:
             raise work.error
         summary.images, summary.failed, summary.shards_before = indexing.images, work.failed, len(indexing.done)
+        summary.notes = indexing.notes
         _finish(summary)
         return summary
 
@@ -192,7 +197,8 @@ def _finish(summary: Summary) -> None:
     """Write the ledger, and see that nothing is missing."""
     store = summary.store
     store.remove_leftovers()
-    summary.refused, summary.embedded = store.write_ledger(), len(store)
+    unlisted = [RefusedRow(one.id, one.uri, "listing", one.detail) for one in summary.notes.problems]
+    summary.refused, summary.embedded = store.write_ledger(unlisted), len(store)
     assert summary.failed or summary.embedded + summary.refused == summary.images, summary
     if not summary.embedded and summary.refused == summary.images:
         raise MiclZooError(

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from ..errors import StoreError
 from ..progress import Tick
-from ..sources.index import Fingerprint, ImageIndex
+from ..sources.index import CELL_LENGTH, Fingerprint, ImageIndex
+from ..sources.notes import Notes
 from ..stores.store import Store
 from .options import ExtractOptions
 from .work import Work
@@ -34,6 +35,7 @@ class Indexing:
     ) -> None:
         self.store, self.work, self.tick, self.options = store, work, tick, options
         self.images = 0  # listed so far
+        self.notes = Notes()  # of the listing so far
         self.done = set(store.done())
         self._thread = threading.Thread(target=self._run, args=(pieces,), name="indexing", daemon=True)
         self._thread.start()
@@ -62,7 +64,7 @@ class Indexing:
             for first, index in enumerate(map(self.store.shard, there), start=1):
                 known.update(index.ids)
                 self._announce(first - 1, index, fingerprint)
-        pieces = _limited(pieces, self.options.limit)
+        pieces = _limited(self._noting(pieces), self.options.limit)
         if known:
             fresh = ((piece.table, pa.array([name not in known for name in piece.ids], pa.bool_())) for piece in pieces)
             pieces = (ImageIndex(table.filter(mask)) for table, mask in fresh)
@@ -84,6 +86,11 @@ class Indexing:
             self.store.manifest = finished
             self.store.write_manifest()
         self.tick(0, total=self.images)
+
+    def _noting(self, pieces: Iterator[ImageIndex]) -> Iterator[ImageIndex]:
+        for piece in pieces:
+            self.notes.add(piece.notes)
+            yield piece
 
     def _announce(self, number: int, index: ImageIndex, fingerprint: Fingerprint) -> None:
         fingerprint.update(index)
@@ -122,8 +129,11 @@ def _cut(pieces: Iterator[ImageIndex], rows: int) -> Iterator[ImageIndex]:
 def _compare(store: Store, number: int, index: ImageIndex) -> None:
     """Raise unless a shard still has the images it had; write their places anew where they moved."""
     before = store.shard(number)
-    for name in ("id", "offset", "length"):
+    known = pc.not_equal(before.table["length"].combine_chunks(), CELL_LENGTH)  # what an earlier version did not mark
+    for name in ("kind", "id", "offset", "length"):
         mine, theirs = before.table[name].combine_chunks(), index.table[name].combine_chunks()
+        if name == "length" and len(mine) == len(theirs):
+            mine = pc.if_else(known, mine, pc.if_else(pc.less(theirs, 0), theirs, mine))
         if mine.equals(theirs):
             continue
         shared = min(len(mine), len(theirs))
@@ -131,13 +141,17 @@ def _compare(store: Store, number: int, index: ImageIndex) -> None:
         row = shared if unlike < 0 else unlike
         ids = [table["id"][row].as_py() if row < len(table) else None for table in (before.table, index.table)]
         raise _other(store, number, row, *ids)
-    if before.table["uri"].combine_chunks() != index.table["uri"].combine_chunks():
+    if any(before.table[name].combine_chunks() != index.table[name].combine_chunks() for name in ("uri", "length")):
         store.write_index(number, index)
 
 
 def _other(store: Store, number: int, row: int, mine: str | None, theirs: str | None) -> StoreError:
     names = ["nothing" if name is None else repr(name) for name in (mine, theirs)]
-    what = f"{names[0]} in the store, {names[1]} in the source" if mine != theirs else f"{mine!r} has another size"
+    what = (
+        f"{names[0]} in the store, {names[1]} in the source"
+        if mine != theirs
+        else f"{mine!r} has another size or column, or its file other content"
+    )
     return StoreError(
         f"{str(store.folder)!r} was made of other images; the first that differs is row {row} of shard {number}: "
         f"{what}. --only-missing adds the images that the store has not, --overwrite starts anew."

@@ -12,6 +12,7 @@ from ..encoders.device import Backend, Pool, Precision
 from ..encoders.zoo import DEFAULT
 from ..errors import UsageError, unknown
 from ..images.decode import MAX_PIXELS, Decoding, Exif
+from ..sources.selection import Selection
 
 if TYPE_CHECKING:  # they import torch, which a command line that only shows its help does without
     from ..encoders.encoder import Encoder
@@ -22,7 +23,7 @@ EngineName = Literal["local", "ray"]
 # The options that change the rows of a store; its manifest gives them as a command line, in this order.
 ROW_OPTIONS = (
     *("model", "weights", "pool", "dtype", "precision", "backend", "exif", "max_pixels", "shard_rows", "limit"),
-    *("compile", "fast_decode", "normalize"),
+    *("compile", "fast_decode", "normalize", "column", "id_column", "exclude", "default_exclude"),
 )
 
 
@@ -54,6 +55,10 @@ class ExtractOptions:
         exif: "upright" turns pictures as their cameras say, "keep" leaves them as they are stored.
         max_pixels: width x height above which an image is refused.
         image_timeout: seconds a process may take to read and decode an image before it is replaced.
+        column: column of the images in parquet files; None finds it, see `index_source`.
+        id_column: column of ids in parquet files; None is `id` where there is one, "none" names images by their rows.
+        exclude: patterns of names and of paths below the source that are left out, such as "*_small.jpg".
+        default_exclude: leave out thumbnails and trash of cameras, NAS and desktops, too, see `selection.EXCLUDED`.
         limit: embed only the first images of the source.
         only_missing: add the images that the store lacks; those it has may be gone from the source.
         overwrite: delete the embeddings in the output first.
@@ -82,6 +87,10 @@ class ExtractOptions:
     exif: Exif = "upright"
     max_pixels: int = MAX_PIXELS
     image_timeout: float = 120.0
+    column: str | None = None
+    id_column: str | None = None
+    exclude: Sequence[str] = ()
+    default_exclude: bool = True
     limit: int | None = None
     only_missing: bool = False
     overwrite: bool = False
@@ -101,13 +110,21 @@ class ExtractOptions:
         """How the bytes of an image become pixels."""
         return Decoding(exif=self.exif, fast=self.fast_decode, max_pixels=self.max_pixels)
 
+    def selection(self) -> Selection:
+        """Make the selection of what is listed of a source."""
+        return Selection(
+            self.exclude, default_exclude=self.default_exclude, column=self.column, id_column=self.id_column
+        )
+
     def command(self, sources: Sequence[str | os.PathLike[str]]) -> str:
         """The command line that computes the same rows from the same sources; it leaves out where they are written."""
         words = []
         for name in ROW_OPTIONS:
             value, option = getattr(self, name), name.replace("_", "-")
-            if name == "normalize":
-                words += [] if value else ["--no-normalize"]
+            if name in ("normalize", "default_exclude"):
+                words += [] if value else [f"--no-{option}"]
+            elif name == "exclude":
+                words += [word for pattern in value for word in ("--exclude", pattern)]
             elif isinstance(value, bool):
                 words += [f"--{option}"] * value
             elif value is not None:

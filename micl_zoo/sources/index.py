@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .notes import Notes
+
 TEXT, NUMBER = pa.string(), pa.int64()
 INDEX_SCHEMA = pa.schema([("id", TEXT), ("uri", TEXT), ("kind", TEXT), ("offset", NUMBER), ("length", NUMBER)])
-CELL_LENGTH = -1  # in the place of the length of a parquet cell, which its file does not tell
+# In the place of the length of a parquet cell, which its file does not tell, stands a mark of the file, below this
+# number. In an index of an earlier version this itself stands there, and the file is not known by it.
+CELL_LENGTH = -1
 ROWS_AT_ONCE = 100_000  # of a fingerprint: text of some 10 MB, far below the 2 GB of one string array
 ZIP_URI = r"^https?://[^?]*\.(?i:zip)(\?|$)"  # a web address without its query, in an index that states no kinds
 
@@ -25,9 +29,11 @@ class Entry(NamedTuple):
 
     id: str  # bytes that are not UTF-8 as \xNN
     uri: str  # path or URI of the file that its bytes are in; file:// where a path is not UTF-8
-    kind: str  # of that file: "file" is the image itself; others are in `kinds.KINDS`
+    # of that file: "file" is the image itself; others are in `kinds.KINDS`. Behind "parquet:" stands the column, where
+    # it is not the first of bytes, which was taken before columns were chosen by their names
+    kind: str
     offset: int  # 0 for a file; where a tar's member starts; where a zip's member has its local header; row of a cell
-    # in bytes, compressed in a zip; -1 for a parquet cell; 0 where nobody told: a link that leads nowhere, a listed URI
+    # in bytes, compressed in a zip; below 0 for a parquet cell; 0 where nobody told: a link to nowhere, a listed URI
     length: int
 
 
@@ -37,9 +43,11 @@ class ImageIndex:
 
     Attributes:
         table: columns id, uri, kind (string), offset, length (int64); one row per image.
+        notes: what could not be listed and what was left out; of a piece, since the piece before.
     """
 
     table: pa.Table
+    notes: Notes = field(default_factory=Notes, compare=False)
 
     @classmethod
     def from_table(cls, table: pa.Table) -> ImageIndex:
@@ -75,7 +83,13 @@ class ImageIndex:
 
     def of_kind(self, kind: str) -> np.ndarray:
         """Tell which images lie in files of a kind: (N,) bool."""
-        return pc.equal(self.table["kind"], kind).to_numpy()
+        kinds = self.table["kind"]
+        return pc.or_(pc.equal(kinds, kind), pc.starts_with(kinds, f"{kind}:")).to_numpy()
+
+    def marks(self) -> str:
+        """Hash the marks of the parquet files that images lie in, of their content; "" where they lie in none."""
+        marks = sorted(length for length in self.table["length"].unique().to_pylist() if length < CELL_LENGTH)
+        return hashlib.sha256(repr(marks).encode()).hexdigest() if marks else ""
 
     def fingerprint(self) -> str:
         """Hash the whole index, see `Fingerprint`."""
@@ -85,7 +99,7 @@ class ImageIndex:
 
 
 class Fingerprint:
-    """Sha256 over ids, offsets and lengths in order: the same wherever the folder has been moved to.
+    """Sha256 over ids, offsets and lengths in order: the same wherever the folder has moved, and in every version.
 
     An index may come in pieces, and its value does not depend on how it was cut.
     """
@@ -96,7 +110,8 @@ class Fingerprint:
     def update(self, index: ImageIndex) -> None:
         """Go on with the next piece."""
         for batch in index.table.to_batches(max_chunksize=ROWS_AT_ONCE):
-            numbers = (batch.column(name).cast(pa.string()) for name in ("offset", "length"))
+            lengths = pc.max_element_wise(batch.column("length"), CELL_LENGTH)  # as before there were marks
+            numbers = (column.cast(pa.string()) for column in (batch.column("offset"), lengths))
             lines = pc.binary_join_element_wise(batch.column("id"), *numbers, "\0")
             self._digest.update(_text_of(pc.binary_join_element_wise(lines, "", "\n")))  # one image per line
 

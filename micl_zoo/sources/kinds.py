@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-import contextlib
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from tarfile import TarError
 from typing import NamedTuple
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import pyarrow as pa
 
 from ..errors import SourceError
 from ..images.decode import SUFFIXES
-from . import archives
+from . import archives, parquet
 from .archives import Members
 from .index import Entry, Row
-from .places import File, OpenFiles, as_text, open_binary, to_uri
+from .notes import Notes
+from .parquet import NoImages
+from .places import File, OpenFiles, as_text, to_uri
+from .selection import Selection, read_start
 
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 PACKED_STARTS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-UNREADABLE = (OSError, ValueError, OverflowError, NotImplementedError, TarError, BadZipFile, pa.ArrowException)
+# what a damaged or hostile archive makes its library raise
+UNREADABLE = (
+    *(OSError, ValueError, OverflowError, NotImplementedError, RecursionError, MemoryError, KeyError, IndexError),
+    *(AttributeError, TypeError, EOFError, struct.error, TarError, BadZipFile, ZlibError, pa.ArrowException),
+)
 WANTED = ", ".join(sorted(SUFFIXES))  # the suffixes of images, for people
 
 
 class Kind(NamedTuple):
     """One kind of file. To add one, write its two functions and give it a row in KINDS."""
 
-    name: str  # in the column `kind` of an index
+    name: str  # in the column `kind` of an index, there before ":" if more is to be said
     called: str  # in errors, behind "cannot read … as"
     suffixes: tuple[str, ...]  # of its files' names, in lower case
-    # gives (id, offset, length) for each image of a file, None for each other member. The file's place and name are
-    # UTF-8 text. Raises SourceError or one of UNREADABLE.
-    list: Callable[[File], Members]
+    # gives (id, kind, offset, length) for each image of a file, and notes what else is in it. The file's place and name
+    # are UTF-8 text. Raises SourceError or one of UNREADABLE, also after some images, which stay.
+    list: Callable[[File, Selection], Members]
     # gives the encoded image of an entry. Raises Refused, OSError or pyarrow.ArrowException.
     read: Callable[[OpenFiles, Entry], bytes]
 
 
 KINDS = [  # a folder without images gives the files of the next kind that it has
     Kind("file", "an image", SUFFIXES, archives.list_file, archives.read_file),
-    Kind("parquet", "parquet", (".parquet",), archives.list_parquet, archives.read_cell),
+    Kind("parquet", "parquet", (".parquet",), parquet.list_parquet, parquet.read_cell),
     Kind("tar", "a tar", (".tar",), archives.list_tar, archives.read_member),
     Kind("zip", "a zip", (".zip",), archives.list_zip, archives.read_zipped),
     Kind("tar", "a tar", PACKED_SUFFIXES, archives.list_tar, archives.read_member),  # to be refused by name
@@ -51,38 +59,59 @@ def kind_of(name: str) -> Kind | None:
     return next((kind for kind in KINDS if name.endswith(kind.suffixes)), None)
 
 
-def list_files(kind: Kind, files: Iterable[File]) -> Iterator[Row]:
-    """List the images in files of one kind."""
-    first, count, others, found = "", 0, 0, False
-    for file in files:
+def list_files(files: Iterable[tuple[Kind, File]], selection: Selection) -> Iterator[Row]:
+    """List the images in files, each of its kind.
+
+    A file that cannot be listed, or not to its end, is a problem of the notes. Raises NoImages at the end where no file
+    has images, and SourceError where that is because of problems.
+    """
+    first, count, found = "", 0, False
+    without = list[tuple[File, str]]()
+    for kind, file in files:
         if not (file.place.isascii() and file.name.isascii()):
             file = File(to_uri(file.place), as_text(file.name), file.size)
         uri = file.place
         first, count = first or uri, count + 1
         try:
-            for member in kind.list(file):
-                if member is None:
-                    others += 1
-                else:
-                    found = True
-                    yield member[0], uri, kind.name, member[1], member[2]
-        except SourceError:
-            raise
+            for name, form, offset, length in kind.list(file, selection):
+                found = True
+                yield name, uri, form, offset, length
+        except NoImages as error:
+            without.append((file, str(error)))
+        except SourceError as error:
+            selection.notes.problem(file.name, uri, str(error))
         except UNREADABLE as error:
-            raise _unreadable(uri, kind, error) from None
-    if not found:
-        where = repr(first) + (f" and {count - 1} more" if count > 1 else "")
-        raise SourceError(f"no images in {where}: looked for members ending in {WANTED}, found {others} others")
+            selection.notes.problem(file.name, uri, _unreadable(uri, kind, error))
+    notes = selection.notes
+    if found:
+        for file, why in without:
+            notes.problem(file.name, file.place, why)
+        return
+    if notes.problems:
+        raise nothing(notes)
+    for file, _ in without:
+        notes.other(file.name)
+    if without:
+        raise NoImages(without[0][1] + (f", as {len(without) - 1} more" if len(without) > 1 else ""))
+    where = repr(first) + (f" and {count - 1} more" if count > 1 else "")
+    left = notes.left_out() or "nothing"
+    raise NoImages(f"no images in {where}: looked for members ending in {WANTED}, found {left}")
 
 
-def _unreadable(uri: str, kind: Kind, error: Exception) -> SourceError:
-    start = b""
-    with contextlib.suppress(OSError), open_binary(uri) as file:
-        start = file.read(6)
+def nothing(notes: Notes) -> SourceError:
+    """Make the error of a source of which nothing could be listed."""
+    more = f" So it is with {notes.unlisted - 1:,} more of its entries." if notes.unlisted > 1 else ""
+    return SourceError(notes.problems[0].detail + more)
+
+
+def _unreadable(uri: str, kind: Kind, error: BaseException) -> str:
+    start = read_start(uri)
     for first, packer in PACKED_STARTS.items():
         if start.startswith(first):
-            return SourceError(
+            return (
                 f"{uri!r} is compressed with {packer}, so its members cannot be read one by one: unpack it into "
                 "a folder, or decompress it to a .tar (images are compressed already)"
             )
-    return SourceError(f"cannot read {uri!r} as {kind.called}: {error}. Copy or pack it again.")
+    short = "it needs more memory than there is" if isinstance(error, MemoryError) else type(error).__name__
+    why = str(error) or short
+    return f"cannot read {uri!r} as {kind.called}: {why}. Copy or pack it again."

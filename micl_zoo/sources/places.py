@@ -16,7 +16,9 @@ from ..errors import Refused
 from . import remote
 
 OPEN_ARCHIVES = 100  # kept open by a reader: well below 256, the smallest usual limit of a process
-MAX_BYTES = 1 << 30  # of one image: 89 million pixels of four 16-bit channels, uncompressed, are 716 MB
+MAX_BYTES = 768 << 20  # of one image: 89 million pixels of four 16-bit channels, uncompressed, are 716 MB
+UNSIZED_BYTES = 16 << 20  # of a file whose size is told as 0: those in /proc have no end, or none that is near
+READ_BYTES = 512 << 20  # at once of an archive: the directory of a zip of five million members
 
 Opened = TypeVar("Opened")
 
@@ -54,7 +56,10 @@ def join(folder: str, name: str) -> str:
 
 def as_text(name: str) -> str:
     """Write a name as UTF-8 text, with other bytes as \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    try:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a pair of surrogates, which no name of a file has
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def to_uri(path: str) -> str:
@@ -62,7 +67,7 @@ def to_uri(path: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        return Path(path).as_uri()
+        return as_text(path) if remote.is_remote(path) else Path(path).as_uri()
     return path
 
 
@@ -71,30 +76,59 @@ def to_path(uri: str) -> Path:
     return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)) if uri.lower().startswith("file://") else uri)
 
 
-def open_binary(uri: str) -> BinaryIO:
-    """Open a file to seek and read in, buffered."""
-    if remote.is_remote(uri):
-        return io.BufferedReader(remote.RemoteFile(uri), remote.BLOCK)
-    return to_path(uri).open("rb")
-
-
-def read_whole(uri: str, size: int) -> bytes:
-    """Read a file as it is now, which may be larger than the `size` it had when it was listed."""
-    if remote.is_remote(uri):
-        return remote.read_file(uri, size)
+def open_regular(place: str) -> io.FileIO:
+    """Open a file of this machine; OSError at once where it is a pipe, a socket, a device or a folder."""
+    path = to_path(place)
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
-    with os.fdopen(os.open(to_path(uri), flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise Refused("unreadable", f"{uri} is no regular file")
-        check_bytes(status.st_size)
-        return file.read()
+    if "\0" in str(path) or not stat.S_ISREG(path.stat().st_mode):  # opening some devices does something
+        raise OSError(f"{place} is no regular file")
+    return io.FileIO(os.open(path, flags))
 
 
-def check_bytes(size: int) -> None:
+class _Archive(io.BufferedReader):
+    """A buffered file that reads no more at once than an archive needs: what a header claims may have no end."""
+
+    most = READ_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.most:
+            raise OSError(f"a header claims {size:,} bytes where {self.most:,} at most can be")
+        return super().read(size)
+
+
+def open_binary(uri: str, *, most: int = READ_BYTES) -> BinaryIO:
+    """Open a regular file to seek and read in, buffered, at most so many bytes at once."""
+    raw = remote.RemoteFile(uri) if remote.is_remote(uri) else open_regular(uri)
+    file = _Archive(raw, remote.BLOCK if remote.is_remote(uri) else io.DEFAULT_BUFFER_SIZE)
+    file.most = most
+    return file
+
+
+def read_whole(uri: str, size: int, most: int) -> bytes:
+    """Read a file as it is now, which may be larger than the `size` it had when it was listed; `most` bytes of it."""
+    if remote.is_remote(uri):
+        return remote.read_file(uri, size, most)
+    with io.BufferedReader(open_regular(uri)) as file:
+        there = os.fstat(file.fileno()).st_size
+        check_bytes(there, most)
+        data = file.read((there or min(UNSIZED_BYTES, most)) + 1) or b""
+        if there and len(data) > there:  # it grows while it is read
+            data += file.read(most + 1 - len(data))
+    check_bytes(len(data), most if there else min(UNSIZED_BYTES, most))
+    return data
+
+
+def most_bytes(max_pixels: int) -> int:
+    """Bytes that an image of so many pixels can need, of four 16-bit channels and all that a file has besides."""
+    return max(MAX_BYTES, 8 * max_pixels)
+
+
+def check_bytes(size: int, most: int) -> None:
     """Raise Refused where an image has more bytes than any of a usual size."""
-    if size > MAX_BYTES:
-        raise Refused("too_large", f"no image of a usual size needs more than {MAX_BYTES} bytes: it has {size}")
+    if size > most:
+        raise Refused(
+            "too_large", f"it has more than {most:,} bytes, and no image within the limit of pixels needs more"
+        )
 
 
 def check_length(data: bytes, length: int, uri: str) -> None:
@@ -103,13 +137,21 @@ def check_length(data: bytes, length: int, uri: str) -> None:
         raise Refused("unreadable", f"{uri} is shorter than it was when its members were listed")
 
 
+def open_arrow(uri: str) -> pa.OSFile:
+    """Open a regular file of this machine for pyarrow."""
+    open_regular(uri).close()
+    return pa.OSFile(os.fsencode(to_path(uri)))  # as bytes: pyarrow refuses text that is not UTF-8
+
+
 class OpenFiles:
     """The archives that a reader keeps open.
 
     They are read by position, so a process forked from this one may share them. Remote files are not kept open.
+    `most` is the number of bytes that an image may have, unpacked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most  # bytes of an image
         self._archives: dict[str, pa.OSFile] = {}  # the one used last comes last
         self._last: dict[Callable[[str], Any], tuple[str, Any]] = {}
 
@@ -117,10 +159,10 @@ class OpenFiles:
         """Read `length` bytes from `offset` on, fewer at the end of the file."""
         if remote.is_remote(uri):
             return remote.read_range(uri, offset, length) if length else b""
-        archive = self._archives[uri] = self._archives.pop(uri, None) or pa.OSFile(os.fsencode(to_path(uri)))
+        archive = self._archives[uri] = self._archives.pop(uri, None) or open_arrow(uri)
         if len(self._archives) > OPEN_ARCHIVES:
             del self._archives[next(iter(self._archives))]
-        return bytes(archive.read_at(length, offset))
+        return bytes(archive.read_at(max(0, min(length, archive.size() - offset)), offset))  # it makes room for all
 
     def opened(self, uri: str, open_file: Callable[[str], Opened]) -> Opened:
         """Return what `open_file` makes of a place; the last one is kept for each such function."""

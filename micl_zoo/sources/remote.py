@@ -7,18 +7,23 @@ fsspec is imported when the first URI is met.
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import MiclZooError, SourceError
+from ..errors import MiclZooError, Refused, SourceError
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 WAITS = (0.5, 2.0)  # seconds before the second and the third try
 BLOCK = 1 << 20  # bytes per request of an archive that is being listed: some ten members of 100 kB
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, MiclZooError)  # no use to ask again
+SILENCE_SECONDS = 15.0  # of a web server, after which an answer is given up; not asked again, for it costs as long
+SLOW_SECONDS, SLOW_BYTES = 30.0, 20_000  # an answer may take so long, and a second more per so many bytes
+# no use to ask again
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, MiclZooError, Refused)
+LATE = (TimeoutError, asyncio.TimeoutError)  # two classes before Python 3.11
 
 Answer = TypeVar("Answer")
 
@@ -72,21 +77,60 @@ def describe(uri: str) -> Found:
     return Found(info["type"] == "directory", info.get("size") or 0)
 
 
-def read_file(uri: str, size: int = 0) -> bytes:
-    """Read a whole file, which may have grown since it was listed with `size` bytes (0 if unknown)."""
+def read_file(uri: str, size: int, most: int) -> bytes:
+    """Read a whole file of `most` bytes at most; it had `size` bytes when it was listed, or 0 if nobody told."""
     filesystem, path = _filesystem(uri)
-    start = 0 if size else None  # from byte 0 is one request, where s3fs would first ask how large the file is
-    return _retried(lambda: filesystem.cat_file(path, start=start))
+    if is_web(uri):
+        data = _retried(lambda: _streamed(filesystem, path, {}, most))
+    else:  # from byte 0 is one request, where s3fs would first ask how large the file is
+        data = _retried(lambda: _ranged(filesystem, path, 0, most + 1))
+    if len(data) > most:
+        raise Refused(
+            "too_large", f"{uri} has more than {most:,} bytes, and nothing that is meant to be here needs more"
+        )
+    return data
+
+
+def read_start(uri: str, size: int) -> bytes:
+    """Read the first bytes of a file."""
+    filesystem, path = _filesystem(uri)
+    if is_web(uri):
+        return _retried(lambda: _streamed(filesystem, path, {"Range": f"bytes=0-{size - 1}"}, size))[:size]
+    return _retried(lambda: _ranged(filesystem, path, 0, size))
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """Read `length` bytes from `offset` on, fewer at the end of the file, by one ranged request."""
     filesystem, path = _filesystem(uri)
-    plain = {} if filesystem.async_impl else {"cache_type": "none"}  # else a buffered file reads megabytes ahead
-    data: bytes = _retried(lambda: filesystem.cat_file(path, start=offset, end=offset + length, **plain))
+    if is_web(uri):
+        span = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        data = _retried(lambda: _streamed(filesystem, path, span, length))
+    else:
+        data = _retried(lambda: _ranged(filesystem, path, offset, offset + length))
     if len(data) > length:
-        raise OSError(f"the server of {uri} sends {len(data)} bytes for {length}: it serves no byte ranges")
+        raise OSError(f"the server of {uri} sends more than the {length} bytes asked for: it serves no byte ranges")
     return data
+
+
+def _ranged(filesystem: Any, path: str, start: int, end: int) -> bytes:
+    plain = {} if filesystem.async_impl else {"cache_type": "none"}  # else a buffered file reads megabytes ahead
+    try:
+        return bytes(filesystem.cat_file(path, start=start, end=end, **plain))
+    except Exception as error:
+        if start == 0 and "InvalidRange" in f"{type(error).__name__} {error}":  # how S3 says that a file has no bytes
+            return b""
+        raise
+
+
+def _streamed(filesystem: Any, path: str, headers: dict[str, str], most: int) -> bytes:
+    """Read an answer of a web server up to a little more than `most` bytes, however large or slow it claims to be."""
+    data, begun = bytearray(), time.monotonic()
+    with filesystem.open(path, block_size=0, size=1, headers={"Accept-Encoding": "identity", **headers}) as answer:
+        while len(data) <= most and (piece := answer.read(BLOCK)):
+            data += piece
+            if time.monotonic() - begun > SLOW_SECONDS + len(data) / SLOW_BYTES:
+                raise TimeoutError(f"the server of {path} sends too slowly: {len(data):,} bytes so far")
+    return bytes(data)
 
 
 class RemoteFile(io.RawIOBase):
@@ -129,7 +173,10 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     protocol = scheme[1].lower()
     try:
         kind = fsspec.get_filesystem_class(protocol)
-        return kind(**kind._get_kwargs_from_urls(uri)), kind._strip_protocol(uri)
+        options = kind._get_kwargs_from_urls(uri)
+        if is_web(uri):
+            options["client_kwargs"] = _patience(fsspec.config.conf.get(protocol, {}).get("client_kwargs", {}))
+        return kind(**options), kind._strip_protocol(uri)
     except ImportError as error:
         raise SourceError(
             f"{uri!r} needs a package that is not installed ({error}): pip install 'micl-zoo[remote]' has those of "
@@ -141,6 +188,17 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         raise SourceError(
             f"{uri!r} starts with {protocol}://, which fsspec does not know: s3, gs, https, hf …"
         ) from None
+    except Exception as error:  # each kind of file system has its own
+        raise SourceError(f"cannot use {uri!r}: {type(error).__name__}: {error}") from None
+
+
+def _patience(options: dict[str, Any]) -> dict[str, Any]:
+    import aiohttp
+
+    return {
+        "timeout": aiohttp.ClientTimeout(total=300, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS),
+        **options,
+    }
 
 
 def _retried(action: Callable[[], Answer]) -> Answer:
@@ -152,6 +210,8 @@ def _retried(action: Callable[[], Answer]) -> Answer:
             unreached = isinstance(error.__cause__, OSError)  # how fsspec says that it cannot reach a web server
             if wait is None or not unreached:
                 raise
+        except LATE as error:
+            raise OSError(f"{type(error).__name__}: {str(error) or 'no answer'}") from error
         except Exception as error:
             if wait is None:
                 raise OSError(f"{type(error).__name__} at the third try: {error}") from error

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -206,11 +207,13 @@ class Store:
         for number in self.done():
             yield from _ledger(self._metadata(number).metadata)
 
-    def write_ledger(self) -> int:
-        """Write errors.jsonl from the parts; return its number of lines."""
-        lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in self.refused()]
+    def write_ledger(self, unlisted: Iterable[RefusedRow] = ()) -> int:
+        """Write errors.jsonl from the parts, then what was no image of the index; return how many images are in it."""
+        refused = list(self.refused())
+        rows = itertools.chain(refused, unlisted)
+        lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
         self.folder.write("errors.jsonl", "".join(lines).encode())
-        return len(lines)
+        return len(refused)
 
     @property
     def complete(self) -> bool:

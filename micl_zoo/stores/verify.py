@@ -175,6 +175,7 @@ def _ledger_problems(store: Store) -> list[str]:
         return [f"errors.jsonl is missing; {again}"]
     try:
         lines = [json.loads(line) for line in store.folder.read("errors.jsonl").split(b"\n") if line]
+        lines = [line for line in lines if not (isinstance(line, dict) and line.get("reason") == "listing")]
         ledger = list(store.refused())
     except StoreError:
         return []  # the damaged part is a problem of its own

@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256
-from micl_zoo.sources.archives import open_parquet
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
+from micl_zoo.sources.parquet import open_parquet
 
 from ..corpora import CORPORA
 
@@ -178,7 +178,7 @@ def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list
 
 
 def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offset: int) -> Label:
-    if kind == "parquet":
+    if kind.partition(":")[0] == "parquet":
         if uri not in columns:
             columns[uri] = _label_column(uri)
         return columns[uri][offset]

@@ -29,8 +29,8 @@ from micl_zoo.encoders.device import default_workers
 from micl_zoo.errors import Refused, SourceError
 from micl_zoo.images.decode import decode, decode_crop
 from micl_zoo.images.transform import Filter, statistics
-from micl_zoo.sources.archives import open_parquet, parquet_row_groups
 from micl_zoo.sources.index import ImageIndex
+from micl_zoo.sources.parquet import open_parquet, parquet_row_groups
 from micl_zoo.sources.reader import Reader
 
 from ..micl import draw_views, gather_patches

@@ -94,6 +94,7 @@ def pretrain(
         steps_per_epoch(recipe, len(index))  # a corpus smaller than one batch starts no run
         paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
         facts = {"source": " ".join(paths), "images": len(index), "fingerprint": index.fingerprint()}
+        facts |= {"marks": marks} if (marks := index.marks()) else {}
         if len(set(ranks.gather(facts["fingerprint"]))) > 1:
             raise SourceError("the ranks do not see the same images: give all machines the same data")
         command = command_text(["micl-zoo train", name], [("--data", path) for path in paths], overrides, smoke)

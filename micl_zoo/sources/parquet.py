@@ -1,0 +1,370 @@
+"""Images in the cells of parquet files: which column has them, how rows are listed, and how a cell is read."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import Refused, SourceError
+from . import remote
+from .archives import Members
+from .index import CELL_LENGTH, Entry
+from .places import File, OpenFiles, check_bytes, join, open_arrow, open_binary, read_whole
+from .selection import Selection
+
+IMAGE_NAMES = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "picture",
+    "photo",
+    "pixel_values",
+    "image_bytes",
+    "img_bytes",
+)
+# Columns of bytes that are no pictures, or none to embed: never taken because they are the only ones.
+NOT_IMAGES = re.compile(
+    r"(?i)audio|sound|speech|video|mask|annot|segment|depth|hash|sha\d|md5|crc|digest|embed|latent|label|uuid|thumb|bbox|token"
+)
+HASH_BYTES = 64  # of a column of fixed size: no image is as small
+MOST_ID = 10_000  # letters of an id
+MOST_ROWS = 1_000_000  # that a file may claim however small it is
+BATCH_BYTES, BATCH_ROWS = 64 << 20, 10_000  # unpacked at once
+GROUP_BYTES = 512 << 20  # of rows that are kept at hand
+MOST_GROUP_BYTES, MOST_RATIO = 16 << 30, 200  # of a row group, unpacked, and to its bytes in the file where it is large
+TAIL = 64 << 10  # bytes of the end of a file, at least, that its mark is made of
+MOST_FOOTER = 64 << 20
+
+
+class NoImages(SourceError):
+    """A sound file that has no images: metadata beside those that have."""
+
+
+def list_parquet(file: File, selection: Selection) -> Members:
+    """List the rows of a parquet file; ids are its column of ids, or where there is none `name#row`."""
+    parquet = open_parquet(file.place)
+    schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+    column = image_column(schema, file.place, selection.column)
+    size, mark = _end(file.place)
+    claimed, most = sum(parquet_row_groups(parquet)), max(MOST_ROWS, size)
+    if rows != claimed or not 0 <= rows <= most:
+        raise ValueError(
+            f"its footer claims {rows:,} rows and {claimed:,} in its row groups; {most:,} at most can be in it"
+        )
+    if not rows:
+        raise NoImages(f"{file.place!r} has no rows")
+    own = id_column(schema, file.place, selection.id_column)
+    ids = _own_ids(parquet, own, file) if own else (f"{file.name}#{row}" for row in range(rows))
+    kind = "parquet" if column == _first_column(schema) else f"parquet:{column}"
+    return zip(ids, itertools.repeat(kind), range(rows), itertools.repeat(mark))
+
+
+def _end(uri: str) -> tuple[int, int]:
+    """Measure a file, and make a number below CELL_LENGTH of its end: the footer tells the sizes of all pages."""
+    with open_binary(uri) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        footer = 8 + int.from_bytes(file.read(4), "little")
+        file.seek(max(0, size - min(max(footer, TAIL), MOST_FOOTER)))
+        digest = hashlib.sha256(file.read(MOST_FOOTER)).digest()
+    return size, CELL_LENGTH - 1 - (int.from_bytes(digest[:8], "little") >> 2)
+
+
+def id_column(schema: pa.Schema, uri: str, asked: str | None) -> str | None:
+    """Find the column of ids: the one that is asked for, or `id` if its cells can be text; "none" is none."""
+    if asked == "none":
+        return None
+    name = asked or "id"
+    at = schema.get_all_field_indices(name)
+    if len(at) == 1 and not pa.types.is_nested(schema.field(at[0]).type):
+        return name
+    if asked:
+        raise SourceError(
+            f"{uri!r} has no column of ids {asked!r}: it has {_some(schema.names)}; 'none' names images by their rows"
+        )
+    return None
+
+
+def _own_ids(parquet: pq.ParquetFile, column: str, file: File) -> Iterator[str]:
+    """Read a column of ids; `name#row` stands where a cell is empty, or far too long."""
+    first = 0
+    for batch in _batches(parquet, file.place, range(parquet.num_row_groups), column):
+        cells = batch.column(batch.schema.get_field_index(column))
+        cells = cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
+        for row, text in enumerate(_texts(cells), first):
+            yield text if text and len(text) <= MOST_ID else f"{file.name}#{row}"
+        first += len(cells)
+
+
+def _texts(cells: pa.Array) -> list[str | None]:
+    try:
+        return list(cells.cast(pa.string()).to_pylist())
+    except (UnicodeDecodeError, pa.ArrowInvalid):  # bytes that are not UTF-8
+        raw = cells.cast(pa.binary()).to_pylist()
+        return [None if one is None else one.decode("utf-8", "backslashreplace") for one in raw]
+
+
+def read_cell(files: OpenFiles, entry: Entry) -> bytes:
+    """Read a cell of a parquet file: its bytes, or where it has none the file beside the parquet that it names."""
+    key = f"{entry.uri}\0{entry.kind.partition(':')[2]}"
+    return files.opened(key, _Cells).read(entry.offset, files.most)
+
+
+class _Cells:
+    """The images of an open parquet file by row; the row group, or slice of a large one, that was read last is kept."""
+
+    def __init__(self, key: str) -> None:
+        """Open a file; the key is its place, a NUL, and the column or nothing."""
+        uri, _, column = key.partition("\0")
+        self.uri, self.file = uri, open_parquet(uri)
+        self.column = column or _first_column(self.file.schema_arrow)
+        if self.column not in self.file.schema_arrow.names:
+            raise Refused(
+                "unreadable", f"{uri} has no column of images {self.column or ''!r}, which it had when it was listed"
+            )
+        self.starts = [0, *itertools.accumulate(parquet_row_groups(self.file))]
+        self.group, self.first = -1, 0  # of the cells at hand: their row group, their first row in it
+        self.cells: list[pa.Array] = []
+        self.ends: list[int] = []  # of each array of cells, counted from the first
+        self.rest: Iterator[pa.RecordBatch] = iter(())  # of the row group, behind the cells
+
+    def read(self, row: int, most: int) -> bytes:
+        """Return the bytes of a cell, `most` at most."""
+        if row >= self.starts[-1]:
+            raise Refused("unreadable", f"row {row} is past the end of {self.uri} ({self.starts[-1]} rows)")
+        group = bisect_right(self.starts, row) - 1
+        inside = row - self.starts[group]
+        try:
+            if group != self.group or inside < self.first:
+                self.load(group)
+            while inside >= self.first + self.ends[-1]:
+                self.advance()
+        except (pa.ArrowException, OSError) as error:
+            self.group = -1
+            if (
+                isinstance(error, pa.ArrowMemoryError | MemoryError)
+                or remote.is_remote(self.uri)
+                or error_number(error)
+            ):
+                raise
+            raise Refused("damaged", f"row group {group} of {self.uri} does not unpack: {error}") from None
+        at = bisect_right(self.ends, inside - self.first)
+        cells = self.cells[at]
+        return self.bytes_of(cells, inside - self.first - (self.ends[at] - len(cells)), most)
+
+    def load(self, group: int) -> None:
+        """Read a row group, as far as it is kept at hand."""
+        unpacked, packed = _size(self.file, group, self.column)
+        if unpacked > MOST_GROUP_BYTES or (unpacked > GROUP_BYTES and unpacked > MOST_RATIO * packed):
+            raise Refused("too_large", f"row group {group} of {self.uri} unpacks to {unpacked:,} bytes from {packed:,}")
+        self.rest, self.first = _batches(self.file, self.uri, [group], self.column), 0
+        self.cells, self.ends = [], []
+        self.group = group
+        self.take()
+
+    def advance(self) -> None:
+        """Go on to the next slice of a large row group."""
+        self.first += self.ends[-1]
+        self.cells, self.ends = [], []
+        self.take()
+
+    def take(self) -> None:
+        size = 0
+        for batch in self.rest:
+            cells = batch.column(batch.schema.get_field_index(self.column))
+            size += cells.nbytes
+            self.cells.append(cells)
+            self.ends.append(len(cells) + (self.ends[-1] if self.ends else 0))
+            if size > GROUP_BYTES:
+                return
+        if not self.ends:
+            raise pa.ArrowInvalid("it ends before its last row")
+
+    def bytes_of(self, cells: pa.Array, at: int, most: int) -> bytes:
+        """Turn a cell into bytes, whatever way they are kept."""
+        path = None
+        if pa.types.is_struct(cells.type):
+            if not cells.is_valid()[at].as_py():
+                raise Refused("empty", "the parquet cell is null")
+            if cells.type.get_field_index("path") >= 0:
+                path = cells.field("path")[at].as_py()
+            cells = cells.field("bytes")
+        value = cells[at]
+        if value.is_valid and _is_numbers(cells.type):
+            check_bytes(len(value), most)
+            if value.values.null_count:
+                raise Refused("damaged", "the parquet cell has numbers that are null in its list of bytes")
+            return bytes(value.values.to_numpy(zero_copy_only=False).tobytes())
+        found = value.as_py()
+        if found is None and isinstance(path, str) and path:
+            return self.beside(path, most)
+        if found is None:
+            raise Refused("empty", "the parquet cell is null")
+        if not isinstance(found, bytes):
+            raise Refused("not_an_image", f"the parquet cell has {cells.type} where the bytes of an image should be")
+        check_bytes(len(found), most)
+        return found
+
+    def beside(self, path: str, most: int) -> bytes:
+        """Read the file that a cell without bytes names."""
+        if remote.SCHEME.match(path):  # nobody asked for what is at an address in a table
+            raise Refused(
+                "unreadable", f"the parquet cell has no bytes, and names {path!r}: give such addresses as a list"
+            )
+        try:
+            return read_whole(join(self.uri.rpartition("/")[0], path), 0, most)
+        except ValueError as error:
+            raise Refused("unreadable", f"the parquet cell has no bytes, and names {path!r}: {error}") from None
+
+
+def error_number(error: Exception) -> int | None:
+    """Return the system's number of an error, None where it is one of the content."""
+    return getattr(error, "errno", None)
+
+
+def open_parquet(uri: str) -> pq.ParquetFile:
+    """Open a parquet file of an index; checksums of its pages, where it has them, are verified."""
+    source = pa.PythonFile(open_binary(uri), mode="r") if remote.is_remote(uri) else open_arrow(uri)
+    return pq.ParquetFile(source, page_checksum_verification=True)
+
+
+def parquet_row_groups(file: pq.ParquetFile) -> list[int]:
+    """Return the rows of each row group."""
+    return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+
+
+def _chunks(file: pq.ParquetFile, group: int, column: str) -> list[pq.ColumnChunkMetaData]:
+    """Find the chunks of a column."""
+    row_group = file.metadata.row_group(group)
+    names = [file.schema.column(leaf).path for leaf in range(len(file.schema.names))]
+    wanted = [leaf for leaf, path in enumerate(names) if path == column or path.startswith(f"{column}.")]
+    return [row_group.column(leaf) for leaf in wanted]
+
+
+def _size(file: pq.ParquetFile, group: int, column: str) -> tuple[int, int]:
+    """Bytes of a column in a row group, unpacked and as they lie in the file, by its footer."""
+    chunks = _chunks(file, group, column)
+    return sum(one.total_uncompressed_size for one in chunks), sum(one.total_compressed_size for one in chunks)
+
+
+def _batches(file: pq.ParquetFile, uri: str, groups: Iterable[int], column: str) -> Iterator[pa.RecordBatch]:
+    """Read a column in slices of so few rows that none takes much memory, whatever is in them."""
+    for group in groups:
+        rows, unpacked = max(1, file.metadata.row_group(group).num_rows), _size(file, group, column)[0]
+        each = max(1, unpacked // rows)
+        if rows * unpacked > GROUP_BYTES:  # all rows may be the one value of a page that they are looked up in
+            each = max(
+                [each, *(_looked_up(uri, one) for one in _chunks(file, group, column) if one.has_dictionary_page)]
+            )
+        size = max(1, min(BATCH_ROWS, BATCH_BYTES // each))
+        yield from file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False)
+
+
+def _looked_up(uri: str, chunk: pq.ColumnChunkMetaData) -> int:
+    """Read from its header what the page that values are looked up in unpacks to."""
+    with open_binary(uri) as file:
+        file.seek(max(0, chunk.dictionary_page_offset or 0))
+        header = file.read(16)
+    found, at = [0, 0], 0  # its type and its size: the first two fields, in Thrift's compact protocol
+    for field in range(2):
+        if header[at : at + 1] != b"\x15":  # the next field, a whole number
+            return int(chunk.total_uncompressed_size)
+        for shift, byte in enumerate(header[at + 1 :]):
+            found[field] |= (byte & 127) << (7 * shift)
+            if byte < 128:
+                break
+        at += 2 + shift
+    return found[1] >> 1
+
+
+def _first_column(schema: pa.Schema) -> str:
+    """Find the first column of bytes, or struct that has them, as versions did that knew no names; "" for none."""
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        of_datasets = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        if of_datasets or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            return str(name)
+    return ""
+
+
+def _is_numbers(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return lists and (pa.types.is_uint8(kind.value_type) or pa.types.is_int8(kind.value_type))
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    """Tell whether cells of a type can be encoded images."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _has_bytes(kind.storage_type)
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and (_has_bytes(kind.field(at).type) or pa.types.is_null(kind.field(at).type))
+    if pa.types.is_dictionary(kind):
+        return _has_bytes(kind.value_type)
+    if pa.types.is_fixed_size_binary(kind):
+        return kind.byte_width > HASH_BYTES
+    view = getattr(pa.types, "is_binary_view", lambda _: False)(kind)
+    return view or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_numbers(kind)
+
+
+def image_column(schema: pa.Schema, uri: str, asked: str | None = None) -> str:
+    """Find the column of encoded images: as asked, by what `datasets` wrote of it, by its name, or the only one.
+
+    Raises SourceError with the columns that could be meant where none is, or several are, and NoImages where none can.
+    """
+    names = [str(name) for name in schema.names]
+    can = [name for name, kind in zip(names, schema.types, strict=True) if _has_bytes(kind) and names.count(name) == 1]
+    if asked is not None:
+        if asked in can:
+            return asked
+        raise SourceError(f"{uri!r} has no column of encoded images {asked!r}: those that can be are {_some(can)}")
+    features = _features(schema)
+    told = [name for name in can if features.get(name) == "Image"]
+    left = told or [name for name in can if features.get(name) in (None, "Value") and not NOT_IMAGES.search(name)]
+    for wanted in IMAGE_NAMES:
+        if named := [name for name in left if name.lower() == wanted]:
+            return named[0]
+    if len(left) == 1:
+        return left[0]
+    if can:
+        raise SourceError(
+            f"{uri!r} has no column that is the images for sure: {_some(can)} can be; say which by --column (column=)"
+        )
+    text = [
+        n
+        for n, kind in zip(names, schema.types, strict=True)
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    ]
+    odd = f"; the bytes of {text[0]!r} are {schema.field(text[0]).type.field('bytes').type}" if text else ""
+    raise NoImages(
+        f"{uri!r} has no column of encoded images (binary or struct with `bytes`): it has {_some(names)}{odd}"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 20:,} more" if len(names) > 20 else ""
+    return f"{list(names[:20])}{more}"
+
+
+def _features(schema: pa.Schema) -> dict[str, str]:
+    """Read the types of columns that `datasets` wrote beside them: Image, Audio, Value …"""
+    try:
+        told: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {
+            name: str(feature["_type"])
+            for name, feature in told.items()
+            if isinstance(feature, dict) and "_type" in feature
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # none, or no such; the columns speak for themselves

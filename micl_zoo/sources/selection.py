@@ -1,0 +1,186 @@
+"""Selection: which files of a source are taken, by what was asked for, their endings and their first bytes."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from ..errors import SourceError
+from ..images.decode import SUFFIXES
+from . import remote
+from .notes import Notes
+from .places import File, open_regular, suffix_of
+
+# Left out unless asked for: thumbnails and trash of NAS, desktops, cameras and macOS archives. Names that begin with a
+# dot, such as .thumbnails, .Trash-1000 and ._photo.jpg, are left out in any case.
+EXCLUDED = (
+    *("@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "$RECYCLE.BIN", "RECYCLER", "lost+found"),
+    *("System Volume Information", "Thumbs.db", "ehthumbs*.db", "desktop.ini", "*.thm", "*.lrdata"),
+    *("__MACOSX", "Network Trash Folder", "Temporary Items", "iPod Photo Cache"),
+)
+# Endings of files that are no images, so that they need not be opened to see it.
+OTHERS = frozenset(
+    (
+        *(".txt", ".lst", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".toml", ".ini"),
+        *(".md", ".rst", ".html", ".htm", ".css", ".js", ".py", ".pyc", ".sh", ".c", ".h", ".cpp", ".ipynb", ".log"),
+        *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".mp3", ".wav", ".flac", ".m4a", ".ogg", ".aae", ".xmp", ".db"),
+        *(".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".ttf", ".svg", ".exe", ".dll", ".so", ".sqlite"),
+        *(
+            ".npy",
+            ".npz",
+            ".pt",
+            ".pth",
+            ".pkl",
+            ".safetensors",
+            ".onnx",
+            ".h5",
+            ".hdf5",
+            ".mat",
+            ".arrow",
+            ".tfrecord",
+        ),
+        *(".tar", ".zip", ".parquet", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lmdb", ".mdb", ".lock"),
+        *(
+            ".cls",
+            ".cls2",
+            ".label",
+            ".labels",
+            ".cap",
+            ".caption",
+            ".key",
+            ".url",
+            ".pyd",
+            ".index",
+            ".sha256",
+            ".md5",
+        ),
+    )
+)
+START = 32  # bytes of a file that tell what it is
+REMOTE_STARTS = 1000  # of files of a listing whose first bytes are asked for: each is a request
+
+
+class Selection:
+    """Says what of a source is taken, and keeps the notes of its listing.
+
+    Args:
+        exclude: patterns as a shell's, of names and of paths below the source; what fits one is left out.
+        default_exclude: leave out EXCLUDED, too.
+        column: column of the images in parquet files; None finds it.
+        id_column: column of ids in parquet files; None is `id` where there is one, "none" is the number of the row.
+    """
+
+    def __init__(
+        self,
+        exclude: Sequence[str] = (),
+        *,
+        default_exclude: bool = True,
+        column: str | None = None,
+        id_column: str | None = None,
+    ) -> None:
+        self.column, self.id_column = column, id_column
+        self.notes = Notes()
+        self._asked = re.compile("|".join(map(fnmatch.translate, exclude))) if exclude else None
+        usual = "|".join(map(fnmatch.translate, EXCLUDED if default_exclude else ()))
+        self._usual = re.compile(usual or r"(?!)", re.IGNORECASE)
+        self._starts = 0  # of remote files that were looked at
+
+    def take_notes(self) -> Notes:
+        """Give out the notes since the last call."""
+        notes, self.notes = self.notes, Notes()
+        return notes
+
+    def asked_out(self, path: str) -> bool:
+        """Tell whether a pattern that was given excludes a path below the source, or a name in it; count it if so."""
+        if self._asked is None or not any(map(self._asked.match, (path, *path.split("/")))):
+            return False
+        self.notes.skipped["excluded"] += 1
+        return True
+
+    def out(self, name: str, path: str) -> bool:
+        """Tell whether a name that was found is excluded, at a path whose folders are not; count it if so."""
+        out = self._usual.match(name) or (self._asked and (self._asked.match(name) or self._asked.match(path)))
+        if out:
+            self.notes.skipped["excluded"] += 1
+        return bool(out)
+
+    def hides(self, name: str) -> bool:
+        """Tell whether a folder of this name is left out, by whatever rule."""
+        return name[:1] == "." or bool(self._usual.match(name) or (self._asked and self._asked.match(name)))
+
+    def member_out(self, member: str) -> bool:
+        """Tell whether a member of an archive is hidden or excluded, or in a folder that is; count it if so."""
+        names = member.split("/")
+        if any(name[:1] == "." and name not in (".", "..") for name in names):
+            self.notes.skipped["hidden"] += 1
+            return True
+        if any(map(self._usual.match, names)):
+            self.notes.skipped["excluded"] += 1
+            return True
+        return self.asked_out(member)
+
+    def file_out(self, name: str) -> bool:
+        """Tell whether a file is excluded, whose folders are not; count it if so. No usual pattern fits an image."""
+        if self._asked is None and name.lower().endswith(SUFFIXES):
+            return False
+        return self.out(name.rpartition("/")[2], name)
+
+    def is_image(self, file: File) -> bool:
+        """Tell whether a file is an image: by its ending, or by its first bytes where that says nothing."""
+        if file.name.lower().endswith(SUFFIXES):
+            return True
+        if suffix_of(file.name) in OTHERS:
+            return False
+        if remote.is_remote(file.place):
+            self._starts += 1
+            if self._starts > REMOTE_STARTS:
+                return False
+        return starts_as_image(read_start(file.place))
+
+    @contextmanager
+    def telling(self, name: str, place: str) -> Iterator[None]:
+        """Make a SourceError about one entry a problem."""
+        try:
+            yield
+        except SourceError as error:
+            self.notes.problem(name, place, str(error))
+
+
+def read_start(place: str, size: int = START) -> bytes:
+    """Read the first bytes of a file; none where it cannot be read."""
+    try:
+        if remote.is_remote(place):
+            return remote.read_start(place, size)
+        with open_regular(place) as file:
+            return file.read(size) or b""
+    except (OSError, ValueError):
+        return b""
+
+
+def member_is_image(member: str, read: BinaryIO | None) -> bool:
+    """Tell whether a member of an archive is an image; `read` is at its first byte, None where that is not known."""
+    if member.lower().endswith(SUFFIXES):
+        return True
+    return read is not None and suffix_of(member) not in OTHERS and starts_as_image(read.read(START))
+
+
+def starts_as_image(data: bytes) -> bool:
+    """Recognise the formats of `decode.FORMATS` by their first bytes; TGA has no such mark."""
+    if data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")):
+        return True
+    if data[4:8] == b"ftyp":
+        brands = {data[at : at + 4] for at in range(8, len(data) - 3, 4)}
+        return bool(brands & {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+    return (
+        (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+        or (data[:2] == b"BM" and data[6:10] == b"\0\0\0\0" and data[14:18] in _BMP_HEADERS)
+        or data.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"))
+        or (data[:4] == b"\0\0\1\0" and data[4:6] != b"\0\0" and data[9:10] == b"\0")
+        or re.match(rb"P[1-6fF][ \t\r\n]", data) is not None
+    )
+
+
+_BMP_HEADERS = [size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)]
