@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -182,8 +185,9 @@ def serve(tree: Path) -> Iterator[Callable[..., str]]:
     pytest.importorskip("aiohttp")
     servers = []
 
-    def start(kind: type[http.server.SimpleHTTPRequestHandler] = Ranges) -> str:
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(tree))))
+    def start(kind: Any = Ranges, *, folder: bool = True) -> str:
+        handler = functools.partial(kind, directory=str(tree)) if folder else kind
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"
 
@@ -241,11 +245,11 @@ def test_lists_in_s3_and_of_it(s3: Callable[[str], str], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("empty", r"no images in 's3://pictures/empty': .*found 1 other files \(1 \.md\)"),
+        ("empty", r"no images in 's3://pictures/empty': .*found 1 other files \(\.md 1\)"),
         ("nothing/here", "no such source: 's3://pictures/nothing/here'"),
         ("nothing.jpg", r"no such source: 's3://pictures/nothing\.jpg'"),
         ("tars/t-{02..03}.tar", r"the glob 's3://pictures/tars/t-03\.tar', which .* asks for, matches no file"),
-        ("photos/*.webp", r"matches no file: looked in 's3://pictures/photos', where it met 3 other files \(2 \.jpg, "),
+        ("photos/*.webp", r"matches no file: looked in 's3://pictures/photos', where it met 3 other files \(\.jpg 2, "),
         ("gone.tar", r"cannot read 's3://pictures/gone\.tar' as a tar"),
     ],
 )
@@ -370,9 +374,65 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SourceError, match="starts with nope://, which fsspec does not know"):
         index_source("nope://bucket/a.jpg")
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    for action in (lambda: index_source("s3://b/x/"), lambda: Reader().read(Entry("a", "s3://b/a.jpg", "file", 0, 1))):
-        with pytest.raises(SourceError, match=re.escape("pip install 'micl-zoo[remote]'")):
-            action()
+    with pytest.raises(SourceError, match=re.escape("pip install 'micl-zoo[remote]'")):
+        index_source("s3://b/x/")
+    with pytest.raises(Refused, match=re.escape("pip install 'micl-zoo[remote]'")):  # may pass: it is no verdict on it
+        Reader().read(Entry("a", "s3://b/a.jpg", "file", 0, 1))
+
+
+@pytest.mark.parametrize("uri", ["s3://", "http://[::1", "reference://x", "dir://", "github://a:b@c/d.png"])
+def test_an_address_that_cannot_be_used_costs_its_own_line(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(remote, "WAITS", ())
+    with pytest.raises(Refused, match="unreadable"):
+        Reader().read(Entry("a", uri, "file", 0, 0))
+
+
+class Hostile(http.server.BaseHTTPRequestHandler):
+    """Answers without end, claims what no server has, packs gigabytes into kilobytes, or says nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(1 << 50))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        what = self.path.rpartition("/")[2]
+        if what.startswith("hang"):
+            time.sleep(3)
+            return
+        self.send_response(206 if what.startswith("range") else 200)
+        if what.startswith("gzip"):
+            self.send_header("Content-Encoding", "gzip")
+        if not what.startswith("endless"):
+            self.send_header("Content-Length", str(1 << 50))
+        self.end_headers()
+        block = gzip.compress(bytes(10 << 20)) if what.startswith("gzip") else bytes(1 << 20)
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(block)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ["endless", "claims", "gzip", "range", "hang"])
+@pytest.mark.parametrize("ending", ["", ".jpg", ".csv", ".jsonl", ".tar", ".zip", ".parquet"])
+def test_a_hostile_web_server_costs_little(
+    name: str, ending: str, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "WAITS", ())
+    monkeypatch.setattr(remote, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("micl_zoo.sources.lists.LIST_BYTES", 5 << 20)
+    monkeypatch.setattr("micl_zoo.sources.places.MAX_BYTES", 5 << 20)
+    pytest.importorskip("fsspec").get_filesystem_class("http").clear_instance_cache()
+    uri = f"{serve(Hostile, folder=False)}/{name}{ending}"
+    with pytest.raises((SourceError, Refused)):
+        Reader().read(index_source(uri)[0])
+
 
 
 def test_a_remote_file_seeks_and_reads_like_any_other(tree: Path) -> None:

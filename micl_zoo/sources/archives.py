@@ -49,10 +49,13 @@ def list_tar(file: File, selection: Selection) -> Members:
         open_binary(file.place, most=HEADER_BYTES) as data,
         tarfile.open(fileobj=data, mode="r:", encoding="utf-8", errors="surrogateescape") as tar,
     ):
+        end = data.seek(0, os.SEEK_END)
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # else a kilobyte per member stays in memory
             if member.size < 0:
                 raise tarfile.ReadError(f"the size of {member.name!r} is negative")
+            if member.isreg() and member.offset_data + member.size > end:
+                raise tarfile.ReadError(f"unexpected end of data in {member.name!r}")
             inside = member.name.removeprefix("./")
             if _tar_image(file, member, inside, data, selection):
                 text = inside.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -105,19 +108,19 @@ def read_member(files: OpenFiles, entry: Entry) -> bytes:
 def list_zip(file: File, selection: Selection) -> Members:
     """List the images in a zip; ids are `name#member`."""
     with open_binary(file.place) as data, zipfile.ZipFile(data) as archive:
-        members = archive.infolist()
+        members, end = archive.infolist(), data.seek(0, os.SEEK_END)
         if any(member.header_offset < 0 for member in members):
             raise zipfile.BadZipFile("its directory points before its start")
         for member in members:
             inside = member.filename.removeprefix("./")
-            if _zip_image(file, member, inside, archive, selection):
+            if _zip_image(file, member, inside, archive, selection, end):
                 yield f"{file.name}#{inside}", "zip", member.header_offset, member.compress_size
 
 
 def _zip_image(
-    file: File, member: zipfile.ZipInfo, inside: str, archive: zipfile.ZipFile, selection: Selection
+    file: File, member: zipfile.ZipInfo, inside: str, archive: zipfile.ZipFile, selection: Selection, end: int
 ) -> bool:
-    """Tell whether a member is an image; what is not is noted."""
+    """Tell whether a member is an image; what is not is noted. `end` is the size of the zip."""
     if member.is_dir() or selection.member_out(inside):
         return False
     can = not member.flag_bits & 1 and member.compress_type in (STORED, DEFLATED)
@@ -125,6 +128,8 @@ def _zip_image(
         selection.notes.skipped["links in archives"] += 1
     elif not (member_is_image(inside, None) or (can and _starts(archive, member, inside))):
         selection.notes.other(inside)
+    elif member.header_offset + member.compress_size > end:
+        _problem(selection, file, inside, "is said to lie past its end: copy or pack it again")
     elif member.flag_bits & 1:
         _problem(selection, file, inside, "is encrypted: unpack it, or pack it without a password")
     elif not can:

@@ -112,6 +112,7 @@ def _unreadable(uri: str, kind: Kind, error: BaseException) -> str:
                 f"{uri!r} is compressed with {packer}, so its members cannot be read one by one: unpack it into "
                 "a folder, or decompress it to a .tar (images are compressed already)"
             )
-    short = "it needs more memory than there is" if isinstance(error, MemoryError) else type(error).__name__
-    why = str(error) or short
+    why = str(error) or type(error).__name__
+    if isinstance(error, RecursionError | MemoryError):
+        why = "it is nested too deep" if isinstance(error, RecursionError) else "it needs more memory than there is"
     return f"cannot read {uri!r} as {kind.called}: {why}. Copy or pack it again."

@@ -12,6 +12,7 @@ import io
 import re
 import time
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import MiclZooError, Refused, SourceError
@@ -124,11 +125,11 @@ def _ranged(filesystem: Any, path: str, start: int, end: int) -> bytes:
 
 def _streamed(filesystem: Any, path: str, headers: dict[str, str], most: int) -> bytes:
     """Read an answer of a web server up to a little more than `most` bytes, however large or slow it claims to be."""
-    data, begun = bytearray(), time.monotonic()
+    data, begun = bytearray(), monotonic()
     with filesystem.open(path, block_size=0, size=1, headers={"Accept-Encoding": "identity", **headers}) as answer:
         while len(data) <= most and (piece := answer.read(BLOCK)):
             data += piece
-            if time.monotonic() - begun > SLOW_SECONDS + len(data) / SLOW_BYTES:
+            if monotonic() - begun > SLOW_SECONDS + len(data) / SLOW_BYTES:
                 raise TimeoutError(f"the server of {path} sends too slowly: {len(data):,} bytes so far")
     return bytes(data)
 
