@@ -434,7 +434,6 @@ def test_a_hostile_web_server_costs_little(
         Reader().read(index_source(uri)[0])
 
 
-
 def test_a_remote_file_seeks_and_reads_like_any_other(tree: Path) -> None:
     pytest.importorskip("fsspec").filesystem("memory").pipe_file("/numbers", bytes(range(100)))
     file = remote.RemoteFile("memory://numbers")

@@ -16,6 +16,7 @@ from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from conftest import picture
 from damaged import encoded
 from PIL import Image
 
-from micl_zoo.errors import Refused, SourceError, UsageError
+from micl_zoo.errors import Refused, SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import Summary, extract
 from micl_zoo.images.decode import FORMATS, SUFFIXES, _formats, decode
 from micl_zoo.sources import archives, globs
@@ -34,10 +35,12 @@ from micl_zoo.sources import parquet as tables
 from micl_zoo.sources.index import Entry, Fingerprint, ImageIndex
 from micl_zoo.sources.kinds import KINDS, Kind
 from micl_zoo.sources.listing import index_source, list_source
+from micl_zoo.sources.notes import Notes
 from micl_zoo.sources.places import File, OpenFiles
 from micl_zoo.sources.reader import Reader
 from micl_zoo.sources.selection import Selection, starts_as_image
 from micl_zoo.stores.store import open_store
+from micl_zoo.stores.verify import verify
 
 
 def jpeg(seed: int) -> bytes:
@@ -739,3 +742,391 @@ def test_a_folder_lists_whatever_decode_reads(tmp_path: Path) -> None:
     assert sorted(ids(tmp_path)) == sorted(f"a{suffix}" for suffix in SUFFIXES)
     picture(3).save(tmp_path / "picture.ppm")
     assert decode(Reader().read(index_source(tmp_path / "picture.ppm")[0])).size == picture(3).size
+
+
+def notes_of(source: object, **options: Any) -> Notes:
+    return index_source(source, **options).notes  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jpg", "/*/*.jpg"])
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
+def test_a_folder_that_cannot_be_read_does_not_end_the_others(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, pattern: str, error: OSError
+) -> None:
+    folder = image_folder(2)
+    for name in ("locked", "below/locked"):
+        (folder / name).mkdir()
+    scan = os.scandir
+
+    def scandir(place: str) -> Any:
+        if place.endswith("locked"):
+            raise error
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    index = index_source(f"{folder}{pattern}")
+    assert index.ids[-1] == "below/001.jpg"
+    assert ("locked", str(folder / "locked")) in [problem[:2] for problem in index.notes.problems]
+    assert "cannot read the folder" in index.notes.problems[0].detail
+    (folder / "000.jpg").unlink()
+    (folder / "below/001.jpg").unlink()
+    with pytest.raises(SourceError, match=r"cannot read the folder .*locked|matches no file"):
+        index_source(f"{folder}{pattern}")
+
+
+def test_one_bad_archive_and_one_bad_member_cost_themselves(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"1.jpg": jpeg(0)})
+    tar(tmp_path / "b.tar.gz", {"2.jpg": jpeg(0)}, mode="w:gz")
+    (tmp_path / "c.tar").write_bytes(b"no tar" * 200)
+    assert index_source(tmp_path).ids == ["a.tar#1.jpg"]
+    assert [problem.id for problem in notes_of(tmp_path).problems] == ["b.tar.gz", "c.tar"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("good.jpg", "odd.jpg", "secret.jpg"):
+            archive.writestr(name, jpeg(1), zipfile.ZIP_BZIP2 if name == "odd.jpg" else zipfile.ZIP_STORED)
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.rindex(b"PK\1\2") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(data)
+    index = index_source(tmp_path / "a.zip")
+    assert index.ids == ["a.zip#good.jpg"]
+    assert [problem.id for problem in index.notes.problems] == ["a.zip#odd.jpg", "a.zip#secret.jpg"]
+
+
+def test_metadata_beside_images_is_told_and_beside_tars_is_left_out(tmp_path: Path) -> None:
+    parquet(tmp_path / "a/1.parquet", 2)
+    pq.write_table(pa.table({"url": ["x"], "status": ["y"]}), tmp_path / "a/0.parquet")
+    index = index_source(tmp_path / "a")
+    assert index.ids == ["1.parquet#0", "1.parquet#1"]
+    assert [problem.id for problem in index.notes.problems] == ["0.parquet"]
+    tar(tmp_path / "b/0.tar", {"1.jpg": jpeg(0), "1.json": b"{}"})
+    pq.write_table(pa.table({"url": ["x"], "status": ["y"]}), tmp_path / "b/0.parquet")
+    (tmp_path / "b/0_stats.json").write_text("{}")
+    index = index_source(tmp_path / "b")
+    assert index.ids == ["0.tar#1.jpg"]
+    assert index.notes.as_dict()["others"] == {".json": 2, ".parquet": 1}
+    assert not index.notes.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "good"),
+    [
+        ("a.csv", "id,path\n1,a.jpg\n2,\n3\n4,b.jpg\n", ["1", "4"]),
+        ("a.csv", "path\n" + "a" * 200_000 + "\nb.jpg\n", ["b.jpg"]),
+        ("a.tsv", "path\tlabel\na.jpg\tcat\n\tdog\n", ["a.jpg"]),
+        ("a.jsonl", '{"path": "a.jpg"}\n{"path": 3}\n[]\n{\n{"path": "b.jpg", "id": true}\n', ["a.jpg"]),
+        ("a.jsonl", '{"path": ' + "[" * 200_000 + '\n{"path": "a.jpg", "id": 7}\n', ["7"]),
+        ("a.jsonl", r'{"path": "\ud800.jpg"}' + "\n" + r'{"path": "a\u0000.jpg"}' + '\n{"path": "a.jpg"}', ["a.jpg"]),
+        ("a.json", '{"images": [{"file_name": "a.jpg", "id": 1}, {"id": 2}]}', ["1"]),
+        ("a.json", '["a.jpg", 7, "b.jpg"]', ["a.jpg", "b.jpg"]),
+        ("a.txt", "caf\udce9.jpg\na\0b.jpg\nfile:///x%00y\na.jpg\n", ["a.jpg"]),
+    ],
+)
+def test_a_row_without_a_path_costs_itself(tmp_path: Path, name: str, text: str, good: list[str]) -> None:
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    index = index_source(tmp_path / name)
+    assert index.ids == good
+    assert index.notes.problems
+    assert all(re.match(rf"{name}#[0-9]+$", problem.id) for problem in index.notes.problems)
+
+
+@pytest.mark.parametrize("name", ["list.7z", "a.docx", "a.rar", "a.csv.gz", "a.mp4", "a.xml", "empty", "odd.bin"])
+def test_a_wrong_source_is_told_as_such_and_leaves_nothing(tmp_path: Path, name: str, encoder_folder: Path) -> None:
+    starts = {"list.7z": b"7z\xbc\xaf\x27\x1c", "a.docx": b"PK\3\4", "a.rar": b"Rar!", "a.csv.gz": b"\x1f\x8b"}
+    (tmp_path / name).write_bytes(b"" if name == "empty" else starts.get(name, b"text") + bytes(100))
+    with pytest.raises(SourceError, match="is no image, list or archive that can be read"):
+        extract(tmp_path / name, tmp_path / "out", weights=encoder_folder, workers=0)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_what_is_excluded_is_counted(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = image_folder(2)
+    for name in ("@eaDir/a.jpg", "below/lost+found/b.jpg", "#recycle/c.jpg", "d_small.jpg", "clip.THM", "thumbs.db"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(jpeg(3))
+    (folder / ".hidden").mkdir()
+    assert ids(f"{folder}/**/*.jpg") == ["000.jpg", "below/001.jpg", "d_small.jpg"]
+    index = index_source(folder)
+    assert index.ids == ["000.jpg", "d_small.jpg", "below/001.jpg"]
+    assert index.notes.skipped == {"excluded": 5, "hidden": 1}
+    assert index_source(folder, exclude=["*_small.*", "below"]).ids == ["000.jpg"]
+    assert index_source(folder, exclude=["below/*"]).ids == ["000.jpg", "d_small.jpg"]
+    assert len(index_source(folder, default_exclude=False)) == 7  # the camera's thumbnail is a JPEG by its first bytes
+    assert ids(f"{folder}/@eaDir/*.jpg") == ["a.jpg"]  # what is named is taken
+    members = {"a.jpg": jpeg(0), "__MACOSX/b.jpg": b"", "x/@eaDir/c.jpg": b"", "._d.jpg": b"", "e_small.jpg": b""}
+    for archive in (tar(tmp_path / "a.tar", members), zipped(tmp_path / "a.zip", members)):
+        index = index_source(archive, exclude=["*_small*"])
+        assert index.ids == [f"{archive.name}#a.jpg"]
+        assert index.notes.skipped == {"excluded": 3, "hidden": 1}
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM", "ICO", "AVIF"])
+def test_files_and_members_without_a_known_ending_are_sniffed(tmp_path: Path, form: str) -> None:
+    if form not in _formats():
+        pytest.skip(f"this Pillow has no {form}")
+    data = encoded(picture(1), form)
+    assert starts_as_image(data)
+    images = dict.fromkeys(("no ending", "photo.jpg?w=640", "a.jpg_large", "a.bin"), data)
+    others = {"notes": b"text of no image", "P": b"Python", "BM.x": b"BMW is no bitmap, as all know", "fake.txt": data}
+    (tmp_path / "folder").mkdir()
+    for name, content in (images | others).items():
+        (tmp_path / "folder" / name).write_bytes(content)
+    assert sorted(ids(tmp_path / "folder")) == sorted(images)
+    assert notes_of(tmp_path / "folder").others == {"no ending": 2, ".x": 1, ".txt": 1}
+    for archive in (tar(tmp_path / "a.tar", images | others), zipped(tmp_path / "a.zip", images | others)):
+        assert ids(archive) == [f"{archive.name}#{name}" for name in images]
+        assert notes_of(archive).others.total() == 4
+
+
+def test_links_to_folders_are_followed_once_and_never_in_a_circle(tmp_path: Path) -> None:
+    for name in ("pool/cat/1.jpg", "pool/cat/2.jpg", "pool/dog/1.jpg", "set/bird/1.jpg", "set/.store/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(0))
+    links = {"cat": "../pool/cat", "again": "bird", "up": "..", "bird/self": ".", "shown": ".store", "gone": "nowhere"}
+    for name, target in links.items():
+        (tmp_path / "set" / name).symlink_to(target)
+    (tmp_path / "pool/cat/back").symlink_to("../cat")
+    (tmp_path / "pool/cat/home").symlink_to("../../set")
+    expected = ["bird/1.jpg", "cat/1.jpg", "cat/2.jpg", "shown/3.jpg"]
+    for source in (tmp_path / "set", f"{tmp_path}/set/**/*.jpg"):
+        assert ids(source) == expected
+        assert notes_of(source).skipped.total() >= 4
+    assert ids(tmp_path / "set/cat")[:2] == ["1.jpg", "2.jpg"]
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two/all").symlink_to("../pool")
+    (tmp_path / "two/cat").symlink_to("../pool/cat")
+    assert [name for name in ids(tmp_path / "two") if "home" not in name] == [
+        "all/cat/1.jpg",
+        "all/cat/2.jpg",
+        "all/dog/1.jpg",
+    ]
+
+
+def test_a_folder_of_links_that_double_is_listed_once(tmp_path: Path) -> None:
+    for level in range(30):  # 2^30 ways lead to the last
+        (tmp_path / f"pool/{level}").mkdir(parents=True)
+        for side in "ab":
+            (tmp_path / f"pool/{level}/{side}").symlink_to(f"../{level + 1}")
+    (tmp_path / "pool/30").mkdir()
+    (tmp_path / "pool/30/x.jpg").write_bytes(jpeg(0))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/first").symlink_to("../pool/0")
+    assert len(ids(tmp_path / "in")) == 1
+
+
+IMAGE = {"bytes": b"", "path": ""}
+SAMPLE = [b"\xff\xd8\xffone", b"\xff\xd8\xfftwo"]
+
+
+def write_columns(path: Path, told: dict[str, str] | None = None, **columns: Any) -> Path:
+    table = pa.table(columns)
+    if told:
+        info = {"info": {"features": {name: {"_type": kind} for name, kind in told.items()}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(table, path)
+    return path
+
+
+def read_all(source: object, **options: Any) -> list[bytes]:
+    return [Reader().read(entry) for entry in index_source(source, **options).entries()]  # type: ignore[arg-type]
+
+
+MASKS = [b"mask 1", b"mask 2"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"mask": MASKS, "image": SAMPLE}, {}),
+        ({"annotation": [{"bytes": b, "path": None} for b in MASKS], "Image": SAMPLE}, {}),
+        ({"audio": [{"bytes": b, "path": None} for b in MASKS], "scan": SAMPLE}, {}),
+        ({"sha256": MASKS, "content": SAMPLE}, {}),
+        ({"key": pa.array([b"a" * 16] * 2, pa.binary(16)), "content": SAMPLE}, {}),
+        ({"left": MASKS, "right": SAMPLE}, {"left": "Audio", "right": "Image"}),
+        ({"label_map": MASKS, "picture": SAMPLE}, {"label_map": "Image", "picture": "Image"}),
+        ({"a.b": MASKS, "image": SAMPLE, "image.path": ["x", "y"]}, {}),
+    ],
+)
+def test_the_column_of_images_is_never_the_first_by_chance(
+    tmp_path: Path, columns: dict[str, Any], told: dict[str, str]
+) -> None:
+    path = write_columns(tmp_path / "a.parquet", told, **columns)
+    assert read_all(path) == SAMPLE
+
+
+def test_where_two_columns_could_be_images_they_are_named(tmp_path: Path) -> None:
+    path = write_columns(tmp_path / "a.parquet", left=MASKS, right=SAMPLE)
+    with pytest.raises(SourceError, match=r"\['left', 'right'\] can be; say which by --column"):
+        index_source(path)
+    assert read_all(path, column="right") == SAMPLE
+    assert read_all(path, column="left") == MASKS
+    with pytest.raises(SourceError, match=r"no column of encoded images 'wrong': those that can be are \['left'"):
+        index_source(path, column="wrong")
+    for only in ({"audio": MASKS}, {"mask": MASKS}, {"phash": MASKS}, {"embedding": MASKS}):
+        with pytest.raises(SourceError, match="say which by --column"):
+            index_source(write_columns(tmp_path / "b.parquet", **only))
+    with pytest.raises(SourceError, match="has no column of ids 'name'"):
+        index_source(path, column="left", id_column="name")
+
+
+def test_cells_are_bytes_in_every_way_that_parquet_keeps_them(tmp_path: Path) -> None:
+    plain = pa.array(SAMPLE)
+    views = [plain.cast(pa.binary_view())] if hasattr(pa, "binary_view") else []
+    wide = [cell.ljust(100, b"\0") for cell in SAMPLE]
+    kinds = [plain.cast(pa.large_binary()), plain.dictionary_encode(), *views]
+    kinds += [
+        pa.array([list(cell) for cell in SAMPLE], kind) for kind in (pa.list_(pa.uint8()), pa.large_list(pa.uint8()))
+    ]
+    kinds += [pa.StructArray.from_arrays([one], ["bytes"]) for one in kinds]
+    for kind in kinds:
+        assert read_all(write_columns(tmp_path / "a.parquet", image=kind)) == SAMPLE, kind.type
+    assert read_all(write_columns(tmp_path / "b.parquet", image=pa.array(wide, pa.binary(100)))) == wide
+    for odd in (pa.array([{"bytes": "text"}]), pa.array([{"bytes": 7}]), pa.array([{"bytes": [1, 300]}])):
+        with pytest.raises(SourceError, match=r"the bytes of 'image' are (string|int64|list)"):
+            index_source(write_columns(tmp_path / "c.parquet", image=odd))
+    with pytest.raises(SourceError, match="has no rows"):
+        index_source(write_columns(tmp_path / "d.parquet", image=pa.array([], pa.binary())))
+
+
+def test_a_cell_without_bytes_is_the_file_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg(0))
+    paths = ["x.jpg", str(tmp_path / "x.jpg"), "gone.jpg", None, "https://example.org/x.jpg", "a\0b"]
+    cells = pa.array(
+        [{"bytes": None, "path": path} for path in paths], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    first, second, *others = index_source(write_columns(tmp_path / "a.parquet", image=cells)).entries()
+    assert Reader().read(first) == Reader().read(second) == jpeg(0)
+    reasons = []
+    for entry in others:
+        with pytest.raises(Refused) as caught:
+            Reader().read(entry)
+        reasons.append(caught.value.reason)
+    assert reasons == ["unreadable", "empty", "unreadable", "unreadable"]
+
+
+def test_a_parquet_with_other_content_is_noticed_and_one_of_an_earlier_index_is_not(
+    tmp_path: Path, encoder_folder: Path
+) -> None:
+    source, out = parquet(tmp_path / "a.parquet", 3), tmp_path / "out"
+    run: dict[str, Any] = {"weights": encoder_folder, "workers": 0}
+    extract(source, out, **run)
+    whole = index_source(source)
+    assert extract(source, out, **run).shards_before == 1
+    table = pq.read_table(out / "index/part-00000.parquet")
+    earlier = table.set_column(4, "length", pa.array([-1] * 3))
+    pq.write_table(earlier, out / "index/part-00000.parquet")
+    assert extract(source, out, **run).shards_before == 1  # it is not known to be another, and is marked from now on
+    assert verify(out, sample=0).problems == []
+    parquet(source, 3, first=7)
+    assert index_source(source).fingerprint() == whole.fingerprint()
+    assert index_source(source).marks() != whole.marks()
+    with pytest.raises(StoreError, match="its file other content"):
+        extract(source, out, **run)
+
+
+def test_damaged_pages_of_a_parquet_are_found(tmp_path: Path) -> None:
+    cells = [os.urandom(1000) for _ in range(4)]
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet", write_page_checksum=True, compression="none")
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    index = index_source(tmp_path / "a.parquet")
+    data[data.index(cells[2]) + 500] ^= 1
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(Refused, match=r"damaged: row group 0 of .* does not unpack"):
+        Reader().read(index[2])
+
+
+def test_bombs_in_parquet_are_read_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "GROUP_BYTES", 4 << 20)
+    monkeypatch.setattr(tables, "BATCH_BYTES", 2 << 20)
+    same = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array([bytes(1 << 20)]))
+    pq.write_table(pa.table({"image": same}), tmp_path / "a.parquet", compression="zstd")  # 500 MB in 1 kB
+    before = pa.total_allocated_bytes()
+    reader, index = Reader(), index_source(tmp_path / "a.parquet")
+    for row in (0, 499, 250):
+        assert reader.read(index[row]) == bytes(1 << 20)
+        assert pa.total_allocated_bytes() - before < 30 << 20
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
+    pq.write_table(pa.table({"image": [bytes(1 << 20)] * 20}), tmp_path / "b.parquet", **options)
+    with pytest.raises(Refused, match=r"too_large: row group 0 of .* unpacks to"):
+        Reader().read(index_source(tmp_path / "b.parquet")[0])
+    rows = [os.urandom(1 << 20) for _ in range(12)]  # a large row group that is none: read in slices, in any order
+    pq.write_table(pa.table({"image": rows}), tmp_path / "c.parquet", **options)
+    reader, index = Reader(), index_source(tmp_path / "c.parquet")
+    assert [reader.read(index[row]) for row in (0, 7, 3, 11, 10)] == [rows[row] for row in (0, 7, 3, 11, 10)]
+
+
+@pytest.mark.parametrize("pattern", ["{1..9999}" * 4, "{1..99999999}", "{a,b}" * 60, "{5..1}", "{" * 3000 + "1..2}"])
+def test_braces_without_end_are_an_error_at_once(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(SourceError):
+        index_source(f"{tmp_path}/{pattern}.jpg")
+
+
+def test_many_folders_named_by_braces_are_looked_up_not_compared(tmp_path: Path) -> None:
+    for number in (7, 20_000):
+        (tmp_path / f"{number:05d}").mkdir()
+        (tmp_path / f"{number:05d}/a.jpg").touch()
+    with pytest.raises(SourceError, match="matches no file"):
+        index_source(f"{tmp_path}/{{00000..20000}}/*.jpg")
+    with pytest.raises(SourceError, match="globs at once"):
+        index_source(f"{tmp_path}/{{00000..20000}}*")
+
+
+@pytest.mark.parametrize(
+    "place", ["a\0b", "a" * 5000, "a/" * 3000, "*" * 3000, "\udc80/*.jpg", "file:///%00", "file://%ff"]
+)
+def test_odd_places_are_not_there(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError):
+        index_source(place)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("name", ["a.tar", "a.zip", "a.parquet", "odd"])
+def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SourceError):
+        index_source(tmp_path)
+    with pytest.raises(SourceError, match="is no regular file"):
+        index_source(tmp_path / name)
+    tar(tmp_path / "good.tar", {"a.jpg": b""})
+    if name == "a.tar":
+        assert [problem.id for problem in notes_of(tmp_path).problems] == ["a.tar"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+def test_files_of_the_kernel_are_refused_in_little_time(tmp_path: Path) -> None:
+    places = ["/proc/self/pagemap", "/proc/kcore", "/proc/self/mem", "/dev/zero", "/dev/null", "/", "/proc/kmsg"]
+    (tmp_path / "list.txt").write_text("\n".join(places))
+    for entry in index_source(tmp_path / "list.txt").entries():
+        with pytest.raises(Refused):
+            decode(Reader().read(entry))
+
+
+def header(size: int, kind: bytes, name: bytes = b"x.jpg") -> bytes:
+    block = bytearray(512)
+    block[: len(name)], block[156:157], block[257:265] = name, kind, b"ustar\x0000"
+    block[124:136] = b"\x80" + size.to_bytes(11, "big") if size >= 0 else (256**12 + size).to_bytes(12, "big")
+    block[148:156] = b"%06o\0 " % (256 + sum(block))
+    return bytes(block)
+
+
+@pytest.mark.parametrize("size", [-512, 8 << 30, 1 << 50, 1 << 60, 1 << 80])
+@pytest.mark.parametrize("kind", [b"0", b"L", b"K", b"x", b"g", b"S", b"1", b"7"])
+def test_headers_of_tars_that_claim_what_is_not_there(tmp_path: Path, kind: bytes, size: int) -> None:
+    (tmp_path / "a.tar").write_bytes(header(size, kind) + bytes(2048))
+    with pytest.raises(SourceError):
+        index_source(tmp_path / "a.tar")
+
+
+def test_headers_without_end(tmp_path: Path) -> None:
+    for kind in (b"x", b"L"):
+        (tmp_path / "a.tar").write_bytes(header(0, kind) * 5000 + bytes(1024))
+        with pytest.raises(SourceError, match="it is nested too deep"):
+            index_source(tmp_path / "a.tar")
+
+
+def test_a_raised_limit_of_pixels_allows_more_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("micl_zoo.sources.places.MAX_BYTES", 1000)
+    (tmp_path / "a.jpg").write_bytes(bytes(2000))
+    entry = index_source(tmp_path / "a.jpg")[0]
+    with pytest.raises(Refused, match="too_large"):
+        Reader().read(entry)
+    assert len(Reader(max_pixels=1000).read(entry)) == 2000

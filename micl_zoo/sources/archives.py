@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 from ..errors import Refused
+from ..images.decode import SUFFIXES
 from .index import Entry
 from .places import File, OpenFiles, check_bytes, check_length, open_binary, read_whole, to_path
 from .selection import Selection, member_is_image
@@ -54,7 +55,7 @@ def list_tar(file: File, selection: Selection) -> Members:
             tar.members = []  # type: ignore[attr-defined]  # else a kilobyte per member stays in memory
             if member.size < 0:
                 raise tarfile.ReadError(f"the size of {member.name!r} is negative")
-            if member.isreg() and member.offset_data + member.size > end:
+            if member.isreg() and not member.issparse() and member.offset_data + member.size > end:
                 raise tarfile.ReadError(f"unexpected end of data in {member.name!r}")
             inside = member.name.removeprefix("./")
             if _tar_image(file, member, inside, data, selection):
@@ -73,10 +74,9 @@ def _tar_image(file: File, member: tarfile.TarInfo, inside: str, data: BinaryIO,
         selection.notes.skipped["special files"] += 1
     elif member.issparse():
         _problem(selection, file, inside, "is a sparse file: pack it again without --sparse")
+    elif member_is_image(inside, data, member.offset_data):
+        return True
     else:
-        data.seek(member.offset_data)
-        if member_is_image(inside, data):
-            return True
         selection.notes.other(inside)
     return False
 
@@ -126,7 +126,7 @@ def _zip_image(
     can = not member.flag_bits & 1 and member.compress_type in (STORED, DEFLATED)
     if stat.S_ISLNK(member.external_attr >> 16):
         selection.notes.skipped["links in archives"] += 1
-    elif not (member_is_image(inside, None) or (can and _starts(archive, member, inside))):
+    elif not (inside.lower().endswith(SUFFIXES) or (can and _starts(archive, member, inside))):
         selection.notes.other(inside)
     elif member.header_offset + member.compress_size > end:
         _problem(selection, file, inside, "is said to lie past its end: copy or pack it again")
@@ -143,7 +143,7 @@ def _zip_image(
 def _starts(archive: zipfile.ZipFile, member: zipfile.ZipInfo, inside: str) -> bool:
     try:
         with archive.open(member) as data:
-            return member_is_image(inside, data)  # type: ignore[arg-type]
+            return member_is_image(inside, data, 0)  # type: ignore[arg-type]
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return False  # damaged, and by its name no image either
 

@@ -160,11 +160,14 @@ def read_start(place: str, size: int = START) -> bytes:
         return b""
 
 
-def member_is_image(member: str, read: BinaryIO | None) -> bool:
-    """Tell whether a member of an archive is an image; `read` is at its first byte, None where that is not known."""
+def member_is_image(member: str, data: BinaryIO, start: int) -> bool:
+    """Tell whether a member of an archive is an image; its first byte is at `start` of the data."""
     if member.lower().endswith(SUFFIXES):
         return True
-    return read is not None and suffix_of(member) not in OTHERS and starts_as_image(read.read(START))
+    if suffix_of(member) in OTHERS:
+        return False
+    data.seek(start)
+    return starts_as_image(data.read(START))
 
 
 def starts_as_image(data: bytes) -> bool:
