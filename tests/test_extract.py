@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import picture
+from damaged import encoded
 from PIL import Image
 
 import micl_zoo
+from micl_zoo.cli import main
 from micl_zoo.encoders.device import resolve_precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import Interrupted, MiclZooError, SourceError, StoreError, UsageError
@@ -441,7 +445,7 @@ def test_an_error_in_the_middle_of_the_source_keeps_what_came_before(
 ) -> None:
     index, out = micl_zoo.index_source(image_folder(10)), tmp_path / "s"
 
-    def pieces(_: object) -> Iterator[ImageIndex]:
+    def pieces(_: object, **__: object) -> Iterator[ImageIndex]:
         yield index.slice(0, 4)
         yield index.slice(4, 2)
         raise SourceError("the tar is damaged")
@@ -462,7 +466,7 @@ def test_the_first_images_are_embedded_while_the_others_are_listed(
 ) -> None:
     index, out, seen = micl_zoo.index_source(image_folder(6)), tmp_path / "s", []
 
-    def pieces(_: object) -> Iterator[ImageIndex]:
+    def pieces(_: object, **__: object) -> Iterator[ImageIndex]:
         yield index.slice(0, 4)
         deadline = time.monotonic() + 100
         while not (out / "part-00001.parquet").exists() and time.monotonic() < deadline:
@@ -701,3 +705,56 @@ def test_what_runs_where_is_said(image_folder: Callable[..., Path], encoder_fold
     extract(image_folder(2), tmp_path / "s", workers=1, precision="fp16", **options)
     assert said[0] == "vit_ti16.tin200 on cpu: torch in fp16, batches of 16, 1 process decoding"
     assert "several times slower" in said[1]
+
+
+def test_what_could_not_be_listed_has_its_line_is_counted_and_told(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    tars, out = tmp_path / "tars", tmp_path / "out"
+    tars.mkdir()
+    for name, data in (("a.tar", 10), ("b.tar", 2)):
+        with tarfile.open(tars / name, "w") as archive:
+            archive.add(image_folder(data, name), arcname=".")
+    whole = (tars / "a.tar").read_bytes()
+    (tars / "a.tar").write_bytes(whole[: len(whole) // 2])
+    (tars / "notes.txt").write_text("x")
+    words = ["extract", str(tars), "-o", str(out), "--weights", str(encoder_folder), "--workers", "0"]
+    for strict, code in ((), 0), (("--strict",), 3):  # listed again, and found again, by every run
+        done = CliRunner().invoke(main, [*words, *strict])
+        assert done.exit_code == code, done.output
+        assert "1 could not be listed; left out: 1 other files (.txt 1)" in done.output
+        (line,) = ledger(out)
+        assert (line["id"], line["uri"], line["reason"]) == ("a.tar", str(tars / "a.tar"), "listing")
+        assert "unexpected end of data" in line["detail"]
+    assert micl_zoo.verify(out, sample=0).problems == []
+    told = json.loads(CliRunner().invoke(main, [*words, "--json", "--quiet"]).stdout.splitlines()[-1])
+    assert told["notes"] == {"unlisted": 1, "others": {".txt": 1}, "skipped": {}, "renamed": {}}
+    (tars / "a.tar").write_bytes(whole)
+    done = CliRunner().invoke(main, [*words, "--only-missing", "--strict"])
+    assert (done.exit_code, ledger(out)) == (0, [])
+    assert len(micl_zoo.open_store(out)) == 12
+
+
+def test_the_column_is_part_of_the_index(encoder_folder: Path, tmp_path: Path) -> None:
+    cells = [[encoded(picture(seed + n), "PNG") for n in range(3)] for seed in (0, 10)]
+    pq.write_table(pa.table({"left": cells[0], "right": cells[1]}), tmp_path / "a.parquet")
+    options: dict[str, Any] = {"weights": encoder_folder, "workers": 0, "precision": "fp32"}
+    rows = {}
+    for name in ("left", "right"):
+        summary = extract(tmp_path / "a.parquet", tmp_path / name, column=name, **options)
+        rows[name] = summary.store.embeddings
+        assert f"--column {name}" in summary.store.manifest.command
+    assert not np.allclose(rows["left"], rows["right"])
+    with pytest.raises(StoreError, match="has another size or column"):
+        extract(tmp_path / "a.parquet", tmp_path / "left", column="right", **options)
+
+
+def test_training_and_evaluation_hear_of_what_was_not_listed(
+    image_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    folder = image_folder(2)
+    (tmp_path / "list.txt").write_text("images/000.jpg\na\0b\n")
+    assert len(micl_zoo.index_source([folder, tmp_path / "list.txt"])) == 3
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "1 could not be listed" in record.getMessage()

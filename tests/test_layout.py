@@ -195,6 +195,7 @@ def test_the_command_line_imports_lightly() -> None:
     }
     light |= {"typing"}
     own = ("micl_zoo._version", "micl_zoo.cli", "micl_zoo.errors", "micl_zoo.encoders.zoo", "micl_zoo.encoders.device")
+    own += ("micl_zoo.sources.names",)
     for module, file in modules().items():
         if module.startswith("micl_zoo.cli"):
             outside = {one.full for one in imports(module, file) if not one.inside and not one.typing}

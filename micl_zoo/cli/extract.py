@@ -9,7 +9,7 @@ import click
 
 from ..encoders.device import BACKENDS, PRECISIONS, Pool
 from ..encoders.zoo import DEFAULT
-from ..sources.selection import EXCLUDED
+from ..sources.names import EXCLUDED
 from . import _options as opt
 
 REFUSED_EXIT_CODE = 3

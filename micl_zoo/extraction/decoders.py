@@ -235,7 +235,9 @@ def _decode_into(
             middle = time.perf_counter()
             pixels[place] = decode_pixels(data, transform, decoding)
         except Refused as error:
-            refused[place] = error
+            refused[place] = Refused(
+                error.reason, error.detail
+            )  # without the frames, which hold the bytes of the image
         except (MemoryError, OSError, ValueError) as error:  # past decoding: a picture too odd to resize
             refused[place] = Refused("damaged", f"{type(error).__name__}: {error}")
         end = time.perf_counter()

@@ -130,7 +130,7 @@ def _compare(store: Store, number: int, index: ImageIndex) -> None:
     """Raise unless a shard still has the images it had; write their places anew where they moved."""
     before = store.shard(number)
     known = pc.not_equal(before.table["length"].combine_chunks(), CELL_LENGTH)  # what an earlier version did not mark
-    for name in ("kind", "id", "offset", "length"):
+    for name in ("id", "offset", "length", "kind"):
         mine, theirs = before.table[name].combine_chunks(), index.table[name].combine_chunks()
         if name == "length" and len(mine) == len(theirs):
             mine = pc.if_else(known, mine, pc.if_else(pc.less(theirs, 0), theirs, mine))

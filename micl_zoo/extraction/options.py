@@ -58,7 +58,7 @@ class ExtractOptions:
         column: column of the images in parquet files; None finds it, see `index_source`.
         id_column: column of ids in parquet files; None is `id` where there is one, "none" names images by their rows.
         exclude: patterns of names and of paths below the source that are left out, such as "*_small.jpg".
-        default_exclude: leave out thumbnails and trash of cameras, NAS and desktops, too, see `selection.EXCLUDED`.
+        default_exclude: leave out thumbnails and trash of cameras, NAS and desktops, too, see `sources.names`.
         limit: embed only the first images of the source.
         only_missing: add the images that the store lacks; those it has may be gone from the source.
         overwrite: delete the embeddings in the output first.

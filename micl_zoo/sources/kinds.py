@@ -100,8 +100,8 @@ def list_files(files: Iterable[tuple[Kind, File]], selection: Selection) -> Iter
 
 def nothing(notes: Notes) -> SourceError:
     """Make the error of a source of which nothing could be listed."""
-    more = f" So it is with {notes.unlisted - 1:,} more of its entries." if notes.unlisted > 1 else ""
-    return SourceError(notes.problems[0].detail + more)
+    first, more = notes.problems[0].detail, notes.unlisted - 1
+    return SourceError(f"{first.rstrip('.')}; {more:,} more could not be listed" if more else first)
 
 
 def _unreadable(uri: str, kind: Kind, error: BaseException) -> str:

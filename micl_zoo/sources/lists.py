@@ -69,7 +69,9 @@ def _tsv(text: TextIO) -> Rows:
 
 def _json_lines(text: TextIO) -> Rows:
     for number, line in enumerate(_bounded(text), 1):
-        if line.strip():
+        if line.endswith("\0"):
+            yield number, _Odd(f"is longer than {LINE:,} letters")
+        elif line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:

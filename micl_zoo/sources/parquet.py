@@ -346,7 +346,9 @@ def image_column(schema: pa.Schema, uri: str, asked: str | None = None) -> str:
         for n, kind in zip(names, schema.types, strict=True)
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     ]
-    odd = f"; the bytes of {text[0]!r} are {schema.field(text[0]).type.field('bytes').type}" if text else ""
+    twice = [name for name in IMAGE_NAMES if names.count(name) > 1]
+    odd = f"; {twice[0]!r} is there {names.count(twice[0])} times" if twice else ""
+    odd += f"; the bytes of {text[0]!r} are {schema.field(text[0]).type.field('bytes').type}" if text else ""
     raise NoImages(
         f"{uri!r} has no column of encoded images (binary or struct with `bytes`): it has {_some(names)}{odd}"
     )
