@@ -136,7 +136,7 @@ class _Cells:
             )
         self.starts = [0, *itertools.accumulate(parquet_row_groups(self.file))]
         self.group, self.first = -1, 0  # of the cells at hand: their row group, their first row in it
-        self.cells: list[pa.Array] = []
+        self.cells: list[tuple[pa.Array, pa.Array | None]] = []  # their bytes, and their paths if there are any
         self.ends: list[int] = []  # of each array of cells, counted from the first
         self.rest: Iterator[pa.RecordBatch] = iter(())  # of the row group, behind the cells
 
@@ -161,8 +161,8 @@ class _Cells:
                 raise
             raise Refused("damaged", f"row group {group} of {self.uri} does not unpack: {error}") from None
         at = bisect_right(self.ends, inside - self.first)
-        cells = self.cells[at]
-        return self.bytes_of(cells, inside - self.first - (self.ends[at] - len(cells)), most)
+        cells, paths = self.cells[at]
+        return self.bytes_of(cells, paths, inside - self.first - (self.ends[at] - len(cells)), most)
 
     def load(self, group: int) -> None:
         """Read a row group, as far as it is kept at hand."""
@@ -183,24 +183,20 @@ class _Cells:
     def take(self) -> None:
         size = 0
         for batch in self.rest:
-            cells = batch.column(batch.schema.get_field_index(self.column))
-            size += cells.nbytes
-            self.cells.append(cells)
+            cells, paths = batch.column(batch.schema.get_field_index(self.column)), None
+            cells, size = getattr(cells, "storage", cells), size + cells.nbytes  # of an extension type
+            if pa.types.is_struct(cells.type):
+                paths = cells.field("path") if cells.type.get_field_index("path") >= 0 else None
+                cells = cells.field("bytes")
+            self.cells.append((cells, paths))
             self.ends.append(len(cells) + (self.ends[-1] if self.ends else 0))
             if size > GROUP_BYTES:
                 return
         if not self.ends:
             raise pa.ArrowInvalid("it ends before its last row")
 
-    def bytes_of(self, cells: pa.Array, at: int, most: int) -> bytes:
+    def bytes_of(self, cells: pa.Array, paths: pa.Array | None, at: int, most: int) -> bytes:
         """Turn a cell into bytes, whatever way they are kept."""
-        path = None
-        if pa.types.is_struct(cells.type):
-            if not cells.is_valid()[at].as_py():
-                raise Refused("empty", "the parquet cell is null")
-            if cells.type.get_field_index("path") >= 0:
-                path = cells.field("path")[at].as_py()
-            cells = cells.field("bytes")
         value = cells[at]
         if value.is_valid and _is_numbers(cells.type):
             check_bytes(len(value), most)
@@ -208,14 +204,15 @@ class _Cells:
                 raise Refused("damaged", "the parquet cell has numbers that are null in its list of bytes")
             return bytes(value.values.to_numpy(zero_copy_only=False).tobytes())
         found = value.as_py()
-        if found is None and isinstance(path, str) and path:
-            return self.beside(path, most)
-        if found is None:
-            raise Refused("empty", "the parquet cell is null")
-        if not isinstance(found, bytes):
+        if isinstance(found, bytes):
+            check_bytes(len(found), most)
+            return found
+        if found is not None:
             raise Refused("not_an_image", f"the parquet cell has {cells.type} where the bytes of an image should be")
-        check_bytes(len(found), most)
-        return found
+        path = None if paths is None else paths[at].as_py()
+        if not isinstance(path, str) or not path:
+            raise Refused("empty", "the parquet cell is null")
+        return self.beside(path, most)
 
     def beside(self, path: str, most: int) -> bytes:
         """Read the file that a cell without bytes names."""
