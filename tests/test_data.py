@@ -26,7 +26,7 @@ from torch import Tensor
 
 from micl_zoo.errors import SourceError
 from micl_zoo.images.decode import decode
-from micl_zoo.sources import archives
+from micl_zoo.sources import parquet as parquet_file
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
 from micl_zoo.sources.reader import Reader
@@ -551,13 +551,13 @@ def test_no_row_group_is_read_twice_for_a_share_of_a_batch(
         parquet(tmp_path / "rows" / f"{name}.parquet", [jpeg(n) for n in range(20)], group=4)
     index = index_source(tmp_path / "rows")
     loads: Counter[tuple[str, int]] = Counter()
-    load = archives._Cells.load
+    load = parquet_file._Cells.load
 
     def counted(cells: Any, group: int) -> None:
         load(cells, group)
         loads[cells.uri, group] += 1
 
-    monkeypatch.setattr(archives._Cells, "load", counted)
+    monkeypatch.setattr(parquet_file._Cells, "load", counted)
     for step in range(7):
         for world in (1, 2):
             loads.clear()
