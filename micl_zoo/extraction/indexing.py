@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ..errors import StoreError
 from ..progress import Tick
-from ..sources.index import CELL_LENGTH, Fingerprint, ImageIndex
+from ..sources.index import Fingerprint, ImageIndex
 from ..sources.notes import Notes
 from ..stores.store import Store
 from .options import ExtractOptions
@@ -128,12 +128,11 @@ def _cut(pieces: Iterator[ImageIndex], rows: int) -> Iterator[ImageIndex]:
 
 def _compare(store: Store, number: int, index: ImageIndex) -> None:
     """Raise unless a shard still has the images it had; write their places anew where they moved."""
-    before = store.shard(number)
-    known = pc.not_equal(before.table["length"].combine_chunks(), CELL_LENGTH)  # what an earlier version did not mark
+    there = before = store.shard(number)
+    if len(before) == len(index):
+        before = before.marked_as(index)
     for name in ("id", "offset", "length", "kind"):
         mine, theirs = before.table[name].combine_chunks(), index.table[name].combine_chunks()
-        if name == "length" and len(mine) == len(theirs):
-            mine = pc.if_else(known, mine, pc.if_else(pc.less(theirs, 0), theirs, mine))
         if mine.equals(theirs):
             continue
         shared = min(len(mine), len(theirs))
@@ -141,7 +140,7 @@ def _compare(store: Store, number: int, index: ImageIndex) -> None:
         row = shared if unlike < 0 else unlike
         ids = [table["id"][row].as_py() if row < len(table) else None for table in (before.table, index.table)]
         raise _other(store, number, row, *ids)
-    if any(before.table[name].combine_chunks() != index.table[name].combine_chunks() for name in ("uri", "length")):
+    if any(there.table[name].combine_chunks() != index.table[name].combine_chunks() for name in ("uri", "length")):
         store.write_index(number, index)
 
 
