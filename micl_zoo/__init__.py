@@ -6,7 +6,7 @@
     rows = encoder.embed(["a.jpg", "b.jpg"])  # (2, D)
     micl_zoo.extract("photos/", "embeddings")
 
-Importing this package imports neither torch nor timm: names whose modules do are resolved when they are used.
+Importing this package imports nothing: names are resolved when they are used.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .encoders.zoo import Record, list_models
-from .errors import (
-    ExportError,
-    Interrupted,
-    MiclZooError,
-    Refused,
-    SourceError,
-    StoreError,
-    TrainingError,
-    UsageError,
-    WeightsError,
-)
-from .images.transform import Transform
 
 if TYPE_CHECKING:  # what _LATER says, for type checkers; a test compares the two
     from .encoders.encoder import Encoder, Features
     from .encoders.hub import download
     from .encoders.load import load
+    from .encoders.zoo import Record, list_models
+    from .errors import (
+        ExportError,
+        Interrupted,
+        MiclZooError,
+        Refused,
+        SourceError,
+        StoreError,
+        TrainingError,
+        UsageError,
+        WeightsError,
+    )
     from .extraction.extract import Summary, extract
     from .extraction.options import ExtractOptions
+    from .images.transform import Transform
     from .sources.index import ImageIndex
     from .sources.listing import index_source, list_source
     from .stores.convert import convert
@@ -46,8 +46,21 @@ _LATER = {
     "encoders.encoder": ("Encoder", "Features"),
     "encoders.hub": ("download",),
     "encoders.load": ("load",),
+    "encoders.zoo": ("Record", "list_models"),
+    "errors": (
+        "ExportError",
+        "Interrupted",
+        "MiclZooError",
+        "Refused",
+        "SourceError",
+        "StoreError",
+        "TrainingError",
+        "UsageError",
+        "WeightsError",
+    ),
     "extraction.extract": ("Summary", "extract"),
     "extraction.options": ("ExtractOptions",),
+    "images.transform": ("Transform",),
     "sources.index": ("ImageIndex",),
     "sources.listing": ("index_source", "list_source"),
     "stores.convert": ("convert",),
