@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
-from .stop import Program
+try:
+    from .stop import Program
+except KeyboardInterrupt:  # so early that nothing else could take it
+    sys.exit(130)
 
 
 def main(words: list[str] | None = None, prog_name: str = "micl-zoo") -> None:
