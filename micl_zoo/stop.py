@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -66,6 +67,8 @@ class Program:
         if first and threading.current_thread() is threading.main_thread():  # no other may set handlers
             self._before = {number: signal.signal(number, self) for number in _signals()}
             sys.unraisablehook, threading.excepthook = self._unraisable, self._in_thread
+            for number in self._before:  # once all is done, while the interpreter takes itself apart
+                atexit.register(signal.signal, number, signal.SIG_IGN)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:

@@ -25,7 +25,7 @@ class Child:
         module, _, name = function.partition(":")
         numbers = [there.fileno(), *files]
         code = f"from {module} import {name}; {name}({', '.join(map(str, numbers))})"
-        # In a session of its own, where Ctrl-C on the terminal is not heard, even before it can say that it ignores that.
+        # In a session of its own, Ctrl-C on the terminal is not heard, even before it can say that it ignores it.
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], pass_fds=numbers, stdin=subprocess.DEVNULL, start_new_session=True
         )

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreError
 from ..files import LOCK_FILE, OWNER_FILE, Folder
+from ..printing import json_line
 from ..sources.index import ImageIndex
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class Store:
 
     def write_ledger(self) -> int:
         """Write errors.jsonl from the parts; return its number of lines."""
-        lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in self.refused()]
+        lines = [json_line(dataclasses.asdict(row)) + "\n" for row in self.refused()]
         self.folder.write("errors.jsonl", "".join(lines).encode())
         return len(lines)
 
