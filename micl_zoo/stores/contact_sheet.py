@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -77,9 +78,12 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
         text = text[:MOST_LETTERS] + text[-MOST_LETTERS:]
     lines: list[str] = []
     while text and len(lines) < LABEL_LINES - 1:
-        fits = next((cut for cut in range(len(text), 1, -1) if font.getlength(text[:cut]) <= width), 1)
+        fits = max(
+            1, bisect_right(range(1, len(text) + 1), width, key=lambda cut: math.ceil(font.getlength(text[:cut])))
+        )
         if len(lines) == LABEL_LINES - 2 and fits < len(text):
-            start = next((i for i in range(len(text)) if font.getlength("..." + text[i:]) <= width), len(text) - 1)
+            places = range(len(text) - 1)
+            start = bisect_left(places, -width, key=lambda place: -math.ceil(font.getlength("..." + text[place:])))
             return [*lines, "..." + text[start:]]
         lines.append(text[:fits])
         text = text[fits:]
