@@ -11,12 +11,12 @@ Importing this package imports nothing: names are resolved when they are used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from ._version import __version__
 
-if TYPE_CHECKING:  # what _LATER says, for type checkers; a test compares the two
+TYPE_CHECKING = False  # for type checkers it is True; importing typing takes longer than all the rest
+if TYPE_CHECKING:  # what _LATER says; a test compares the two
+    from typing import Any
+
     from .encoders.encoder import Encoder, Features
     from .encoders.hub import download
     from .encoders.load import load
@@ -76,6 +76,8 @@ __all__ += ["list_models", "list_source", "load", "open_store", "search", "verif
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
     for module, names in _LATER.items():
         if name in names:
             return getattr(importlib.import_module(f".{module}", __name__), name)

@@ -36,7 +36,7 @@ def refused_by_system(error: BaseException) -> str | None:
         return None
     if number in (errno.EMFILE, errno.ENFILE):
         most = _limit("NOFILE", "this process may have {:,} (ulimit -n)")
-        return f"too many open files{most}: {_name(error)}. Raise the limit, or take fewer processes"
+        return f"too many open files{most}. Raise the limit, or take fewer processes"
     if number == errno.EFBIG:
         most = _limit("FSIZE", "no file may have more than {:,} bytes (ulimit -f)")
         return f"File too large{most}: {_name(error)}. Raise the limit, or choose another place"

@@ -58,6 +58,8 @@ class Output:
         """Write text."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         shown = printable(text, keep="\n") if self.escape else text
+        if text.startswith("\r") and self.stream.isatty():  # a bar of huggingface_hub's, which begins its line again
+            shown = "\r" + shown[len(printable("\r")) :]
         if shown:
             self._try(self.stream.write, shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
