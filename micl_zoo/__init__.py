@@ -6,35 +6,35 @@
     rows = encoder.embed(["a.jpg", "b.jpg"])  # (2, D)
     micl_zoo.extract("photos/", "embeddings")
 
-Importing this package imports neither torch nor timm: names whose modules do are resolved when they are used.
+Importing this package imports nothing: names are resolved when they are used.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 from ._version import __version__
-from .encoders.zoo import Record, list_models
-from .errors import (
-    ExportError,
-    Interrupted,
-    MiclZooError,
-    Refused,
-    SourceError,
-    StoreError,
-    TrainingError,
-    UsageError,
-    WeightsError,
-)
-from .images.transform import Transform
 
-if TYPE_CHECKING:  # what _LATER says, for type checkers; a test compares the two
+TYPE_CHECKING = False  # for type checkers it is True; importing typing takes longer than all the rest
+if TYPE_CHECKING:  # what _LATER says; a test compares the two
+    from typing import Any
+
     from .encoders.encoder import Encoder, Features
     from .encoders.hub import download
     from .encoders.load import load
+    from .encoders.zoo import Record, list_models
+    from .errors import (
+        ExportError,
+        Interrupted,
+        MiclZooError,
+        Refused,
+        SourceError,
+        StoreError,
+        TrainingError,
+        UsageError,
+        WeightsError,
+    )
     from .extraction.extract import Summary, extract
     from .extraction.options import ExtractOptions
+    from .images.transform import Transform
     from .sources.index import ImageIndex
     from .sources.listing import index_source, list_source
     from .stores.convert import convert
@@ -46,8 +46,21 @@ _LATER = {
     "encoders.encoder": ("Encoder", "Features"),
     "encoders.hub": ("download",),
     "encoders.load": ("load",),
+    "encoders.zoo": ("Record", "list_models"),
+    "errors": (
+        "ExportError",
+        "Interrupted",
+        "MiclZooError",
+        "Refused",
+        "SourceError",
+        "StoreError",
+        "TrainingError",
+        "UsageError",
+        "WeightsError",
+    ),
     "extraction.extract": ("Summary", "extract"),
     "extraction.options": ("ExtractOptions",),
+    "images.transform": ("Transform",),
     "sources.index": ("ImageIndex",),
     "sources.listing": ("index_source", "list_source"),
     "stores.convert": ("convert",),
@@ -63,6 +76,8 @@ __all__ += ["list_models", "list_source", "load", "open_store", "search", "verif
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
     for module, names in _LATER.items():
         if name in names:
             return getattr(importlib.import_module(f".{module}", __name__), name)

@@ -25,7 +25,7 @@ in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason=
 
 # Who may import whom: a module may import its own room and those before it. training and export may import micl_zoo,
 # never each other, and only the command line names them.
-BOTTOM = ("errors", "files", "printing", "progress", "schema", "stop", "_version")
+BOTTOM = ("errors", "files", "limits", "printing", "progress", "schema", "stop", "_version")
 ORDER = {
     "micl_zoo": [BOTTOM, ("images",), ("sources",), ("encoders",), ("stores",), ("extraction",), ("cli", "doctor")],
     "micl_zoo.training": [
@@ -191,11 +191,12 @@ def test_the_command_line_imports_lightly() -> None:
         "json",
         "pathlib",
         "shlex",
+        "signal",
         "sys",
     }
     light |= {"typing"}
     own = ("micl_zoo._version", "micl_zoo.cli", "micl_zoo.errors", "micl_zoo.encoders.zoo", "micl_zoo.encoders.device")
-    own += ("micl_zoo.sources.names",)
+    own += ("micl_zoo.limits", "micl_zoo.printing", "micl_zoo.sources.names", "micl_zoo.stop")
     for module, file in modules().items():
         if module.startswith("micl_zoo.cli"):
             outside = {one.full for one in imports(module, file) if not one.inside and not one.typing}

@@ -184,7 +184,7 @@ def test_the_command(made: Store, encoder_folder: Path, tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == str(file)
     assert lines[1] == "   1   1.0000  002.jpg"
-    assert lines[3] == ODD_NAME.replace("\n", "?")
+    assert lines[3] == ODD_NAME.replace("\n", r"\x0a")
     assert len(lines) == 7
     with Image.open(tmp_path / "x.jpg") as sheet:
         assert sheet.format == "JPEG"

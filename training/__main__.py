@@ -5,7 +5,7 @@ It is `micl-zoo train`; `train`, or `eval` for `micl-zoo eval …`, may stand be
 
 import sys
 
-from micl_zoo.cli import main
+from micl_zoo.__main__ import main
 
 if __name__ == "__main__":
     words = sys.argv[1:]

@@ -88,11 +88,7 @@ def extract(
     if max_pixels is not None:
         options["max_pixels"] = max_pixels
     say = (lambda text: None) if quiet else (lambda text: click.echo(text, err=True))
-    try:
-        summary = run(source, out, show=not quiet, say=say, **options)
-    except KeyboardInterrupt:
-        click.echo(f"\nStopped. Finished shards are safe in {out}: run the same command to resume.", err=True)
-        raise SystemExit(130) from None
+    summary = run(source, out, show=not quiet, say=say, **options)
     if as_json:
         click.echo(json.dumps(summary.as_dict()))
     elif not quiet:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..printing import printable
 from . import _options as opt
 
 
@@ -34,7 +35,6 @@ def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | 
     """
     if not images and not options["ids"]:
         raise click.UsageError("search needs an IMAGE, or --id")
-    from ..stores.contact_sheet import printable
     from ..stores.search import search as run
     from ..stores.store import open_store, parts_of
 

@@ -26,6 +26,7 @@ from ..encoders.encoder import Encoder
 from ..encoders.load import load
 from ..errors import MiclZooError, UsageError
 from ..files import Folder
+from ..limits import refused_by_system
 from ..stores.store import Store, open_store
 from .options import ExtractOptions
 from .processes import CAN_START, Child, parent_pipe, wait_for_message
@@ -244,8 +245,10 @@ def serve(connection: int) -> None:
     try:
         for said in embed_elsewhere(job, device, lambda: open_store(Folder(location)), work):
             say(said)
-    except OSError as error:  # a full disk
-        say(MiclZooError(f"{error.strerror or error}: {error.filename or location}"))
+    except Exception as error:
+        if (refused := refused_by_system(error)) is None:
+            raise
+        say(MiclZooError(f"{refused}, in a process that writes to {location!r}"))
     say(None)
 
 

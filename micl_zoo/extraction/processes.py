@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, cast
+
+from ..printing import Output
 
 CAN_START = os.name == "posix"  # relies on POSIX file-descriptor inheritance
 
@@ -23,7 +25,10 @@ class Child:
         module, _, name = function.partition(":")
         numbers = [there.fileno(), *files]
         code = f"from {module} import {name}; {name}({', '.join(map(str, numbers))})"
-        self.process = subprocess.Popen([sys.executable, "-c", code], pass_fds=numbers, stdin=subprocess.DEVNULL)
+        # In a session of its own, Ctrl-C on the terminal is not heard, even before it can say that it ignores it.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=numbers, stdin=subprocess.DEVNULL, start_new_session=True
+        )
         there.close()
         self.connection: Connection[Any, Any] = here  # EOFError in receiving means that the process has died
 
@@ -55,6 +60,7 @@ def parent_pipe(number: int) -> Connection[Any, Any]:
     """Open the child's end. Signals sent to all processes at once are left to the parent, which closes the pipe."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
+    sys.stderr = cast(Any, Output(sys.stderr))
     return Connection(number)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +13,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ..errors import Refused
 from ..files import atomic_path
 from ..images.decode import decode
+from ..printing import printable
 from ..sources.index import Entry
 from ..sources.reader import Reader
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 TILE, QUERY_TILE, GAP = 168, 224, 16  # pixels
 COLUMNS = 6  # most hits beside each other
+MOST_LETTERS = 250  # of a name that are looked at from either end: more than two lines hold
 LINE, LABEL_LINES = 17, 3  # below a tile: its head, and two lines of its name
 PAPER, MOUNT, GREY, INK, SOFT, RULE = "#ffffff", "#f3f3f1", "#c9c9c5", "#1c1c1a", "#6a6a66", "#dcdcd8"
 
@@ -71,17 +74,17 @@ def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, re
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Break a name into two lines of `width` pixels; a longer one keeps its end, which tells files apart."""
+    if len(text) > 2 * MOST_LETTERS:
+        text = text[:MOST_LETTERS] + text[-MOST_LETTERS:]
     lines: list[str] = []
     while text and len(lines) < LABEL_LINES - 1:
-        fits = next((cut for cut in range(len(text), 1, -1) if font.getlength(text[:cut]) <= width), 1)
+        fits = max(
+            1, bisect_right(range(1, len(text) + 1), width, key=lambda cut: math.ceil(font.getlength(text[:cut])))
+        )
         if len(lines) == LABEL_LINES - 2 and fits < len(text):
-            start = next((i for i in range(len(text)) if font.getlength("..." + text[i:]) <= width), len(text) - 1)
+            places = range(len(text) - 1)
+            start = bisect_left(places, -width, key=lambda place: -math.ceil(font.getlength("..." + text[place:])))
             return [*lines, "..." + text[start:]]
         lines.append(text[:fits])
         text = text[fits:]
     return lines
-
-
-def printable(text: str) -> str:
-    """Make an id one line that is safe to show: what would move the cursor becomes a question mark."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from ..errors import StoreError, UsageError
 from ..files import atomic_folder, atomic_path
+from ..printing import json_line
 from ..progress import Tick, progress
 from .store import ID, Store, open_store, parts_of
 
@@ -97,7 +98,7 @@ def _write_ids(store: Store, file: BinaryIO) -> None:
     between = b"[\n"
     for shard in store.done():
         for name in store.snapshot([shard]).ids:
-            file.write(between + json.dumps(name, ensure_ascii=False).encode())
+            file.write(between + json_line(name).encode())
             between = b",\n"
     file.write(b"\n]\n" if between == b",\n" else b"[]\n")
 

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreError
 from ..files import LOCK_FILE, OWNER_FILE, Folder
+from ..printing import json_line
 from ..sources.index import ImageIndex
 
 if TYPE_CHECKING:
@@ -210,8 +211,7 @@ class Store:
     def write_ledger(self, unlisted: Iterable[RefusedRow] = ()) -> int:
         """Write errors.jsonl from the parts, then what was no image of the index; return how many images are in it."""
         refused = list(self.refused())
-        rows = itertools.chain(refused, unlisted)
-        lines = [json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows]
+        lines = [json_line(dataclasses.asdict(row)) + "\n" for row in itertools.chain(refused, unlisted)]
         self.folder.write("errors.jsonl", "".join(lines).encode())
         return len(refused)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from micl_zoo.errors import UsageError
+from micl_zoo.printing import printable
 
 from .protocols import METHODS, Method
 
@@ -77,12 +79,29 @@ def table(record: Mapping[str, Any]) -> str:
     return markdown(["data", "features of", *[one.heading for one in shown]], texts)
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+class Markdown(str):
+    """Text that is Markdown on purpose, with all from outside in it escaped; any other `str` is text to show."""
+
+
+def plain(text: str) -> Markdown:
+    """Escape text so that Markdown shows it as it is, on one line."""
+    return text if isinstance(text, Markdown) else Markdown(re.sub(r"[\\`*\[\]<>&|]", r"\\\g<0>", printable(text)))
+
+
+def code(text: str, *, table: bool = True) -> Markdown:
+    """Show text in the type of code; in a table, a bar stands for itself only behind a backslash."""
+    shown = printable(text).replace("|", "\\|" if table else "|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    room = " " * (shown.startswith("`") or shown.endswith("`") or not shown)
+    return Markdown(f"{fence}{room}{shown}{room}{fence}")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markdown:
     """Write a Markdown table whose columns line up in plain text, too."""
-    lines = [head, *rows]
+    lines = [[plain(text) for text in line] for line in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
-    return "\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]])
+    return Markdown("\n".join([texts[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *texts[1:]]))
 
 
 def with_interval(found: Mapping[str, Any] | None) -> str:
@@ -112,26 +131,35 @@ def _choice(found: Mapping[str, Any] | None, setting: str) -> tuple[str, str, st
     return with_interval(found), f"{found[setting]:.2g}", f"{found['validation']:.1f}"
 
 
-def render(template: Path, **values: Any) -> str:
-    """Fill a Jinja template; in one of HTML, values are escaped. See below for the filters besides Jinja's own."""
+def render(template: Path, **values: Any) -> Markdown:
+    """Fill a Jinja template, of HTML or Markdown, with values that are escaped for it unless they are `Markdown`.
+
+    See below for the filters besides Jinja's own. Whatever could act on a terminal or hide text is escaped as well.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    html = ".html" in template.name
     environment = Environment(
-        loader=FileSystemLoader(template.parent), autoescape=".html" in template.name, undefined=StrictUndefined,
+        loader=FileSystemLoader(template.parent), autoescape=html, undefined=StrictUndefined,
+        finalize=None if html else lambda value: plain(value) if isinstance(value, str) else value,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
         "png": lambda data: "data:image/png;base64," + base64.b64encode(data).decode(),  # an address with the picture
         "n": lambda value: f"{value:,}",
         "g": lambda value: f"{value:g}",
-        "wrap": _filled,  # a paragraph of Markdown
-        "item": lambda text: _filled(text, initial_indent="- ", subsequent_indent="  "),
+        "code": code,
+        "markdown": Markdown,  # for what is it already
+        "wrap": _filled,  # a block of Markdown, as a paragraph
+        "paragraph": lambda text: _filled(plain(text)),
+        "item": lambda text: _filled(plain(text), initial_indent="- ", subsequent_indent="  "),
     }
-    return environment.get_template(template.name).render(values)
+    return Markdown(printable(environment.get_template(template.name).render(values), keep="\n"))
 
 
-def _filled(text: str, **indents: str) -> str:
-    return textwrap.fill(str(text), WIDTH, break_long_words=False, break_on_hyphens=False, **indents)  # type: ignore[arg-type]
+def _filled(text: str, **indents: str) -> Markdown:
+    filled = textwrap.fill(str(text), WIDTH, break_long_words=False, break_on_hyphens=False, **indents)  # type: ignore[arg-type]
+    return Markdown(filled)
 
 
 # Several trainings by one recipe.
@@ -189,6 +217,13 @@ def _join(there: dict[str, Any], found: Mapping[str, Any], where: str) -> None:
 def plot(record: Mapping[str, Any], file: Path) -> None:
     """Draw a record: one panel per set, one line per method, one dot with its interval per subject."""
     need_matplotlib("the plot of an evaluation needs")
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        _plot(record, file)
+
+
+def _plot(record: Mapping[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     shown, names, subjects = columns(record), list(record["data"]), list(record["results"])
@@ -198,7 +233,7 @@ def plot(record: Mapping[str, Any], file: Path) -> None:
     for panel, name in zip(panels, names, strict=True):
         for number, subject in enumerate(subjects):
             _draw(panel, record["results"][subject].get(name, {}), shown, number, len(subjects), subject)
-        panel.set_title(name, fontsize=10)
+        panel.set_title(printable(name), fontsize=10)
         panel.set_xlabel("accuracy, %", fontsize=9)
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right", "left"]].set_visible(False)
@@ -220,7 +255,7 @@ def _draw(panel: Any, found: Results, shown: list[Column], number: int, of: int,
     highs = [one.get("high", one["accuracy"] + one.get("spread", 0)) - one["accuracy"] for _, one in dots]
     panel.errorbar(
         [one["accuracy"] for _, one in dots], [place for place, _ in dots], xerr=[lows, highs], fmt="o", markersize=4,
-        linewidth=1.2, color=COLORS[number % len(COLORS)], label=subject,
+        linewidth=1.2, color=COLORS[number % len(COLORS)], label=printable(subject),
     )  # fmt: skip
 
 

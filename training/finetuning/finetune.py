@@ -84,7 +84,7 @@ def finetune(
     options = [("--data", os.fspath(data)), *([("--labels", str(labels))] if labels else []), ("--recipe", name)]
     subject = shlex.quote(model if weights is None else os.fspath(weights))
     command = command_text(["micl-zoo eval finetune", subject], options, overrides, smoke)
-    with joined(device) as (ranks, target), StopRequest() as stop:
+    with joined(device) as (ranks, target):
         check_share(recipe, ranks.world)
         most = SMOKE_IMAGES if smoke else None
         images = LabelledSet.open(os.fspath(data), labels=labels, train_images=most, test_images=most)
@@ -100,16 +100,17 @@ def finetune(
                 return finished
             classifier = make_classifier(encoder, recipe, len(images.classes)).to(target)
             autocast = resolve_autocast(recipe, target)
-            loop = _Loop(
-                step=ClassifierStep(classifier, recipe, ranks, autocast=autocast, micro_batch=micro_batch),
-                folder=folder,
-                stop=stop,
-                steps_per_epoch=per_epoch,
-                config=dataclasses.replace(encoder.config, name=f"{encoder.name}-finetuned"),
-                images=images,
-                corpus=AugmentedCorpus(images.train, encoder.transform, loader_workers(workers), target),
-            )
-            return loop.run(max_steps)
+            with StopRequest() as stop:  # before, there is nothing to save
+                loop = _Loop(
+                    step=ClassifierStep(classifier, recipe, ranks, autocast=autocast, micro_batch=micro_batch),
+                    folder=folder,
+                    stop=stop,
+                    steps_per_epoch=per_epoch,
+                    config=dataclasses.replace(encoder.config, name=f"{encoder.name}-finetuned"),
+                    images=images,
+                    corpus=AugmentedCorpus(images.train, encoder.transform, loader_workers(workers), target),
+                )
+                return loop.run(max_steps)
 
 
 @dataclass(kw_only=True)

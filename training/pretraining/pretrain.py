@@ -84,7 +84,7 @@ def pretrain(
     name = recipe if isinstance(recipe, str) else recipe.name
     recipe = resolve_recipe(recipe, get_recipe, overrides, smoke=smoke)
     kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)  # fails before the corpus is read
-    with joined(device) as (ranks, target), StopRequest() as stop:
+    with joined(device) as (ranks, target):
         if recipe.compile and target.type == "cpu" and not has_compiler():
             raise TrainingError("compile=true needs a C++ compiler, none was found: install one or --set compile=false")
         images_per_process(recipe, ranks.world)
@@ -104,18 +104,21 @@ def pretrain(
                 return finished
             corpus = _read_corpus(index, recipe, target, workers, ranks)
             autocast = resolve_autocast(recipe, target)
-            loop = _Loop(
-                step=TrainStep(make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch),
-                folder=folder,
-                stop=stop,
-                steps_per_epoch=steps_per_epoch(recipe, len(corpus)),
-                config=encoder_config(recipe),
-                knn_minutes=knn_minutes,
-                index=index,
-                corpus=corpus,
-                probes=probes,
-            )
-            return loop.run(max_steps, wandb) or folder.path
+            with StopRequest() as stop:  # before, there is nothing to save
+                loop = _Loop(
+                    step=TrainStep(
+                        make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch
+                    ),
+                    folder=folder,
+                    stop=stop,
+                    steps_per_epoch=steps_per_epoch(recipe, len(corpus)),
+                    config=encoder_config(recipe),
+                    knn_minutes=knn_minutes,
+                    index=index,
+                    corpus=corpus,
+                    probes=probes,
+                )
+                return loop.run(max_steps, wandb) or folder.path
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from micl_zoo.errors import UsageError
 from ..corpora import CORPORA, PEOPLE
 from ..evaluation import tables
 from ..evaluation.protocols import METHODS, PIXELS
-from ..evaluation.tables import Column, cell, markdown, merge, with_interval
+from ..evaluation.tables import Column, Markdown, cell, code, markdown, merge, plain, with_interval
 from ..pretraining.plan import frozen_count, parameter_count
 from ..run.gpus import gpu_watts
 from .trained import Trained, of_run, published, read_all
@@ -96,7 +96,7 @@ def one_card(trained: Trained, *, hub: bool = False, repo: str | None = None) ->
     """Write the card of one encoder; one for the hub loads from `repo` there, by default that of the table."""
     repo = (repo or (trained.entry and trained.entry.hub_repo) or "OWNER/NAME") if hub else None
     head = f"{front_matter(trained)}\n\n" if hub else ""
-    return f"{head}# Model card: {trained.name}\n\n{_body(trained, '##', repo)}"
+    return f"{head}# Model card: {plain(trained.name)}\n\n{_body(trained, '##', repo)}"
 
 
 def check_card(file: Path, text: str, command: str) -> None:
@@ -143,7 +143,7 @@ def front_matter(trained: Trained) -> str:
 # The parts of a card.
 
 
-def _body(trained: Trained, heading: str, repo: str | None = None) -> str:
+def _body(trained: Trained, heading: str, repo: str | None = None) -> Markdown:
     recipe, run = trained.recipe, trained.run
     architecture, changed = timm_architecture(**vit_sizes(vars(recipe)))
     return tables.render(
@@ -321,7 +321,7 @@ def _finetuning(trained: Trained) -> str:
     lines = [
         [
             one["data"]["source"], with_interval(one["top1"]), with_interval(one.get("top5")),
-            _part(one["data"], "train"), f"{one['test_images']:,}", f"`{one['recipe']['name']}`",
+            _part(one["data"], "train"), f"{one['test_images']:,}", code(one["recipe"]["name"]),
             f"{one['recipe']['epochs']:g}", f"{one['steps']:,} x {one['recipe']['batch_size']:,}", f"{one['hours']:g}",
             _machine(one["machine"]),
         ]
@@ -347,22 +347,24 @@ def _exports(record: Mapping[str, Any] | None) -> str:
     return markdown(head, lines)
 
 
-def _provenance(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> tuple[str, str]:
+def _provenance(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> tuple[Markdown, Markdown]:
     """Say of each record by which command, with which code, where and when it was made."""
     lines, versions = [["what", "record", "date", "commit", "machine", "command"], ["---"] * 6], []
     for what, file, one in made:
         date = str(one.get("date") or one.get("started") or "")[:10] or "not recorded"
         commit, _, dirty = (one.get("commit") or "not recorded").partition("-")
-        commit = f"`{commit[:12]}`" + ", with changes" * bool(dirty)
-        machine = _machine(one["machine"]) if "machine" in one else "not recorded"
-        lines.append([what, f"`{file}`", date, commit, machine, f"`{one.get('command', 'not recorded')}`"])
+        commit = code(commit[:12]) + ", with changes" * bool(dirty)
+        machine = plain(_machine(one["machine"])) if "machine" in one else "not recorded"
+        lines.append([what, code(file), plain(date), commit, machine, code(one.get("command", "not recorded"))])
         versions.append((", ".join(f"{name} {version}" for name, version in one.get("versions", {}).items()), file))
     most = Counter(text for text, _ in versions).most_common(1)[0][0]
     others, usual = "", most.split(", ")
     for text, file in versions:
         if text != most:
-            others += f" For `{file}`: {', '.join(one for one in text.split(', ') if one not in usual) or text}."
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines]), f"Versions: {most}.{others}"
+            other = ", ".join(one for one in text.split(", ") if one not in usual) or text
+            others += f" For {code(file, table=False)}: {plain(other)}."
+    table = "\n".join(["| " + " | ".join(line) + " |" for line in lines])
+    return Markdown(table), Markdown(f"Versions: {plain(most)}.{others}")
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from micl_zoo.encoders.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE
 from micl_zoo.encoders.zoo import RECORDS, OnnxFile, Record
 from micl_zoo.errors import ExportError, UsageError, WeightsError
 from micl_zoo.files import atomic_folder, file_sha256, write_text
+from micl_zoo.printing import json_line
 
 from ..evaluation.tables import merge
 from ..pretraining.plan import frozen_count, parameter_count
@@ -337,7 +338,7 @@ def row_text(record: Record) -> str:
 def _source(value: object, indent: int) -> str:
     """Write a value as source text, without defaults."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return json_line(value)
     if isinstance(value, Mapping):
         return _bracketed("{", [f"{json.dumps(key)}: {one!r}" for key, one in value.items()], "}", indent)
     if not dataclasses.is_dataclass(value):

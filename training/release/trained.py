@@ -15,6 +15,7 @@ from micl_zoo.encoders.zoo import OnnxFile, Record, find_record
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256, write_text
 from micl_zoo.images.transform import Transform
+from micl_zoo.printing import json_line
 
 from ..corpora import CORPORA, Corpus
 from ..recipes import Recipe, record_differences, recorded_recipe
@@ -146,7 +147,7 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
         name=weights.config.name,
         record=record,
         file=f"encoder/{WEIGHTS_FILE}",
-        load=f'micl_zoo.load(weights="{run.as_posix()}/encoder")',
+        load=f"micl_zoo.load(weights={json_line(f'{run.as_posix()}/encoder')})",
         transform=weights.config.transform,
         license=weights.config.license,
         evaluations={file: one for file, one in found.items() if "results" in one},
