@@ -87,7 +87,7 @@ def record_weights(record: Record) -> Weights:
     file = _published(record, "weights", record.embedded or WEIGHTS_FILE, record.sha256)
     config = EncoderConfig.from_dict(header(file).get("config", {}), where=record.name)
     assert config.transform == record.transform, (config.transform, record.transform)
-    return Weights(file, record.sha256 or "", config)
+    return Weights(file, config, checked=record.sha256)
 
 
 def record_onnx(record: Record) -> tuple[Path, str]:

@@ -32,7 +32,7 @@ def load(
 
     Args:
         name: `arch.tag`, or a bare arch for its best published tag, see `list_models`; or a path, which then stands for
-            `weights`: an os.PathLike, or a text that is no name and where something is.
+            `weights`: an os.PathLike, or a text that is no name and reads like a path, or where something is.
         weights: your own weights: a .safetensors file, a folder with `model.safetensors` and `config.json`, or of a
             training run a checkpoint or the folder, which stands for its finished encoder, else its newest checkpoint.
             For backend "onnx" the .onnx file that `micl-zoo export` wrote, or its folder.
@@ -60,6 +60,7 @@ def load(
     target = resolve_device("cpu" if backend == "openvino" else device)
     config, found, record = _find(name, path, pretrained)
     vit, sha256 = build_vit(config, found), found.sha256 if found else None
+    record = record or (record_of(sha256) if sha256 else None)
     if backend == "openvino":
         from .openvino_model import OpenVinoModel
 
@@ -70,11 +71,19 @@ def load(
 
 def _name_and_path(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
     """Tell the name asked for from a path, where weights are on this machine."""
-    if isinstance(name, str) and (not name or is_name(name) or not Path(name).exists()):
+    if isinstance(name, str) and (not name or is_name(name) or not _is_path(name)):
         return name, None if weights is None else Path(weights)
     if weights is not None:
         raise UsageError(f"weights of two places were asked for, {str(name)!r} and {str(weights)!r}: give one")
     return DEFAULT, Path(name)
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text that is no name can only mean a path, or something is there."""
+    try:
+        return Path(text).exists() or len(Path(text).parts) > 1 or Path(text).suffix in (".safetensors", ".onnx")
+    except OSError:  # a name of thousands of letters, a folder that may not be entered
+        return True
 
 
 def _check(backend: str, device: str, dtype: str, providers: Sequence[str] | None) -> None:
@@ -98,7 +107,7 @@ def _find(name: str, path: Path | None, pretrained: bool) -> tuple[EncoderConfig
     if path is not None:
         found = local_weights(path)
         _check_arch(name, found.config)
-        return found.config, found, record_of(found.sha256)
+        return found.config, found, None
     record = find_record(name)
     if pretrained:
         found = record_weights(record)

@@ -49,7 +49,7 @@ class OpenVinoModel:
             self._compiled[dtype] = self._compile(NAMES[dtype])
         images = pixel_values.detach().float().contiguous().numpy()
         tokens = self._compiled[dtype](images, share_inputs=True)[0]  # (B, T, D)
-        return split_tokens(torch.from_numpy(cast(Any, tokens)), self.grid, wanted)
+        return split_tokens(self.vit, torch.from_numpy(cast(Any, tokens)), wanted)
 
     def _compile(self, precision: str) -> Any:
         found = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
