@@ -89,6 +89,21 @@ class PretrainedCfg:
 
 
 @dataclass(frozen=True)
+class TransformFile:
+    """A `Transform` as an ONNX file's metadata say it."""
+
+    size: Side
+    resize: Annotated[int, Between(1, 4096 / MIN_CROP)]
+    interpolation: Filter
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Std, Std, Std]
+
+    def __post_init__(self) -> None:
+        if self.resize * MIN_CROP > self.size:
+            raise ValueError(f"resize is {self.resize:,} for images of {self.size}")
+
+
+@dataclass(frozen=True)
 class Own:
     """What only this package writes into a `config.json`."""
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UsageError, WeightsError, unknown
-from ..files import file_sha256
+from ..errors import UsageError, unknown
 from .device import DTYPES, Backend, find_backend, resolve_device
 from .encoder import Encoder
 from .hub import record_onnx, record_weights
@@ -117,18 +116,15 @@ def _find(name: str, path: Path | None, pretrained: bool) -> tuple[EncoderConfig
 
 
 def _load_onnx(name: str, path: Path | None, device: str, providers: Sequence[str] | None) -> Encoder:
-    from .onnx_session import OnnxSession, choose_providers, local_onnx, open_session, runtime
+    from .onnx_session import OnnxSession, choose_providers, local_onnx, runtime
 
     runtime()  # raises before anything is downloaded
     file, sha256 = (local_onnx(path), None) if path else record_onnx(find_record(name))
-    session, card = open_session(file, choose_providers(device, providers))
-    if card.preprocess:
-        inside = f"{str(file)!r} has the transform inside, for use without micl-zoo"
-        raise WeightsError(f"{inside}: export one without --with-preprocess")
+    opened = OnnxSession(file, choose_providers(device, providers), sha256)
+    config, sha256 = opened.card.config, opened.sha256
     if path is not None:
-        _check_arch(name, card.config)
-    sha256 = sha256 or file_sha256(file)
-    return Encoder(OnnxSession(session, card), card.config, record=record_of(sha256), weights_sha256=sha256)
+        _check_arch(name, config)
+    return Encoder(opened, config, record=record_of(sha256), weights_sha256=sha256)
 
 
 def _check_arch(name: str, config: EncoderConfig) -> None:

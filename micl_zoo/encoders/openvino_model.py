@@ -36,6 +36,9 @@ class OpenVinoModel:
         self._compiled: dict[torch.dtype, Any] = {}
         self.model = openvino.convert_model(_traced(vit))  # for any batch size; its weights are the ViT's own memory
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenVinoModel, (self.vit,)  # what OpenVINO made of it stays in its process
+
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in the precision of `torch.autocast`, in float32 outside of it."""
         if torch.is_grad_enabled():
