@@ -143,7 +143,7 @@ def test_files_that_cannot_be(exported: Path, encoder: Encoder, tmp_path: Path) 
         (tmp_path / name).write_bytes(b"no graph")
     with pytest.raises(WeightsError, match=r"give one of a.onnx, b.onnx"):
         local_onnx(tmp_path)
-    with pytest.raises(WeightsError, match="cannot open .*a.onnx"):
+    with pytest.raises(WeightsError, match=r"cannot open .*a.onnx"):
         micl_zoo.load(weights=tmp_path / "a.onnx", backend="onnx")
     model = onnx.load(exported)
     del model.metadata_props[:]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError, unknown
+from ..telemetry import no_telemetry
 from .device import DTYPES, Backend, find_backend, resolve_device
 from .encoder import Encoder
 from .hub import record_onnx, record_weights
@@ -48,6 +49,7 @@ def load(
         UsageError: a name or an argument that does not exist.
         WeightsError: the weights are not published, not reachable, or not the right ones.
     """
+    no_telemetry()
     name, path = _name_and_path(name, weights)
     if path is not None and not pretrained:
         raise UsageError("weights= and pretrained=False contradict each other: give one")

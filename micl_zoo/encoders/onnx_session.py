@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..errors import MiclZooError, UsageError, WeightsError
 from ..files import file_sha256
 from ..images.transform import Transform
 from ..schema import Between, parse_json, read, shown
+from ..telemetry import no_telemetry
 from .config import Side, TransformFile
 from .device import BACKENDS, ONNX_PRECISIONS, Backend, Output, Precision
 from .onnx_file import check_file
@@ -212,12 +214,15 @@ def choose_providers(device: str, providers: Sequence[str] | None = None) -> lis
 
 def runtime() -> Any:
     """Import onnxruntime."""
+    no_telemetry()
     try:
         import onnxruntime
     except ImportError as error:
         raise UsageError(f"backend onnx needs ONNX Runtime ({error}): {INSTALL}") from None
     if not hasattr(onnxruntime, "InferenceSession"):
         raise UsageError("onnxruntime is installed in part only: `micl-zoo doctor` says how to fix it")
+    if sys.platform == "win32":  # there its events go to the system's own collector, which knows no variable
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 

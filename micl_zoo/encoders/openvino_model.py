@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..telemetry import no_telemetry
 from .device import BACKENDS, PRECISIONS, Backend, Output, Precision
 from .torch_model import split_tokens
 
@@ -26,6 +27,7 @@ class OpenVinoModel:
     device = torch.device("cpu")
 
     def __init__(self, vit: VisionTransformer) -> None:
+        no_telemetry()
         try:
             import openvino
         except ImportError:
