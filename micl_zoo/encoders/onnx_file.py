@@ -100,6 +100,13 @@ def _span(value: int | Span) -> Span:
     return value
 
 
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise _Wrong("its metadata are no UTF-8") from None
+
+
 def check_file(file: Path) -> dict[str, str]:
     """Return an ONNX file's metadata, if the file holds nothing but what `micl-zoo export` writes.
 
@@ -134,8 +141,8 @@ def _model(walk: _Walk, size: int, file: Path) -> dict[str, str]:
             start, end = _span(value)
             if end - start > MAX_REST:
                 raise _Wrong(f"metadata of {end - start:,} bytes")
-            entry = {at: walk.data[slice(*_span(one))].decode("utf-8", "replace") for at, one in walk((start, end))}
-            metadata[entry.get(1, "")] = entry.get(2, "")
+            entry = {at: walk.data[slice(*_span(one))] for at, one in walk((start, end))}
+            metadata[_utf8(entry.get(1, b""))] = _utf8(entry.get(2, b""))
         elif number in (20, 25):
             raise _Wrong("it holds functions or a training")
     if graphs != 1:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..errors import MiclZooError, UsageError, WeightsError
 from ..files import file_sha256
 from ..images.transform import Transform
-from ..schema import Between, parse_json, read, shown
+from ..schema import parse_json, read, shown
 from ..telemetry import no_telemetry
 from .config import Side, TransformFile
 from .device import BACKENDS, ONNX_PRECISIONS, Backend, Output, Precision
@@ -38,7 +39,7 @@ GPU = (CUDA, TENSORRT)
 class CardFile:
     """The metadata of an exported file as they are read, but for its configuration, see `OnnxCard`."""
 
-    weights_sha256: Annotated[str, Between(0, 64)]
+    weights_sha256: str
     precision: str
     outputs: tuple[Output, ...]
     grid: tuple[Side, Side]
@@ -49,6 +50,8 @@ class CardFile:
     def __post_init__(self) -> None:
         if self.precision not in ONNX_PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(ONNX_PRECISIONS)}, it is {shown(self.precision)}")
+        if not re.fullmatch("([0-9a-f]{64})?", self.weights_sha256):
+            raise ValueError(f"weights_sha256 must be 64 hexadecimal digits, it is {shown(self.weights_sha256)}")
         if list(self.outputs) != [name for name in get_args(Output) if name in self.outputs]:
             raise ValueError(f"outputs must be some of {', '.join(get_args(Output))}, in this order")
 
@@ -181,9 +184,12 @@ def _reopened(file: Path, providers: list[tuple[str, dict[str, Any]]], sha256: s
 
 def local_onnx(path: Path) -> Path:
     """Find the .onnx file at a path, or the one in a folder."""
-    if path.is_file() and path.suffix == ".onnx":
-        return path
-    found = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    try:
+        if path.is_file() and path.suffix == ".onnx":
+            return path
+        found = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    except OSError as error:  # a folder that may not be entered, a name of thousands of letters
+        raise WeightsError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
     chosen = [file for file in found if file.name == ONNX_FILE] or found
     if len(chosen) == 1:
         return chosen[0]

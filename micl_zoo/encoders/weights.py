@@ -235,6 +235,8 @@ def _opened(file: Path, framework: Literal["numpy", "pt"] = "numpy") -> Iterator
             yield opened
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{str(file)!r} is damaged or no safetensors file: {error}") from None
+    except MemoryError:
+        raise WeightsError(f"{str(file)!r} does not fit into memory: take a machine or a limit with more") from None
 
 
 def header(file: Path) -> dict[str, Any]:
