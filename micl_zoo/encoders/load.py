@@ -82,7 +82,7 @@ def _name_and_path(name: str | os.PathLike[str], weights: str | os.PathLike[str]
 def _is_path(text: str) -> bool:
     """Whether a text that is no name can only mean a path, or something is there."""
     try:
-        return Path(text).exists() or len(Path(text).parts) > 1 or Path(text).suffix in (".safetensors", ".onnx")
+        return "/" in text or os.sep in text or text.endswith((".safetensors", ".onnx")) or Path(text).exists()
     except OSError:  # a name of thousands of letters, a folder that may not be entered
         return True
 

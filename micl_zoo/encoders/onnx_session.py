@@ -244,9 +244,11 @@ def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tup
     names = [name for name, _ in providers]
     fall_back = [CPU] if CPU not in names else []
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=[*providers, *fall_back])
+        use = {"providers": [*providers, *fall_back], "enable_fallback": 0}  # it would print, and hide why
+        session = onnxruntime.InferenceSession(str(file), options, **use)
     except Exception as error:  # ONNX Runtime has a class of its own for each kind, all of them private
-        raise WeightsError(f"ONNX Runtime cannot open {str(file)!r}: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines() or [type(error).__name__]
+        raise WeightsError(f"ONNX Runtime cannot open {str(file)!r}: {said[0]}") from None
     if names[0] not in session.get_providers():
         raise UsageError(
             f"{names[0]} was asked for, but ONNX Runtime fell back to {', '.join(session.get_providers())}: the "
