@@ -20,6 +20,8 @@ from conftest import TWIN
 
 from micl_zoo.telemetry import OFF, no_telemetry
 
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="watches the home folder as POSIX has it")
+
 # A child's sitecustomize: sockets to other places than this machine are noted.
 WATCH = """
 import os, sys
@@ -49,6 +51,12 @@ from PIL import Image
 for backend in sys.argv[1].split(","):
     micl_zoo.load(backend=backend, device="cpu").embed([Image.new("RGB", (64, 64))])
 time.sleep(float(sys.argv[2]))  # ONNX Runtime sends what it has every few seconds, and at the end
+"""
+COMMANDS = """
+import shlex, sys
+from micl_zoo.cli import main
+for line in sys.argv[1:]:
+    assert not main.main(shlex.split(line), standalone_mode=False), line
 """
 
 
@@ -93,9 +101,9 @@ class Watched:
         strange = {path for path in written if not path.startswith(tuple(f"{name}/" for name in CACHES))}
         assert not strange
 
-    def command(self, *words: object) -> None:
-        """Run a command of micl-zoo."""
-        self.run("-m", "micl_zoo", *map(str, words))
+    def commands(self, *lines: str) -> None:
+        """Run commands of micl-zoo, in one process, as to import torch takes seconds."""
+        self.run("-c", COMMANDS, *lines)
 
 
 @pytest.fixture
@@ -131,21 +139,18 @@ def test_onnx_runtime_sends_nothing_later_either(watched: Watched) -> None:
 
 def test_extract_search_and_doctor_send_nothing(watched: Watched, image_folder: Callable[..., Path]) -> None:
     images = image_folder(4)
-    watched.command("extract", images, "-o", "out", "--devices", "cpu", "--workers", "1")
-    watched.command("search", "out", images / "000.jpg", "--device", "cpu")
-    watched.command("doctor", "--offline")
+    extract = f"extract {images} -o out --devices cpu --workers 1"
+    watched.commands(extract, f"search out {images}/000.jpg --device cpu", "doctor --offline")
     assert [path.name for path in (watched.folder / "work").iterdir()] == ["out"]
 
 
 @pytest.mark.slow
 def test_train_and_export_send_nothing(watched: Watched, image_folder: Callable[..., Path]) -> None:
-    changes = [word for change in TWIN for word in ("--set", change)]
-    data = ("--data", image_folder(16), "--out", "run", "--device", "cpu", "--max-steps", 3)
-    watched.command("train", "vit_ti16.tin200", *data, *changes)
-    watched.command("report", "run")
+    images, changes = image_folder(16), " ".join(f"--set {change}" for change in TWIN)
+    lines = [f"train vit_ti16.tin200 --data {images} --out run --device cpu --max-steps 3 {changes}", "report run"]
     if all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
-        watched.command("export", "run", "-o", "onnx")
-        watched.command("extract", image_folder(4, "few"), "-o", "out", "--weights", "onnx/model.onnx")
+        lines += ["export run -o onnx", f"extract {images} -o out --weights onnx/model.onnx"]
+    watched.commands(*lines)
     assert {path.name for path in (watched.folder / "work").iterdir()} <= {"run", "onnx", "out"}
 
 

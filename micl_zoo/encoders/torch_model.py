@@ -17,6 +17,8 @@ from .config import MAX_PARAMETERS, MAX_PATCHES, MODULES
 from .device import Backend, Output, Precision
 from .weights import EncoderConfig, Weights, read_tensors, shapes
 
+INITIALISERS = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
+
 
 class TorchModel:
     """A timm ViT as an encoder's runtime, see `encoder.Runtime`."""
@@ -81,6 +83,8 @@ class _Shapes(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in INITIALISERS and args and args[0].is_meta:
+            return args[0]  # there is nothing to fill, and torch takes a second to find that out
         if func in (torch.empty, torch.zeros, torch.ones, torch.randn) and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
