@@ -19,7 +19,7 @@ from PIL import Image
 from micl_zoo.encoders.device import Output
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.onnx_session import OnnxCard, choose_providers, open_session
-from micl_zoo.errors import ExportError, Refused, UsageError
+from micl_zoo.errors import ExportError, Refused, UsageError, WeightsError
 from micl_zoo.images.decode import decode
 from micl_zoo.sources.listing import SourceLike, index_source
 from micl_zoo.sources.reader import Reader
@@ -80,7 +80,10 @@ def measure(
     tick: Callable[[int], Any] = lambda images: None,
 ) -> Drift:
     """Embed images with an ONNX file in ONNX Runtime and with the encoder it was made from, and compare."""
-    session, card = open_session(file, choose_providers("cpu"))
+    try:
+        session, card = open_session(file, choose_providers("cpu"))
+    except WeightsError as error:
+        raise ExportError(f"{encoder.name} as ONNX is not what can be opened: {error}") from error
     pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = [([], []) for _ in card.outputs]
     rest = iter(images)
     sizes = chain(BATCHES, repeat(BATCHES[-1]))

@@ -27,11 +27,11 @@ class _Outputs(nn.Module):
 
     def __init__(self, encoder: Encoder, outputs: Sequence[Output]) -> None:
         super().__init__()
-        self.vit, self.outputs, self.grid = encoder.vit, tuple(outputs), encoder.grid
+        self.vit, self.outputs = encoder.vit, tuple(outputs)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Compute `embedding` (B, D or 2D) and `patches` (B, h, w, D), or one of them, of (B, 3, S, S)."""
-        found = split_tokens(self.vit.forward_features(pixel_values), self.grid, self.outputs)
+        found = split_tokens(self.vit, self.vit.forward_features(pixel_values), self.outputs)
         parts = [found[name] for name in self.outputs if name != "patches"]
         pooled = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]] if parts else []
         return tuple(pooled + [found[name] for name in self.outputs if name == "patches"])

@@ -88,6 +88,9 @@ def examine(*, offline: bool = False) -> Report:
         "weights": embedded_weights,
         "embeddings": golden_embeddings,
     }
+    from .telemetry import no_telemetry
+
+    no_telemetry()
     findings: list[Finding] = []
     for name, section in sections.items():
         try:
@@ -272,7 +275,8 @@ def imported_onnxruntime(site: Path | None = None, *, cuda: bool = False) -> dic
     """What `try_onnxruntime` prints in a process of its own, which it may take down, and why the provider fails."""
     paths = json.dumps([str(site)] if site else list(filter(None, sys.path)))
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['try_onnxruntime'](*sys.argv[2:])"
-    words = [sys.executable, *["-S"] * bool(site), "-c", code, __file__, paths, "cuda" * cuda]  # -S: no site-packages
+    # -I: nothing from the current folder; -S: no site-packages
+    words = [sys.executable, "-I", *["-S"] * bool(site), "-c", code, __file__, paths, "cuda" * cuda]
     try:
         run = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=120)
         said: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])

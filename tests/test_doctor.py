@@ -362,3 +362,11 @@ def test_a_real_pair_is_recognised_and_mended(tmp_path: Path) -> None:
     found = look()
     assert (found["state"], found["commands"]) == ("ok", [])
     assert "CPUExecutionProvider" in found["text"]
+
+
+def test_no_module_of_the_current_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "runpy", "onnxruntime", "base64", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    doctor.imported_onnxruntime()
+    assert not (tmp_path / "ran").exists()

@@ -25,7 +25,7 @@ in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason=
 
 # Who may import whom: a module may import its own room and those before it. training and export may import micl_zoo,
 # never each other, and only the command line names them.
-BOTTOM = ("errors", "files", "limits", "printing", "progress", "schema", "stop", "_version")
+BOTTOM = ("errors", "files", "limits", "printing", "progress", "schema", "stop", "telemetry", "_version")
 ORDER = {
     "micl_zoo": [BOTTOM, ("images",), ("sources",), ("encoders",), ("stores",), ("extraction",), ("cli", "doctor")],
     "micl_zoo.training": [

@@ -143,7 +143,7 @@ def test_files_that_cannot_be(exported: Path, encoder: Encoder, tmp_path: Path) 
         (tmp_path / name).write_bytes(b"no graph")
     with pytest.raises(WeightsError, match=r"give one of a.onnx, b.onnx"):
         local_onnx(tmp_path)
-    with pytest.raises(WeightsError, match="ONNX Runtime cannot open"):
+    with pytest.raises(WeightsError, match=r"cannot open .*a.onnx"):
         micl_zoo.load(weights=tmp_path / "a.onnx", backend="onnx")
     model = onnx.load(exported)
     del model.metadata_props[:]
@@ -266,5 +266,5 @@ def test_on_the_command_line(image_folder: Callable[..., Path], tmp_path: Path) 
 
 
 def test_a_session_names_the_file_it_cannot_open(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"ONNX Runtime cannot open .*gone.onnx"):
+    with pytest.raises(WeightsError, match=r"cannot open .*gone.onnx.: No such file"):
         open_session(tmp_path / "gone.onnx", choose_providers("cpu"))

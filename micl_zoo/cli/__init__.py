@@ -76,3 +76,6 @@ def main() -> None:
       micl-zoo models
       micl-zoo train vit_ti16.tin200 --data images/ --out runs/first
     """
+    from ..telemetry import no_telemetry
+
+    no_telemetry()  # before any import that asks, and for all processes that a command starts

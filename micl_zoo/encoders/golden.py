@@ -6,10 +6,13 @@ The images are computed in whole numbers, the same everywhere, at the encoder's 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import WeightsError
 from ..files import write_text
+from ..schema import read, read_json
 from .hub import embedded_file
 
 if TYPE_CHECKING:
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
 
 NUMBERS, DIGITS = 64, 7  # the first NUMBERS of each embedding are kept, rounded
 TOLERANCE = 1e-4  # of each number, in fp32
+
+
+@dataclass(frozen=True)
+class _GoldenFile:
+    embeddings: dict[str, list[float]]  # by image
 
 
 def golden_file(record: Record) -> Path:
@@ -60,6 +68,9 @@ def write_golden(encoder: Encoder, file: Path) -> None:
 
 def golden_difference(encoder: Encoder, file: Path) -> float:
     """Return the largest difference to the golden file's numbers; in fp32 any backend keeps it within TOLERANCE."""
-    wanted = json.loads(file.read_text(encoding="utf-8"))["embeddings"]
+    what, cure = repr(str(file)), "reinstall micl-zoo"
+    wanted = read(_GoldenFile, read_json(file, WeightsError, cure), what, WeightsError, cure, others=True).embeddings
     made = golden_numbers(encoder)
+    if {name: len(row) for name, row in wanted.items()} != {name: len(row) for name, row in made.items()}:
+        raise WeightsError(f"{what} is damaged, it has {', '.join(wanted)} with other numbers: {cure}")
     return max(abs(one - other) for name in wanted for one, other in zip(wanted[name], made[name], strict=True))

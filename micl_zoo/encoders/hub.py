@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError, WeightsError
 from ..files import atomic_path, file_sha256
+from ..telemetry import no_telemetry
 from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
 from .zoo import Record, find_record
 
@@ -87,7 +88,7 @@ def record_weights(record: Record) -> Weights:
     file = _published(record, "weights", record.embedded or WEIGHTS_FILE, record.sha256)
     config = EncoderConfig.from_dict(header(file).get("config", {}), where=record.name)
     assert config.transform == record.transform, (config.transform, record.transform)
-    return Weights(file, record.sha256 or "", config)
+    return Weights(file, config, checked=record.sha256)
 
 
 def record_onnx(record: Record) -> tuple[Path, str]:
@@ -135,11 +136,13 @@ def _from_hub(record: Record, name: str, sha256: str | None) -> tuple[Path, str]
     """Download a file or find it in the cache, by full commit; a cached one with wrong bytes is fetched once more."""
     from huggingface_hub import hf_hub_download
 
+    no_telemetry()
     assert record.hub_repo is not None
     found, file = "", Path()
     for force in (False, True):
         try:
             file = Path(hf_hub_download(record.hub_repo, name, revision=record.hub_commit, force_download=force))
+            digest = file_sha256(file)
         except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
             if found:
                 break
@@ -148,6 +151,6 @@ def _from_hub(record: Record, name: str, sha256: str | None) -> tuple[Path, str]
                 f"network, run micl-zoo download {record.name} --to FOLDER where there is one, bring FOLDER here and "
                 f'give micl_zoo.load("{record.name}", weights="FOLDER").'
             ) from error
-        if (found := file_sha256(file)) == sha256:
+        if (found := digest) == sha256:
             break
     return file, found

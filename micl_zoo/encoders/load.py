@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UsageError, WeightsError, unknown
-from ..files import file_sha256
+from ..errors import UsageError, unknown
+from ..telemetry import no_telemetry
 from .device import DTYPES, Backend, find_backend, resolve_device
 from .encoder import Encoder
 from .hub import record_onnx, record_weights
@@ -32,7 +32,7 @@ def load(
 
     Args:
         name: `arch.tag`, or a bare arch for its best published tag, see `list_models`; or a path, which then stands for
-            `weights`: an os.PathLike, or a text that is no name and where something is.
+            `weights`: an os.PathLike, or a text that is no name and reads like a path, or where something is.
         weights: your own weights: a .safetensors file, a folder with `model.safetensors` and `config.json`, or of a
             training run a checkpoint or the folder, which stands for its finished encoder, else its newest checkpoint.
             For backend "onnx" the .onnx file that `micl-zoo export` wrote, or its folder.
@@ -49,6 +49,7 @@ def load(
         UsageError: a name or an argument that does not exist.
         WeightsError: the weights are not published, not reachable, or not the right ones.
     """
+    no_telemetry()
     name, path = _name_and_path(name, weights)
     if path is not None and not pretrained:
         raise UsageError("weights= and pretrained=False contradict each other: give one")
@@ -60,6 +61,7 @@ def load(
     target = resolve_device("cpu" if backend == "openvino" else device)
     config, found, record = _find(name, path, pretrained)
     vit, sha256 = build_vit(config, found), found.sha256 if found else None
+    record = record or (record_of(sha256) if sha256 else None)
     if backend == "openvino":
         from .openvino_model import OpenVinoModel
 
@@ -70,11 +72,19 @@ def load(
 
 def _name_and_path(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
     """Tell the name asked for from a path, where weights are on this machine."""
-    if isinstance(name, str) and (not name or is_name(name) or not Path(name).exists()):
+    if isinstance(name, str) and (not name or is_name(name) or not _is_path(name)):
         return name, None if weights is None else Path(weights)
     if weights is not None:
         raise UsageError(f"weights of two places were asked for, {str(name)!r} and {str(weights)!r}: give one")
     return DEFAULT, Path(name)
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text that is no name can only mean a path, or something is there."""
+    try:
+        return "/" in text or os.sep in text or text.endswith((".safetensors", ".onnx")) or Path(text).exists()
+    except OSError:  # a name of thousands of letters, a folder that may not be entered
+        return True
 
 
 def _check(backend: str, device: str, dtype: str, providers: Sequence[str] | None) -> None:
@@ -98,7 +108,7 @@ def _find(name: str, path: Path | None, pretrained: bool) -> tuple[EncoderConfig
     if path is not None:
         found = local_weights(path)
         _check_arch(name, found.config)
-        return found.config, found, record_of(found.sha256)
+        return found.config, found, None
     record = find_record(name)
     if pretrained:
         found = record_weights(record)
@@ -108,18 +118,15 @@ def _find(name: str, path: Path | None, pretrained: bool) -> tuple[EncoderConfig
 
 
 def _load_onnx(name: str, path: Path | None, device: str, providers: Sequence[str] | None) -> Encoder:
-    from .onnx_session import OnnxSession, choose_providers, local_onnx, open_session, runtime
+    from .onnx_session import OnnxSession, choose_providers, local_onnx, runtime
 
     runtime()  # raises before anything is downloaded
     file, sha256 = (local_onnx(path), None) if path else record_onnx(find_record(name))
-    session, card = open_session(file, choose_providers(device, providers))
-    if card.preprocess:
-        inside = f"{str(file)!r} has the transform inside, for use without micl-zoo"
-        raise WeightsError(f"{inside}: export one without --with-preprocess")
+    opened = OnnxSession(file, choose_providers(device, providers), sha256)
+    config, sha256 = opened.card.config, opened.sha256
     if path is not None:
-        _check_arch(name, card.config)
-    sha256 = sha256 or file_sha256(file)
-    return Encoder(OnnxSession(session, card), card.config, record=record_of(sha256), weights_sha256=sha256)
+        _check_arch(name, config)
+    return Encoder(opened, config, record=record_of(sha256), weights_sha256=sha256)
 
 
 def _check_arch(name: str, config: EncoderConfig) -> None:

@@ -5,26 +5,55 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Sequence
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import MiclZooError, UsageError, WeightsError
+from ..files import file_sha256
 from ..images.transform import Transform
-from .device import BACKENDS, Backend, Output, Precision
+from ..schema import parse_json, read, shown
+from ..telemetry import no_telemetry
+from .config import Side, TransformFile
+from .device import BACKENDS, ONNX_PRECISIONS, Backend, Output, Precision
+from .onnx_file import check_file
 from .weights import ONNX_FILE, EncoderConfig, config_text
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 FORMAT = "1"  # of the metadata
+CURE = "export the encoder again with `micl-zoo export`"
 INSTALL = BACKENDS["onnx"].install
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 GPU = (CUDA, TENSORRT)
+
+
+@dataclass(frozen=True)
+class CardFile:
+    """The metadata of an exported file as they are read, but for its configuration, see `OnnxCard`."""
+
+    weights_sha256: str
+    precision: str
+    outputs: tuple[Output, ...]
+    grid: tuple[Side, Side]
+    preprocess: bool
+    versions: dict[str, str]
+    transform: TransformFile
+
+    def __post_init__(self) -> None:
+        if self.precision not in ONNX_PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(ONNX_PRECISIONS)}, it is {shown(self.precision)}")
+        if not re.fullmatch("([0-9a-f]{64})?", self.weights_sha256):
+            raise ValueError(f"weights_sha256 must be 64 hexadecimal digits, it is {shown(self.weights_sha256)}")
+        if list(self.outputs) != [name for name in get_args(Output) if name in self.outputs]:
+            raise ValueError(f"outputs must be some of {', '.join(get_args(Output))}, in this order")
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,13 @@ class OnnxCard:
         """The outputs in `embedding`, one after the other."""
         return [name for name in self.outputs if name != "patches"]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What comes out for each image, by name."""
+        width = self.config.embed_dim
+        found: dict[str, tuple[int, ...]] = {"embedding": (width * len(self.pooled),)} if self.pooled else {}
+        return found | ({"patches": (*self.grid, width)} if "patches" in self.outputs else {})
+
     def to_metadata(self) -> dict[str, str]:
         """Return it as ONNX keeps it: texts by name."""
         return {
@@ -61,22 +97,25 @@ class OnnxCard:
         }
 
     @classmethod
-    def from_metadata(cls, found: dict[str, str], *, where: str) -> OnnxCard:
-        """Read the metadata of a file."""
+    def from_metadata(cls, found: Mapping[str, str], *, where: str) -> OnnxCard:
+        """Read the metadata of a file; WeightsError where they are not what `to_metadata` writes."""
         if found.get("micl_zoo") != FORMAT:
             said = f"has format {found['micl_zoo']}" if "micl_zoo" in found else "does not say which encoder it holds"
             raise WeightsError(f"{where} {said}: this version runs files written by `micl-zoo export`, format {FORMAT}")
-        config = EncoderConfig.from_dict(json.loads(found["config"]), where=where)
-        transform = json.loads(found["transform"])
-        transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
+        named = ("config", "grid", "preprocess", "versions", "transform")
+        parsed = {name: parse_json(found.get(name, "null"), f"{name} of {where}", WeightsError, CURE) for name in named}
+        config = EncoderConfig.from_dict(parsed.pop("config"), where=where)
+        parsed |= {name: found.get(name) for name in ("precision", "weights_sha256")}
+        parsed["outputs"] = found.get("outputs", "").split(",")
+        card = read(CardFile, parsed, f"the metadata of {where}", WeightsError, CURE)
         return cls(
-            config=dataclasses.replace(config, transform=Transform(**transform)),
-            weights_sha256=found["weights_sha256"] or None,
-            precision=cast(Precision, found["precision"]),
-            outputs=cast("tuple[Output, ...]", tuple(found["outputs"].split(","))),
-            grid=tuple(json.loads(found["grid"])),
-            preprocess=json.loads(found["preprocess"]),
-            versions=json.loads(found["versions"]),
+            config=dataclasses.replace(config, transform=Transform(**vars(card.transform))),
+            weights_sha256=card.weights_sha256 or None,
+            precision=cast(Precision, card.precision),
+            outputs=card.outputs,
+            grid=card.grid,
+            preprocess=card.preprocess,
+            versions=card.versions,
         )
 
 
@@ -87,10 +126,22 @@ class OnnxSession:
     vit = None
     device = torch.device("cpu")  # pixels go in from the host and embeddings come back to it, wherever it computes
 
-    def __init__(self, session: InferenceSession, card: OnnxCard) -> None:
-        self.session, self.card = session, card
-        self.precision: Precision | None = card.precision
-        self.grid = card.grid
+    def __init__(self, file: Path, providers: list[tuple[str, dict[str, Any]]], sha256: str | None = None) -> None:
+        """Open a file; `sha256` is that of its bytes, None if nobody has looked."""
+        self.session, self.card = open_session(file, providers)
+        if self.card.preprocess:
+            inside = f"{str(file)!r} has the transform inside, for use without micl-zoo"
+            raise WeightsError(f"{inside}: export one without --with-preprocess")
+        self.sha256 = sha256 or file_sha256(file)
+        self.precision: Precision | None = self.card.precision
+        self.grid = self.card.grid
+        self._opened = (file, providers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnnxSession:
+        return self  # it has no state that a copy could change
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (*self._opened, self.sha256)  # a session itself stays in its process
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in float32; the mean is taken from the patches if the file lacks it."""
@@ -109,6 +160,9 @@ class OnnxSession:
             if "allocate memory" in str(error):
                 raise MemoryError(str(error)) from None  # as the others say it
             raise MiclZooError(f"ONNX Runtime failed on {len(images)} images: {error}") from error
+        for name, array in zip(names, arrays, strict=True):
+            if array.shape != (wanted_shape := (len(images), *self.card.shapes[name])):
+                raise MiclZooError(f"the ONNX file gives {name} of {array.shape}, where it says {wanted_shape}: {CURE}")
         raw = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
         found: dict[Output, Tensor] = {}
         if "embedding" in raw:
@@ -120,11 +174,22 @@ class OnnxSession:
         return found
 
 
+def _reopened(file: Path, providers: list[tuple[str, dict[str, Any]]], sha256: str) -> OnnxSession:
+    """Open the file of a session that came from another process."""
+    made = OnnxSession(file, providers)
+    if made.sha256 != sha256:
+        raise WeightsError(f"{str(file)!r} has changed, it has sha256 {made.sha256} and had {sha256}: load it again")
+    return made
+
+
 def local_onnx(path: Path) -> Path:
     """Find the .onnx file at a path, or the one in a folder."""
-    if path.is_file() and path.suffix == ".onnx":
-        return path
-    found = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    try:
+        if path.is_file() and path.suffix == ".onnx":
+            return path
+        found = sorted(path.glob("*.onnx")) if path.is_dir() else []
+    except OSError as error:  # a folder that may not be entered, a name of thousands of letters
+        raise WeightsError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
     chosen = [file for file in found if file.name == ONNX_FILE] or found
     if len(chosen) == 1:
         return chosen[0]
@@ -155,18 +220,22 @@ def choose_providers(device: str, providers: Sequence[str] | None = None) -> lis
 
 def runtime() -> Any:
     """Import onnxruntime."""
+    no_telemetry()
     try:
         import onnxruntime
     except ImportError as error:
         raise UsageError(f"backend onnx needs ONNX Runtime ({error}): {INSTALL}") from None
     if not hasattr(onnxruntime, "InferenceSession"):
         raise UsageError("onnxruntime is installed in part only: `micl-zoo doctor` says how to fix it")
+    if sys.platform == "win32":  # there its events go to the system's own collector, which knows no variable
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 
 def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tuple[Any, OnnxCard]:
     """Open a file on the first of the providers, never on the CPU in its place, and read its card."""
     onnxruntime = runtime()
+    card = OnnxCard.from_metadata(check_file(file), where=repr(str(file)))  # before it is opened, which computes
     if providers[0][0] != CPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA's libraries, where torch or NVIDIA's packages have them
     options = onnxruntime.SessionOptions()
@@ -175,13 +244,42 @@ def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tup
     names = [name for name, _ in providers]
     fall_back = [CPU] if CPU not in names else []
     try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=[*providers, *fall_back])
+        use = {"providers": [*providers, *fall_back], "enable_fallback": 0}  # it would print, and hide why
+        session = onnxruntime.InferenceSession(str(file), options, **use)
     except Exception as error:  # ONNX Runtime has a class of its own for each kind, all of them private
-        raise WeightsError(f"ONNX Runtime cannot open {str(file)!r}: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines() or [type(error).__name__]
+        raise WeightsError(f"ONNX Runtime cannot open {str(file)!r}: {said[0]}") from None
     if names[0] not in session.get_providers():
         raise UsageError(
             f"{names[0]} was asked for, but ONNX Runtime fell back to {', '.join(session.get_providers())}: the "
             "libraries it needs could not be loaded, or there is no such device. `micl-zoo doctor` says which; "
             'device="cpu" runs it there'
         )
-    return session, OnnxCard.from_metadata(session.get_modelmeta().custom_metadata_map, where=repr(str(file)))
+    _check_ports(session, card, repr(str(file)))
+    return session, card
+
+
+def _check_ports(session: InferenceSession, card: OnnxCard, where: str) -> None:
+    """Compare what goes in and comes out with the card; the first axis is free, and both others of images."""
+    side = card.config.transform.size
+    goes_in: dict[str, tuple[int | None, ...]] = {"pixel_values": (3, side, side)}
+    if card.preprocess:
+        goes_in = {"images": (None, None, 3)}
+    comes_out: dict[str, tuple[int | None, ...]] = {**card.shapes}
+    for ports, wanted in ((session.get_inputs(), goes_in), (session.get_outputs(), comes_out)):
+        found = {one.name: [one.type, *one.shape] for one in ports}
+        kind = "tensor(uint8)" if "images" in wanted else "tensor(float)"
+        if found.keys() != wanted.keys() or not all(_fits(found[name], [kind, None, *wanted[name]]) for name in wanted):
+            said = f"its metadata say {kind} of {wanted}, without the number of images"
+            raise WeightsError(f"{where} is damaged, its graph has {found} where {said}: {CURE}")
+
+
+def _fits(found: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Whether a type and sizes are those wanted; sizes that are not known before a run are texts or None."""
+    known = [isinstance(one, int) for one in found]
+    return (
+        len(found) == len(wanted)
+        and found[0] == wanted[0]
+        and not known[1]
+        and all(not sure or one == other for sure, one, other in zip(known[2:], found[2:], wanted[2:], strict=True))
+    )

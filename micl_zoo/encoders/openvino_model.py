@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..telemetry import no_telemetry
 from .device import BACKENDS, PRECISIONS, Backend, Output, Precision
 from .torch_model import split_tokens
 
@@ -26,6 +27,7 @@ class OpenVinoModel:
     device = torch.device("cpu")
 
     def __init__(self, vit: VisionTransformer) -> None:
+        no_telemetry()
         try:
             import openvino
         except ImportError:
@@ -35,6 +37,9 @@ class OpenVinoModel:
         self._core = openvino.Core()
         self._compiled: dict[torch.dtype, Any] = {}
         self.model = openvino.convert_model(_traced(vit))  # for any batch size; its weights are the ViT's own memory
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenVinoModel, (self.vit,)  # what OpenVINO made of it stays in its process
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in the precision of `torch.autocast`, in float32 outside of it."""
@@ -49,7 +54,7 @@ class OpenVinoModel:
             self._compiled[dtype] = self._compile(NAMES[dtype])
         images = pixel_values.detach().float().contiguous().numpy()
         tokens = self._compiled[dtype](images, share_inputs=True)[0]  # (B, T, D)
-        return split_tokens(torch.from_numpy(cast(Any, tokens)), self.grid, wanted)
+        return split_tokens(self.vit, torch.from_numpy(cast(Any, tokens)), wanted)
 
     def _compile(self, precision: str) -> Any:
         found = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import WeightsError
 from ..files import atomic_path, file_sha256, sum_file, write_text
 from ..images.transform import Transform
+from ..schema import parse_json, read, read_json, shown
+from .config import RunFile, read_config
 from .zoo import RECORDS, timm_architecture, vit_sizes
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ ONNX_FILE = "model.onnx"
 # Config and provenance in the safetensors header: one entry, as the library shuffles several.
 HEADER_KEY = "micl_zoo"
 CHECKPOINT_KEYS = {"step", "seconds"}  # in the headers of training's checkpoints
+MAX_HEADER = 16 << 20  # bytes; that of a ViT-L's checkpoint has 0.2 MB
+NUMBERS = ("F16", "BF16", "F32", "F64")  # dtypes of weights, as safetensors says them
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -56,24 +63,29 @@ class EncoderConfig:
         }
 
     @classmethod
-    def from_dict(cls, body: dict[str, Any], *, where: str) -> EncoderConfig:
+    def from_dict(cls, body: Any, *, where: str) -> EncoderConfig:
         """Read a parsed `config.json`, ours or timm's."""
-        try:
-            architecture, config = body["architecture"], body["pretrained_cfg"]
-            name = body.get("micl_zoo", {}).get("name") or f"{architecture}.local"
-            shape = (architecture, body.get("model_args", {}), body["num_features"])
-            return cls(name, *shape, Transform.from_timm(config), config.get("license", "unknown"))
-        except (KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"the config of {where} is not one that timm or micl-zoo writes: {error!r}") from None
+        found, model_args = read_config(body, f"the configuration of {where}")
+        name = found.micl_zoo.name or f"{found.architecture}.local"
+        about = (found.pretrained_cfg.transform, found.pretrained_cfg.license or "unknown")
+        return cls(name, found.architecture, model_args, found.num_features, *about)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A safetensors file, its bytes checked where there is something to check them against."""
+    """A safetensors file; its bytes are checked, where there is something to check them against, with its sha256."""
 
     path: Path  # of the file
-    sha256: str  # of its bytes
     config: EncoderConfig  # how to build the encoder
+    checked: str | None = None  # its sha256, where it was compared with the published one
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash the file's bytes, and compare that with what stands beside a checkpoint."""
+        found, beside = self.checked or file_sha256(self.path), sum_file(self.path)
+        if not self.checked and beside.is_file() and beside.read_bytes().split()[:1] != [found.encode()]:
+            raise WeightsError(f"{str(self.path)!r} is damaged, it has sha256 {found}: take another checkpoint")
+        return found
 
 
 def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
@@ -112,14 +124,7 @@ def config_text(config: dict[str, Any]) -> str:
 
 def local_weights(path: Path) -> Weights:
     """Find weights, at any path that `load` takes, and how to build their encoder."""
-    file = path
-    if path.is_dir():  # the run's finished encoder before its newest checkpoint
-        checkpoints = sorted(path.glob("checkpoints/step-*.safetensors"), reverse=True)
-        choices = [path / WEIGHTS_FILE, path / "encoder" / WEIGHTS_FILE, *checkpoints]
-        file = next((choice for choice in choices if choice.is_file()), choices[0])
-    if not file.is_file():
-        wanted = f"a .safetensors file, a folder with {WEIGHTS_FILE}, or the folder of a training run"
-        raise WeightsError(f"no weights at {str(path)!r}: expected {wanted}")
+    file = _file_at(path)
     if file.suffix == ".onnx":
         raise WeightsError(f'{str(file)!r} is an ONNX file: load it with backend="onnx", extract with --backend onnx')
     if file.suffix != ".safetensors":
@@ -127,44 +132,77 @@ def local_weights(path: Path) -> Weights:
             f"{str(file)!r} is not a .safetensors file. Other formats can run code when they are read; convert it "
             "once with safetensors.torch.save_file(state_dict, 'model.safetensors') on a machine you can lose"
         )
-    if _metadata(file).keys() >= CHECKPOINT_KEYS:
-        return _checkpoint(file)
-    config = header(file).get("config") or _json(file.parent / CONFIG_FILE)
-    if config is None:
+    said = header(file).get("config")
+    if is_checkpoint(file):
+        return Weights(file, _checkpoint_config(file, said))
+    beside = file.parent / CONFIG_FILE
+    if said is None and not beside.is_file():
         raise WeightsError(f"{str(file)!r} says nothing of its architecture: put timm's {CONFIG_FILE} beside it")
-    return Weights(file, file_sha256(file), EncoderConfig.from_dict(config, where=str(file)))
+    config = said if said is not None else read_json(beside, WeightsError)
+    return Weights(file, EncoderConfig.from_dict(config, where=repr(str(file if said is not None else beside))))
 
 
-def _checkpoint(file: Path) -> Weights:
-    """Read a run's checkpoint, of which older versions say in run.json alone what was trained."""
-    sha256, beside = file_sha256(file), sum_file(file)
-    if beside.is_file() and beside.read_text(encoding="utf-8").split()[:1] != [sha256]:
-        raise WeightsError(f"{str(file)!r} is damaged, it has sha256 {sha256}: take another checkpoint")
-    body, run = header(file).get("config"), file.parent.parent / "run.json"
+def _file_at(path: Path) -> Path:
+    wanted = f"a .safetensors file, a folder with {WEIGHTS_FILE}, or the folder of a training run"
     try:
-        config = EncoderConfig.from_dict(body, where=str(file)) if body else recipe_config((_json(run) or {})["recipe"])
-    except KeyError:
-        raise WeightsError(
-            f"{str(file)!r} is a checkpoint that does not say what was trained, nor does {str(run)!r} beside it: "
-            "put it back into its run's folder; of an older run of fine-tuning load RUN/encoder"
-        ) from None
-    return Weights(file, sha256, dataclasses.replace(config, name=f"{config.name}-{file.stem}"))
+        if not path.exists():
+            raise WeightsError(f"no weights at {str(path)!r}, there is no such file or folder: expected {wanted}")
+        file = path
+        if path.is_dir():  # the run's finished encoder before its newest checkpoint
+            checkpoints = sorted(path.glob("checkpoints/step-*.safetensors"), reverse=True)
+            choices = [path / WEIGHTS_FILE, path / "encoder" / WEIGHTS_FILE, *checkpoints]
+            file = next((choice for choice in choices if choice.is_file()), choices[0])
+        if not file.is_file():
+            raise WeightsError(f"no weights at {str(path)!r}: expected {wanted}")
+        return file
+    except OSError as error:  # a folder that may not be entered, a name of thousands of letters
+        raise WeightsError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+
+
+def _checkpoint_config(file: Path, said: Any) -> EncoderConfig:
+    """Read what a run's checkpoint holds, of which older versions say in run.json alone what was trained."""
+    if said is not None:
+        config = EncoderConfig.from_dict(said, where=repr(str(file)))
+    else:
+        run = file.parent.parent / "run.json"
+        cure = "put the checkpoint back into its run's folder; of an older run of fine-tuning load RUN/encoder"
+        if not run.is_file():
+            missing = f"is a checkpoint that does not say what was trained, nor does {str(run)!r}, which is not there"
+            raise WeightsError(f"{str(file)!r} {missing}: {cure}")
+        found = read(RunFile, read_json(run, WeightsError, cure), repr(str(run)), WeightsError, cure, others=True)
+        config = recipe_config(vars(found.recipe))
+    return dataclasses.replace(config, name=f"{config.name}-{file.stem}")
+
+
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of the tensors that `read_tensors` gives, from the header alone."""
+    found = {}
+    with _opened(file) as opened:
+        for name in opened.keys():  # noqa: SIM118, it is no dict
+            one = opened.get_slice(name)
+            if one.get_dtype() not in NUMBERS:
+                raise WeightsError(f"{str(file)!r}: {name} is of type {one.get_dtype()}, not of {', '.join(NUMBERS)}")
+            found[name] = tuple(one.get_shape())
+    return _encoder_part(found, is_checkpoint(file))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them."""
-    from safetensors import safe_open
-
-    checkpoint = _metadata(file).keys() >= CHECKPOINT_KEYS
-    with safe_open(file, framework="pt") as opened:
-        names = list(opened.keys())
-        means = any(name.startswith("ema.") for name in names)
-        prefix = "" if not checkpoint else "ema." if means else "model."
-        tensors = {name[len(prefix) :]: opened.get_tensor(name) for name in names if name.startswith(prefix)}
-    return without_head(tensors) if checkpoint else tensors
+    checkpoint = is_checkpoint(file)
+    with _opened(file, "pt") as opened:
+        wanted = _encoder_part({name: name for name in opened.keys()}, checkpoint)  # noqa: SIM118
+        return {key: opened.get_tensor(name) for key, name in wanted.items()}
 
 
-def without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _encoder_part(found: Mapping[str, Value], checkpoint: bool) -> dict[str, Value]:
+    """Pick what is the encoder's, under its own names, out of what stands in a file by name."""
+    if not checkpoint:
+        return dict(found)
+    prefix = "ema." if any(name.startswith("ema.") for name in found) else "model."
+    return without_head({name[len(prefix) :]: one for name, one in found.items() if name.startswith(prefix)})
+
+
+def without_head(state: Mapping[str, Value]) -> dict[str, Value]:
     """Turn the state of a classifier into that of an encoder; an encoder's own state comes back as it is.
 
     An encoder has its final norm before it pools. One that pools by the mean gets the classifier's norm, which was
@@ -173,30 +211,38 @@ def without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace("fc_norm.", "norm."): value for key, value in state.items() if not key.startswith("head.")}
 
 
+def is_checkpoint(file: Path) -> bool:
+    """Whether a safetensors file is a checkpoint of a run."""
+    return _metadata(file).keys() >= CHECKPOINT_KEYS
+
+
 def _metadata(file: Path) -> dict[str, str]:
+    with _opened(file) as opened:
+        return opened.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(file: Path, framework: Literal["numpy", "pt"] = "numpy") -> Iterator[Any]:
+    """Open a safetensors file whose header is no longer than headers are; with numpy torch is not imported."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="numpy") as opened:
-            return opened.metadata() or {}
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if length > MAX_HEADER:
+            raise WeightsError(f"{str(file)!r} is damaged or no safetensors file: a header of {length:,} bytes")
+        with safe_open(file, framework=framework) as opened:
+            yield opened
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{str(file)!r} is damaged or no safetensors file: {error}") from None
+    except MemoryError:
+        raise WeightsError(f"{str(file)!r} does not fit into memory: take a machine or a limit with more") from None
 
 
 def header(file: Path) -> dict[str, Any]:
     """Return what this package wrote into a safetensors header: `config` and `provenance`; {} for others' files."""
-    return _parse(_metadata(file).get(HEADER_KEY, "{}"), f"the header of {file}")
-
-
-def _json(file: Path) -> dict[str, Any] | None:
-    return _parse(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{where} is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise WeightsError(f"{where} must be a JSON object, got {type(parsed).__name__}")
-    return parsed
+    what = f"the header of {str(file)!r}"
+    found = parse_json(_metadata(file).get(HEADER_KEY, "{}"), what, WeightsError)
+    if not isinstance(found, dict):
+        raise WeightsError(f"{what} is damaged: {HEADER_KEY} must be an object, it is {shown(found)}")
+    return found

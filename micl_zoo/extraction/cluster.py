@@ -34,6 +34,7 @@ from ..errors import MiclZooError, SourceError, StoreError, UsageError
 from ..files import Folder
 from ..sources.index import ImageIndex
 from ..stores.store import Store, open_store
+from ..telemetry import no_telemetry
 from .engines import Job, Lost, Said, Worker, embed_elsewhere, run_crew
 from .runner import Event
 from .work import Work
@@ -164,6 +165,7 @@ class Cluster:
 
 
 def _ray() -> Any:
+    no_telemetry()
     try:
         import ray
     except ImportError:

@@ -1,0 +1,163 @@
+"""What a configuration may say: of a folder's config.json, a safetensors header or an ONNX file's metadata.
+
+A configuration comes with weights from anywhere, and timm would follow it anywhere: to a pickle, to a server, to more
+memory than there is. So only what stands in these tables reaches timm. A wider zoo widens them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from ..errors import WeightsError
+from ..images.transform import Filter, Transform
+from ..schema import Between, read
+
+MODULES = ("vision_transformer", "deit")  # of timm: the architectures that may be asked for are theirs
+MAX_PARAMETERS = 4_000_000_000  # timm's largest of them has 2.7e9
+MAX_PATCHES = 128 * 128  # per image
+ARCHITECTURE = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)  # no hf-hub:, no local-dir:, no path, no tag
+NAME = re.compile(r"\w(?:[\w.+ ()-]*[\w.+)-])?")  # also part of file names
+MIN_CROP = 0.05  # share of the resized side; less only costs memory
+CURE = "take the config.json that timm or micl-zoo wrote for these weights"
+
+Side = Annotated[int, Between(1, 4096)]  # pixels
+Width = Annotated[int, Between(1, 8192)]  # numbers per token
+Rate = Annotated[float, Between(0, 0.999)]
+Mean = Annotated[float, Between(-1000, 1000)]  # for pixels in 0..1
+Std = Annotated[float, Between(1e-4, 1000)]
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Arguments of timm's VisionTransformer that a file may set, under timm's names; None leaves timm's default."""
+
+    img_size: tuple[Side, Side] | Side | None = None
+    patch_size: tuple[Side, Side] | Side | None = None
+    in_chans: Literal[3] | None = None
+    embed_dim: Width | None = None
+    depth: Annotated[int, Between(1, 128)] | None = None
+    num_heads: Annotated[int, Between(1, 256)] | None = None
+    mlp_ratio: Annotated[float, Between(0.1, 64)] | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    scale_attn_norm: bool | None = None
+    scale_mlp_norm: bool | None = None
+    proj_bias: bool | None = None
+    init_values: Annotated[float, Between(0, 10)] | None = None
+    class_token: bool | None = None
+    reg_tokens: Annotated[int, Between(0, 64)] | None = None
+    pos_embed: Literal["", "none", "learn"] | None = None
+    no_embed_class: bool | None = None
+    pre_norm: bool | None = None
+    final_norm: bool | None = None
+    fc_norm: bool | None = None
+    global_pool: Literal["", "avg", "avgmax", "max", "token", "map"] | None = None
+    pool_include_prefix: bool | None = None
+    dynamic_img_size: bool | None = None
+    drop_rate: Rate | None = None
+    pos_drop_rate: Rate | None = None
+    patch_drop_rate: Rate | None = None
+    proj_drop_rate: Rate | None = None
+    attn_drop_rate: Rate | None = None
+    drop_path_rate: Rate | None = None
+    norm_layer: Literal["layernorm", "rmsnorm"] | None = None
+    act_layer: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"] | None = None
+
+
+@dataclass(frozen=True)
+class PretrainedCfg:
+    """Entries of timm's `pretrained_cfg` that are used; the others are left out. Defaults are timm's."""
+
+    input_size: tuple[Literal[3], Side, Side] = (3, 224, 224)
+    interpolation: Filter = "bicubic"
+    crop_pct: Annotated[float, Between(MIN_CROP, 1)] = 0.875
+    crop_mode: Literal["center"] = "center"
+    mean: tuple[Mean, Mean, Mean] = Transform.mean
+    std: tuple[Std, Std, Std] = Transform.std
+    license: Annotated[str, Between(0, 1000)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.input_size[1] != self.input_size[2]:
+            raise ValueError(f"input_size must be a square, it is {list(self.input_size[1:])}")
+
+    @property
+    def transform(self) -> Transform:
+        """The evaluation transform that it describes."""
+        return Transform.from_timm(asdict(self))
+
+
+@dataclass(frozen=True)
+class TransformFile:
+    """A `Transform` as an ONNX file's metadata say it."""
+
+    size: Side
+    resize: Annotated[int, Between(1, 4096 / MIN_CROP)]
+    interpolation: Filter
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Std, Std, Std]
+
+    def __post_init__(self) -> None:
+        if self.resize * MIN_CROP > self.size:
+            raise ValueError(f"resize is {self.resize:,} for images of {self.size}")
+
+
+@dataclass(frozen=True)
+class Own:
+    """What only this package writes into a `config.json`."""
+
+    name: Annotated[str, Between(1, 200)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not NAME.fullmatch(self.name):
+            raise ValueError(f"name must be arch.tag, of letters, digits and .-+_, it is {self.name!r}")
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A `config.json` in timm's layout; what else timm writes there is left out."""
+
+    architecture: str
+    num_features: Width
+    pretrained_cfg: PretrainedCfg
+    model_args: dict[str, Any] = field(default_factory=dict)
+    micl_zoo: Own = field(default_factory=Own)
+
+    def __post_init__(self) -> None:
+        if len(self.architecture) > 100 or not ARCHITECTURE.fullmatch(self.architecture):
+            raise ValueError(f"architecture must be the plain name of a ViT of timm, it is {self.architecture[:100]!r}")
+
+
+def read_config(found: Any, what: str) -> tuple[ConfigFile, dict[str, Any]]:
+    """Read a parsed `config.json`, ours or timm's: what it says, and the arguments for timm.
+
+    Args:
+        found: what JSON gave.
+        what: names the file in the WeightsError.
+    """
+    body = read(ConfigFile, found, what, WeightsError, CURE, others=True)
+    asked = read(ModelArgs, body.model_args, f"{what}, model_args,", WeightsError, CURE)
+    return body, {name: value for name, value in vars(asked).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class RecipeShape:
+    """Fields of a recipe in a run.json that say how to build its encoder."""
+
+    name: Annotated[str, Between(1, 200)]
+    image_size: Side
+    patch_size: Side
+    embed_dim: Width
+    depth: Annotated[int, Between(1, 128)]
+    num_heads: Annotated[int, Between(1, 256)]
+    mlp_ratio: Annotated[float, Between(0.1, 64)]
+    pixel_mean: tuple[Mean, Mean, Mean]
+    pixel_std: tuple[Std, Std, Std]
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A run.json, as far as an encoder goes."""
+
+    recipe: RecipeShape
