@@ -208,6 +208,7 @@ def test_an_index_that_is_another(store: Store) -> None:
 def test_a_store_whose_images_are_still_being_listed(store: Store) -> None:
     file = store.path / "manifest.json"
     manifest = json.loads(file.read_text()) | {"rows": None, "shards": None, "index_sha256": None}
+    del manifest["sha256"]
     file.write_text(json.dumps(manifest))
     found = verify(reopened(store), sample=0)
     assert found.problems == []
@@ -223,7 +224,7 @@ def test_a_decoding_that_is_not_known(store: Store, encoder_folder: Path) -> Non
 
 def test_a_part_of_no_shard(store: Store) -> None:
     shutil.copy(store.part_path(0), store.part_path(7))
-    assert "part 7 belongs to no shard of the index, which has 3" in wrong(store)
+    assert "part-00007.parquet is no part of this store" in wrong(store)
 
 
 def test_a_store_on_an_object_store(sound: Store, tmp_path: Path) -> None:

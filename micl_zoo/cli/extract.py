@@ -52,6 +52,13 @@ REFUSED_EXIT_CODE = 3
 @opt.count("--max-pixels", "Largest image in pixels; larger ones are refused.", show_default="89,478,485")
 @opt.value("--image-timeout", "Seconds per image, after which its process is replaced.", type=opt.POSITIVE, default=120)
 @opt.count("--limit", "Number of images to embed, from the first of the source.")
+@opt.value(
+    "--retry",
+    "Refused images to try again: passing (those whose cause may be gone), all, none, or reasons of errors.jsonl.",
+    multiple=True,
+    default=["passing"],
+    metavar="REASON",
+)
 @opt.flag("--only-missing", "Add only the images that the store in --out lacks.")
 @opt.flag("--overwrite", "Delete the embeddings in --out first.")
 @opt.flag("--strict", f"Exit with code {REFUSED_EXIT_CODE} when an image could not be embedded.")
