@@ -15,18 +15,19 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import StoreError
 from ..schema import Between, parse_json, read
-from ..sources.index import INDEX_SCHEMA, ROWS_AT_ONCE, ImageIndex
+from ..sources.index import INDEX_SCHEMA, ImageIndex
 from .manifest import Manifest, Runtime
 
 ID, EMBEDDING = "id", "embedding"  # columns of a part, see `part_schema`; those of the ledger are RefusedRow's
 LEDGER_KEY = b"micl_zoo.refused"  # in a part's metadata: its ledger lines, so that both exist or neither does
 MADE_KEY = b"micl_zoo.made"  # in a part's metadata: `Made`
-SHA256_KEY = b"micl_zoo.sha256"  # in a part's metadata: `Rows.sha256`; in that of an index file: `index_sha256`
+SHA256_KEY = b"micl_zoo.sha256"  # in a part's metadata: `Rows.sha256`
+FILE_KEY = b"micl_zoo.file_sha256"  # in the metadata of every file: see `is_whole`
+UNSEALED = b"0" * 64
 INDEX_SCHEMAS = (INDEX_SCHEMA, INDEX_SCHEMA.remove(INDEX_SCHEMA.get_field_index("kind")))  # earlier ones had no kinds
 CURE = "delete it and run the same extract command again"
 
@@ -129,25 +130,23 @@ def decode_made(metadata: dict[bytes, bytes] | None, what: str) -> Made | None:
 
 def encode_index(index: ImageIndex) -> bytes:
     """Make the file of one shard of the index."""
-    return _parquet(index.table.replace_schema_metadata({SHA256_KEY: index_sha256(index.table).encode()}))
+    return _parquet(index.table.replace_schema_metadata(None))
 
 
-def decode_index(table: pa.Table) -> tuple[ImageIndex, bool]:
-    """Take the table of an index file; False where it has no checksum, as earlier versions wrote them."""
-    sha256 = (table.schema.metadata or {}).get(SHA256_KEY)
-    checked = sha256 is not None and "kind" in table.column_names
-    if checked and (found := index_sha256(table)).encode() != sha256:
-        raise ValueError(f"its sha256 is {found}, not {sha256!r}")
-    return ImageIndex.from_table(table.replace_schema_metadata(None)), checked
+def is_whole(data: bytes) -> bool | None:
+    """Hash a file of a store, its own checksum taken for zeros; None where it has none: an earlier version wrote it."""
+    metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
+    if (sha256 := metadata.get(FILE_KEY)) is None:
+        return False if MADE_KEY in metadata else None
+    at = data.rfind(sha256, data.rfind(FILE_KEY))
+    return at >= 0 and _sha256_without(data, at) == sha256
 
 
-def index_sha256(table: pa.Table) -> str:
-    """Hash all columns of an index, row by row."""
-    digest = hashlib.sha256()
-    for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
-        lines = pc.binary_join_element_wise(*(column.cast(pa.string()) for column in batch.columns), "\0")
-        digest.update(json.dumps(lines.to_pylist()).encode())
-    return digest.hexdigest()
+def _sha256_without(data: bytes, at: int) -> bytes:
+    digest, view = hashlib.sha256(), memoryview(data)
+    for piece in (view[:at], UNSEALED, view[at + len(UNSEALED) :]):
+        digest.update(piece)
+    return digest.hexdigest().encode()
 
 
 def read_table(file: Any, schemas: Sequence[pa.Schema], most: int, columns: list[str] | None = None) -> pa.Table:
@@ -175,5 +174,9 @@ def check_metadata(found: pq.FileMetaData, schemas: Sequence[pa.Schema], most: i
 def _parquet(table: pa.Table) -> bytes:
     out = io.BytesIO()
     shared = [name for name in ("uri", "kind") if name in table.schema.names]  # ids and numbers gain nothing by it
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), FILE_KEY: UNSEALED})
     pq.write_table(table, out, compression="zstd", use_dictionary=shared, write_page_checksum=True)
-    return out.getvalue()
+    data = bytearray(out.getbuffer())
+    at = data.rfind(UNSEALED, data.rfind(FILE_KEY))  # the last are the footer's; Arrow's own are in base64
+    data[at : at + len(UNSEALED)] = _sha256_without(bytes(data), at)
+    return bytes(data)

@@ -30,12 +30,12 @@ from .parts import (
     RefusedRow,
     Rows,
     check_metadata,
-    decode_index,
     decode_ledger,
     decode_made,
     decode_part,
     encode_index,
     encode_part,
+    is_whole,
     part_schema,
     read_table,
 )
@@ -152,7 +152,11 @@ class Store:
         """Read one shard of the index, and tell whether its file has a checksum; earlier versions wrote none."""
         name = f"index/{part_name(number)}"
         with self._damage(name):
-            return decode_index(read_table(self.folder.open(name), INDEX_SCHEMAS, self._most_rows))
+            whole = is_whole(data := self.folder.read(name))
+            table = read_table(pa.BufferReader(data), INDEX_SCHEMAS, self._most_rows)
+            if whole is False and "kind" in table.column_names:
+                raise ValueError("its sha256 differs from that of its bytes")
+            return ImageIndex.from_table(table.replace_schema_metadata(None)), bool(whole)
 
     def part_path(self, number: int) -> Path:
         """Path of one part in a local store, written or not."""
@@ -183,7 +187,7 @@ class Store:
         """Read what is kept of an unfinished shard; None where nothing is kept or it is damaged."""
         if self.folder.exists(part_name(number, BEGINNING)):
             with contextlib.suppress(StoreError):
-                return self._loaded(part_name(number, BEGINNING), check=True)[1]
+                return self._checked_rows(part_name(number, BEGINNING))
         return None
 
     def unfinish(self, number: int) -> None:
@@ -193,11 +197,13 @@ class Store:
 
     def rows(self, number: int) -> Rows:
         """Read one finished shard; StoreError where its part is damaged or missing."""
-        return self._whole(number)[1]
+        name = part_name(number)
+        with self._damage(name):
+            return decode_part(self._read(number), repr(self.folder.at(name)))
 
     def check_part(self, number: int) -> Rows:
         """Read one finished shard and hash it again; StoreError where its part is not what was written."""
-        return self._loaded(part_name(number), check=True)[1]
+        return self._checked_rows(part_name(number))
 
     def refused(self) -> Iterator[RefusedRow]:
         """Iterate over the ledger lines of the parts, in index order."""
@@ -251,11 +257,8 @@ class Store:
 
     def part_ids(self, number: int) -> list[str]:
         """Read the ids of the rows of one finished shard."""
-        if self.check and number not in self._checked:
-            return self.rows(number).ids
-        name = part_name(number)
-        with self._damage(name):
-            names: list[str] = self._read(name, [ID])[ID].to_pylist()
+        with self._damage(part_name(number)):
+            names: list[str] = self._read(number, [ID])[ID].to_pylist()
             return names
 
     @property
@@ -276,7 +279,7 @@ class Store:
 
     def to_arrow(self) -> pa.Table:
         """Return all rows as a table with the columns id and embedding."""
-        tables = [self._whole(number)[0].replace_schema_metadata(None) for number in self.done()]
+        tables = list(map(self._table, self.done()))
         return pa.concat_tables(tables) if tables else self.schema().empty_table()
 
     def to_pandas(self) -> pd.DataFrame:
@@ -292,30 +295,40 @@ class Store:
         """Columns of a part: id, and embedding, a list of `dim` numbers."""
         return part_schema(self.manifest)
 
-    def _whole(self, number: int) -> tuple[pa.Table, Rows]:
-        """Read one finished shard; its checksum is compared if that has not been done."""
-        check = self.check and number not in self._checked
-        found = self._loaded(part_name(number), check=check)
-        if check:
-            self._checked.add(number)
-        return found
+    def _table(self, number: int) -> pa.Table:
+        with self._damage(part_name(number)):
+            return self._read(number).replace_schema_metadata(None)
 
-    def _loaded(self, name: str, *, check: bool) -> tuple[pa.Table, Rows]:
+    def _read(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """Read columns of a part; the first time, all its bytes are hashed."""
+        name = part_name(number)
+        if not self.check or number in self._checked:
+            return read_table(self.folder.open(name), [self.schema()], self._most_rows, columns)
+        data = self.folder.read(name)
+        if (whole := is_whole(data)) is None:
+            self._checked_rows(name)  # an earlier version has hashed the rows only
+        elif not whole:
+            raise ValueError("its sha256 differs from that of its bytes")
+        table = read_table(pa.BufferReader(data), [self.schema()], self._most_rows, columns)
+        self._checked.add(number)
+        return table
+
+    def _checked_rows(self, name: str) -> Rows:
         with self._damage(name):
-            table = self._read(name)
+            whole = is_whole(data := self.folder.read(name))
+            table = read_table(pa.BufferReader(data), [self.schema()], self._most_rows)
             rows = decode_part(table, repr(self.folder.at(name)))
             sha256 = (table.schema.metadata or {}).get(SHA256_KEY, b"")
-            if check and (found := rows.sha256()).encode() != sha256:
+            if (found := rows.sha256()).encode() != sha256:
                 raise ValueError(f"its sha256 is {found}, not {sha256!r}")
-            return table, rows
+            if whole is False:
+                raise ValueError("its sha256 differs from that of its bytes")
+            return rows
 
     @property
     def _most_rows(self) -> int:
         """Rows of a file that is read; above those of a shard, so that `verify` can say which are too many."""
         return 2 * self.manifest.shard_rows + 1000
-
-    def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return read_table(self.folder.open(name), [self.schema()], self._most_rows, columns)
 
     def _metadata(self, number: int) -> pq.FileMetaData:
         with self._damage(part_name(number)):
