@@ -166,12 +166,13 @@ class Indexing:
             for shard in range(number, before)
             for entry in self.store.shard(shard).entries()
         }
-        for index in rest:
-            for entry in index.entries():
-                if left.pop(entry.id, None) != (entry.offset, entry.length):
-                    raise differs
+        for place, entry in enumerate(entry for index in rest for entry in index.entries()):
+            if (known := left.pop(entry.id, None)) != (entry.offset, entry.length):
+                what = "has another size" if known else "is in the source and not in the store"
+                raise _unlike(self.store, f"{entry.id!r} {what}") if place else differs
         if left:
-            raise self._fewer() or differs
+            missing = _unlike(self.store, f"{next(iter(left))!r} is in the store and not in the source")
+            raise self._fewer() or missing
 
 
 def _limited(pieces: Iterator[ImageIndex], limit: int | None) -> Iterator[ImageIndex]:
@@ -217,7 +218,11 @@ def _differs(store: Store, number: int, row: int, before: ImageIndex, index: Ima
 def _other(store: Store, number: int, row: int, mine: str | None, theirs: str | None) -> StoreError:
     names = ["nothing" if name is None else repr(name) for name in (mine, theirs)]
     what = f"{names[0]} in the store, {names[1]} in the source" if mine != theirs else f"{mine!r} has another size"
+    return _unlike(store, f"the first that differs is row {row} of shard {number}: {what}")
+
+
+def _unlike(store: Store, what: str) -> StoreError:
     return StoreError(
-        f"{str(store.folder)!r} was made of other images; the first that differs is row {row} of shard {number}: "
-        f"{what}. --only-missing adds the images that the store has not, --overwrite starts anew."
+        f"{str(store.folder)!r} was made of other images; {what}. --only-missing adds the images that the store has "
+        "not, --overwrite starts anew."
     )

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import Refused, UsageError
+from ..errors import Refused, StoreError, UsageError
 from ..progress import progress
 from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
 from .parts import ID
 from .reembed import StoreEncoder, store_encoder
-from .store import Store, open_store
+from .store import Store, open_store, part_name
 
 ImageFile = str | os.PathLike[str] | bytes
 BLOCK = 1024  # queries per matrix product: with a part of 10,000 rows, 41 MB of cosines
@@ -208,4 +208,6 @@ def _entries(store: Store, wanted: set[tuple[int, str]]) -> dict[tuple[int, str]
         names = pa.array([name for number, name in wanted if number == shard])
         kept = ImageIndex(table.filter(pc.is_in(table[ID], value_set=names)))
         found |= {(shard, entry.id): entry for entry in kept.entries()}
+    for shard, name in wanted - set(found):
+        raise StoreError(f"{store.folder.at(part_name(shard))!r} has a row {name!r} that the index has not: see verify")
     return found
