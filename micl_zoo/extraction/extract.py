@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .._version import package_versions
-from ..encoders.device import Backend, choose_backend, default_workers, precision_advice
+from ..encoders.device import BACKENDS, Backend, choose_backend, default_workers, precision_advice
 from ..encoders.encoder import Encoder
 from ..encoders.load import load
 from ..errors import Interrupted, MiclZooError, UsageError
@@ -247,9 +247,12 @@ def _job(options: ExtractOptions, places: Local | Cluster) -> Job:
     """Resolve what is left open."""
     precision = options.precision if options.backend == "onnx" else places.precision(options.precision)
     device = torch.device(places.devices[0])
+    backend = choose_backend(options.backend, device=device, precision=precision, compile=options.compile)
+    if options.compile and not BACKENDS[backend].compiles:  # before there is a store
+        raise UsageError(f"the {backend} backend compiles by itself: leave compile out, or take backend torch")
     return Job(
         options,
-        backend=choose_backend(options.backend, device=device, precision=precision, compile=options.compile),
+        backend=backend,
         precision=precision,
         batch_size=options.batch_size or (256 if device.type == "cuda" else 16),
         workers=places.workers(options.workers),

@@ -166,10 +166,11 @@ class Indexing:
             for shard in range(number, before)
             for entry in self.store.shard(shard).entries()
         }
-        for place, entry in enumerate(entry for index in rest for entry in index.entries()):
+        for entry in (entry for index in rest for entry in index.entries()):
             if (known := left.pop(entry.id, None)) != (entry.offset, entry.length):
                 what = "has another size" if known else "is in the source and not in the store"
-                raise _unlike(self.store, f"{entry.id!r} {what}") if place else differs
+                first = repr(entry.id) in str(differs)  # which says where, too
+                raise differs if first else _unlike(self.store, f"{entry.id!r} {what}")
         if left:
             missing = _unlike(self.store, f"{next(iter(left))!r} is in the store and not in the source")
             raise self._fewer() or missing
