@@ -17,6 +17,8 @@ Reason = Literal[
     "unsupported",
     "crashed",
     "timeout",
+    "memory",
+    "not_finite",
     "listing",  # of an entry of a source, which no image has
 ]
 

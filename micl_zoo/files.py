@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
+from logging import getLogger
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +22,12 @@ from .errors import MiclZooError, StoreError
 
 LOCK_FILE = ".lock.tmp"
 OWNER_FILE = ".lock-owner.tmp"  # in its place where the file system has no locks
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without lockd, some FUSE
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # how a file system says that it cannot
+NO_LOCKS = (*UNSUPPORTED, errno.ENOLCK)  # Lustre without -o flock, NFS without lockd, some FUSE
+# Windows refuses to rename over a file that a reader or a virus scanner has open: seconds between tries, 3 in all.
+RENAME_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5) if os.name == "nt" else ()
+
+logger = getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -26,18 +35,58 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """Yield a temporary name beside `path`, synced and renamed if the block succeeds, else removed.
 
     A reader sees the old file or the whole new one, whenever the process is killed. A `unique` name is no other
-    writer's; otherwise every try has the same name, so that a killed run leaves nothing for good.
+    writer's; otherwise every try has the same name, so that a killed run leaves nothing for good. An error of the
+    system names a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{uuid.uuid4().hex[:8]}" if unique else ""
     temporary = path.with_name(f".{path.name}{own}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _named_errors(path):
+            yield temporary
+            _sync(temporary)
+            _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Add the file to an error of the system that has none, as those of writing and syncing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None and not isinstance(error, ConnectionError | TimeoutError):
+            error.filename = str(path)
+        raise
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb+") as opened:
+        try:
+            os.fsync(opened.fileno())
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            _warn_once(
+                "this file system cannot sync files to its disk (%s): what was written just before a loss of power may "
+                "be lost",
+                error.strerror,
+            )
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    for wait in RENAME_WAITS:
+        with contextlib.suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(wait)
+    temporary.replace(path)
+
+
+@functools.cache
+def _warn_once(text: str, *values: object) -> None:
+    logger.warning(text, *values)
 
 
 @contextlib.contextmanager
@@ -64,28 +113,87 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> contextlib.ExitStack:
-    """Lock a folder until the result is closed or this process ends in any way; raise `error` where another has it."""
-    from filelock import SoftFileLock, Timeout
+class FolderLock:
+    """The lock of a folder, until it is closed or this process ends in any way. Made by `lock_folder`."""
 
-    folder.mkdir(parents=True, exist_ok=True)
-    hint = ""
-    with contextlib.ExitStack() as held:
+    def __init__(self, folder: Path | None, doing: str, error: type[MiclZooError]) -> None:
+        """Take it; raise `error` where another process has it. No folder, an object store, has no lock."""
+        self.folder, self.doing, self.error = folder, doing, error
+        self._held = contextlib.ExitStack()
+        self._file, self._number = Path(), -1  # that stands for it, and its inode
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._take(folder, "wait for it, stop it, or give another --out")
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release it."""
+        self._held.close()
+
+    def check(self) -> None:
+        """Take it again where its file was deleted; raise `error` if another process has done so meanwhile."""
+        if self.folder is None or (found := _inode(self._file)) == self._number:
+            return
+        cure = "the lock of this process was deleted, so it has stopped; what it has written is kept"
+        if found >= 0 and self._file.name == OWNER_FILE:  # closing would delete that of the other process
+            raise self._other(self.folder, cure)
+        self.close()
+        self._take(self.folder, cure)
+
+    def _take(self, folder: Path, cure: str) -> None:
+        from filelock import Timeout
+
         try:
-            if not _flock(held.enter_context((folder / LOCK_FILE).open("a"))):
-                # It names its process: a dead one on this machine is found out, at the second look; elsewhere not.
-                lock = SoftFileLock(folder / OWNER_FILE, timeout=1, thread_local=False)
-                hint = f". If there is none on any machine, delete {lock.lock_file!r}"
-                lock.acquire()
-                held.callback(lock.release)
-        except (BlockingIOError, Timeout):
-            raise error(
-                f"another process is {doing} {str(folder)!r}: wait for it, stop it, or give another --out{hint}"
-            ) from None
-        return held.pop_all()
+            with contextlib.ExitStack() as held:
+                self._file = _locked_file(folder, held)
+                self._number, self._held = _inode(self._file), held.pop_all()
+        except BlockingIOError:
+            raise self._other(folder, cure) from None
+        except Timeout:
+            hint = f". If there is none on any machine, delete {str(folder / OWNER_FILE)!r}"
+            raise self._other(folder, cure + hint) from None
+
+    def _other(self, folder: Path, cure: str) -> MiclZooError:
+        return self.error(f"another process is {self.doing} {str(folder)!r}: {cure}")
 
 
-def _flock(file: IO[str]) -> bool:
+def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> FolderLock:
+    """Lock a folder until the result is closed or this process ends in any way; raise `error` where another has it."""
+    return FolderLock(folder, doing, error)
+
+
+def _locked_file(folder: Path, held: contextlib.ExitStack) -> Path:
+    """Take the lock of a folder into `held`; return the file that stands for it. Raise where another process has it."""
+    from filelock import SoftFileLock
+
+    file = folder / LOCK_FILE
+    while True:
+        opened = held.enter_context(file.open("a"))
+        if not _flock(opened, folder):
+            break
+        if os.fstat(opened.fileno()).st_ino == _inode(file):  # else it was deleted between the two
+            return file
+    # It names its process: a dead one on this machine is found out, at the second look; elsewhere not.
+    lock = SoftFileLock(folder / OWNER_FILE, timeout=1, thread_local=False)
+    lock.acquire()
+    held.callback(lock.release)
+    return folder / OWNER_FILE
+
+
+def _inode(file: Path) -> int:
+    """Number of a file; -1 where it is gone."""
+    try:
+        return file.stat().st_ino
+    except FileNotFoundError:
+        return -1
+
+
+def _flock(file: IO[str], folder: Path) -> bool:
     """Lock a file while it is open; False where there are no such locks, BlockingIOError where another process has it.
 
     Not by filelock's FileLock: without flock, its releases raise, let a second process in, or keep everybody out
@@ -93,15 +201,33 @@ def _flock(file: IO[str]) -> bool:
     """
     try:
         import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         return False
+    try:
+        with _named_errors(folder / LOCK_FILE):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except PermissionError:  # SMB says so of a lock that another has, others of all locks: then of a new file's, too
+        with tempfile.TemporaryFile("a", dir=folder) as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except PermissionError as error:
+                return _no_locks(error)
+            raise BlockingIOError from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        return False
+        return _no_locks(error)
     return True
+
+
+def _no_locks(error: OSError) -> bool:
+    _warn_once(
+        "this file system has no locks (%s): a second process is kept out by the file %s, which may have to be deleted "
+        "by hand after a crash",
+        error.strerror,
+        OWNER_FILE,
+    )
+    return False
 
 
 class Folder:
@@ -134,31 +260,39 @@ class Folder:
         if self.local is not None:
             folder = self.local / below
             return sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
-        self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(f"{self._root}/{below}".rstrip("/"), detail=False)
-        except FileNotFoundError:
-            return []
+        with self._own_errors("list", below):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(f"{self._root}/{below}".rstrip("/"), detail=False)
+            except FileNotFoundError:
+                return []
         return sorted(name.rstrip("/").rpartition("/")[2] for name in found if name.rstrip("/") != self._root)
 
     def exists(self, name: str) -> bool:
         """True if there is such a file."""
-        return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._at(name)))
+        with self._own_errors("read", name):
+            return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._at(name)))
 
-    def read(self, name: str) -> bytes:
-        """Read a whole file."""
-        return bytes(self._fs.cat_file(self._at(name))) if self.local is None else (self.local / name).read_bytes()
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """Read a whole file, or so many bytes of it."""
+        with self._own_errors("read", name):
+            if self.local is None:
+                return bytes(self._fs.cat_file(self._at(name), start=None, end=most))
+            with (self.local / name).open("rb") as file:
+                return file.read(-1 if most is None else most)
 
     def open(self, name: str) -> Any:
         """Open a file for pyarrow, which reads only what it needs."""
         if self.local is not None:
             return pa.OSFile(os.fsencode(self.local / name))
-        return pa.PythonFile(self._fs.open(self._at(name), "rb"), mode="r")
+        with self._own_errors("read", name):
+            return pa.PythonFile(self._fs.open(self._at(name), "rb"), mode="r")
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole or not at all, by a temporary name or by one upload to the object store."""
         if self.local is None:
-            self._fs.pipe_file(self._at(name), data)
+            with self._own_errors("write", name):
+                self._fs.pipe_file(self._at(name), data)
             return
         with atomic_path(self.local / name, unique=True) as temporary:
             temporary.write_bytes(data)
@@ -168,14 +302,31 @@ class Folder:
         if self.local is not None:
             (self.local / name).unlink(missing_ok=True)
         elif self.exists(name):
-            self._fs.rm_file(self._at(name))
+            with self._own_errors("delete", name):
+                self._fs.rm_file(self._at(name))
 
-    def lock(self) -> contextlib.ExitStack:
+    def lock(self) -> FolderLock:
         """Keep other writers out of a local folder, as long as the result is open; object stores have no locks."""
-        return contextlib.ExitStack() if self.local is None else lock_folder(self.local, "writing to", StoreError)
+        return FolderLock(self.local, "writing to", StoreError)
+
+    def at(self, name: str) -> str:
+        """Name a file to a person."""
+        return f"{self.location.rstrip('/')}/{name}"
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+    @contextlib.contextmanager
+    def _own_errors(self, doing: str, name: str) -> Iterator[None]:
+        """Turn what clients of object stores raise, each its own, into a StoreError; local files raise OSError."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            if self.local is not None:
+                raise
+            raise StoreError(f"cannot {doing} {self.at(name)!r}: {error or type(error).__name__}") from None
 
 
 def sum_file(file: Path) -> Path:

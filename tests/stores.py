@@ -36,8 +36,15 @@ def make_store(folder: Path, encoder_folder: Path, *, count: int = 10, bad: bool
     return extract(folder / "images", folder / "store", **settings).store  # type: ignore[arg-type]
 
 
-def rewrite_part(store: Store, shard: int, *, ids: Sequence[str] | None = None, rows: np.ndarray | None = None) -> None:
-    """Put other ids or rows into a part, its ledger left as it is."""
+def rewrite_part(
+    store: Store,
+    shard: int,
+    *,
+    ids: Sequence[str] | None = None,
+    rows: np.ndarray | None = None,
+    seal: bool = False,
+) -> None:
+    """Put other ids or rows into a part, its ledger left as it is; with `seal`, its checksum is made right."""
     table = pq.read_table(store.part_path(shard))
     width = table.schema.field("embedding").type.list_size
     if ids is not None:
@@ -51,6 +58,8 @@ def rewrite_part(store: Store, shard: int, *, ids: Sequence[str] | None = None, 
         ids = table["id"].to_pylist() if len(table) == len(rows) else [f"made-{shard}-{n}" for n in range(len(rows))]
         table = pa.table([pa.array(ids, pa.string()), vectors], schema=table.schema)
     pq.write_table(table, store.part_path(shard))
+    if seal:
+        store.write_part(shard, store.snapshot(check=False).rows(shard))
 
 
 def reopened(store: Store) -> Store:

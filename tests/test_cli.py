@@ -21,7 +21,8 @@ from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import Interrupted
 from micl_zoo.extraction.runner import Event, Times
 from micl_zoo.extraction.work import Work
-from micl_zoo.stores.store import Rows, Store
+from micl_zoo.stores.parts import Rows
+from micl_zoo.stores.store import Store
 
 README = Path(__file__).parent.parent / "README.md"
 

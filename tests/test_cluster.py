@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -151,6 +152,20 @@ def test_a_stop_keeps_the_beginning_of_a_shard_and_one_process_goes_on(
     assert extract(pictures, tmp_path / "s", **one_shard).computed == 101 - begun.images
     extract(pictures, tmp_path / "other", **one_shard)
     assert files(tmp_path / "s") == files(tmp_path / "other")
+
+
+def test_what_was_refused_is_tried_again_on_a_cluster(
+    nodes: Any, pictures: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder, out = Path(shutil.copytree(pictures, tmp_path / "in")), tmp_path / "s"
+    (folder / "011.jpg").rename(tmp_path / "away.jpg")
+    (folder / "011.jpg").symlink_to(tmp_path / "mount.jpg")
+    extract(folder, out, weights=encoder_folder, **SMALL)
+    (tmp_path / "away.jpg").rename(tmp_path / "mount.jpg")
+    summary = extract(folder, out, weights=encoder_folder, engine="ray", processes=2, **SMALL)
+    assert (summary.tried_again, summary.recovered, summary.embedded, summary.refused) == (1, 1, 100, 1)
+    extract(folder, tmp_path / "other", weights=encoder_folder, **SMALL)
+    assert files(out) == files(tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_an_error_leaves_the_old_file(store: Store, tmp_path: Path) -> None:
         convert(store, tmp_path / name)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     rows = next(store.batches())[1].copy()
-    rewrite_part(store, 0, rows=rows * 1e6)
+    rewrite_part(store, 0, rows=rows * 1e6, seal=True)
     for name in NAMES:
         with pytest.raises(StoreError, match="does not fit float16: give --dtype float32"):
             convert(reopened(store), tmp_path / name, dtype="float16", overwrite=True)
@@ -113,7 +113,7 @@ def test_incomplete_stores_and_empty_parts(store: Store, tmp_path: Path) -> None
     ids, rows = opened(convert(store, tmp_path / "x.safetensors", incomplete=True))
     assert ids == store.ids
     np.testing.assert_array_equal(rows, store.embeddings)
-    rewrite_part(store, 0, ids=[])
+    rewrite_part(store, 0, ids=[], seal=True)
     assert opened(convert(store, tmp_path / "y.safetensors", incomplete=True))[0] == reopened(store).ids
     store.part_path(0).unlink()
     store.part_path(1).unlink()

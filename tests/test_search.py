@@ -35,7 +35,7 @@ def store(made: Store, tmp_path: Path) -> Store:
 def fill(store: Store, rows: np.ndarray) -> list[str]:
     """Put (N, 32) rows into the three parts, N / 3 in each; returns their ids."""
     for shard, some in enumerate(np.split(rows, 3)):
-        rewrite_part(store, shard, rows=some)
+        rewrite_part(store, shard, rows=some, seal=True)
     return reopened(store).ids
 
 

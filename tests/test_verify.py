@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from conftest import picture
@@ -17,8 +21,9 @@ import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.encoders.zoo import DEFAULT, RECORDS
-from micl_zoo.errors import UsageError, WeightsError
+from micl_zoo.errors import StoreError, UsageError, WeightsError
 from micl_zoo.stores.convert import convert
+from micl_zoo.stores.parts import LEDGER_KEY, MADE_KEY
 from micl_zoo.stores.search import search
 from micl_zoo.stores.verify import account, verify
 
@@ -208,6 +213,7 @@ def test_an_index_that_is_another(store: Store) -> None:
 def test_a_store_whose_images_are_still_being_listed(store: Store) -> None:
     file = store.path / "manifest.json"
     manifest = json.loads(file.read_text()) | {"rows": None, "shards": None, "index_sha256": None}
+    del manifest["sha256"]
     file.write_text(json.dumps(manifest))
     found = verify(reopened(store), sample=0)
     assert found.problems == []
@@ -223,7 +229,7 @@ def test_a_decoding_that_is_not_known(store: Store, encoder_folder: Path) -> Non
 
 def test_a_part_of_no_shard(store: Store) -> None:
     shutil.copy(store.part_path(0), store.part_path(7))
-    assert "part 7 belongs to no shard of the index, which has 3" in wrong(store)
+    assert "part-00007.parquet is no part of this store" in wrong(store)
 
 
 def test_a_store_on_an_object_store(sound: Store, tmp_path: Path) -> None:
@@ -264,3 +270,192 @@ def test_the_command(store: Store, encoder_folder: Path) -> None:
     result = CliRunner().invoke(main, [*words, "--json"])
     assert result.exit_code == 1
     assert len(json.loads(result.output)["problems"]) >= 2
+
+
+def test_flipped_bits_are_seen_and_change_no_row_in_silence(sound: Store, tmp_path: Path) -> None:
+    ids, rows, entries = sound.ids, sound.embeddings, list(sound.shard(0).entries())
+    random, missed = np.random.default_rng(0), 0
+    for name in ("part-00000.parquet", "index/part-00000.parquet", "manifest.json") * 40:
+        store = Path(shutil.copytree(sound.path, tmp_path / "store", dirs_exist_ok=True))
+        data = bytearray((store / name).read_bytes())
+        data[random.integers(len(data))] ^= 1 << random.integers(8)
+        (store / name).write_bytes(data)
+        with contextlib.suppress(StoreError):
+            opened = micl_zoo.open_store(store)
+            assert opened.ids == ids
+            assert opened.to_arrow()["id"].to_pylist() == ids
+            np.testing.assert_array_equal(opened.embeddings, rows)
+        with contextlib.suppress(StoreError):
+            assert list(micl_zoo.open_store(store).shard(0).entries()) == entries
+        with contextlib.suppress(StoreError):
+            found = verify(store, sample=0)
+            missed += not found.problems and not found.unchecked
+    assert missed == 0
+
+
+@pytest.mark.parametrize("act", ["ids", "embeddings", "batches", "to_arrow", "to_pandas", "rows", "search", "convert"])
+def test_a_changed_part_is_an_error_and_may_be_read_on_purpose(store: Store, tmp_path: Path, act: str) -> None:
+    rewrite_part(store, 0, rows=-store.rows(0).embeddings)
+
+    def read(opened: Store) -> object:
+        if act == "search":
+            return search(opened, ids=[store.ids[-1]])
+        if act == "convert":
+            return convert(opened, tmp_path / "rows.npy", overwrite=True)
+        if act == "batches":
+            return list(opened.batches())
+        found = getattr(opened, act)
+        return found(0) if act == "rows" else found() if callable(found) else found
+
+    store = micl_zoo.open_store(store.path, check=False)
+    read(store)
+    with pytest.raises(StoreError, match=r"part-00000\.parquet' is damaged \(its sha256 differs.*run the same extract"):
+        read(reopened(store))
+    words = {"search": ["--id", store.ids[-1]], "convert": [str(tmp_path / "new.npy")]}
+    if act in words:
+        words = [act, str(store.path), *words[act]]
+        assert "is damaged" in CliRunner().invoke(main, words).output
+        assert CliRunner().invoke(main, [*words, "--no-check"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "part-1.parquet",
+        "part-00001 (copy).parquet",
+        "part-99999.parquet",
+        "part-x",
+        "index/part-9.parquet",
+        "part-\u0661.parquet",
+    ],
+)
+def test_files_that_look_like_parts(store: Store, tmp_path: Path, name: str) -> None:
+    ids = store.ids
+    shutil.copy(store.part_path(0), store.path / name)
+    assert f"{name} is no part of this store" in wrong(store)
+    assert reopened(store).ids == ids
+    assert reopened(store).complete
+    with pytest.raises(StoreError, match="is no part of this store"):
+        convert(reopened(store), tmp_path / "rows.npy")
+    with pytest.raises(StoreError, match="is no part of this store"):
+        Store.create(store.folder, store.manifest)
+    result = CliRunner().invoke(main, ["search", str(store.path), "--id", ids[0]])
+    assert name in result.output
+
+
+def test_a_part_that_is_gone_from_a_finished_store(store: Store) -> None:
+    shutil.move(store.part_path(1), store.path / "part-99999.parquet")  # as many as before
+    assert not reopened(store).complete
+    assert "1 of 3 parts are missing from a store that was finished, the first is part-00001.parquet" in wrong(store)
+    (store.path / "part-99999.parquet").unlink()
+    assert CliRunner().invoke(main, ["verify", str(store.path), "--sample", "0"]).exit_code == 1
+
+
+def test_a_store_without_checksums_says_what_cannot_be_checked(store: Store) -> None:
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    del manifest["sha256"]
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+    for file in (store.path / "index").iterdir():
+        pq.write_table(pq.read_table(file).replace_schema_metadata(None), file)
+    found = verify(reopened(store), sample=0)
+    assert found.problems == []
+    assert found.unchecked == ["manifest.json", *(f"index/part-0000{n}.parquet" for n in range(3))]
+    assert "an earlier version wrote 4 files without a checksum" in found.summary()
+
+
+FIELDS = {
+    "shape": ([], [0], [-1], [1 << 40], [32.5], "32", [1 << 20, 1 << 20], None, [[32]]),
+    "dtype": ("float64", "", 4, None),
+    "shard_rows": (0, -4, 10**30, 1.5, "4", True, float("nan")),
+    "rows": (-1, "11", 1e300),
+    "shards": (-1, [3], 10**20),
+    "pool": ("max", None),
+    "precision": ("fp4", 16),
+    "runtime": ("tensorflow", {}),
+    "normalized": ("yes", 1),
+    "versions": ([], {"torch": 2}),
+    "model": (3, None),
+    "format_version": (1, 3, "2", None, 2.0),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(name, value) for name, values in FIELDS.items() for value in values])
+def test_a_manifest_made_by_hand(sound: Store, tmp_path: Path, field: str, value: object) -> None:
+    fields = json.loads((sound.path / "manifest.json").read_text()) | {field: value}
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    with pytest.raises(StoreError, match=r"manifest\.json' (is damaged|has layout version)"):
+        micl_zoo.open_store(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{", "[" * 100_000, "\ud800", "{}", '{"model": "x"}', "\0\0"])
+def test_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(StoreError, match=r"manifest\.json' is damaged"):
+        micl_zoo.open_store(tmp_path)
+
+
+ID, VECTOR = pa.array(["a"]), pa.FixedSizeListArray.from_arrays(pa.array(np.ones(32, np.float32)), 32)
+TABLES = {
+    "columns": pa.table({"id": ID}),
+    "order": pa.table({"embedding": VECTOR, "id": ID}),
+    "names": pa.table({"id": ID, "vector": VECTOR}),
+    "numbers": pa.table({"id": ID, "embedding": VECTOR.cast(pa.list_(pa.float64(), 32))}),
+    "width": pa.table({"id": ID, "embedding": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(8, np.float32)), 8)}),
+    "no list": pa.table({"id": ID, "embedding": pa.array([1.0])}),
+    "ids": pa.table({"id": pa.array([7]), "embedding": VECTOR}),
+    "null id": pa.table({"id": pa.array([None], pa.string()), "embedding": VECTOR}),
+    "null row": pa.table({"id": ID, "embedding": pa.array([None], pa.list_(pa.float32(), 32))}),
+    "null number": pa.table({"id": ID, "embedding": pa.array([[None] * 32], pa.list_(pa.float32(), 32))}),
+    "rows": pa.table({"id": pa.array(["a"] * 5000), "embedding": VECTOR.take(pa.array([0] * 5000))}),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_parts_made_by_hand(store: Store, name: str) -> None:
+    pq.write_table(TABLES[name], store.part_path(0))
+    for check in (True, False):
+        opened = micl_zoo.open_store(store.path, check=check)
+        with pytest.raises(StoreError, match=r"part-00000\.parquet' is damaged"):
+            _ = (opened.ids, opened.embeddings, opened.rows(0))
+    assert "part 0: " in wrong(store)
+    for file in ((store.path / "index" / "part-00001.parquet"),):
+        pq.write_table(TABLES[name], file)
+        with pytest.raises(StoreError, match=r"index/part-00001\.parquet' is damaged"):
+            reopened(store).shard(1)
+
+
+@pytest.mark.parametrize(
+    "ledger", [b"", b"{}", b"[1]", b'[{"id": 1}]', b"\xff", b"[" * 100_000, b'[{"id": "a"}]', b"null"]
+)
+@pytest.mark.parametrize("key", [LEDGER_KEY, MADE_KEY])
+def test_the_metadata_of_a_part_made_by_hand(store: Store, ledger: bytes, key: bytes) -> None:
+    table = pq.read_table(store.part_path(0))
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, key: ledger}), store.part_path(0))
+    opened = micl_zoo.open_store(store.path, check=False)
+    for read in (lambda: opened.rows(0), lambda: opened.made(0) if key == MADE_KEY else list(opened.refused())):
+        with pytest.raises(StoreError, match=r"part-00000\.parquet' is damaged"):
+            read()
+    assert "part 0: " in wrong(store)
+
+
+def test_what_cannot_be_read_is_not_called_damaged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(number: int) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise OSError(number, "text")
+
+        return fail
+
+    for number, text in ((errno.EACCES, "Permission denied"), (errno.EMFILE, "Too many open files")):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store.folder), "read", fails(number))
+            with pytest.raises(StoreError, match=rf"cannot read '.*part-00000\.parquet': {text}"):
+                Store(store.folder, store.manifest).rows(0)
+    store.part_path(0).unlink()
+    with pytest.raises(StoreError, match=r"part-00000\.parquet' is missing: run the same extract command again"):
+        reopened(store).rows(0)
+
+
+def test_a_row_that_the_index_has_not(store: Store) -> None:
+    rewrite_part(store, 0, ids=["x", "y", "z"], seal=True)
+    with pytest.raises(StoreError, match=r"part-00000\.parquet' has a row '[xyz]' that the index has not"):
+        search(reopened(store), ids=["x"], k=20)

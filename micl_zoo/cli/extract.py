@@ -58,6 +58,13 @@ DEFAULTS = f"Left out besides: hidden names, {', '.join(EXCLUDED)}."
 @opt.value("--exclude", f"Names or paths to leave out, as a shell's pattern. {DEFAULTS}", multiple=True)
 @opt.value("--default-exclude/--no-default-exclude", "Leave out thumbnails and trash as listed above.", default=True)
 @opt.count("--limit", "Number of images to embed, from the first of the source.")
+@opt.value(
+    "--retry",
+    "Refused images to try again: passing (those whose cause may be gone), all, none, or reasons of errors.jsonl.",
+    multiple=True,
+    default=["passing"],
+    metavar="REASON",
+)
 @opt.flag("--only-missing", "Add only the images that the store in --out lacks.")
 @opt.flag("--overwrite", "Delete the embeddings in --out first.")
 @opt.flag("--strict", f"Exit with code {REFUSED_EXIT_CODE} when an image could not be embedded or listed.")

@@ -22,8 +22,11 @@ from . import _options as opt
 @opt.DEVICE
 @opt.flag("--exact", "Without effect: every search is exact.")
 @opt.path("--picture", "Contact sheet to write too, a name that ends in .png, .jpg or .webp.")
+@opt.UNCHECKED
 @opt.flag("--json", "as_json", "Print one JSON object per hit and line.")
-def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | None, **options: Any) -> None:
+def search(
+    store: str, images: tuple[Path, ...], as_json: bool, picture: Path | None, check: bool, **options: Any
+) -> None:
     """Find the images in STORE that are nearest to each IMAGE: rank, cosine, id.
 
     A row given by --id does not find itself. Of a store that is still being written, the finished parts are searched.
@@ -38,7 +41,9 @@ def search(store: str, images: tuple[Path, ...], as_json: bool, picture: Path | 
     from ..stores.search import search as run
     from ..stores.store import open_store, parts_of
 
-    opened = open_store(store)
+    opened = open_store(store, check=check)
+    if strays := opened.strays():
+        click.echo(f"not searched, for it is no part of {store}: {', '.join(map(printable, strays))}", err=True)
     if not opened.complete:
         click.echo(
             f"{store} is not complete: searching {parts_of(len(opened.done()), opened.manifest.shards)}", err=True
@@ -89,7 +94,8 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
 @opt.choice("--dtype", ["float16", "float32"], "Data type of the rows.", default=None, show_default="the store's")
 @opt.flag("--overwrite", "Replace OUT if it exists.")
 @opt.flag("--incomplete", "Convert the parts that exist, where some are missing.")
-def convert(store: str, out: Path, **options: Any) -> None:
+@opt.UNCHECKED
+def convert(store: str, out: Path, check: bool, **options: Any) -> None:
     """Write the embeddings in STORE to OUT, in the format of its name: .npy, .safetensors, .lance or .lancedb.
 
     The ids go into OUT.ids.json beside a .npy, into the tensor `ids` of a .safetensors, and into the column `id` beside
@@ -103,7 +109,7 @@ def convert(store: str, out: Path, **options: Any) -> None:
     from ..stores.convert import convert as run
     from ..stores.store import open_store
 
-    made = run(open_store(store), out, **options)
+    made = run(open_store(store, check=check), out, **options)
     rows, *each = made.shape
     found = f"{rows:,} rows of {' x '.join(map(str, each))} numbers, {made.dtype}, {made.bytes:,} bytes, in {made.path}"
     click.echo(f"{found}. Open it by:\n  {made.opens_with}")

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from logging import getLogger
 from typing import cast
 
 import torch
@@ -241,6 +242,7 @@ def serve(connection: int) -> None:
     if not wait_for_message(pipe):
         return
     job, device, location = pipe.recv()
+    getLogger("micl_zoo.files").disabled = True  # its parent writes there, too, and has said what is missing
     threading.Thread(target=take_orders, name="orders", daemon=True).start()
     try:
         for said in embed_elsewhere(job, device, lambda: open_store(Folder(location)), work):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .._version import package_versions
-from ..encoders.device import Backend, choose_backend, default_workers, precision_advice
+from ..encoders.device import BACKENDS, Backend, choose_backend, default_workers, precision_advice
 from ..encoders.encoder import Encoder
 from ..encoders.load import load
 from ..errors import Interrupted, MiclZooError, UsageError
@@ -28,12 +28,14 @@ from ..sources.index import ImageIndex
 from ..sources.listing import SourceLike, list_source
 from ..sources.notes import Notes
 from ..stop import StopRequest
-from ..stores.store import Manifest, RefusedRow, Rows, Store
+from ..stores.manifest import Manifest
+from ..stores.parts import RefusedRow, Rows
+from ..stores.store import Store
 from .cluster import Cluster
 from .engines import Job, Local
 from .indexing import Indexing
 from .options import ExtractOptions
-from .runner import Event, Runner, Times
+from .runner import Event, Runner, Times, runtime_name
 from .work import Work
 
 SHARD_ROWS = 10_000
@@ -55,6 +57,8 @@ class Summary:
         failed: shards that failed twice, and how; their images have neither.
         shards_before: shards that were there already.
         computed: images this call went through.
+        tried_again: those of them that had been refused before.
+        recovered: those of these that have a row now.
         seconds: duration, without loading the model.
         start_up_seconds: time until the first image was begun with.
         times: time spent in each stage, added up over processes.
@@ -70,6 +74,8 @@ class Summary:
     failed: dict[int, str] = field(default_factory=dict)
     shards_before: int = 0
     computed: int = 0
+    tried_again: int = 0
+    recovered: int = 0
     seconds: float = 0.0
     start_up_seconds: float = 0.0
     times: Times = field(default_factory=Times)
@@ -84,10 +90,11 @@ class Summary:
         manifest = self.store.manifest
         rate = f", {self.images_per_second:,.1f} images/s, waiting for: {self.times.bottleneck}" * bool(self.computed)
         before = f", {self.shards_before:,} shards were done already" if self.shards_before else ""
+        again = f", {self.tried_again:,} tried again and {self.recovered:,} of them embedded" * bool(self.tried_again)
         return (
             f"{self.embedded:,} of {self.images:,} images embedded by {manifest.model} in {manifest.precision}, "
             f"{' x '.join(map(str, manifest.shape))} numbers each, in {self.store.folder} "
-            f"({self.seconds:.1f} s{rate}{before})" + (f"; {said}" if (said := self.notes.text()) else "")
+            f"({self.seconds:.1f} s{rate}{before}{again})" + (f"; {said}" if (said := self.notes.text()) else "")
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -149,17 +156,20 @@ def extract(
     if not own and (advice := precision_advice(job.precision, torch.device(places.devices[0]))):
         say(advice)
     work, folder = Work(), Folder(out)
-    with folder.lock(), StopRequest(wake=work.stop) as stop:
-        store = Store.create(folder, _manifest(encoder, job, source), overwrite=options.overwrite)
+    with folder.lock() as lock, StopRequest(wake=work.stop) as stop:
+        asked = _manifest(encoder, job, source)
+        store = Store.create(folder, asked, overwrite=options.overwrite)
         summary = Summary(store, places.devices, job.batch_size)
         with progress(f"embedding with {encoder.name}", None, show=show) as tick:
-            indexing = Indexing(store, pieces, work, tick, options)
+            indexing = Indexing(store, pieces, work, tick, options, asked.command)
             begun = time.monotonic()
             try:
                 for event in places.run(job, encoder, store, work):
                     if not summary.computed:  # a process has loaded its model meanwhile
                         begun = time.monotonic() - event.times.wait - event.times.transfer - event.times.model
                     tick(event.images, _count(summary, event))
+                    if event.finished:
+                        lock.check()
                 summary.seconds, summary.start_up_seconds = time.monotonic() - begun, begun - started
             finally:
                 indexing.stop()
@@ -167,6 +177,7 @@ def extract(
             raise _interrupted(stop, summary)
         if work.error is not None:
             raise work.error
+        lock.check()
         summary.images, summary.failed, summary.shards_before = indexing.images, work.failed, len(indexing.done)
         summary.notes = indexing.notes
         _finish(summary)
@@ -178,6 +189,9 @@ def _count(summary: Summary, event: Event) -> str:
     summary.times.add(event.times)
     summary.computed += event.images
     summary.refused += event.refused
+    if event.again:
+        summary.tried_again += event.images
+        summary.recovered += event.images - event.refused
     refused = f"{summary.refused:,} refused" if summary.refused else ""
     slowest = f"waiting for: {summary.times.bottleneck}" if summary.times.bottleneck else ""
     return ", ".join(filter(None, [refused, slowest]))
@@ -239,9 +253,12 @@ def _job(options: ExtractOptions, places: Local | Cluster) -> Job:
     """Resolve what is left open."""
     precision = options.precision if options.backend == "onnx" else places.precision(options.precision)
     device = torch.device(places.devices[0])
+    backend = choose_backend(options.backend, device=device, precision=precision, compile=options.compile)
+    if options.compile and not BACKENDS[backend].compiles:  # before there is a store
+        raise UsageError(f"the {backend} backend compiles by itself: leave compile out, or take backend torch")
     return Job(
         options,
-        backend=choose_backend(options.backend, device=device, precision=precision, compile=options.compile),
+        backend=backend,
         precision=precision,
         batch_size=options.batch_size or (256 if device.type == "cuda" else 16),
         workers=places.workers(options.workers),
@@ -250,14 +267,11 @@ def _job(options: ExtractOptions, places: Local | Cluster) -> Job:
 
 
 def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:
+    runtime = runtime_name(job.backend, job.options.compile)
     return (
-        f"{encoder.name} on {places}: {_runtime(job)} in {job.precision}, batches of {job.batch_size}, "
+        f"{encoder.name} on {places}: {runtime} in {job.precision}, batches of {job.batch_size}, "
         f"{job.workers} process{'es' * (job.workers != 1)} decoding" + (" for each" if places.several else "")
     )
-
-
-def _runtime(job: Job) -> str:
-    return job.backend + (" compiled" if job.options.compile else "")
 
 
 def _manifest(encoder: Encoder, job: Job, source: SourceLike) -> Manifest:
@@ -270,8 +284,8 @@ def _manifest(encoder: Encoder, job: Job, source: SourceLike) -> Manifest:
         weights_sha256=encoder.weights_sha256 or _tensors_sha256(encoder),
         transform=encoder.transform.id,
         decoding=options.decoding.id,
-        runtime=_runtime(job),
-        precision=job.precision,
+        runtime=runtime_name(job.backend, options.compile),
+        precision=cast(Any, job.precision),
         pool=options.pool,
         normalized=options.normalize,
         dtype=options.dtype,

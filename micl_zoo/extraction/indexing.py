@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import threading
 from collections.abc import Iterator
-from itertools import count
+from itertools import chain, count
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,23 +18,27 @@ from ..sources.index import Fingerprint, ImageIndex
 from ..sources.notes import Notes
 from ..stores.store import Store
 from .options import ExtractOptions
+from .retry import check_part_fits, mark_changed, part_tried_again
 from .work import Work
 
 
 class Indexing:
     """Cuts a source into shards in a thread of its own, writes their index, and puts those to do into the work.
 
-    A store that has an index already keeps it, and the source must still be what it was: ids, offsets and lengths. Only
-    where images are may have changed (a folder that was moved). The index is written anew then.
+    A store that has an index already keeps it, and the source must still be what it was: ids, offsets and lengths. What
+    may have changed is where images are (a folder that was moved), the size of images without a row (a file that was
+    not whole), and how many come after the last (a --limit that was left out). The index is written anew then.
 
-    `work` gets the shards without a part, then the end or what was met: a SourceError, or a StoreError if the source is
-    not that of the store. `tick` is told of the shards with a part, and at the end of the number of images.
+    `work` gets the shards without a part and those with images to try again, then the end or what was met: a
+    SourceError, or a StoreError if the source is not that of the store. `tick` is told of the images of finished
+    shards, and at the end of the number of images.
     """
 
     def __init__(
-        self, store: Store, pieces: Iterator[ImageIndex], work: Work, tick: Tick, options: ExtractOptions
+        self, store: Store, pieces: Iterator[ImageIndex], work: Work, tick: Tick, options: ExtractOptions, command: str
     ) -> None:
         self.store, self.work, self.tick, self.options = store, work, tick, options
+        self.command = command  # of this run, for the manifest
         self.images = 0  # listed so far
         self.notes = Notes()  # of the listing so far
         self.done = set(store.done())
@@ -54,14 +59,10 @@ class Indexing:
 
     def _list(self, pieces: Iterator[ImageIndex]) -> None:
         there = self.store.indexed()
-        if there != list(range(len(there))):
-            lost = min(set(range(max(there))) - set(there))
-            raise StoreError(
-                f"index/part-{lost:05d}.parquet is missing from {str(self.store.folder)!r}: --overwrite starts anew"
-            )
+        before = there[-1] + 1 if there else 0  # shards, some of whose index files may be lost
         fingerprint, known, first = Fingerprint(), set[str](), 0
         if self.options.only_missing:
-            for first, index in enumerate(map(self.store.shard, there), start=1):
+            for first, index in enumerate(map(self.store.shard, range(before)), start=1):
                 known.update(index.ids)
                 self._announce(first - 1, index, fingerprint)
         pieces = _limited(self._noting(pieces), self.options.limit)
@@ -72,14 +73,18 @@ class Indexing:
         for number, index in zip(count(first), rows):
             if self.work.stopped:
                 return
-            if number < len(there):
-                _compare(self.store, number, index)
-            else:
-                self.store.write_index(number, index)
+            if number >= before:
+                self._add(number, index)
+            elif differs := self._compare(number, index, last=number == before - 1):
+                self._check_same_images(number, before, chain([index], rows), differs)
+                for first in range(number, before):
+                    self._announce(first, self.store.shard(first), fingerprint)
+                first = before
+                break
             self._announce(number, index, fingerprint)
             first = number + 1
-        if first < len(there):
-            raise _other(self.store, first, 0, self.store.shard(first)[0].id, None)
+        if first < before:
+            raise self._fewer() or _other(self.store, first, 0, self.store.shard(first)[0].id, None)
         sha256 = fingerprint.hexdigest()
         finished = dataclasses.replace(self.store.manifest, rows=self.images, shards=first, index_sha256=sha256)
         if finished != self.store.manifest:
@@ -95,10 +100,85 @@ class Indexing:
     def _announce(self, number: int, index: ImageIndex, fingerprint: Fingerprint) -> None:
         fingerprint.update(index)
         self.images += len(index)
-        if number in self.done:
-            self.tick(0, before=len(index))
-        else:
+        if number not in self.done:
             self.work.put(number)
+            return
+        again = set[str]()
+        with contextlib.suppress(StoreError):  # a damaged part is told when all others are done
+            again = part_tried_again(self.store, number, self.options)
+        self.tick(0, before=len(index) - len(again))
+        if again:
+            self.work.put(number)
+
+    def _add(self, number: int, index: ImageIndex) -> None:
+        """Write a shard that the index has not, or has shorter."""
+        if self.store.manifest.shards is not None:
+            self.store.reopen("" if self.options.only_missing else self.command)
+        if number in self.done:
+            self.store.unfinish(number)  # before the index: a part is never shorter than its shard
+            self.done.remove(number)
+        self.store.write_index(number, index)
+
+    def _compare(self, number: int, index: ImageIndex, *, last: bool) -> StoreError | None:
+        """See that a shard has the images it had, and write it anew where it may be another; else say what differs."""
+        try:
+            before = self.store.shard(number)
+        except StoreError:  # lost or damaged
+            return self._restore(number, index)
+        longer = last and len(before) < len(index)
+        compared = index.slice(0, len(before)) if longer else index
+        for name in ("id", "offset", "kind"):
+            if (row := _first_difference(before, compared, name)) is not None:
+                shorter = self._fewer() if row == len(compared) else None
+                return shorter or _differs(self.store, number, row, before, index)
+        marked = before.marked_as(compared)
+        resized = pc.not_equal(marked.table["length"], compared.table["length"]).combine_chunks()
+        if names := set(compared.table["id"].filter(resized).to_pylist()):
+            if names & self._embedded(number):
+                row = _first_difference(marked, compared, "length")
+                return _differs(self.store, number, row or 0, before, index)
+            mark_changed(self.store, number, names)
+        if longer:
+            self._add(number, index)
+        elif any(_first_difference(before, index, name) is not None for name in ("uri", "length")):
+            self.store.write_index(number, index)
+        return None
+
+    def _embedded(self, number: int) -> set[str]:
+        """Return the ids of a shard's images that have a row."""
+        if number in self.done:
+            return set(self.store.part_ids(number))
+        begun = self.store.beginning(number)
+        return set(begun.ids) if begun else set()
+
+    def _restore(self, number: int, index: ImageIndex) -> StoreError | None:
+        """Write a shard of the index anew, if its part is of the same images."""
+        if number in self.done:
+            check_part_fits(self.store, number, index, self.store.rows(number))
+        self.store.write_index(number, index)
+        return None
+
+    def _fewer(self) -> StoreError | None:
+        """Say that the source ends before the store does because of --limit."""
+        if self.options.limit is None:
+            return None
+        return StoreError(
+            f"{str(self.store.folder)!r} has more than the first {self.options.limit:,} images of the source: leave "
+            "--limit out, or give another --out"
+        )
+
+    def _check_same_images(self, number: int, before: int, rest: Iterator[ImageIndex], differs: StoreError) -> None:
+        """Raise unless the rest of the source is the rest of the index, in the order that --only-missing has left."""
+        left = {entry.id: entry for shard in range(number, before) for entry in self.store.shard(shard).entries()}
+        for entry in (entry for index in rest for entry in index.entries()):
+            known = left.pop(entry.id, None)
+            if known is None or not known.is_same(entry):
+                what = "has another size" if known else "is in the source and not in the store"
+                first = repr(entry.id) in str(differs)  # which says where, too
+                raise differs if first else _unlike(self.store, f"{entry.id!r} {what}")
+        if left:
+            missing = _unlike(self.store, f"{next(iter(left))!r} is in the store and not in the source")
+            raise self._fewer() or missing
 
 
 def _limited(pieces: Iterator[ImageIndex], limit: int | None) -> Iterator[ImageIndex]:
@@ -126,22 +206,19 @@ def _cut(pieces: Iterator[ImageIndex], rows: int) -> Iterator[ImageIndex]:
         yield ImageIndex(pa.concat_tables(held).combine_chunks())
 
 
-def _compare(store: Store, number: int, index: ImageIndex) -> None:
-    """Raise unless a shard still has the images it had; write their places anew where they moved."""
-    there = before = store.shard(number)
-    if len(before) == len(index):
-        before = before.marked_as(index)
-    for name in ("id", "offset", "length", "kind"):
-        mine, theirs = before.table[name].combine_chunks(), index.table[name].combine_chunks()
-        if mine.equals(theirs):
-            continue
-        shared = min(len(mine), len(theirs))
-        unlike = pc.index(pc.not_equal(mine.slice(0, shared), theirs.slice(0, shared)), True).as_py()
-        row = shared if unlike < 0 else unlike
-        ids = [table["id"][row].as_py() if row < len(table) else None for table in (before.table, index.table)]
-        raise _other(store, number, row, *ids)
-    if any(there.table[name].combine_chunks() != index.table[name].combine_chunks() for name in ("uri", "length")):
-        store.write_index(number, index)
+def _first_difference(before: ImageIndex, index: ImageIndex, name: str) -> int | None:
+    """Find the first row in which a column of two indexes differs."""
+    mine, theirs = (table[name].combine_chunks() for table in (before.table, index.table))
+    if mine.equals(theirs):
+        return None
+    shared = min(len(mine), len(theirs))
+    unlike: int = pc.index(pc.not_equal(mine.slice(0, shared), theirs.slice(0, shared)), True).as_py()
+    return shared if unlike < 0 else unlike
+
+
+def _differs(store: Store, number: int, row: int, before: ImageIndex, index: ImageIndex) -> StoreError:
+    ids = [table["id"][row].as_py() if row < len(table) else None for table in (before.table, index.table)]
+    return _other(store, number, row, *ids)
 
 
 def _other(store: Store, number: int, row: int, mine: str | None, theirs: str | None) -> StoreError:
@@ -151,7 +228,11 @@ def _other(store: Store, number: int, row: int, mine: str | None, theirs: str | 
         if mine != theirs
         else f"{mine!r} has another size or column, or its file other content"
     )
+    return _unlike(store, f"the first that differs is row {row} of shard {number}: {what}")
+
+
+def _unlike(store: Store, what: str) -> StoreError:
     return StoreError(
-        f"{str(store.folder)!r} was made of other images; the first that differs is row {row} of shard {number}: "
-        f"{what}. --only-missing adds the images that the store has not, --overwrite starts anew."
+        f"{str(store.folder)!r} was made of other images; {what}. --only-missing adds the images that the store has "
+        "not, --overwrite starts anew."
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ..encoders.device import Backend, Pool, Precision
 from ..encoders.zoo import DEFAULT
-from ..errors import UsageError, unknown
+from ..errors import Reason, UsageError, unknown
 from ..images.decode import MAX_PIXELS, Decoding, Exif
 from ..sources.selection import Selection
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # they import torch, which a command line that only shows its
 
 Dtype = Literal["float16", "float32"]
 EngineName = Literal["local", "ray"]
+RETRY_WORDS = ("passing", "all", "none", *get_args(Reason))
 
 # The options that change the rows of a store; its manifest gives them as a command line, in this order.
 ROW_OPTIONS = (
@@ -60,6 +61,8 @@ class ExtractOptions:
         exclude: patterns of names and of paths below the source that are left out, such as "*_small.jpg".
         default_exclude: leave out thumbnails and trash of cameras, NAS and desktops, too, see `sources.names`.
         limit: embed only the first images of the source.
+        retry: refused images to try again: "passing", those whose cause may be gone; "all", "none", or reasons of the
+            ledger; several separated by commas.
         only_missing: add the images that the store lacks; those it has may be gone from the source.
         overwrite: delete the embeddings in the output first.
 
@@ -92,6 +95,7 @@ class ExtractOptions:
     exclude: Sequence[str] = ()
     default_exclude: bool = True
     limit: int | None = None
+    retry: str | Sequence[str] = "passing"
     only_missing: bool = False
     overwrite: bool = False
 
@@ -103,7 +107,15 @@ class ExtractOptions:
         for name, valid in (("dtype", get_args(Dtype)), ("engine", get_args(EngineName))):
             if getattr(self, name) not in valid:
                 raise UsageError(unknown(name, getattr(self, name), valid))
+        for word in self.retried - set(RETRY_WORDS):
+            raise UsageError(unknown("reason to retry", word, RETRY_WORDS))
         _ = self.decoding  # checks exif and max_pixels
+
+    @property
+    def retried(self) -> frozenset[str]:
+        """The words of `retry`; "none" stands for no word."""
+        words = [self.retry] if isinstance(self.retry, str) else self.retry
+        return frozenset(word.strip() for text in words for word in text.split(",") if word.strip()) - {"none"}
 
     @property
     def decoding(self) -> Decoding:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..encoders.device import Pool
+from ..encoders.device import Backend, Pool
 from ..encoders.encoder import Encoder
-from ..errors import MiclZooError
+from ..errors import MiclZooError, Refused
 from ..sources.index import Entry, ImageIndex
-from ..stores.store import RefusedRow, Rows, Store
+from ..stores.manifest import Runtime
+from ..stores.parts import Made, RefusedRow, Rows
+from ..stores.store import Store
 from .decoders import Batch, Decoders
 from .options import ExtractOptions
+from .retry import begins, check_part_fits, made_now, merged, tried_again
 from .work import Work
 
 SAVE_SECONDS = 60.0  # between two saves of the beginning of a shard: what a killed run can lose
@@ -58,6 +62,7 @@ class Event(NamedTuple):
     refused: int  # images refused since the last event
     finished: bool  # the shard's part is on disk
     times: Times  # times since the last event
+    again: bool = False  # these images had been refused before
 
 
 @dataclass
@@ -65,7 +70,10 @@ class _Shard:
     """A shard that is being embedded, and the rows computed so far."""
 
     number: int
-    size: int
+    index: ImageIndex
+    size: int  # images to go through
+    made: Made  # by what
+    before: Rows | None = None  # its part, of which some refused images are tried again
     pieces: list[Rows] = field(default_factory=list)
     saved: float = field(default_factory=time.monotonic)
 
@@ -74,10 +82,12 @@ class _Shard:
         return sum(piece.images for piece in self.pieces)
 
     def rows(self) -> Rows:
+        """Join the pieces; of images that are tried again, with the rest of their part."""
         ids = [name for piece in self.pieces for name in piece.ids]
         refused = [row for piece in self.pieces for row in piece.refused]
-        self.pieces = [Rows(ids, np.concatenate([piece.embeddings for piece in self.pieces]), refused)]
-        return self.pieces[0]
+        rows = Rows(ids, np.concatenate([piece.embeddings for piece in self.pieces]), refused, self.made)
+        self.pieces = [rows]
+        return rows if self.before is None else merged(self.index, self.before, rows, self.made)
 
 
 _Launched = tuple[Batch, list[Tensor], Any]  # a batch, its rows, the event after which the device has computed them
@@ -152,7 +162,8 @@ class Runner:
         self, encoder: Encoder, options: ExtractOptions, batch_size: int, workers: int, autocast: torch.dtype | None
     ) -> None:
         self.model = Model(encoder, pool=options.pool, normalize=options.normalize, autocast=autocast)
-        self.batch_size = batch_size
+        self.options, self.batch_size = options, batch_size
+        self.made = made_now(runtime_name(encoder.backend, options.compile), options)
         self.decoders = Decoders(encoder.transform, options.decoding, workers, batch_size, options.image_timeout)
         self._planned: Iterator[tuple[_Shard, Sequence[Entry]]] = iter(())  # batches of the shard taken last
         self._launched: deque[_Launched] = deque()
@@ -198,7 +209,7 @@ class Runner:
             wait([future for *_, future in self._writing])  # else an older beginning could come after the newer one
             for shard in self._started.values():
                 if shard.pieces:
-                    store.write_beginning(shard.number, shard.rows())
+                    _save(store, shard, shard.rows())
         yield from self._written(idle=True)
 
     def _plan(self, store: Store, work: Work) -> None:
@@ -212,13 +223,29 @@ class Runner:
                 return
 
     def _batches(self, store: Store, number: int) -> Iterator[tuple[_Shard, Sequence[Entry]]]:
-        """Cut a shard into batches, from where an earlier run has stopped."""
-        index, begun = store.shard(number), store.beginning(number)
-        shard = self._started[number] = _Shard(number, len(index))
-        if begun is not None and begun.images < len(index):
-            shard.pieces.append(begun)
-        for start in range(shard.images, len(index), self.batch_size):
-            yield shard, list(index.slice(start, self.batch_size).entries())
+        """Cut what is to be done of a shard into batches."""
+        index = store.shard(number)
+        shard, left = self._begun(store, number, index)
+        self._started[number] = shard
+        if not len(left):
+            self._finish(store, shard)
+        for start in range(0, len(left), self.batch_size):
+            yield shard, list(left.slice(start, self.batch_size).entries())
+
+    def _begun(self, store: Store, number: int, index: ImageIndex) -> tuple[_Shard, ImageIndex]:
+        """Begin a shard, or go on with what there is of it; also the images left to do."""
+        if store.has_part(number):
+            rows = store.rows(number)
+            check_part_fits(store, number, index, rows)
+            rows = rows._replace(made=rows.made or store.made_before)
+            again = tried_again(rows.refused, rows.made or store.made_before, self.options)
+            left = ImageIndex(index.table.filter(pa.array([name in again for name in index.ids], pa.bool_())))
+            return _Shard(number, index, len(left), self.made, before=rows), left
+        begun = store.beginning(number)
+        if begun is None or not 0 < begun.images <= len(index) or not begins(index, begun):
+            return _Shard(number, index, len(index), self.made), index
+        made = (begun.made or store.made_before).then(self.made, {row.reason for row in begun.refused})
+        return _Shard(number, index, len(index), made, pieces=[begun]), index.slice(begun.images, len(index))
 
     def _next(self) -> _Launched | None:
         """Wait for the next batch to be embedded; None if none was submitted."""
@@ -236,22 +263,30 @@ class Runner:
         """Add rows to their shard, and write that when it is whole or was not saved for long."""
         shard.pieces.append(rows)
         if shard.images == shard.size:
-            del self._started[shard.number]
-            self._write(shard, store.write_part)
+            self._finish(store, shard)
         elif time.monotonic() - shard.saved > SAVE_SECONDS and not self._writing:
-            self._write(shard, store.write_beginning)
-        return Event(shard.number, rows.images, len(rows.refused), False, self._times())
+            shard.saved = time.monotonic()
+            self._writing.append((shard.number, False, self._writer.submit(_save, store, shard, shard.rows())))
+        return Event(shard.number, rows.images, len(rows.refused), False, self._times(), shard.before is not None)
+
+    def _finish(self, store: Store, shard: _Shard) -> None:
+        """Write a shard that is whole; nothing where trying again has changed nothing."""
+        del self._started[shard.number]
+        rows = shard.rows() if shard.pieces else shard.before
+        assert rows is not None
+        self._writing.append((shard.number, True, self._writer.submit(_save, store, shard, rows)))
 
     def _collect(self, batch: Batch, rows: list[Tensor], event: Any) -> Rows:
-        ids = [entry.id for place, entry in enumerate(batch.entries) if place not in batch.refused]
-        reasons = [(batch.entries[place], batch.refused[place]) for place in sorted(batch.refused)]
-        refused = [RefusedRow(entry.id, entry.uri, why.reason, why.detail) for entry, why in reasons]
-        return Rows(ids, self.model.finish(rows, event), refused)
-
-    def _write(self, shard: _Shard, write: Callable[[int, Rows], None]) -> None:
-        shard.saved = time.monotonic()
-        future = self._writer.submit(write, shard.number, shard.rows())
-        self._writing.append((shard.number, shard.images == shard.size, future))
+        embeddings, refused = self.model.finish(rows, event), dict(batch.refused)
+        places = [place for place in range(len(batch.entries)) if place not in refused]
+        for at, why in not_finite(embeddings, self.options.dtype).items():
+            refused[places[at]] = why
+        if len(refused) > len(batch.refused):
+            embeddings = embeddings[[at for at, place in enumerate(places) if place not in refused]]
+        ids = [entry.id for place, entry in enumerate(batch.entries) if place not in refused]
+        reasons = [(batch.entries[place], refused[place]) for place in sorted(refused)]
+        lines = [RefusedRow(entry.id, entry.uri, why.reason, why.detail) for entry, why in reasons]
+        return Rows(ids, embeddings, lines)
 
     def _written(self, *, idle: bool) -> Iterator[Event]:
         """Tell what was written meanwhile. With a part waiting behind another, writing is what the rest waits for."""
@@ -267,3 +302,32 @@ class Runner:
         """Return the times since the last call."""
         times, self.model.times = self.model.times, Times()
         return times
+
+
+def _save(store: Store, shard: _Shard, rows: Rows) -> None:
+    """Write what there is of a shard: its part, if it is whole or was before, else its beginning."""
+    if shard.before is None and rows.images < len(shard.index):
+        store.write_beginning(shard.number, rows)
+    elif shard.before is None or (rows.ids, rows.refused, rows.made) != (
+        shard.before.ids,
+        shard.before.refused,
+        shard.before.made,
+    ):
+        store.write_part(shard.number, rows)
+
+
+def not_finite(rows: np.ndarray, dtype: str) -> dict[int, Refused]:
+    """Refuse rows, (n, dim), that are not numbers; by their places."""
+    with np.errstate(over="ignore"):
+        stored = rows.astype(dtype, copy=False)
+    found = {}
+    for at in np.flatnonzero(~np.isfinite(stored).all(1)).tolist():
+        fits = "its numbers are too large for float16: extract with --dtype float32"
+        computed = "the model computed for it what is no finite number: try --precision fp32 or another backend"
+        found[at] = Refused("not_finite", fits if np.isfinite(rows[at]).all() else computed)
+    return found
+
+
+def runtime_name(backend: Backend, compiled: bool) -> Runtime:
+    """Name what runs the model, as manifests and parts have it."""
+    return cast(Runtime, backend + " compiled" * compiled)

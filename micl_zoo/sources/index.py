@@ -36,6 +36,12 @@ class Entry(NamedTuple):
     # in bytes, compressed in a zip; below 0 for a parquet cell; 0 where nobody told: a link to nowhere, a listed URI
     length: int
 
+    def is_same(self, other: Entry) -> bool:
+        """Tell whether another index means this image, whose file may have moved since."""
+        unmarked = self.length == CELL_LENGTH and other.length < 0
+        same = self.length == other.length or unmarked
+        return same and (self.id, self.kind, self.offset) == (other.id, other.kind, other.offset)
+
 
 @dataclass(frozen=True)
 class ImageIndex:

@@ -17,7 +17,8 @@ from ..errors import StoreError, UsageError
 from ..files import atomic_folder, atomic_path
 from ..printing import json_line
 from ..progress import Tick, progress
-from .store import ID, Store, open_store, parts_of
+from .parts import ID
+from .store import Store, open_store, parts_of
 
 ENDINGS = (".npy", ".safetensors", ".lance", ".lancedb")
 DEFAULT_TABLE = "embeddings"  # where OUT names a LanceDB database and no table
@@ -66,6 +67,7 @@ def convert(
         path = path / f"{DEFAULT_TABLE}.lance"
     if path.exists() and not overwrite:
         raise UsageError(f"{str(path)!r} exists: give another name, or --overwrite (from Python overwrite=True)")
+    store.refuse_strays()
     view = store.snapshot()
     if not view.complete and not incomplete:
         raise StoreError(
@@ -97,7 +99,7 @@ def _write_ids(store: Store, file: BinaryIO) -> None:
     """Write a JSON list of all ids, one per line, since an id may hold any character, line breaks too."""
     between = b"[\n"
     for shard in store.done():
-        for name in store.snapshot([shard]).ids:
+        for name in store.part_ids(shard):
             file.write(between + json_line(name).encode())
             between = b",\n"
     file.write(b"\n]\n" if between == b",\n" else b"[]\n")

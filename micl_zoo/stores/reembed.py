@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import numpy as np
 from ..encoders.zoo import RECORDS
 from ..errors import WeightsError
 from ..images.decode import Decoding, decode_pixels
-from .store import Manifest, Store
+from .manifest import Manifest
+from .store import Store
 
 if TYPE_CHECKING:
     from torch import dtype as TorchDtype
@@ -64,4 +65,6 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
                 f"the store was made by {manifest.model} with {what} {mine}, but {encoder.name} "
                 f"({weights or 'published'}) has {theirs}: give the weights that made it with --weights"
             )
-    return StoreEncoder(encoder, manifest, autocast_dtype(manifest.precision), Decoding.from_id(manifest.decoding))
+    decoding = Decoding.from_id(manifest.decoding)
+    decoding = replace(decoding, max_pixels=store.max_pixels(decoding.max_pixels))
+    return StoreEncoder(encoder, manifest, autocast_dtype(manifest.precision), decoding)

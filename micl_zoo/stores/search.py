@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import Refused, UsageError
+from ..errors import Refused, StoreError, UsageError
 from ..progress import progress
 from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
+from .parts import ID
 from .reembed import StoreEncoder, store_encoder
-from .store import ID, Store, open_store
+from .store import Store, open_store, part_name
 
 ImageFile = str | os.PathLike[str] | bytes
 BLOCK = 1024  # queries per matrix product: with a part of 10,000 rows, 41 MB of cosines
@@ -139,11 +140,11 @@ def _embedded(encoder: StoreEncoder, images: Sequence[ImageFile], data: Sequence
 
 def _own(store: Store, ids: Sequence[str]) -> dict[str, tuple[int, np.ndarray]]:
     """(shard, (dim,) float64 row) of each id; of parts without one, only the ids are read."""
-    wanted = set(ids)
+    wanted, quick = set(ids), store.snapshot(check=False)  # the search itself reads and checks every part
     found: dict[str, tuple[int, np.ndarray]] = {}
     for shard in store.done():
-        if len(found) < len(wanted) and not wanted.isdisjoint(store.snapshot([shard]).ids):
-            names, rows, _ = store.rows(shard)
+        if len(found) < len(wanted) and not wanted.isdisjoint(quick.part_ids(shard)):
+            names, rows, *_ = store.rows(shard)
             found |= {name: (shard, rows[at].astype(np.float64)) for at, name in enumerate(names) if name in wanted}
     for name in ids:
         if name not in found:
@@ -160,7 +161,7 @@ def _nearest(store: Store, queries: np.ndarray, k: int) -> list[list[_Found]]:
     shards = store.done()
     with progress("searching", len(shards), unit="parts") as tick:
         for shard in shards:
-            ids, rows, _ = store.rows(shard)
+            ids, rows, *_ = store.rows(shard)
             single = rows.astype(np.float32)
             single /= _lengths(single)[:, None]
             np.nan_to_num(single, copy=False)
@@ -207,4 +208,6 @@ def _entries(store: Store, wanted: set[tuple[int, str]]) -> dict[tuple[int, str]
         names = pa.array([name for number, name in wanted if number == shard])
         kept = ImageIndex(table.filter(pc.is_in(table[ID], value_set=names)))
         found |= {(shard, entry.id): entry for entry in kept.entries()}
+    for shard, name in wanted - set(found):
+        raise StoreError(f"{store.folder.at(part_name(shard))!r} has a row {name!r} that the index has not: see verify")
     return found

@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
-import io
 import itertools
-import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,82 +18,35 @@ import pyarrow.parquet as pq
 
 from ..errors import StoreError
 from ..files import LOCK_FILE, OWNER_FILE, Folder
+from ..images.decode import MAX_PIXELS
 from ..printing import json_line
 from ..sources.index import ImageIndex
+from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
+from .parts import (
+    CURE,
+    ID,
+    INDEX_SCHEMAS,
+    SHA256_KEY,
+    Made,
+    RefusedRow,
+    Rows,
+    check_metadata,
+    decode_ledger,
+    decode_made,
+    decode_part,
+    encode_index,
+    encode_part,
+    is_whole,
+    part_schema,
+    read_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT_VERSION = 2
 PART, BEGINNING = "part-", ".beginning-"  # files of finished and of unfinished shards, before their number
-ID, EMBEDDING = "id", "embedding"  # columns of a part, see `Store.schema`; those of the ledger are RefusedRow's
-LEDGER_KEY = b"micl_zoo.refused"  # in a part's metadata: its ledger lines, so that both exist or neither does
-SHA256_KEY = b"micl_zoo.sha256"  # in a part's metadata: `Rows.sha256`
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What all rows of a store have in common; resuming needs the first eleven fields to agree."""
-
-    model: str  # name of the encoder, `arch.tag`
-    weights_sha256: str  # checksum of the weights file; for random weights, of the tensors
-    transform: str  # id of the transform
-    decoding: str  # id of the decoding, from bytes to pixels: exact or fast, EXIF, pixel limit
-    runtime: str  # what ran the model: "torch", "torch compiled", "openvino" or "onnx"
-    precision: str  # in which the model ran: "fp32", "bf16", "fp16", or "int8" for an ONNX file
-    pool: str  # "cls", "mean", "cls+mean" or "patches"
-    normalized: bool  # whether embeddings have unit length
-    dtype: str  # data type of the stored embeddings
-    shape: list[int]  # of one row: [D], or [h, w, D] for patches; rows are stored flat
-    shard_rows: int  # most images per shard
-    command: str  # that made the store
-    versions: dict[str, str]  # of the packages that made it
-    rows: int | None = None  # images in the index, refused ones included; these three are None until all are listed
-    shards: int | None = None
-    index_sha256: str | None = None  # fingerprint of the index
-    format_version: int = FORMAT_VERSION  # of this layout
-
-    @property
-    def dim(self) -> int:
-        """Numbers per row."""
-        return prod(self.shape)
-
-    def differences(self, other: Manifest) -> list[str]:
-        """List the fields that keep two manifests from being of one store, as 'field: … in the store, … asked for'."""
-        free = {"command", "versions", "rows", "shards", "index_sha256"}
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        unlike = [name for name in mine if name not in free and mine[name] != theirs[name]]
-        return [f"{name}: {mine[name]!r} in the store, {theirs[name]!r} asked for" for name in unlike]
-
-
-@dataclass(frozen=True)
-class RefusedRow:
-    """One line of the ledger: an image that could not be embedded."""
-
-    id: str  # this and the next as in its Entry
-    uri: str
-    reason: str  # one word, see `micl_zoo.errors.Reason`
-    detail: str  # one sentence
-
-
-class Rows(NamedTuple):
-    """What became of the images of one shard, or of its first ones, in index order."""
-
-    ids: list[str]  # (n,) ids of the embedded images
-    embeddings: np.ndarray  # (n, dim) their rows
-    refused: list[RefusedRow]  # the images that could not be embedded
-
-    @property
-    def images(self) -> int:
-        """Number of images accounted for."""
-        return len(self.ids) + len(self.refused)
-
-    def sha256(self) -> str:
-        """Hash ids, ledger lines and embeddings."""
-        words = json.dumps([self.ids, [dataclasses.astuple(row) for row in self.refused]], ensure_ascii=True)
-        digest = hashlib.sha256(words.encode())
-        digest.update(np.ascontiguousarray(self.embeddings).tobytes())
-        return digest.hexdigest()
+LEDGER_FILE = "errors.jsonl"
+MAX_DIGITS = 12  # of the number of a part
 
 
 class Store:
@@ -106,14 +55,17 @@ class Store:
     Its `manifest` says what all rows have in common, its `folder` where they are.
     """
 
-    def __init__(self, folder: Folder, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Folder, manifest: Manifest, *, check: bool = True) -> None:
+        """Take a folder; with `check`, the checksum of each part is compared when it is first read."""
+        self.folder, self.manifest, self.check = folder, manifest, check
+        self._checked = set[int]()  # parts whose checksum was right; shared by all snapshots
         self._snapshot: list[int] | None = None
 
-    def snapshot(self, shards: Iterable[int] | None = None) -> Store:
+    def snapshot(self, shards: Iterable[int] | None = None, *, check: bool | None = None) -> Store:
         """View the store with these parts only, by default those that exist now, unmoved by what is written later."""
         view = copy.copy(self)
         view._snapshot = self.done() if shards is None else sorted(shards)
+        view.check = self.check if check is None else check
         return view
 
     @property
@@ -127,11 +79,12 @@ class Store:
     def create(cls, folder: Folder, manifest: Manifest, *, overwrite: bool = False) -> Store:
         """Start a store, or resume the one in the folder; StoreError where that is another or there are other files."""
         names = folder.names()
-        if "manifest.json" in names and overwrite:
+        if MANIFEST_FILE in names and overwrite:
             _clear(folder, names)
             names = []
-        if "manifest.json" in names:
+        if MANIFEST_FILE in names:
             store = open_store(folder)
+            store.refuse_strays()
             if differences := store.manifest.differences(manifest):
                 raise StoreError(
                     f"{str(folder)!r} holds other embeddings; " + "; ".join(differences) + ". Give another output "
@@ -154,65 +107,141 @@ class Store:
 
     def write_manifest(self) -> None:
         """Write manifest.json."""
-        text = json.dumps(dataclasses.asdict(self.manifest), indent=2) + "\n"
-        self.folder.write("manifest.json", text.encode())
+        write_manifest(self.folder, self.manifest)
+
+    def reopen(self, command: str = "") -> None:
+        """Note that more images are being listed: how many there are is not known, and no ledger is the last.
+
+        The `command` is that which makes the whole store; by default it stays.
+        """
+        command = command or self.manifest.command
+        self.manifest = dataclasses.replace(self.manifest, command=command, rows=None, shards=None, index_sha256=None)
+        self.write_manifest()
+        self.folder.remove(LEDGER_FILE)
 
     def indexed(self) -> list[int]:
         """List the numbers of the shards in the index."""
         return _numbers(self.folder.names("index"))
 
+    def strays(self) -> list[str]:
+        """List the files that look like parts and are none: copies, other numbers, or of no shard of the index."""
+        index = self.folder.names("index")
+        numbers = _numbers(index)
+        shards = max(self.manifest.shards or 0, *(number + 1 for number in numbers), 0)
+        parts = {part_name(number) for number in range(shards)}
+        strays = [name for name in self.folder.names() if name.startswith(PART) and name not in parts]
+        known = {part_name(number) for number in numbers}
+        return strays + [f"index/{name}" for name in index if name.startswith(PART) and name not in known]
+
+    def refuse_strays(self) -> None:
+        """Raise a StoreError that names the first of `strays`."""
+        for name in self.strays():
+            raise StoreError(
+                f"{self.folder.at(name)!r} is no part of this store: its name or number is none of the index's. Move "
+                "it away or delete it"
+            )
+
     def write_index(self, number: int, index: ImageIndex) -> None:
         """Write one shard of the index."""
-        self.folder.write(f"index/{_part(number)}", _parquet(index.table))
+        self.folder.write(f"index/{part_name(number)}", encode_index(index))
 
     def shard(self, number: int) -> ImageIndex:
         """Read one shard of the index; StoreError where its file is damaged or missing."""
-        table = self._read(f"index/{_part(number)}")
-        with self._damage(f"index/{_part(number)}"):
-            return ImageIndex.from_table(table)
+        return self.checked_shard(number)[0]
+
+    def checked_shard(self, number: int) -> tuple[ImageIndex, bool]:
+        """Read one shard of the index, and tell whether its file has a checksum; earlier versions wrote none."""
+        name = f"index/{part_name(number)}"
+        with self._damage(name):
+            whole = is_whole(data := self.folder.read(name))
+            table = read_table(pa.BufferReader(data), INDEX_SCHEMAS, self._most_rows)
+            if whole is False and "kind" in table.column_names:
+                raise ValueError("its sha256 differs from that of its bytes")
+            return ImageIndex.from_table(table.replace_schema_metadata(None)), bool(whole)
 
     def part_path(self, number: int) -> Path:
         """Path of one part in a local store, written or not."""
-        return self.path / _part(number)
+        return self.path / part_name(number)
+
+    def has_part(self, number: int) -> bool:
+        """True if a shard is finished."""
+        return self.folder.exists(part_name(number))
 
     def done(self) -> list[int]:
         """List the numbers of the parts that exist, or that the snapshot has, in order."""
-        return _numbers(self.folder.names()) if self._snapshot is None else [*self._snapshot]
+        if self._snapshot is not None:
+            return [*self._snapshot]
+        shards = self.manifest.shards
+        return [number for number in _numbers(self.folder.names()) if shards is None or number < shards]
 
     def write_part(self, number: int, rows: Rows) -> None:
         """Write one finished shard, rows and ledger lines in one file, and remove the file of its beginning."""
-        self.folder.write(_part(number), self._encoded(rows))
-        self.folder.remove(_part(number, BEGINNING))
+        self.folder.write(part_name(number), encode_part(rows, self.manifest))
+        self._checked.discard(number)
+        self.folder.remove(part_name(number, BEGINNING))
 
     def write_beginning(self, number: int, rows: Rows) -> None:
         """Keep the first rows of an unfinished shard."""
-        self.folder.write(_part(number, BEGINNING), self._encoded(rows))
+        self.folder.write(part_name(number, BEGINNING), encode_part(rows, self.manifest))
 
     def beginning(self, number: int) -> Rows | None:
         """Read what is kept of an unfinished shard; None where nothing is kept or it is damaged."""
-        if self.folder.exists(_part(number, BEGINNING)):
+        if self.folder.exists(part_name(number, BEGINNING)):
             with contextlib.suppress(StoreError):
-                return self._checked(_part(number, BEGINNING))
+                return self._checked_rows(part_name(number, BEGINNING))
         return None
+
+    def unfinish(self, number: int) -> None:
+        """Make a finished shard the beginning of one that is to have more images."""
+        self.write_beginning(number, self.check_part(number))
+        self.folder.remove(part_name(number))
 
     def rows(self, number: int) -> Rows:
         """Read one finished shard; StoreError where its part is damaged or missing."""
-        return self._decoded(_part(number))[0]
+        name = part_name(number)
+        with self._damage(name):
+            return decode_part(self._read(number), repr(self.folder.at(name)))
 
     def check_part(self, number: int) -> Rows:
         """Read one finished shard and hash it again; StoreError where its part is not what was written."""
-        return self._checked(_part(number))
+        return self._checked_rows(part_name(number))
 
     def refused(self) -> Iterator[RefusedRow]:
         """Iterate over the ledger lines of the parts, in index order."""
         for number in self.done():
-            yield from _ledger(self._metadata(number).metadata)
+            yield from self.ledger(number)
+
+    def ledger(self, number: int) -> list[RefusedRow]:
+        """Read the ledger lines of one finished shard, and nothing else of its part."""
+        metadata = self._metadata(number).metadata
+        with self._damage(part_name(number)):
+            return decode_ledger(metadata, repr(self.folder.at(part_name(number))))
+
+    def made(self, number: int) -> Made:
+        """Read by what one finished shard was made; of one of an earlier version, what its manifest says."""
+        metadata = self._metadata(number).metadata
+        with self._damage(part_name(number)):
+            return decode_made(metadata, repr(self.folder.at(part_name(number)))) or self.made_before
+
+    @property
+    def made_before(self) -> Made:
+        """By what a part was made that does not say it: an earlier version had the pixel limit in the manifest."""
+        limit = re.search(r"-max(\d{1,18})$", self.manifest.decoding)
+        return Made((self.manifest.runtime,), int(limit[1]) if limit else MAX_PIXELS, ())
+
+    def max_pixels(self, least: int) -> int:
+        """Return the largest pixel limit under which a part was made."""
+        limits = [least]
+        for number in self.done():
+            with contextlib.suppress(StoreError):  # the damaged part is an error of its own
+                limits.append(self.made(number).max_pixels)
+        return max(limits)
 
     def write_ledger(self, unlisted: Iterable[RefusedRow] = ()) -> int:
         """Write errors.jsonl from the parts, then what was no image of the index; return how many images are in it."""
         refused = list(self.refused())
         lines = [json_line(dataclasses.asdict(row)) + "\n" for row in itertools.chain(refused, unlisted)]
-        self.folder.write("errors.jsonl", "".join(lines).encode())
+        self.folder.write(LEDGER_FILE, "".join(lines).encode())
         return len(refused)
 
     @property
@@ -226,7 +255,13 @@ class Store:
     @property
     def ids(self) -> list[str]:
         """The id of every row, in index order."""
-        return [name for number in self.done() for name in self._read(_part(number), [ID])[ID].to_pylist()]
+        return [name for number in self.done() for name in self.part_ids(number)]
+
+    def part_ids(self, number: int) -> list[str]:
+        """Read the ids of the rows of one finished shard."""
+        with self._damage(part_name(number)):
+            names: list[str] = self._read(number, [ID])[ID].to_pylist()
+            return names
 
     @property
     def embeddings(self) -> np.ndarray:
@@ -242,11 +277,11 @@ class Store:
     def batches(self) -> Iterator[tuple[list[str], np.ndarray]]:
         """Iterate over (ids, (n, dim) rows) part by part in index order, with one part in memory at a time."""
         for number in self.done():
-            yield self._columns(self._read(_part(number), [ID, EMBEDDING]))
+            yield self.rows(number)[:2]
 
     def to_arrow(self) -> pa.Table:
         """Return all rows as a table with the columns id and embedding."""
-        tables = [self._read(_part(number)).replace_schema_metadata(None) for number in self.done()]
+        tables = list(map(self._table, self.done()))
         return pa.concat_tables(tables) if tables else self.schema().empty_table()
 
     def to_pandas(self) -> pd.DataFrame:
@@ -258,63 +293,76 @@ class Store:
         view = self.snapshot()
         return pd.DataFrame(view.embeddings.reshape(-1, self.manifest.dim), index=pd.Index(view.ids, name=ID))
 
-    def schema(self, metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
+    def schema(self) -> pa.Schema:
         """Columns of a part: id, and embedding, a list of `dim` numbers."""
-        kind = pa.list_(pa.from_numpy_dtype(np.dtype(self.manifest.dtype)), self.manifest.dim)
-        return pa.schema([(ID, pa.string()), (EMBEDDING, kind)], metadata)
+        return part_schema(self.manifest)
 
-    def _encoded(self, rows: Rows) -> bytes:
-        embeddings = np.ascontiguousarray(rows.embeddings, self.manifest.dtype)
-        assert embeddings.shape == (len(rows.ids), self.manifest.dim), (embeddings.shape, len(rows.ids))
-        rows = rows._replace(embeddings=embeddings)
-        ledger = json.dumps([dataclasses.asdict(row) for row in rows.refused])
-        schema = self.schema({LEDGER_KEY: ledger.encode(), SHA256_KEY: rows.sha256().encode()})
-        flat = pa.array(embeddings.reshape(-1), schema.field(EMBEDDING).type.value_type)
-        columns = [pa.array(rows.ids, pa.string()), pa.FixedSizeListArray.from_arrays(flat, self.manifest.dim)]
-        return _parquet(pa.table(columns, schema=schema))
+    def _table(self, number: int) -> pa.Table:
+        with self._damage(part_name(number)):
+            return self._read(number).replace_schema_metadata(None)
 
-    def _decoded(self, name: str) -> tuple[Rows, str]:
-        """(what a part holds, what `Rows.sha256` was when it was written)."""
-        table = self._read(name)
+    def _read(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """Read columns of a part; the first time, all its bytes are hashed."""
+        name = part_name(number)
+        if not self.check or number in self._checked:
+            return read_table(self.folder.open(name), [self.schema()], self._most_rows, columns)
+        data = self.folder.read(name)
+        if (whole := is_whole(data)) is None:
+            self._checked_rows(name)  # an earlier version has hashed the rows only
+        elif not whole:
+            raise ValueError("its sha256 differs from that of its bytes")
+        table = read_table(pa.BufferReader(data), [self.schema()], self._most_rows, columns)
+        self._checked.add(number)
+        return table
+
+    def _checked_rows(self, name: str) -> Rows:
         with self._damage(name):
-            metadata = table.schema.metadata or {}
-            return Rows(*self._columns(table), _ledger(metadata)), metadata.get(SHA256_KEY, b"").decode()
+            whole = is_whole(data := self.folder.read(name))
+            table = read_table(pa.BufferReader(data), [self.schema()], self._most_rows)
+            rows = decode_part(table, repr(self.folder.at(name)))
+            sha256 = (table.schema.metadata or {}).get(SHA256_KEY, b"")
+            if (found := rows.sha256()).encode() != sha256:
+                raise ValueError(f"its sha256 is {found}, not {sha256!r}")
+            if whole is False:
+                raise ValueError("its sha256 differs from that of its bytes")
+            return rows
 
-    def _checked(self, name: str) -> Rows:
-        rows, sha256 = self._decoded(name)
-        with self._damage(name):
-            if (found := rows.sha256()) != sha256:
-                raise ValueError(f"its sha256 is {found}, not {sha256}")
-        return rows
-
-    def _columns(self, table: pa.Table) -> tuple[list[str], np.ndarray]:
-        flat = table[EMBEDDING].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return table[ID].to_pylist(), flat.reshape(-1, self.manifest.dim)
-
-    def _read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        with self._damage(name):
-            return pq.read_table(self.folder.open(name), columns=columns, use_threads=False)
+    @property
+    def _most_rows(self) -> int:
+        """Rows of a file that is read; above those of a shard, so that `verify` can say which are too many."""
+        return 2 * self.manifest.shard_rows + 1000
 
     def _metadata(self, number: int) -> pq.FileMetaData:
-        with self._damage(_part(number)):
-            return pq.read_metadata(self.folder.open(_part(number)))
+        with self._damage(part_name(number)):
+            found = pq.read_metadata(self.folder.open(part_name(number)))
+            check_metadata(found, [self.schema()], self._most_rows)
+            return found
 
     @contextlib.contextmanager
     def _damage(self, name: str) -> Iterator[None]:
+        """Turn what reading a file raises into a StoreError that names it. What may pass is no damage."""
+        where = self.folder.at(name)
         try:
             yield
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            where = f"{str(self.folder).rstrip('/')}/{name}"
-            raise StoreError(
-                f"{where!r} is damaged ({error}): delete it and run the same extract command again"
-            ) from None
+        except StoreError:
+            raise
+        except FileNotFoundError:
+            raise StoreError(f"{where!r} is missing: run the same extract command again") from None
+        except MemoryError:
+            raise StoreError(f"cannot read {where!r}: there is not enough memory") from None
+        except (OSError, ValueError, KeyError, OverflowError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise StoreError(f"cannot read {where!r}: {os.strerror(error.errno)}") from None
+            raise StoreError(f"{where!r} is damaged ({error}): {CURE}") from None
 
 
-def open_store(path: Store | str | os.PathLike[str] | Folder) -> Store:
+def open_store(path: Store | str | os.PathLike[str] | Folder, *, check: bool = True) -> Store:
     """Open a folder of embeddings. Of one that is still being written, the finished parts are seen.
 
     Args:
         path: a local folder, or a URI such as s3://bucket/embeddings; an open store is returned as it is.
+        check: compare the checksum of each part when it is first read, so that changed bytes are an error and no wrong
+            rows; costs about as much as reading it.
 
     Raises:
         StoreError: there is no store, its manifest is damaged, or its layout is of another version.
@@ -322,38 +370,19 @@ def open_store(path: Store | str | os.PathLike[str] | Folder) -> Store:
     if isinstance(path, Store):
         return path
     folder = path if isinstance(path, Folder) else Folder(path)
-    if not folder.exists("manifest.json"):
-        raise StoreError(f"{str(folder)!r} is no store of embeddings: it has no manifest.json")
-    try:
-        fields: dict[str, Any] = json.loads(folder.read("manifest.json"))
-        found = fields.get("format_version")
-        if found == FORMAT_VERSION:
-            return Store(folder, Manifest(**fields))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise StoreError(f"the manifest of {str(folder)!r} is damaged: {error}") from None
-    cure = "upgrade micl-zoo" if isinstance(found, int) and found > FORMAT_VERSION else "extract it again"
-    raise StoreError(f"{str(folder)!r} has layout version {found}, this micl-zoo reads {FORMAT_VERSION}: {cure}")
+    return Store(folder, read_manifest(folder)[0], check=check)
 
 
-def _part(number: int, start: str = PART) -> str:
+def part_name(number: int, start: str = PART) -> str:
+    """Name of the file of a part, or of a shard of the index."""
     return f"{start}{number:05d}.parquet"
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
-    """Numbers of the parts among these files, sorted."""
-    stems = (name.removeprefix(PART).removesuffix(".parquet") for name in names if name.startswith(PART))
-    return sorted(int(stem) for stem in stems if stem.isdecimal())
-
-
-def _ledger(metadata: dict[bytes, bytes] | None) -> list[RefusedRow]:
-    return [RefusedRow(**row) for row in json.loads((metadata or {}).get(LEDGER_KEY, b"[]"))]
-
-
-def _parquet(table: pa.Table) -> bytes:
-    out = io.BytesIO()
-    shared = [name for name in ("uri", "kind") if name in table.schema.names]  # ids and numbers gain nothing by it
-    pq.write_table(table, out, compression="zstd", use_dictionary=shared, write_page_checksum=True)
-    return out.getvalue()
+    """Numbers of the parts among these files, sorted; part-1.parquet and "part-00001 (copy).parquet" are none."""
+    stems = {name.removeprefix(PART).removesuffix(".parquet") for name in names}
+    numbers = {int(stem) for stem in stems if stem.isdecimal() and stem.isascii() and len(stem) <= MAX_DIGITS}
+    return sorted(number for number in numbers if part_name(number) in names)
 
 
 def parts_of(parts: int, shards: int | None) -> str:
@@ -363,6 +392,6 @@ def parts_of(parts: int, shards: int | None) -> str:
 
 def _clear(folder: Folder, names: list[str]) -> None:
     """Delete a store, the manifest last: a kill in between leaves a store of fewer parts."""
-    mine = [name for name in names if name.startswith((PART, f".{PART}", BEGINNING, "errors.jsonl"))]
-    for name in [*mine, *(f"index/{name}" for name in folder.names("index")), "manifest.json"]:
+    mine = [name for name in names if name.startswith((PART, f".{PART}", BEGINNING, LEDGER_FILE))]
+    for name in [*mine, *(f"index/{name}" for name in folder.names("index")), MANIFEST_FILE]:
         folder.remove(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import json
 import math
 import os
 import random
@@ -17,10 +16,12 @@ import numpy as np
 
 from ..errors import Refused, StoreError, UsageError
 from ..progress import progress
+from ..schema import parse_json
 from ..sources.index import Entry, Fingerprint
 from ..sources.reader import Reader
+from .manifest import MANIFEST_FILE, Manifest, read_manifest
 from .reembed import StoreEncoder, store_encoder
-from .store import Manifest, Store, open_store, parts_of
+from .store import LEDGER_FILE, Store, open_store, part_name, parts_of
 
 MIN_COSINE = 0.9999  # between a row and its image embedded again: other batch sizes and kernels stay above it
 UNIT_SLACK = 2e-3  # float16 rounds each number by 2^-11 = 5e-4 of it at most, and bfloat16 models end in float32
@@ -39,6 +40,7 @@ class Verification:
     sampled: int = 0  # images embedded again and compared
     worst_cosine: float | None = None  # of these; None where no image was compared
     gone: list[str] = field(default_factory=list)  # sampled images not readable again, and why; not the store's fault
+    unchecked: list[str] = field(default_factory=list)  # files without a checksum, of earlier versions
     problems: list[str] = field(default_factory=list)  # all that is wrong, one sentence each; empty for a sound store
 
     def summary(self) -> str:
@@ -50,6 +52,8 @@ class Verification:
             said += f", {len(self.gone)} no longer readable"
         if self.parts != self.shards:
             said += "; the store is not complete, and the missing parts were not checked"
+        if self.unchecked:
+            said += f"; an earlier version wrote {len(self.unchecked):,} files without a checksum"
         return said + (f". {len(self.problems)} problems." if self.problems else ". No problem found.")
 
 
@@ -63,7 +67,7 @@ def verify(
 ) -> Verification:
     """Check a store, or what there is of one that is still being written.
 
-    Hashes the index and every part again and compares a part's ids and ledger lines with the index. Rows must be
+    Hashes manifest, index and every part again and compares a part's ids and ledger lines with the index. Rows must be
     finite, and of unit length where the manifest says so; errors.jsonl must agree with the parts. Then a sample is read
     again from its source, embedded at the store's precision, pool and decoding, and compared.
 
@@ -85,9 +89,11 @@ def verify(
     if sample < 0:
         raise UsageError(f"sample must be 0 or more images, got {sample}")
     encoder = store_encoder(store, weights, device) if sample else None
-    store = store.snapshot()
+    store = store.snapshot(check=False)  # what a damaged part holds is looked at all the same
     shards = store.done()
-    found = Verification(parts=len(shards), shards=store.manifest.shards, problems=_index_problems(store))
+    found = Verification(parts=len(shards), shards=store.manifest.shards)
+    _check_files(store, found)
+    _check_index(store, found)
     counts: list[tuple[int, int]] = []  # (shard, rows) of the parts a sample can be taken from
     with progress("checking parts", len(shards), unit="parts") as tick:
         for shard in shards:
@@ -100,19 +106,57 @@ def verify(
     return found
 
 
+def _check_files(store: Store, found: Verification) -> None:
+    """Look at the manifest's checksum, at files that should not be there, and for parts that should."""
+    right = read_manifest(store.folder)[1]
+    if right is None:
+        found.unchecked.append(MANIFEST_FILE)
+    elif not right:
+        found.problems.append(f"{MANIFEST_FILE} is not as it was written: its sha256 differs")
+    found.problems += [
+        f"{name} is no part of this store: move it away or delete it, for a reader of all parts would take it for one"
+        for name in store.strays()
+    ]
+    # `extract` writes errors.jsonl when all parts are there, so a part that is missing beside it was lost.
+    if found.shards is not None and found.parts < found.shards and store.folder.exists(LEDGER_FILE):
+        lost = sorted(set(range(found.shards)) - set(store.done()))
+        found.problems.append(
+            f"{len(lost):,} of {found.shards:,} parts are missing from a store that was finished, the first is "
+            f"{part_name(lost[0])}: run its extract command again"
+        )
+
+
+def _check_index(store: Store, found: Verification) -> None:
+    """Read every file of the index again; compare them with the fingerprint that the manifest has of a whole one."""
+    fingerprint, manifest, images, problems = Fingerprint(), store.manifest, 0, list[str]()
+    there = store.indexed() if manifest.shards is None else range(manifest.shards)
+    for shard in there:
+        try:
+            index, checked = store.checked_shard(shard)
+        except StoreError as error:
+            problems.append(f"the index: {error}")
+            continue
+        fingerprint.update(index)
+        images += len(index)
+        found.unchecked += [] if checked else [f"index/{part_name(shard)}"]
+    if not problems and manifest.index_sha256 is not None:
+        if fingerprint.hexdigest() != manifest.index_sha256:
+            problems.append("the index is not the one that the manifest names: its sha256 differs")
+        if images != manifest.rows:
+            problems.append(f"the index has {images:,} images, and the manifest says {manifest.rows}")
+    found.problems += problems
+
+
 def _check_part(store: Store, shard: int, found: Verification) -> int:
     """Add what one part holds and what is wrong with it to `found`; return its rows, 0 where it cannot be used."""
     where = f"part {shard}"
-    if found.shards is not None and shard >= found.shards:
-        found.problems.append(f"{where} belongs to no shard of the index, which has {found.shards}")
-        return 0
     wrong: list[str] = []
     try:
         try:
-            ids, rows, ledger = store.check_part(shard)
+            ids, rows, ledger, _ = store.check_part(shard)
         except StoreError as error:
             wrong.append(str(error))
-            ids, rows, ledger = store.rows(shard)  # what it holds is looked at all the same
+            ids, rows, ledger, _ = store.rows(shard)  # what it holds is looked at all the same
         expected = store.shard(shard).ids
     except StoreError as error:
         found.problems += [f"{where}: {problem}" for problem in dict.fromkeys([*wrong, str(error)])]
@@ -122,20 +166,6 @@ def _check_part(store: Store, shard: int, found: Verification) -> int:
     found.rows += len(ids)
     found.refused += len(ledger)
     return len(ids)
-
-
-def _index_problems(store: Store) -> list[str]:
-    """Compare the index with its fingerprint, which the manifest has once all images are listed."""
-    if store.manifest.index_sha256 is None:
-        return []
-    fingerprint = Fingerprint()
-    try:
-        for shard in range(store.manifest.shards or 0):
-            fingerprint.update(store.shard(shard))
-    except StoreError as error:
-        return [f"the index: {error}"]
-    same = fingerprint.hexdigest() == store.manifest.index_sha256
-    return [] if same else ["the index is not the one that the manifest names: its sha256 differs"]
 
 
 def account(expected: Sequence[str], rows: Sequence[str], refused: Sequence[str]) -> list[str]:
@@ -171,21 +201,25 @@ def _named(ids: Sequence[str]) -> str:
 def _ledger_problems(store: Store) -> list[str]:
     """Compare errors.jsonl with the ledgers in the parts. `extract` writes it last, so a complete store has one."""
     again = "the same extract command writes it anew"
-    if not store.folder.exists("errors.jsonl"):
-        return [f"errors.jsonl is missing; {again}"]
+    if not store.folder.exists(LEDGER_FILE):
+        return [f"{LEDGER_FILE} is missing; {again}"]
     try:
-        lines = [json.loads(line) for line in store.folder.read("errors.jsonl").split(b"\n") if line]
+        data = store.folder.read(LEDGER_FILE)
+        lines = [parse_json(line, LEDGER_FILE, StoreError, again) for line in data.split(b"\n") if line]
         lines = [line for line in lines if not (isinstance(line, dict) and line.get("reason") == "listing")]
+    except (StoreError, OSError) as error:
+        return [str(error)]
+    try:
         ledger = list(store.refused())
     except StoreError:
         return []  # the damaged part is a problem of its own
-    except ValueError as error:
-        return [f"errors.jsonl is damaged ({error}); {again}"]
     for number, (line, row) in enumerate(zip(lines, ledger, strict=False), 1):
         if line != dataclasses.asdict(row):
-            return [f"line {number} of errors.jsonl is not what the part says of {row.id!r}; {again}"]
+            return [f"line {number} of {LEDGER_FILE} is not what the part says of {row.id!r}; {again}"]
     if len(lines) != len(ledger):
-        return [f"errors.jsonl has {'fewer' if len(lines) < len(ledger) else 'more'} lines than the parts say; {again}"]
+        return [
+            f"{LEDGER_FILE} has {'fewer' if len(lines) < len(ledger) else 'more'} lines than the parts say; {again}"
+        ]
     return []
 
 
@@ -197,7 +231,7 @@ def _sample(
     picks = sorted(random.Random(seed).sample(range(starts[-1]), min(size, starts[-1])))
     for place, group in itertools.groupby(picks, lambda pick: bisect.bisect_right(starts, pick) - 1):
         shard = counts[place][0]
-        ids, rows, _ = store.rows(shard)
+        ids, rows, *_ = store.rows(shard)
         entries = {entry.id: entry for entry in store.shard(shard).entries()}
         inside = (pick - starts[place] for pick in group)
         yield from ((entries[ids[row]], rows[row].copy()) for row in inside if ids[row] in entries)
@@ -214,7 +248,7 @@ def _embed_again(encoder: StoreEncoder, sample: Sequence[tuple[Entry, np.ndarray
                     pixels.append(encoder.pixels(reader.read(entry)))
                     there.append((entry.id, row))
                 except Refused as refused:
-                    gone = refused.reason == "unreadable"
+                    gone = refused.reason in ("unreadable", "too_large", "memory")  # the limit is not the store's
                     text = f"{entry.id!r} has a row, but its source now is {refused.reason} ({refused.detail})"
                     (found.gone if gone else found.problems).append(text)
             if there:

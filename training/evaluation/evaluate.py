@@ -134,7 +134,7 @@ def evaluate_stores(
     _check_pair(train, test)
     stored = train.manifest.pool
     if stored in ("cls", "mean"):  # "patches" is refused by store_features
-        protocol = replace(protocol, pools=(stored,))  # type: ignore[arg-type]
+        protocol = replace(protocol, pools=(stored,))
     train_labels, test_labels = store_labels(train, labels), store_labels(test, labels)
     classes, (first, second) = number_classes(list(train_labels.values()), list(test_labels.values()), name)
     numbers = dict(zip(train_labels, first.tolist(), strict=True))

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from micl_zoo._version import package_versions
 from micl_zoo.encoders.weights import HEADER_KEY, WEIGHTS_FILE, EncoderConfig, recipe_config, save_weights
 from micl_zoo.errors import TrainingError
-from micl_zoo.files import atomic_path, file_sha256, lock_folder, sum_file, write_text
+from micl_zoo.files import FolderLock, atomic_path, file_sha256, lock_folder, sum_file, write_text
 
 from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, read_run, record_differences
 from .provenance import code_commit, machine
@@ -43,7 +43,7 @@ class RunDir:
         self.keep_steps = 0  # a checkpoint after a multiple of so many steps stays for good; 0 keeps none
         self._writing: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._lock = ExitStack()
+        self._lock: ExitStack | FolderLock = ExitStack()
 
     def __enter__(self) -> RunDir:
         return self

@@ -1,0 +1,154 @@
+"""Files and locks on file systems that lack something: one line of warning and on; errors name the file."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from micl_zoo import files
+from micl_zoo.errors import StoreError
+from micl_zoo.files import LOCK_FILE, OWNER_FILE, Folder, atomic_path, write_text
+
+fcntl = pytest.importorskip("fcntl")
+
+
+@pytest.fixture(autouse=True)
+def _untold() -> None:
+    files._warn_once.cache_clear()
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EACCES]
+)
+def test_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, number: int) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    for _ in range(2):
+        with Folder(tmp_path).lock(), pytest.raises(StoreError, match=r"another process is writing .* delete '.*owner"):
+            Folder(tmp_path).lock()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "this file system has no locks" in caplog.text
+    assert not (tmp_path / OWNER_FILE).exists()
+
+
+def test_a_lock_that_another_has_where_that_is_called_a_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def smb(file: Any, how: int) -> None:
+        if str(file.name).endswith(LOCK_FILE):
+            raise OSError(errno.EACCES, "Permission denied")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", smb)
+    with pytest.raises(StoreError, match="another process is writing"):
+        Folder(tmp_path).lock()
+
+
+def test_a_lock_file_that_is_deleted_lets_nobody_in(tmp_path: Path) -> None:
+    with Folder(tmp_path).lock() as first:
+        first.check()
+        (tmp_path / LOCK_FILE).unlink()
+        first.check()  # it is taken again
+        with pytest.raises(StoreError, match="another process is writing"):
+            Folder(tmp_path).lock()
+        (tmp_path / LOCK_FILE).unlink()
+        with Folder(tmp_path).lock(), pytest.raises(StoreError, match="the lock of this process was deleted"):
+            first.check()
+    Folder(tmp_path).lock().close()
+
+
+def test_an_owner_s_file_that_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOSYS))
+    with Folder(tmp_path).lock() as first:
+        (tmp_path / OWNER_FILE).unlink()
+        first.check()
+        assert (tmp_path / OWNER_FILE).exists()
+        (tmp_path / OWNER_FILE).unlink()
+        with Folder(tmp_path).lock(), pytest.raises(StoreError, match="the lock of this process was deleted"):
+            first.check()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_no_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, number: int) -> None:
+    monkeypatch.setattr(os, "fsync", failing(number))
+    for name in ("a", "b"):
+        write_text(tmp_path / name, "whole")
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["a", "b"]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["fsync", "write"])
+def test_an_error_of_the_system_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", failing(number))
+
+    def write() -> None:
+        with atomic_path(tmp_path / "new.txt") as temporary:
+            temporary.write_text("half")
+            if call == "write":
+                failing(number)()
+
+    with pytest.raises(OSError, match=r"new\.txt") as caught:
+        write()
+    assert caught.value.errno == number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rename_waits_for_a_reader_that_has_the_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries, replace = [], Path.replace
+
+    def busy(self: Path, to: Path) -> Path:
+        tries.append(self)
+        if len(tries) < 3:
+            raise PermissionError(errno.EACCES, "in use", str(to))
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(files, "RENAME_WAITS", (0, 0, 0))
+    write_text(tmp_path / "a", "whole")
+    assert (tmp_path / "a").read_text() == "whole"
+    assert len(tries) == 3
+    tries.clear()
+    monkeypatch.setattr(files, "RENAME_WAITS", ())
+    with pytest.raises(PermissionError, match="in use"):
+        write_text(tmp_path / "a", "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_client_of_an_object_store_raises_names_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder("memory://bucket/store")
+
+    class ClientError(Exception):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise ClientError("slow down")
+
+    for method, act in (
+        ("cat_file", lambda: folder.read("a")),
+        ("pipe_file", lambda: folder.write("a", b"")),
+        ("open", lambda: folder.open("a")),
+        ("exists", lambda: folder.exists("a")),
+        ("ls", lambda: folder.names()),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(folder._fs), method, fail)
+            with pytest.raises(StoreError, match=r"memory://bucket/store/.*slow down"):
+                act()
