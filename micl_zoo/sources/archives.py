@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import Refused, SourceError
-from ..images.decode import SUFFIXES
+from ..images.formats import SUFFIXES
 from . import remote
 from .index import CELL_LENGTH, Entry
 from .places import MAX_BYTES, File, OpenFiles, check_bytes, check_length, open_binary, read_whole, to_path

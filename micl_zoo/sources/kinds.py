@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import pyarrow as pa
 
 from ..errors import SourceError
-from ..images.decode import SUFFIXES
+from ..images.formats import SUFFIXES
 from . import archives
 from .archives import Members
 from .index import Entry, Row
