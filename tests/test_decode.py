@@ -390,7 +390,7 @@ def test_both_paths_refuse_above_the_limit() -> None:
     data = encoded(picture(0, 100, 100), "JPEG")
     for fast in (False, True):
         with pytest.raises(
-            Refused, match="too_large: 100 x 100 pixels, the limit is 9,999 .*--max-pixels.*max_pixels="
+            Refused, match=r"too_large: 100 x 100 pixels, the limit is 9,999 .*--max-pixels.*max_pixels="
         ):
             decode_pixels(data, Transform(), Decoding(fast=fast, max_pixels=9_999))
 

@@ -20,8 +20,9 @@ from . import integrity, tiff
 from .integrity import Jpeg, too_many
 
 _TEXT = 1 << 20  # bytes that are unpacked of a text that may hold the orientation
-_PLAIN = 64 << 20  # bytes of a plain PPM, which is text: 20 million numbers, some seconds
+_PLAIN, _PLAIN_COMMENTS = 32 << 20, 100_000  # bytes of a plain PPM, which is text: 10 million numbers
 _PNG_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_IEND = b"\0\0\0\0IEND\xaeB`\x82"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _KEYS = _RAW_EXIF, _XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
 _UNKNOWN_CHUNK = {b"CgBI": "a PNG as Apple packs it for iPhones (CgBI): convert it, with sips or pngcrush for example"}
@@ -38,6 +39,7 @@ class Contents(NamedTuple):
     exif: bytes = b""  # a block of tags
     xmp: bytes = b""
     orientation: int = 1  # where it is not in a block
+    clear: int | None = None  # level of grey that is transparent, where the decoder would take the number for another
     reads_tags_itself: bool = False  # the decoder does, which turns the picture by other means, too
     bytes_per_pixel: float = 8  # of memory that decoding takes at its peak; a picture of RGB alone is 4 of them
     kind: str = ""  # where it is another format's than the file
@@ -85,41 +87,42 @@ def _png(data: bytes) -> Contents:
     """Leave out all chunks but those for pixels: their number, size and checksums say nothing about these."""
     if data[12:16] not in (b"IHDR", b"CgBI"):
         raise Refused("damaged", "the PNG does not begin with its size")
-    chunks, texts, exif, parts = list[tuple[bytes, int, int]](), dict[bytes, bytes](), b"", 0
+    texts, exif, clear, others, pieces = dict[bytes, bytes](), b"", None, 0, 0
     for kind, start, stop in integrity.png_chunks(data):
-        parts += 1
-        if kind in _PNG_NEEDED:
-            chunks.append((kind, start, stop))
-        elif kind == b"eXIf":
+        if kind == b"IDAT":
+            pieces += 1
+        elif kind == b"tRNS":
+            clear = data[start:stop]
+        elif kind not in _PNG_NEEDED:
+            others += 1
+        if kind == b"eXIf":
             exif = data[start:stop]
         elif kind in _TEXTS and (key := data[start : min(stop, start + 80)].partition(b"\0")[0]) in _KEYS:
             texts[key] = data[start - 4 : stop]
-        elif kind[:1].isupper():
-            raise Refused(
-                "unsupported",
-                _UNKNOWN_CHUNK.get(kind, f"a PNG with an unknown chunk {kind.decode()} that its pixels need"),
-            )
+        elif kind[:1].isupper() and kind not in _PNG_NEEDED:
+            raise Refused("unsupported", _UNKNOWN_CHUNK.get(kind, f"a PNG whose pixels need a chunk {kind.decode()}"))
     if raw := _text(texts.get(_RAW_EXIF)):  # how ImageMagick writes it: hexadecimal, after three lines
         exif = _unhex(raw) or exif
     width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
-    if bits == 16 and colours == 2 and any(kind == b"tRNS" for kind, _, _ in chunks):
+    if clear and bits == 16 and colours == 2:
         raise Refused("unsupported", "a PNG of 16-bit RGB with one transparent colour: convert it to 8 bits or to RGBA")
-    pixels = data if len(chunks) == parts < integrity.MAX_TABLES else _png_of(data, chunks)
-    return Contents(pixels, width, height, exif, _text(texts.get(_XMP_TEXT)))
+    level = (
+        int.from_bytes(clear[:2], "big") * 255 // (2**bits - 1) if clear and colours == 0 and bits in (2, 4) else None
+    )
+    pixels = _png_of_pixels(data) if others or pieces > integrity.MAX_TABLES else data
+    return Contents(pixels, width, height, exif, _text(texts.get(_XMP_TEXT)), clear=level)
 
 
-def _png_of(data: bytes, chunks: list[tuple[bytes, int, int]]) -> bytes:
-    """Write a PNG of some chunks, the pixels as one."""
-    view = memoryview(data)
-    pixels = b"".join([b"IDAT", *(view[start:stop] for kind, start, stop in chunks if kind == b"IDAT")])
-    found, done = [data[:8]], False
-    for kind, start, stop in chunks:
-        if kind != b"IDAT":
-            found.append(data[start - 8 : stop + 4])
-        elif not done:
-            found += [struct.pack(">I", len(pixels) - 4), pixels, struct.pack(">I", zlib.crc32(pixels))]
-            done = True
-    return b"".join(found)
+def _png_of_pixels(data: bytes) -> bytes:
+    """Write a PNG of the chunks for pixels, these as one."""
+    before, pixels = [data[:8]], bytearray(b"IDAT")
+    for kind, start, stop in integrity.png_chunks(data):
+        if kind == b"IDAT":
+            pixels += memoryview(data)[start:stop]
+        elif kind in _PNG_NEEDED and kind != b"IEND":
+            before.append(data[start - 8 : stop + 4])
+    sums = struct.pack(">I", len(pixels) - 4), struct.pack(">I", zlib.crc32(pixels))
+    return b"".join([*before, sums[0], pixels, sums[1], _IEND])
 
 
 def _text(chunk: bytes | None) -> bytes:
@@ -190,7 +193,7 @@ def _webp(data: bytes) -> Contents:
 
 
 def _webp_cost(chunks: dict[bytes, tuple[int, int]]) -> float:
-    return 17 if b"VP8L" in chunks else 13  # two canvases and a copy of RGBA; without loss one more while it is decoded
+    return 16 if b"VP8L" in chunks else 12  # two canvases and a copy of RGBA; without loss one more while it is decoded
 
 
 def _webp_size(data: bytes, chunks: dict[bytes, tuple[int, int]]) -> tuple[int, int]:
@@ -277,6 +280,10 @@ def _ppm(data: bytes) -> Contents:
     if plain and len(data) > _PLAIN:
         raise Refused(
             "too_large", f"a PPM written as text of {len(data):,} bytes, the limit is {_PLAIN:,}: convert it to PNG"
+        )
+    if plain and data.count(b"#") > _PLAIN_COMMENTS:
+        raise Refused(
+            "too_large", f"more than {_PLAIN_COMMENTS:,} comments in one PPM: a file made to keep a decoder busy"
         )
     numbers, at = _ppm_head(data, 2 if kind in (b"P1", b"P4") else 3)
     width, height, most = (*numbers, 1)[:3]
@@ -375,7 +382,7 @@ def _codestream(data: bytes, picture: bytes) -> Contents:
     tiles = -(-right // tile_width) * -(-bottom // tile_height)
     too_many(tiles * 80, "JPEG 2000")  # 65,535 by the standard, and kilobytes of memory each
     share = min(1.0, tile_width * tile_height / (width * height))
-    return Contents(data, width, height, bytes_per_pixel=8 + 9 * count * share)
+    return Contents(data, width, height, bytes_per_pixel=4 + 5 * count * share)
 
 
 def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:

@@ -172,6 +172,7 @@ def _opened(data: bytes, max_pixels: int, *, scaled: bool = False) -> _Opened:
             opened = opened._replace(image=_plugin(data, opened))
     if not scaled:
         _check_size(opened, max_pixels)
+    _check_sides(*((found.width, found.height) if scaled else opened.size))
     return opened
 
 
@@ -221,6 +222,9 @@ def _check_pixels(width: int, height: int, bytes_per_pixel: float, max_pixels: i
             f"{width} x {height} pixels, which take {megabytes:,} MiB to decode in this format; the limit of "
             f"{max_pixels:,} pixels allows {most:,}: {_RAISE}",
         )
+
+
+def _check_sides(width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
         raise Refused("too_small", f"{width} x {height} pixels, each side must be at least {MIN_SIDE}")
 
@@ -247,6 +251,8 @@ def _pixels(opened: _Opened, data: bytes) -> Image.Image:
     elif opened.kind == "WEBP":
         return _load_webp(image, found)
     image.load()
+    if found.clear is not None:
+        image.info["transparency"] = found.clear
     return image
 
 
@@ -277,8 +283,14 @@ def _load_tiff(image: ImageFile.ImageFile, found: tiff.Tiff) -> Image.Image:
 
 def _load_webp(image: ImageFile.ImageFile, found: Contents) -> Image.Image:
     """Decode a WebP; of an animation the first frame, which is put on its canvas."""
+    prepare = image.load_prepare
+
+    def without_decoder() -> None:
+        image._decoder = None  # type: ignore[attr-defined]  # it holds two canvases, and is done
+        prepare()
+
+    image.load_prepare = without_decoder  # type: ignore[method-assign]
     image.load()
-    image._decoder = None  # type: ignore[attr-defined]  # it holds two canvases
     if not found.canvas:
         return image
     width, height, left, top = found.canvas
@@ -373,6 +385,7 @@ def _cut_to_8_bits(image: Image.Image) -> Image.Image:
     numbers = np.asarray(image)
     if image.mode == "I":
         numbers = np.clip(numbers, 0, 65535)
+    tiff.check_visible(numbers, 16)
     levels, clear = tiff.scaled(numbers, 16), image.info.get("transparency")
     if isinstance(clear, int):
         levels[numbers == clear] = 255

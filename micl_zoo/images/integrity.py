@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..errors import Refused
 from . import tiff
 
-MAX_PARTS = 5_000_000  # chunks, segments or blocks of a file; a GIF of 1 GB has 4 million blocks
+MAX_PARTS, MAX_BLOCKS = 1_000_000, 5_000_000  # chunks or segments of a file; blocks of a GIF: 1 GB has 4 million
 MAX_TABLES = 512  # segments of a JPEG that its decoder needs; encoders write 10 or so
 # Scans of a JPEG: encoders write 10 or so, and each costs a pass over all coefficients, 2 to 6 ns per pixel.
 MAX_SCANS, LEAST_SCANS, MAX_SCANNED = 100, 30, 1 << 30  # at most, always allowed, pixels of all scans together
@@ -39,10 +39,10 @@ _CONVERT = "convert it to an ordinary JPEG or to PNG, with ImageMagick for examp
 FRAME = 0x2C  # label of the frames of a GIF
 
 
-def too_many(count: int, what: str) -> None:
+def too_many(count: int, what: str, most: int = MAX_PARTS) -> None:
     """Refuse what has so many parts that walking over them keeps a decoder busy."""
-    if count > MAX_PARTS:
-        raise Refused("too_large", f"more than {MAX_PARTS:,} parts in one {what}: a file made to keep a decoder busy")
+    if count > most:
+        raise Refused("too_large", f"more than {most:,} parts in one {what}: a file made to keep a decoder busy")
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -94,8 +94,8 @@ def gif_blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
         while at < len(data) and data[at]:
             at += data[at] + 1
             count += 1
-            if count > MAX_PARTS:
-                too_many(count, "GIF")
+            if count > MAX_BLOCKS:
+                too_many(count, "GIF", MAX_BLOCKS)
         at += 1
         if at > len(data):
             raise Refused("truncated", f"the GIF stops at byte {len(data):,} within a block")

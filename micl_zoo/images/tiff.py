@@ -26,6 +26,7 @@ STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TYPE_BYTES = {2: 1, 1: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 MAX_PIECES = 1 << 20  # strips or tiles: 89 million pixels in tiles of 16 x 16 are 350,000
 ORIENTATION = 274
+_MAX_PASSED = 1 << 20  # bytes of a tag that the decoder gets: the palette of 16 bits has 393,216
 _WHOLE = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # types of whole numbers without a sign
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
@@ -68,7 +69,7 @@ class Entry(NamedTuple):
 
     kind: int
     length: int  # numbers or letters
-    value: bytes  # as many of its bytes as the file has
+    value: memoryview  # as many of its bytes as the file has
 
 
 class Directory(NamedTuple):
@@ -121,10 +122,10 @@ def read_directory(data: bytes, at: int | None = None) -> Directory:
     return Directory(order, large, entries, following)
 
 
-def _value(data: bytes, order: str, place: int, length: int, room: int) -> bytes:
+def _value(data: bytes, order: str, place: int, length: int, room: int) -> memoryview:
     if length > room:
         (place,) = struct.unpack_from(order + ("Q" if room == 8 else "I"), data, place)
-    return data[place : place + min(length, len(data))] if length <= MAX_PIECES * 8 else b""
+    return memoryview(data)[place : place + min(length, len(data))]  # no copy: many tags may point at one place
 
 
 class Layout(NamedTuple):
@@ -182,7 +183,7 @@ def orientation_of(found: Directory) -> int:
 
 def _check_camera(data: bytes, found: Directory) -> None:
     """Refuse what has a small picture in front of the one it is about."""
-    make = found.entries.get(_MAKE, Entry(2, 0, b"")).value.rstrip(b"\0 ").decode("latin-1")[:40]
+    make = bytes(found.entries[_MAKE].value[:40]).rstrip(b"\0 ").decode("latin-1") if _MAKE in found.entries else ""
     below = [_photometric(data, at) for at in _places(found)]
     if data[8:10] == b"CR" or _DNG in found.entries or any(one in _CAMERA for one in (_photometric_of(found), *below)):
         name = "a DNG" if _DNG in found.entries else f"a RAW file of a camera by {make or 'an unknown maker'}"
@@ -347,11 +348,9 @@ def _pared(data: bytes, found: Directory, one: Layout) -> bytes:
         tag: (kind, len(numbers), struct.pack(f"{found.order}{len(numbers)}{_WHOLE[kind]}", *numbers))
         for tag, (kind, numbers) in tags.items()
     }
+    _check_whole(found)
     values |= {
-        tag: (kind, count, value)
-        for tag in _PASSED
-        if tag in found.entries
-        for kind, count, value in [found.entries[tag]]
+        tag: (entry.kind, entry.length, bytes(entry.value)) for tag, entry in found.entries.items() if tag in _PASSED
     }
     tail = io.BytesIO()
     start = len(data) + len(data) % 2
@@ -368,6 +367,15 @@ def _pared(data: bytes, found: Directory, one: Layout) -> bytes:
     return b"".join(
         [data[:room], first, data[2 * room :], b"\0" * (len(data) % 2), tail.getvalue(), head, entries, end]
     )
+
+
+def _check_whole(found: Directory) -> None:
+    for tag, entry in found.entries.items():
+        length = TYPE_BYTES.get(entry.kind, 0) * entry.length
+        if tag in _PASSED and length > _MAX_PASSED:
+            raise Refused("damaged", f"tag {tag} of the TIFF has {length:,} bytes, of which no decoder needs so many")
+        if tag in _PASSED and len(entry.value) < length:
+            raise Refused("truncated", f"the TIFF ends within its tag {tag}")
 
 
 def _pieces(data: bytes, found: Directory, one: Layout) -> dict[int, tuple[int, Sequence[int]]]:
@@ -417,61 +425,45 @@ def _raw_lengths(one: Layout, across: int, down: int, count: int, *, tiled: bool
 
 
 def through_tifffile(found: Tiff) -> Image.Image:
-    """Decode by tifffile to a picture of 8 bits: L, LA, RGB, RGBA or CMYK."""
-    tifffile = importlib.import_module("tifffile")
-    one = found.layout
+    """Decode by tifffile to a picture of 8 bits."""
+    tifffile, one = importlib.import_module("tifffile"), found.layout
     try:
         with tifffile.TiffFile(io.BytesIO(found.data)) as file:
             palette = file.pages[0].colormap
             array: np.ndarray[Any, Any] = file.pages[0].asarray(maxworkers=1)
     except Exception as error:  # its decoders raise each their own
         raise undecoded(one, error) from None
-    if one.planar == 2:
-        array = np.moveaxis(array, 0, -1)
-    array = array.reshape(one.height, one.width, one.samples)
-    if one.bits == 1:
-        array = array.astype(np.uint8)  # of bool
-    return _as_image(array, one, palette)
-
-
-def _as_image(array: np.ndarray[Any, Any], one: Layout, palette: Any) -> Image.Image:
+    if one.planar == 1:
+        array = np.moveaxis(array.reshape(one.height, one.width, one.samples), -1, 0)  # a view: samples come first
+    check_visible(array, one.bits)
+    alpha = one.extra[:1] in ((1,), (2,))
+    bands = [
+        scaled(band, one.bits) for band in array.reshape(one.samples, one.height, one.width)[: one.colours + alpha]
+    ]
     if one.photometric == _PALETTE:
-        colours = (np.asarray(palette) >> 8).astype(np.uint8).T
-        levels = np.concatenate(
-            [colours[array[..., 0]], *([scaled(array[..., 1:2], one.bits)] * (one.extra == (2,)))], -1
-        )
-    else:
-        levels = scaled(array[..., : one.colours + (one.extra[:1] in ((1,), (2,)))], one.bits)
+        bands[:1] = [(np.asarray(colours) >> 8).astype(np.uint8)[array[0].astype(np.uint16)] for colours in palette]
+    elif one.photometric == _WHITE_IS_ZERO:
+        bands[0] = 255 - bands[0]
     del array
-    if one.photometric == _WHITE_IS_ZERO:
-        levels[..., 0] = 255 - levels[..., 0]
-    if one.colours == 1 and not one.extra and one.photometric != _PALETTE:
-        return Image.fromarray(np.ascontiguousarray(levels[..., 0]))
-    modes = {1: "L", 2: "LA", 3: "RGB", 4: "CMYK" if one.photometric == _CMYK else "RGBA"}
-    mode = modes[levels.shape[-1]]
-    if one.extra[:1] == (1,):
-        raw = {"LA": "La", "RGBA": "RGBa"}[mode]
-        return Image.frombytes(raw, (one.width, one.height), np.ascontiguousarray(levels).tobytes())
-    return Image.frombytes(
-        mode, (one.width, one.height), np.ascontiguousarray(levels[..., 0] if mode == "L" else levels).tobytes()
-    )
+    premultiplied = one.extra[:1] == (1,)
+    modes = {1: "L", 2: "La" if premultiplied else "LA", 3: "RGB", 4: "RGBa" if premultiplied else "RGBA"}
+    mode = "CMYK" if one.photometric == _CMYK else modes[len(bands)]
+    return Image.merge(mode, [Image.fromarray(np.ascontiguousarray(band)) for band in bands])
 
 
 def scaled(numbers: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    """Bring unsigned numbers to 8 bits, by their highest 8, or spread fewer over the range.
-
-    Raises:
-        Refused: they would all become 0 and are not.
-    """
-    if bits < 8:
+    """Bring unsigned numbers to 8 bits, by their highest 8, or spread fewer over the range."""
+    if bits <= 8:
         return (numbers.astype(np.uint8) * (255 // (2**bits - 1))).astype(np.uint8)
-    if bits == 8:
-        return numbers.astype(np.uint8)
+    return (numbers >> (bits - 8)).astype(np.uint8)
+
+
+def check_visible(numbers: np.ndarray[Any, Any], bits: int) -> None:
+    """Raise Refused where `scaled` would make 0 of all numbers, and not all are."""
     largest = int(numbers.max(initial=0))
-    if 0 < largest < 1 << (bits - 8):
+    if 0 < largest < 1 << max(bits - 8, 0):
         raise Refused(
             "unsupported",
             f"{bits}-bit numbers of at most {largest:,}, which would be black all over: white is {2**bits - 1:,}. "
             "They are labels, counts or values of fewer bits: convert it to 8 bits",
         )
-    return (numbers >> (bits - 8)).astype(np.uint8)
