@@ -231,7 +231,7 @@ class Encoder(nn.Module):
         Args:
             images: one or many of: paths, encoded bytes, files open in binary mode, PIL images, dictionaries of data
                 sets (`{"bytes": …, "path": …}`), uint8 arrays or tensors (H, W) or (H, W, 1, 3 or 4), of which four
-                are RGB and alpha. An array with another last axis is many.
+                are RGB and alpha. An array or tensor of four axes is many.
             batch_size: images per forward pass.
             normalize: scale to unit length, so that a dot product is the cosine: each row, with "patches" each token.
             pool: see `forward`.
@@ -283,9 +283,9 @@ class Encoder(nn.Module):
 
 
 def _is_one(images: Any) -> bool:
-    """Tell one image from many: arrays and tensors of one have two axes, or three of which the last is the colours."""
+    """Tell one image from many: an array of three axes is one, for (N, H, W) and (3, H, W) cannot be told apart."""
     if isinstance(images, np.ndarray | Tensor):
-        return images.ndim == 2 or (images.ndim == 3 and images.shape[-1] in _CHANNELS)
+        return images.ndim in (2, 3)
     return isinstance(images, str | os.PathLike | Image.Image | dict | Bytes) or hasattr(images, "read")
 
 

@@ -169,20 +169,18 @@ def _opened(data: bytes, max_pixels: int, *, scaled: bool = False) -> _Opened:
     opened = _Opened(found.kind or kind, found, None)
     if not (found.tiff and not found.tiff.through_pillow):
         with _short_of_memory(opened):
-            opened = opened._replace(image=_plugin(data, opened))
+            opened = opened._replace(image=_plugin(opened))
     if not scaled:
         _check_size(opened, max_pixels)
     _check_sides(*((found.width, found.height) if scaled else opened.size))
     return opened
 
 
-def _plugin(data: bytes, opened: _Opened) -> ImageFile.ImageFile:
+def _plugin(opened: _Opened) -> ImageFile.ImageFile:
     """Open by one plug-in of Pillow: a file that begins like a format is of that, or damaged."""
     try:
         return Image.OPEN[opened.kind][0](io.BytesIO(opened.contents.data), "")
     except (SyntaxError, IndexError, TypeError, KeyError, struct.error) as error:
-        if formats.FORMATS[opened.kind].weak:
-            raise formats.unknown_format(data) from None
         raise Refused("damaged", f"the file begins as {opened.kind} and goes on as none ({error})") from None
 
 

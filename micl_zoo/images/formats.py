@@ -15,7 +15,6 @@ class Format(NamedTuple):
 
     suffixes: tuple[str, ...]
     start: bytes  # of its files, a regular expression; empty: none that tells it from others
-    weak: bool = False  # so few bytes that other files begin alike
 
 
 # By Pillow's names. EPS and the like are left out: they start other programs. HEIF and AVIF are there also where this
@@ -26,13 +25,13 @@ FORMATS = {
     "PNG": Format((".png", ".apng"), rb"\x89PNG\r\n\x1a\n"),
     "WEBP": Format((".webp",), rb"RIFF.{4}WEBP"),
     "GIF": Format((".gif",), rb"GIF8[79]a"),
-    "BMP": Format((".bmp",), rb"BM", weak=True),
+    "BMP": Format((".bmp",), rb"BM.{12}[\x0c\x10(48@l|]\0\0\0"),
     "TIFF": Format((".tif", ".tiff"), rb"II[*+]\0|MM\0[*+]"),
     "AVIF": Format((".avif", ".avifs"), rb".{4}ftypavi[fs]"),
     "HEIF": Format((".heic", ".heics", ".heif", ".heifs", ".hif"), rb".{4}ftyp(?:he[iv][cxms]|mif1|msf1)"),
     "JPEG2000": Format((".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"), rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"),
-    "PPM": Format((".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), rb"P[1-6Ff][\s#]", weak=True),
-    "ICO": Format((".ico",), rb"\0\0\x01\0", weak=True),
+    "PPM": Format((".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), rb"P(?:[1-6]\s{0,99}[#0-9]|[Ff]\s{1,99}[0-9])"),
+    "ICO": Format((".ico",), rb"\0\0\x01\0"),
     "TGA": Format((".tga", ".icb", ".vda", ".vst"), rb""),
 }
 SUFFIXES = tuple(suffix for one in FORMATS.values() for suffix in one.suffixes)

@@ -39,8 +39,9 @@ _CONVERT = "convert it to an ordinary JPEG or to PNG, with ImageMagick for examp
 FRAME = 0x2C  # label of the frames of a GIF
 
 
-def too_many(count: int, what: str, most: int = MAX_PARTS) -> None:
+def too_many(count: int, what: str, most: int = 0) -> None:
     """Refuse what has so many parts that walking over them keeps a decoder busy."""
+    most = most or MAX_PARTS
     if count > most:
         raise Refused("too_large", f"more than {most:,} parts in one {what}: a file made to keep a decoder busy")
 

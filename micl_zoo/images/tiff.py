@@ -282,32 +282,35 @@ def _pillow_is_right(one: Layout) -> bool:
 
 def _check_tifffile(one: Layout) -> None:
     """Raise Refused where tifffile does not decode a layout either, or is not there."""
-    kind = {2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}.get(one.numbers, "undefined")
     if one.numbers != 1:
+        kind = {2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}.get(one.numbers, "undefined")
         raise Refused(
             "unsupported", f"a TIFF of {one.bits}-bit {kind} samples, which have no defined black and white: {_CURE}"
         )
-    known = one.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _CMYK, _PALETTE) and one.fill_order in (1, 2)
-    known = (
-        known
-        and (one.photometric != _CMYK or not any(one.extra))
-        and one.bits in (1, 2, 4, 8, 12, 16, 24, 32)
-        and one.compression in _TIFFFILE
-        and one.planar in (1, 2)
-    )
-    known = (
-        known
-        and (one.photometric != _PALETTE or (one.bits <= 16 and one.extra[:1] != (1,)))
-        and (one.compression != _JPEG or one.colours == 1)
-    )
     what = (
         f"a TIFF of {one.samples} x {one.bits} bits, photometric {one.photometric}, planar {one.planar}, "
         f"compression {one.compression}"
     )
-    if not known:
+    if not _tifffile_is_right(one):
         raise Refused("unsupported", f"{what}: {_CURE}, without compression or by deflate or LZW")
     if not has_tifffile():
         raise Refused("unsupported", f"{what}, which Pillow does not decode rightly: pip install 'micl-zoo[tiff]'")
+
+
+def _tifffile_is_right(one: Layout) -> bool:
+    """Tell whether tifffile decodes a layout rightly, by the same trial."""
+    alpha = one.extra[:1] in ((1,), (2,))
+    return (
+        one.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _CMYK, _PALETTE)
+        and one.compression in _TIFFFILE
+        and one.bits in (1, 2, 4, 8, 12, 16, 24, 32)
+        and one.planar in (1, 2)
+        and one.fill_order in (1, 2)
+        and not (one.compression == _JPEG and one.colours > 1)  # in colours of its own
+        and not (one.photometric == _CMYK and alpha)
+        and not (one.photometric == _PALETTE and (one.bits > 16 or one.extra[:1] == (1,)))
+        and not (one.photometric == _WHITE_IS_ZERO and one.extra[:1] == (1,))
+    )
 
 
 def undecoded(one: Layout, error: Exception) -> Exception:
