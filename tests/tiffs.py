@@ -80,7 +80,8 @@ def pictured(levels: np.ndarray, layout: Layout, top: int, palette: np.ndarray |
     if palette is not None:
         found = (palette // 257).T[colours[..., 0]]
     elif layout.photometric == CMYK:
-        found = np.asarray(Image.fromarray((colours * 255 // top).astype(np.uint8), "CMYK").convert("RGB"))
+        inks = (colours * 255 // top).astype(np.uint8)
+        found = np.asarray(Image.frombytes("CMYK", inks.shape[1::-1], inks.tobytes()).convert("RGB"))
     else:
         scaled = colours * 255 // top
         found = np.broadcast_to(255 - scaled if layout.photometric == WHITE_IS_ZERO else scaled, (*levels.shape[:2], 3))

@@ -4,10 +4,10 @@ JPEG   is whole to its end mark; one scan of Huffman codes takes exactly the byt
        order; a progressive file has all its precision. A changed bit that leaves the length of the codes is not seen.
 PNG    every chunk that pixels depend on fits its checksum, to the end mark.
 GIF    every block is there, to the end mark or, as some writers omit it, to the end of a block. It has no checksums.
-TGA    has the footer of version 2; without it nothing tells a TGA from other bytes.
 
 The decoders of WebP, AVIF, HEIC, BMP, TIFF, JPEG 2000 and PPM refuse a file that is cut off (TIFF's also a wrong
-checksum of deflate), and nothing in these files tells a changed pixel from another picture.
+checksum of deflate), and nothing in these files tells a changed pixel from another picture. A TGA is read if it has the
+footer of version 2; without it nothing tells a TGA from other bytes.
 """
 
 from __future__ import annotations
