@@ -239,7 +239,7 @@ def _decode_into(
             middle = time.perf_counter()
             pixels[place] = decode_pixels(data, transform, decoding)
         except Refused as error:
-            refused[place] = error
+            refused[place] = Refused(error.reason, error.detail)  # without its traceback, which holds what was decoded
         except (MemoryError, OSError, ValueError) as error:  # past decoding: a picture too odd to resize
             refused[place] = refusal_of(error) or Refused("damaged", f"{type(error).__name__}: {error}")
         end = time.perf_counter()

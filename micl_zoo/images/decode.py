@@ -288,7 +288,10 @@ def _load_webp(image: ImageFile.ImageFile, found: Contents) -> Image.Image:
         prepare()
 
     image.load_prepare = without_decoder  # type: ignore[method-assign]
-    image.load()
+    try:
+        image.load()
+    finally:
+        del image.load_prepare  # it refers to the image, which would keep the pixels until the next collection
     if not found.canvas:
         return image
     width, height, left, top = found.canvas
