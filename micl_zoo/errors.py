@@ -15,6 +15,7 @@ Reason = Literal[
     "too_small",
     "too_large",
     "unsupported",
+    "memory",
     "crashed",
     "timeout",
     "memory",

@@ -72,13 +72,19 @@ def test_all_damage_that_can_be_told_is_refused_and_nothing_else_is_raised(damag
     decoded = {file.name for file in damaged if verdict(decode, file.data) == "decoded"}
     assert not decoded & {file.name for file in damaged if file.certain}
     kinds = {name.partition("-flipped")[0].partition("-without")[0] for name in decoded}
-    assert kinds <= NO_CHECKSUM  # of these formats only, and there only changed bytes: nothing that is cut off
+    unneeded = {"png-text-bomb", "jpeg-tags"}  # what is wrong there does not reach the decoder
+    assert kinds - unneeded <= NO_CHECKSUM  # of these formats only, and there only changed bytes: nothing is cut off
 
 
 def test_the_fast_path_refuses_the_same_files(damaged: list[Damaged]) -> None:
     transform, fast = Transform(size=32, resize=32), Decoding(fast=True)
     for file in damaged:
-        assert verdict(lambda data: decode_pixels(data, transform, fast), file.data) == verdict(decode, file.data)
+        exact, scaled = (
+            verdict(decode, file.data),
+            verdict(lambda data: decode_pixels(data, transform, fast), file.data),
+        )
+        # A JPEG that is decoded at a scale may be larger.
+        assert scaled == exact or (exact == "too_large" and file.name.startswith("jpeg") and scaled != "decoded"), file
 
 
 def ledger(store: Path) -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import copy
+import io
 import pickle
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import picture
+from damaged import encoded
 from safetensors.torch import load_file
 
 import micl_zoo
@@ -77,6 +79,71 @@ def test_unit_length_is_over_the_last_axis(encoder: Encoder, pool: Pool) -> None
     np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), 1, atol=1e-6)
     np.testing.assert_allclose(rows, raw / np.linalg.norm(raw, axis=-1, keepdims=True), atol=1e-6)
     assert encoder.embed([], pool=pool).shape == (0, *SHAPES[pool])
+
+
+def opened(data: bytes, at: int = 0) -> io.BytesIO:
+    file = io.BytesIO(data)
+    file.seek(at)
+    return file
+
+
+def test_an_image_is_given_as_whatever_it_is_without_a_doubt(encoder: Encoder, tmp_path: Path) -> None:
+    image = picture(3)
+    pixels = np.asarray(image)
+    data = encoded(image, "PNG")
+    (tmp_path / "a.png").write_bytes(data)
+    tensor = torch.from_numpy(pixels.copy())
+    expected = encoder.embed(image)
+    ways: list[Any] = [data, bytearray(data), memoryview(data), opened(data), opened(data, len(data)), pixels, tensor]
+    ways += [
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        {"bytes": data, "path": None},
+        {"bytes": None, "path": "a.png"},
+    ]
+    ways[-1]["path"] = str(tmp_path / "a.png")
+    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    ways += [opaque, torch.from_numpy(opaque), pixels[::-1][::-1]]
+    for one in ways:
+        np.testing.assert_allclose(encoder.embed(one), expected, atol=1e-6)
+        np.testing.assert_allclose(encoder.embed([image, one])[1:], expected, atol=1e-6)
+    with (tmp_path / "a.png").open("rb") as file:
+        np.testing.assert_allclose(encoder.embed(file), expected, atol=1e-6)
+    for many in (pixels[None].repeat(2, 0), tensor[None].repeat(2, 1, 1, 1), iter([data, image]), (data, data)):
+        np.testing.assert_allclose(encoder.embed(many), expected.repeat(2, 0), atol=1e-6)
+    grey = np.asarray(image.convert("L"))
+    for one in (grey, grey[..., None], torch.from_numpy(grey.copy())):
+        np.testing.assert_allclose(encoder.embed(one), encoder.embed(image.convert("L")), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ([None], r"image 0 \(NoneType\): give paths, encoded bytes"),
+        ([3.5], "give paths, encoded bytes"),
+        (7, "images: give paths, encoded bytes.*got int"),
+        ([[1, 2]], "give paths, encoded bytes"),
+        (np.array(7), "images: give paths"),
+        (np.zeros((8, 8, 3)), "must be uint8, 0 to 255; got float64: scale"),
+        (torch.zeros(8, 8, 3), "must be uint8, 0 to 255; got float32"),
+        (np.zeros((3, 8, 8), np.uint8), "got \\(3, 8, 8\\): move its first axis to the end"),
+        (torch.zeros((2, 3, 8, 8), dtype=torch.uint8), "move its first axis to the end"),
+        (np.zeros((8, 8, 2), np.uint8), "of \\(1, 3, 4\\) channels; got"),
+        (np.zeros((0, 8, 3), np.uint8), "got \\(0, 8, 3\\)"),
+        (np.zeros((1, 8, 3), np.uint8), "too_small"),
+        (["https://example.org/a.jpg"], "an address is not fetched here"),
+        ("no-such-file.jpg", "no-such-file"),
+        (["a\0b"], "image 0"),
+        ([{"bytes": None, "path": None}], "give paths"),
+        ([{"image": b""}], "give paths"),
+        (io.StringIO("text"), "open it in mode 'rb'"),
+        ([b""], "empty"),
+        ([io.BytesIO()], "empty"),
+    ],
+)
+def test_what_is_no_image_without_a_doubt_is_refused_by_a_sentence(encoder: Encoder, images: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        encoder.embed(images)
 
 
 def test_an_unknown_pool_lists_the_valid_ones(encoder: Encoder) -> None:

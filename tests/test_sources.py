@@ -28,7 +28,8 @@ from PIL import Image
 
 from micl_zoo.errors import Refused, SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import Summary, extract
-from micl_zoo.images.decode import FORMATS, SUFFIXES, _formats, decode
+from micl_zoo.images.decode import decode
+from micl_zoo.images.formats import FORMATS, SUFFIXES, readable
 from micl_zoo.sources import archives, globs
 from micl_zoo.sources import listing as sources
 from micl_zoo.sources import parquet as tables
@@ -734,8 +735,8 @@ def test_each_row_group_is_read_once_and_looked_up_in_a_table(tmp_path: Path, mo
 
 
 def test_a_folder_lists_whatever_decode_reads(tmp_path: Path) -> None:
-    assert set(_formats()) <= set(FORMATS)
-    registered = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
+    assert set(readable()) <= set(FORMATS)
+    registered = {suffix for suffix, name in Image.registered_extensions().items() if name in readable()}
     assert registered <= set(SUFFIXES)
     for suffix in SUFFIXES:
         (tmp_path / f"a{suffix}").touch()
@@ -860,7 +861,7 @@ def test_what_is_excluded_is_counted(image_folder: Callable[..., Path], tmp_path
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM", "ICO", "AVIF"])
 def test_files_and_members_without_a_known_ending_are_sniffed(tmp_path: Path, form: str) -> None:
-    if form not in _formats():
+    if form not in readable():
         pytest.skip(f"this Pillow has no {form}")
     data = encoded(picture(1), form)
     assert starts_as_image(data)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +115,32 @@ def test_processes_that_cannot_start_are_an_error(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     with decoders() as pool, pytest.raises(MiclZooError, match="could not start: it ended with code 7"):
         list(taken(pool, [entries(image_folder(2))]))
+
+
+TOO_MUCH = (
+    "import sys, builtins\n"
+    "def hook(event, args):\n"
+    "    if event == 'open' and str(args[0]).endswith('heavy.jpg'):\n"
+    "        bytearray(8 << 30)\n"
+    "sys.addaudithook(hook)\n"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_an_image_that_takes_all_memory_is_refused_and_the_limit_named(
+    image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(TOO_MUCH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    folder = image_folder(5)
+    picture(1).save(folder / "002-heavy.jpg")
+    some = entries(folder)
+    with decoders(workers=1) as pool:
+        ((batch, pixels),) = taken(pool, [some])
+    ((place, refused),) = batch.refused.items()
+    assert (some[place].id, refused.reason, len(pixels)) == ("002-heavy.jpg", "memory", 5)
+    assert re.search(r"may have [\d,]+ MiB, more under a higher --max-pixels", refused.detail)
 
 
 def test_they_end_with_their_parent(image_folder: Callable[..., Path]) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,24 @@ from .zoo import Record
 if TYPE_CHECKING:
     from .onnx_session import OnnxCard
 
-ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+ImageLike = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryIO
+    | dict[str, Any]
+    | Image.Image
+    | np.ndarray
+    | Tensor
+)
+Bytes = bytes | bytearray | memoryview
+_CHANNELS = (1, 3, 4)  # grey, RGB, RGB and alpha
+_WANTED = (
+    "give paths, encoded bytes, open files, PIL images, dictionaries with bytes or path, or uint8 arrays or tensors of "
+    "(H, W) or (H, W, 1, 3 or 4)"
+)
 
 
 class Features(NamedTuple):
@@ -212,7 +229,9 @@ class Encoder(nn.Module):
         """Embed images through this encoder's own transform.
 
         Args:
-            images: paths, encoded bytes, PIL images, or uint8 RGB arrays (H, W, 3); one or many.
+            images: one or many of: paths, encoded bytes, files open in binary mode, PIL images, dictionaries of data
+                sets (`{"bytes": …, "path": …}`), uint8 arrays or tensors (H, W) or (H, W, 1, 3 or 4), of which four
+                are RGB and alpha. An array or tensor of four axes is many.
             batch_size: images per forward pass.
             normalize: scale to unit length, so that a dot product is the cosine: each row, with "patches" each token.
             pool: see `forward`.
@@ -226,8 +245,7 @@ class Encoder(nn.Module):
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size!r}")
-        is_one = isinstance(images, str | os.PathLike | bytes | Image.Image) or getattr(images, "ndim", None) == 3
-        many = cast(Iterable[ImageLike], [images] if is_one else images)
+        many = [images] if _is_one(images) else _iterated(images)
         pixels = (self.transform.pixels(_open(image, place)) for place, image in enumerate(many))
         rows = [np.empty((0, *self.row_shape(pool)), np.float32)]
         while batch := list(islice(pixels, batch_size)):
@@ -264,19 +282,71 @@ class Encoder(nn.Module):
         return F.normalize(rows, dim=-1) if normalize else rows
 
 
-def _open(image: ImageLike, place: int) -> Image.Image:
+def _is_one(images: Any) -> bool:
+    """Tell one image from many: an array of three axes is one, for (N, H, W) and (3, H, W) cannot be told apart."""
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim in (2, 3)
+    return isinstance(images, str | os.PathLike | Image.Image | dict | Bytes) or hasattr(images, "read")
+
+
+def _iterated(images: Any) -> Iterable[Any]:
+    if isinstance(images, Tensor):  # one by one they would be copied from their device one by one
+        images = images.detach().cpu()
     try:
-        if isinstance(image, str | os.PathLike | bytes):
-            return decode(image if isinstance(image, bytes) else Path(image).read_bytes())
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise Refused("unsupported", f"an array must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
-            image = Image.fromarray(image)
-        if min(image.size) < MIN_SIDE:
-            raise Refused("too_small", f"{image.size}")
-        return to_rgb(image)
+        return iter(images)
+    except TypeError:  # not iterable, an array without axes
+        raise UsageError(f"images: {_WANTED}; got {_shown(images)}") from None
+
+
+def _open(image: Any, place: int) -> Image.Image:
+    try:
+        found = _decoded(image)
+        if min(found.size) < MIN_SIDE:
+            raise Refused("too_small", f"{found.size}")
+        return to_rgb(found)
     except Refused as refused:
-        what = image if isinstance(image, str | os.PathLike) else type(image).__name__
-        raise UsageError(f"image {place} ({what}): {refused.detail} [{refused.reason}]") from None
-    except OSError as error:
-        raise UsageError(f"image {place}: {error}") from None
+        raise UsageError(f"image {place} ({_shown(image)}): {refused.detail} [{refused.reason}]") from None
+    except (OSError, ValueError, MemoryError) as error:
+        raise UsageError(f"image {place} ({_shown(image)}): {error or type(error).__name__}") from None
+
+
+def _decoded(image: Any) -> Image.Image:
+    """Decode or convert whatever is an image without a doubt."""
+    if isinstance(image, dict):  # as data sets have it: bytes, else the path of a file
+        image = next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Bytes):
+        return decode(bytes(image))
+    if isinstance(image, str | os.PathLike):
+        if "://" in os.fspath(image) and not Path(image).exists():
+            raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
+        return decode(Path(image).read_bytes())
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if hasattr(image, "read"):
+        if getattr(image, "seekable", bool)():  # from its start, as Pillow reads it
+            image.seek(0)
+        data = image.read()
+        if not isinstance(data, Bytes):
+            raise Refused("unsupported", "the file is open as text: open it in mode 'rb'")
+        return decode(bytes(data))
+    raise Refused("unsupported", _WANTED)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8:
+        raise Refused("unsupported", f"an array must be uint8, 0 to 255; got {array.dtype}: scale and convert it")
+    if array.ndim not in (2, 3) or channels not in _CHANNELS or not array.size:
+        hint = ": move its first axis to the end" if array.ndim == 3 and array.shape[0] in _CHANNELS else ""
+        raise Refused(
+            "unsupported", f"an array must be (H, W), or (H, W, C) of {_CHANNELS} channels; got {array.shape}{hint}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and channels == 1 else array))
+
+
+def _shown(image: Any) -> str:
+    return str(image) if isinstance(image, str | os.PathLike) else type(image).__name__

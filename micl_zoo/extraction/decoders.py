@@ -7,6 +7,7 @@ waits forever for one that hangs.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import mmap
 import os
@@ -18,12 +19,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import MiclZooError, Refused
-from ..images.decode import Decoding, decode_pixels
+from ..images import formats
+from ..images.decode import BYTES_PER_PIXEL, Decoding, decode_pixels, refusal_of
 from ..images.transform import Transform
 from ..sources.index import Entry
 from ..sources.reader import Reader
@@ -33,6 +36,7 @@ TRIES = 2  # of an image by itself, after the process that had it among others w
 CHUNK = 8  # images per message: few enough that all processes work on the batch that is needed next
 QUEUED_BYTES = 1 << 16  # of messages that a process has not answered: less than any pipe holds, so sending never waits
 STARTS = 3  # of processes that die before they come to work, in a row; then something is wrong with all of them
+READ_BYTES = 2 << 30  # of memory that a process may take to read: an image, or the row group of a table that it is in
 BATCHES_AHEAD = 3  # decoded or being decoded; each has its place in the shared memory
 
 Outcome = tuple[dict[int, Refused], float, float]  # of a chunk: refusals by place in it, seconds to read and to decode
@@ -235,11 +239,9 @@ def _decode_into(
             middle = time.perf_counter()
             pixels[place] = decode_pixels(data, transform, decoding)
         except Refused as error:
-            refused[place] = Refused(
-                error.reason, error.detail
-            )  # without the frames, which hold the bytes of the image
+            refused[place] = Refused(error.reason, error.detail)  # without its traceback, which holds what was decoded
         except (MemoryError, OSError, ValueError) as error:  # past decoding: a picture too odd to resize
-            refused[place] = Refused("damaged", f"{type(error).__name__}: {error}")
+            refused[place] = refusal_of(error) or Refused("damaged", f"{type(error).__name__}: {error}")
         end = time.perf_counter()
         reading, decoded = reading + middle - start, decoded + end - middle
     return refused, reading, decoded
@@ -250,12 +252,39 @@ def work(connection: int, memory: int) -> None:
     pipe = parent_pipe(connection)
     warnings.filterwarnings("ignore", module="PIL")  # its complaints about odd files; refusals are for the ledger
     transform, decoding, shape = pickle.loads(pipe.recv_bytes())
-    slots, reader = (
-        np.frombuffer(mmap.mmap(memory, math.prod(shape)), np.uint8).reshape(shape),
-        Reader(decoding.max_pixels),
-    )
+    formats.readable()  # imports plug-ins now, not when an image leaves no memory for them
+    with contextlib.suppress(ModuleNotFoundError):  # one core per process: workers share the machine
+        vars(importlib.import_module("PIL.AvifImagePlugin"))["DEFAULT_MAX_THREADS"] = 1
+    limit = _limit_memory(decoding)
+    slots = np.frombuffer(mmap.mmap(memory, math.prod(shape)), np.uint8).reshape(shape)
+    reader = Reader(decoding.max_pixels)
     with contextlib.suppress(EOFError, OSError):
         pipe.send(None)
         while wait_for_message(pipe):
             slot, at, entries = pickle.loads(pipe.recv_bytes())
-            pipe.send(_decode_into(slots[slot, at:], entries, reader, transform, decoding))
+            refused, *seconds = _decode_into(slots[slot, at:], entries, reader, transform, decoding)
+            pipe.send(({place: _with_limit(why, limit) for place, why in refused.items()}, *seconds))
+
+
+def _limit_memory(decoding: Decoding) -> int:
+    """Limit the memory of this process, where Linux counts it: what it has now, and twice what a picture may take.
+
+    Returns: bytes, 0 for no limit.
+    """
+    try:
+        resource = importlib.import_module("resource")
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + READ_BYTES + 2 * BYTES_PER_PIXEL * decoding.max_pixels
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (ImportError, OSError, ValueError, OverflowError):
+        return 0
+    return limit
+
+
+def _with_limit(refused: Refused, limit: int) -> Refused:
+    if refused.reason != "memory" or not limit:
+        return refused
+    detail = f"{refused.detail}: a decoding process may have {limit >> 20:,} MiB, more under a higher --max-pixels"
+    return Refused("memory", detail)

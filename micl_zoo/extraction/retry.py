@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import StoreError
-from ..images.decode import _formats as readable
+from ..images.formats import readable
 from ..sources.index import ImageIndex
 from ..stores.parts import Made, RefusedRow, Rows
 from ..stores.store import Store, part_name

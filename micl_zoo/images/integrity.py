@@ -2,16 +2,17 @@
 
 JPEG   is whole to its end mark; one scan of Huffman codes takes exactly the bytes there are; restart marks are in
        order; a progressive file has all its precision. A changed bit that leaves the length of the codes is not seen.
-PNG    every chunk fits its checksum, to the end mark.
+PNG    every chunk that pixels depend on fits its checksum, to the end mark.
 GIF    every block is there, to the end mark or, as some writers omit it, to the end of a block. It has no checksums.
-TGA    has the footer of version 2; without it nothing tells a TGA from other bytes.
 
 The decoders of WebP, AVIF, HEIC, BMP, TIFF, JPEG 2000 and PPM refuse a file that is cut off (TIFF's also a wrong
-checksum of deflate), and nothing in these files tells a changed pixel from another picture.
+checksum of deflate), and nothing in these files tells a changed pixel from another picture. A TGA is read if it has the
+footer of version 2; without it nothing tells a TGA from other bytes.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import zlib
@@ -19,120 +20,227 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..errors import Refused
+from . import tiff
 
-MAX_SCANS = 100  # of a progressive JPEG; encoders write 10 or so, and each costs a pass over all of its coefficients
+MAX_PARTS, MAX_BLOCKS = 1_000_000, 5_000_000  # chunks or segments of a file; blocks of a GIF: 1 GB has 4 million
+MAX_TABLES = 512  # segments of a JPEG that its decoder needs; encoders write 10 or so
+# Scans of a JPEG: encoders write 10 or so, and each costs a pass over all coefficients, 2 to 6 ns per pixel.
+MAX_SCANS, LEAST_SCANS, MAX_SCANNED = 100, 30, 1 << 30  # at most, always allowed, pixels of all scans together
 _SPARE_BYTES = 8  # unread ones that a JPEG may have before its end mark: some cameras leave a few
 # Ones are no Huffman code, so they end nothing; the decoder looks 57 bits ahead, and this is 64 of them.
 _PADDING = b"\xff\x00" * 8
 _MARK, _MARK_OR_RESTART = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]"), re.compile(rb"\xff[^\x00\xff]")
 _RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), (0xC2,)  # start of a frame of Huffman codes; others are rare
-_SOI, _EOI, _SOS, _DRI, _APP1, _APP2 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE1, 0xE2
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_TYPE_BYTES = {2: 1, 1: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xEE
+_NEEDED = (0xC4, 0xCC, 0xDB, _DRI)  # tables of codes and of quantisation, arithmetic coding
+_PNG_CHECKED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_CONVERT = "convert it to an ordinary JPEG or to PNG, with ImageMagick for example"
+FRAME = 0x2C  # label of the frames of a GIF
 
 
-def check_file(data: bytes, kind: str | None) -> None:
-    """Apply the checks that a whole file of a format of Pillow carries; those of a JPEG are in `jpeg_pieces`."""
-    if kind == "PNG":
-        _check_png(data)
-    elif kind == "GIF":
-        _check_gif(data)
-    elif kind == "TGA" and not data.endswith(b"TRUEVISION-XFILE.\0"):
-        raise Refused(
-            "unsupported", "a TGA without the footer of version 2 cannot be told from other bytes: convert it to PNG"
-        )
+def too_many(count: int, what: str, most: int = 0) -> None:
+    """Refuse what has so many parts that walking over them keeps a decoder busy."""
+    most = most or MAX_PARTS
+    if count > most:
+        raise Refused("too_large", f"more than {most:,} parts in one {what}: a file made to keep a decoder busy")
 
 
-def _check_png(data: bytes) -> None:
-    view, at = memoryview(data), 8
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (kind, start, stop) of the chunks of a PNG to its end mark; check those that its pixels depend on."""
+    view, at, count = memoryview(data), 8, 0
     while at + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
-        end = at + 12 + length
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
         if end > len(data):
             break
-        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if _is_checked(kind) and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             raise Refused("damaged", f"the checksum of the PNG chunk at byte {at:,} does not fit its bytes")
-        if data[at + 4 : at + 8] == b"IEND":
+        if not kind.isalpha():
+            raise Refused("damaged", f"byte {at:,} of the PNG begins no chunk")
+        yield kind, at + 8, end - 4
+        if kind == b"IEND":
             return
         at = end
+        count += 1
+        too_many(count, "PNG")
     raise Refused("truncated", f"the PNG stops at byte {len(data):,} before its end mark")
 
 
-def _check_gif(data: bytes) -> None:
-    at, frames = 13 + _colour_table(data[10]), 0
+@functools.lru_cache(maxsize=1024)
+def _is_checked(kind: bytes) -> bool:
+    """Tell whether it is a chunk for pixels, or one with a wrong byte in its name."""
+    return any(sum(map(int.__ne__, kind, one)) < 2 for one in _PNG_CHECKED)
+
+
+def check_gif(data: bytes) -> None:
+    """Refuse a GIF that is cut off within a block."""
+    if not sum(label == FRAME for label, _, _ in gif_blocks(data)):
+        raise Refused("truncated", f"the GIF stops at byte {len(data):,} within a block")
+
+
+def gif_blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (label, start, stop) of the frames of a GIF and of its extensions, whose labels have 0x21 before them."""
+    at, count = 13 + colour_table(data[10]), 0
     while at < len(data) and data[at] != 0x3B:
-        if data[at] == 0x21:  # extension: its label, then its blocks
-            at += 2
-        elif data[at] == 0x2C and at + 10 < len(data):  # frame: place, size, flags, colours, width of the first code
-            at += 11 + _colour_table(data[at + 9])
-            frames += 1
+        start, label = at, data[at]
+        if label == 0x21 and at + 1 < len(data):  # extension: its label, then its blocks
+            label, at = 0x2100 | data[at + 1], at + 2
+        elif label == FRAME and at + 10 < len(data):  # frame: place, size, flags, colours, width of the first code
+            at += 11 + colour_table(data[at + 9])
+        elif label in (0x21, FRAME):
+            raise Refused("truncated", f"the GIF stops at byte {len(data):,} within a block")
         else:
             raise Refused("damaged", f"byte {at:,} of the GIF begins no block")
         while at < len(data) and data[at]:
             at += data[at] + 1
+            count += 1
+            if count > MAX_BLOCKS:
+                too_many(count, "GIF", MAX_BLOCKS)
         at += 1
-    if not frames or at > len(data):
-        raise Refused("truncated", f"the GIF stops at byte {len(data):,} within a block")
+        if at > len(data):
+            raise Refused("truncated", f"the GIF stops at byte {len(data):,} within a block")
+        yield label, start, at
 
 
-def _colour_table(flags: int) -> int:
+def colour_table(flags: int) -> int:
+    """Return the bytes of a table of colours of a GIF."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+class Jpeg(NamedTuple):
+    """What stands in a JPEG before its first scan."""
+
+    data: bytes  # all that a decoder needs of it, with the header of the first scan
+    frame: int  # the marker its frame begins with: sequential, progressive or something else
+    interval: int  # blocks between restart marks; 0 for none
+    width: int
+    height: int
+    bytes_per_pixel: float  # of memory, beside the decoded picture; by the size before scaling
+    exif: bytes  # several blocks count as one
+    xmp: bytes
+    scan: int  # where the header of the first scan begins
+
+    @property
+    def is_arithmetic(self) -> bool:
+        """Its codes are not Huffman's, which not every decoder reads."""
+        return self.frame in (0xC9, 0xCA)
+
+
+def jpeg_head(data: bytes) -> Jpeg:
+    """Read a JPEG up to its first scan.
+
+    Raises:
+        Refused: a kind of JPEG that cannot be decoded, or none.
+    """
+    kept, frame, interval, sizes = [b"\xff\xd8"], 0, 0, b""
+    exif, xmp, adobe = list[bytes](), b"", b""
+    for marker, start, end in _segments(data):
+        if marker in _NEEDED:
+            kept.append(data[start - 2 : end])
+            if marker == _DRI:
+                interval = int.from_bytes(data[start + 2 : end], "big")
+        elif marker == _APP1 and data.startswith(b"Exif\0\0", start + 2):
+            exif.append(data[start + 8 : end])
+        elif marker == _APP1 and not xmp and data.startswith(b"http://ns.adobe.com/xap/1.0/\0", start + 2):
+            xmp = data[start + 31 : end]
+        elif marker == _APP14 and end - start >= 14 and data.startswith(b"Adobe", start + 2):
+            adobe = data[start - 2 : end]  # says in which colours the samples are
+        elif marker == _APP0 and len(kept) == 1 and end - start >= 16 and data.startswith(b"JFIF\0", start + 2):
+            kept.append(data[start - 2 : end])  # likewise
+        elif 0xC0 <= marker <= 0xCF or marker == 0xF7:
+            if frame:
+                raise Refused("damaged", "the JPEG has two frames")
+            frame, sizes = marker, data[start + 2 : end]
+            _check_kind(frame, sizes)
+            kept.append(data[start - 2 : end])
+        elif marker == _SOS:
+            if not frame:
+                raise Refused("damaged", "the JPEG has a scan before its frame")
+            joined = b"".join([*kept[:1], adobe, *kept[1:], data[start - 2 : end]])
+            height, width = struct.unpack_from(">HH", sizes, 1)
+            at_once = frame in _SEQUENTIAL and data[start + 2] == sizes[5]
+            kept_back = 0.0 if at_once else _coefficients(sizes)
+            return Jpeg(joined, frame, interval, width, height, kept_back, b"".join(exif), xmp, start - 2)
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD7:
+            raise Refused("damaged", f"the marker {marker:02x} at byte {start - 2:,} of the JPEG has no place there")
+        if len(kept) > MAX_TABLES:
+            raise Refused("too_large", f"more than {MAX_TABLES} tables in one JPEG: a file made to keep a decoder busy")
+    raise Refused("truncated", f"the JPEG stops at byte {len(data):,} before its end mark")
+
+
+def _check_kind(frame: int, sizes: bytes) -> None:
+    if frame in (0xC3, 0xC7, 0xCB, 0xCF, 0xF7):
+        raise Refused("unsupported", f"a lossless JPEG: {_CONVERT}")
+    if frame in (0xC5, 0xC6, 0xCD, 0xCE):
+        raise Refused("unsupported", f"a hierarchical JPEG: {_CONVERT}")
+    if len(sizes) < 6 or len(sizes) != 6 + 3 * sizes[5]:
+        raise Refused("damaged", "the frame of the JPEG has a header of the wrong length")
+    if sizes[0] != 8:
+        raise Refused("unsupported", f"a JPEG of {sizes[0]} bits: {_CONVERT}")
+    if sizes[5] not in (1, 3, 4):
+        raise Refused("unsupported", f"a JPEG of {sizes[5]} components: {_CONVERT}")
+
+
+def _coefficients(sizes: bytes) -> float:
+    """Compute the bytes per pixel of the coefficients, which are kept until all scans are in, of one scan not."""
+    factors = [(one >> 4, one & 15) for one in sizes[7::3]]
+    most = max(across for across, _ in factors) * max(down for _, down in factors)
+    return 2 * sum(across * down for across, down in factors) / max(most, 1)
 
 
 class JpegScans(NamedTuple):
     """Where the compressed picture of a JPEG lies."""
 
-    frame: int  # the marker its frame begins with: sequential, progressive or something else
-    interval: int  # blocks between restart marks; 0 for none
     headers: list[bytes]  # what each scan's header holds
     starts: list[int]  # of the bytes behind each header
     stops: list[int]
 
 
-def jpeg_pieces(data: bytes) -> list[bytes]:
+def jpeg_pieces(data: bytes, head: Jpeg) -> list[bytes]:
     """Check a JPEG and cut it into the pieces that show whether its codes fit its picture.
 
     A decoder must want the second piece after the first, and no more after the second: libjpeg decodes codes that went
     astray to the end of the data or to the end of the picture, whichever comes first, and neither is an error for it.
     """
-    found = _scans(data)
-    _check_restarts(data, found)
-    _check_precision(found)
-    if found.frame not in _SEQUENTIAL or len(found.starts) != 1:
-        return [data]  # decoded once all scans are in: nothing shows how far each came
+    found = _scans(data, head)
+    _check_restarts(data, found, head.interval)
+    _check_precision(found, head.frame)
+    if head.frame not in _SEQUENTIAL or len(found.starts) != 1:
+        return [head.data + data[found.starts[0] :]]  # decoded once all scans are in: nothing shows how far each came
     start, stop = found.starts[0], found.stops[0]
     used = len(data[start:stop].rstrip(b"\0\xff"))
     cut = start + max(used - 1 - _SPARE_BYTES, 0)
-    return [data[:cut], data[cut:stop] + _PADDING]
+    return [b"".join((head.data, memoryview(data)[start:cut])), data[cut:stop] + _PADDING]
 
 
-def _scans(data: bytes) -> JpegScans:
-    frame = interval = 0
+def _scans(data: bytes, head: Jpeg) -> JpegScans:
     headers, starts, stops = list[bytes](), list[int](), list[int]()
-    for marker, start, end in _segments(data):
+    scans = min(MAX_SCANS, max(MAX_SCANNED // max(head.width * head.height, 1), LEAST_SCANS))
+    for marker, start, end in _segments(data, head.scan, restarts=head.interval > 0):
         if len(stops) < len(starts):
             stops.append(start - 2)
-        if marker == _EOI and starts:
-            return JpegScans(frame, interval, headers, starts, stops)
+        if marker == _EOI:
+            return JpegScans(headers, starts, stops)
         if marker < 0xC0 or 0xD0 <= marker <= 0xD7:
             raise Refused("damaged", f"the marker {marker:02x} at byte {start - 2:,} of the JPEG has no place there")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            frame = marker
-        elif marker == _DRI:
-            interval = int.from_bytes(data[start + 2 : end], "big")
-        elif marker == _SOS:
+        if marker == _SOS:
             headers.append(data[start + 2 : end])
             starts.append(end)
-        if len(starts) > MAX_SCANS:
-            raise Refused("too_large", f"more than {MAX_SCANS} scans in one JPEG: a file made to keep a decoder busy")
+        if len(starts) > scans:
+            raise Refused("too_large", f"more than {scans} scans in one JPEG: a file made to keep a decoder busy")
     raise Refused("truncated", f"the JPEG stops at byte {len(data):,} before its end mark")
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield (marker, start, end) of what stands between two marks, length included; skip the bytes of scans."""
-    at, pattern = 2, _MARK_OR_RESTART
+def _segments(data: bytes, at: int = 2, *, restarts: bool = False) -> Iterator[tuple[int, int, int]]:
+    """Yield (marker, start, end) of what stands between two marks, length included; skip the bytes of scans.
+
+    `restarts`: restart marks are expected, and skipped.
+    """
+    pattern, count = _MARK if restarts else _MARK_OR_RESTART, 0
     while match := pattern.search(data, at):
+        count += 1
+        too_many(count, "JPEG")
         at = start = match.end()
         marker = data[start - 1]
         if marker not in (_SOI, _EOI, 0x01) and not 0xD0 <= marker <= 0xD7:
@@ -144,8 +252,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             return
 
 
-def _check_restarts(data: bytes, found: JpegScans) -> None:
-    if not found.interval:
+def _check_restarts(data: bytes, found: JpegScans, interval: int) -> None:
+    if not interval:
         return
     for start, stop in zip(found.starts, found.stops, strict=True):
         marks = b"".join(_RESTART.findall(data, start, stop))
@@ -154,9 +262,9 @@ def _check_restarts(data: bytes, found: JpegScans) -> None:
             raise Refused("damaged", "the restart marks of the JPEG are not in order: part of it is missing")
 
 
-def _check_precision(found: JpegScans) -> None:
+def _check_precision(found: JpegScans, frame: int) -> None:
     """A progressive JPEG sends every coefficient in several scans, down to its last bit: bit 0."""
-    if found.frame not in _PROGRESSIVE:
+    if frame not in _PROGRESSIVE:
         return
     missing: dict[int, set[int]] = {}
     for header in found.headers:
@@ -171,46 +279,18 @@ def _check_precision(found: JpegScans) -> None:
         raise Refused("truncated", "the JPEG stops before the scans that complete its picture")
 
 
-def check_tags(data: bytes) -> None:  # a file before Pillow opens it, or a block of EXIF
+def check_tags(data: bytes) -> None:  # a block of EXIF, or an AVIF or HEIC that has one somewhere
     """Refuse tags too many and too long to read: Pillow copies what each points at, and all may point at one place."""
-    if data.startswith(b"\xff\xd8"):
-        blocks = _jpeg_tag_blocks(data)
-    elif data[4:8] == b"ftyp":  # AVIF and HEIC: somewhere
-        blocks = [data[at:] for start in _TIFF_STARTS if (at := data.find(start)) >= 0]
-    else:
-        blocks = [data.removeprefix(b"Exif\0\0")]
-    for block in blocks:
-        limit = 2 * len(block) + (1 << 20)
-        if block.startswith(_TIFF_STARTS) and _tag_bytes(block) > limit:
-            raise Refused("too_large", f"its tags claim more than {limit:,} bytes, out of {len(block):,}")
-
-
-def _jpeg_tag_blocks(data: bytes) -> list[bytes]:
-    exif, others = b"", []
-    for marker, start, end in _segments(data):
-        if marker == _SOS:
-            break
-        if marker == _APP1 and data.startswith(b"Exif\0\0", start + 2):
-            exif += data[start + 8 : end]  # several count as one
-        elif marker == _APP2 and data.startswith(b"MPF\0", start + 2):
-            others.append(data[start + 6 : end])
-    return [exif, *others]
+    for at in [data.find(start) for start in tiff.STARTS]:
+        limit = 2 * len(data) + (1 << 20)
+        if at >= 0 and _tag_bytes(data[at:]) > limit:
+            raise Refused("too_large", f"its tags claim more than {limit:,} bytes, out of {len(data):,}")
 
 
 def _tag_bytes(block: bytes) -> int:
     """Count the bytes that the tags of the first directory point at, each as far as the block goes."""
-    order = "<" if block.startswith(b"I") else ">"
-    large = b"+" in block[:4]  # BigTIFF: all numbers are of 8 bytes
-    head, entry, pointer = ("Q", "HHQ", 16) if large else ("H", "HHL", 8)
-    step = struct.calcsize(order + entry) + pointer // 2
     try:
-        (at,) = struct.unpack_from(order + ("Q" if large else "L"), block, pointer // 2)
-        (count,) = struct.unpack_from(order + head, block, at)
-    except struct.error:
+        entries = tiff.read_directory(block).entries.values()
+    except Refused:
         return 0
-    at += struct.calcsize(order + head)
-    found = 0
-    for place in range(at, min(at + count * step, len(block) - step + 1), step):
-        _, kind, length = struct.unpack_from(order + entry, block, place)
-        found += min(_TYPE_BYTES.get(kind, 0) * length, len(block))
-    return found
+    return sum(min(tiff.TYPE_BYTES.get(entry.kind, 0) * entry.length, len(block)) for entry in entries)

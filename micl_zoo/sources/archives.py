@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 from ..errors import Refused
-from ..images.decode import SUFFIXES
+from ..images.formats import SUFFIXES
 from .index import Entry
 from .places import File, OpenFiles, check_bytes, check_length, open_binary, read_whole, to_path
 from .selection import Selection, member_is_image

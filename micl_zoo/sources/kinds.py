@@ -12,7 +12,7 @@ from zlib import error as ZlibError
 import pyarrow as pa
 
 from ..errors import SourceError
-from ..images.decode import SUFFIXES
+from ..images.formats import SUFFIXES
 from . import archives, parquet
 from .archives import Members
 from .index import Entry, Row

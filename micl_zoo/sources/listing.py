@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import SourceError, UsageError
-from ..images.decode import SUFFIXES
+from ..images.formats import SUFFIXES, unknown_format
 from . import remote
 from .globs import glob_base, glob_files, has_magic, walk
 from .index import ImageIndex, Row, table_of
-from .kinds import KINDS, PACKED_STARTS, WANTED, Kind, kind_of, list_files, nothing
+from .kinds import KINDS, WANTED, Kind, kind_of, list_files, nothing
 from .lists import LISTS, read_list, read_standard_input
 from .notes import Notes, counted
 from .parquet import NoImages
@@ -31,15 +31,8 @@ SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 PIECE_SECONDS = 0.2  # after which a piece is given out as far as it has come
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
-# how files begin that are given in the place of images, what they are, and what to do
-OTHER_STARTS = {
-    **{start: (f"compressed with {name}", "decompress or unpack it first") for start, name in PACKED_STARTS.items()},
-    b"7z\xbc\xaf": ("packed with 7-Zip", "unpack it into a folder"),
-    b"Rar!": ("packed with RAR", "unpack it into a folder"),
-    b"PK\3\4": ("a zip by its content, as documents of offices are", "name it .zip to have its images, or unpack it"),
-    b"PAR1": ("parquet by its content", "name it .parquet"),
-    b"%PDF": ("a PDF", "export its pages as images"),
-}
+# endings by which files are read that have another one: where the mark of their content is, and the mark
+BY_ENDING = {".zip": (0, b"PK\3\4"), ".parquet": (0, b"PAR1"), ".tar": (257, b"ustar")}
 
 log = logging.getLogger(__name__)
 
@@ -280,15 +273,14 @@ def _check_start(place: str) -> None:
     start = read_start(place, 512)
     if starts_as_image(start) or (not start and remote.is_remote(place)):
         return
-    what, cure = "its first bytes are those of no format that is read", "give images, or a list of them as .txt or .csv"
-    if start[257:262] == b"ustar":
-        what, cure = "it is a tar by its content", "name it .tar"
-    for first, (form, way) in OTHER_STARTS.items():
-        if start.startswith(first):
-            what, cure = f"it is {form}", way
-    raise SourceError(
-        f"{place!r} is no image, list or archive that can be read: {what if start else 'it is empty'}; {cure}"
-    )
+    told = unknown_format(start)
+    what = told.detail
+    if told.reason == "not_an_image":
+        what = "its first bytes are those of no format that is read: give images, or a list of them as .txt or .csv"
+    for ending, (at, mark) in BY_ENDING.items():
+        if start[at : at + len(mark)] == mark:
+            what = f"its content is that of a {ending}: name it so"
+    raise SourceError(f"{place!r} is no image, list or archive that can be read: {what if start else 'it is empty'}")
 
 
 def _as_images(files: Iterable[File]) -> Iterator[tuple[Kind, File]]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from ..errors import SourceError
-from ..images.decode import SUFFIXES
+from ..images.formats import SUFFIXES, kind_of
 from . import remote
 from .names import EXCLUDED, OTHERS
 from .notes import Notes
@@ -127,19 +127,6 @@ def member_is_image(member: str, data: BinaryIO, start: int) -> bool:
 
 
 def starts_as_image(data: bytes) -> bool:
-    """Recognise the formats of `decode.FORMATS` by their first bytes; TGA has no such mark."""
-    if data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")):
-        return True
-    if data[4:8] == b"ftyp":
-        brands = {data[at : at + 4] for at in range(8, len(data) - 3, 4)}
-        return bool(brands & {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
-    return (
-        (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
-        or (data[:2] == b"BM" and data[6:10] == b"\0\0\0\0" and data[14:18] in _BMP_HEADERS)
-        or data.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"))
-        or (data[:4] == b"\0\0\1\0" and data[4:6] != b"\0\0" and data[9:10] == b"\0")
-        or re.match(rb"P[1-6fF][ \t\r\n]", data) is not None
-    )
-
-
-_BMP_HEADERS = [size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64, 108, 124)]
+    """Tell by the first START bytes whether a file is an image; a TGA has its mark at its end."""
+    kind = kind_of(data)
+    return kind is not None and (kind != "ICO" or (data[4:6] != b"\0\0" and data[9:10] == b"\0"))  # its mark is short
