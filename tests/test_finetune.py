@@ -208,7 +208,7 @@ def test_the_command_starts_two_processes(colors: Path, encoder_folder: Path, tm
 
 def test_processes_are_started_with_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
     started = list[tuple[list[str], dict[str, Any]]]()
-    monkeypatch.setattr("micl_zoo.training.run.ranks.launch", lambda words, **how: started.append((words, how)))
+    monkeypatch.setattr("micl_zoo.training.run.launch.launch", lambda words, **how: started.append((words, how)))
     words = ["eval", "finetune", "runs/a", "--data", "b", "--out", "c", "--set", "epochs=1"]
     result = CliRunner().invoke(main, [*words, "--gpus", "4", "--restarts=1"])
     assert result.exit_code == 0, result.output

@@ -26,11 +26,13 @@ from conftest import TWIN, picture
 from damaged import encoded
 from PIL import Image
 from safetensors.torch import load_file
+from traps import set_traps
 
 import micl_zoo
 from micl_zoo.encoders.weights import header
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import SourceError, TrainingError, UsageError
+from micl_zoo.extraction.processes import python
 from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretraining import pretrain as module
 from micl_zoo.training.pretraining.pretrain import pretrain
@@ -209,6 +211,49 @@ def kill_one_rank(process: subprocess.Popen[bytes], which: int) -> None:
     ranks = [pid for pid in pids if b"micl_zoo.training" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(ranks) == 2
     os.kill(ranks[which], signal.SIGKILL)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that come of it."""
+    children = [text for one in Path(f"/proc/{pid}/task").glob("*/children") for text in one.read_text().split()]
+    return [pid, *(one for child in children for one in family(int(child)))]
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses at which a process waits for connections or datagrams, as /proc writes them."""
+    links = [str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    found = set()
+    for table, states in (("tcp", ("0A",)), ("tcp6", ("0A",)), ("udp", ("07",)), ("udp6", ("07",))):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, here, _, state, *rest = line.split()
+            if state in states and f"socket:[{rest[5]}]" in links:
+                found.add(here.partition(":")[0])
+    return found
+
+
+def test_ranks_of_one_machine_are_out_of_reach_and_say_once_why_they_end(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    if not Path("/proc/net/tcp").exists():
+        pytest.skip("what listens is found by /proc, which is Linux's")
+    folder, traps, run = image_folder(32), tmp_path / "traps", tmp_path / "run"
+    sprung = set_traps(traps)
+    words = ["train", RECIPE, "--data", str(folder), "--smoke", "--device", "cpu", "--gpus", "2", "--out", str(run)]
+    command = python("from micl_zoo.cli import main; main()", *words, "--set", "epochs=100000")
+    refused = subprocess.run(command, cwd=traps, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1
+    assert refused.stderr.count("2 processes cannot share 1 group alike") == 1
+    assert len(refused.stderr.splitlines()) == 1, refused.stderr
+
+    process = subprocess.Popen([*command, "--set", "contrast_batch=8"], cwd=traps, stderr=subprocess.PIPE)
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 2, process)
+    here = [address for pid in family(process.pid) for address in listening(pid)]
+    assert set(here) == {"0100007F"}, here  # 127.0.0.1
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert b"stopped by SIGTERM after step" in said
+    assert not sprung.exists(), sprung.read_text()
 
 
 def test_two_ranks_killed_at_a_random_step_go_on_as_one(image_folder: Callable[..., Path], tmp_path: Path) -> None:

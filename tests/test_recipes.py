@@ -11,8 +11,9 @@ import torch
 from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.training.pretraining.pretrain import initial_model, make_vit
-from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, read_run, smoke_twin
+from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, smoke_twin
 from micl_zoo.training.run.optim import learning_rate, make_optimizer
+from micl_zoo.training.run.record import read_run
 
 
 def test_the_paper_recipes_have_the_numbers_of_its_sources() -> None:
@@ -54,10 +55,10 @@ def test_overrides_are_typed() -> None:
         ("pixel_mean=0.5,0.5", "expected 3 numbers with commas between"),
         ("crop_size=100", "crop_size must be a multiple of patch_size 16, got 100"),
         ("batch_size=1", "batch_size must be at least 2"),
-        ("num_heads=0", "num_heads must be at least 1, got 0"),
+        ("num_heads=0", "num_heads is 0, and must be 1 to 256"),
         ("warmup_epochs=500", "warmup_epochs must be from 0 to epochs"),
         ("norm_eps=1e-5", "norm_eps must be 1e-06"),
-        ("views=5", "views must be 2, 3 or 4, got 5"),
+        ("views=5", "views is 5, and must be 2 to 4"),
         ("pooled_token=patches", "pooled_token=patches: expected cls or mean"),
     ],
 )

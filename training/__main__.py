@@ -5,8 +5,28 @@ It is `micl-zoo train`; `train`, or `eval` for `micl-zoo eval …`, may stand be
 
 import sys
 
+import click
+
 from micl_zoo.cli import main
+from micl_zoo.errors import Interrupted
+
+NAME = "python -m micl_zoo.training"
+
+
+def rank() -> None:
+    """Run one of the ranks that `launch` starts; why it ends is left to `launch`, which says it once for all ranks."""
+    from micl_zoo.training.run.launch import leave_error
+
+    try:
+        sys.exit(main(sys.argv[1:], prog_name=NAME, standalone_mode=False))
+    except click.ClickException as error:
+        if isinstance(error.__cause__, Interrupted):
+            error.show()  # told to stop, `launch` asks for no reasons
+        else:
+            leave_error(error.format_message())
+        sys.exit(error.exit_code)
+
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    main(words if words[:1] in (["eval"], ["train"]) else ["train", *words], prog_name="python -m micl_zoo.training")
+    main(words if words[:1] in (["eval"], ["train"]) else ["train", *words], prog_name=NAME)

@@ -12,6 +12,14 @@ from . import evaluate, extract, release, stores, train, zoo
 from ._options import Group
 
 
+class _Said(click.ClickException):
+    """An error of the package, which click shows before it ends the process with the error's exit code."""
+
+    def __init__(self, error: MiclZooError) -> None:
+        super().__init__(str(error))
+        self.exit_code = error.exit_code  # type: ignore[misc]
+
+
 class _Main(Group):
     """Turns the package's own errors into one line and their exit code."""
 
@@ -19,8 +27,7 @@ class _Main(Group):
         try:
             return super().invoke(ctx)
         except MiclZooError as error:
-            click.ClickException(str(error)).show()
-            ctx.exit(error.exit_code)
+            raise _Said(error) from error
         except OSError as error:  # a folder that cannot be written, a full disk
             raise click.ClickException(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")) from error
 

@@ -35,6 +35,7 @@ from .features import Features, embed_labelled, split_pools, store_features, sto
 from .knn import Bank, measure_bank
 from .labelled import LabelledImages, LabelledSet, number_classes
 from .protocols import METHODS, PIXELS, Protocol
+from .record import read_evaluation
 
 Baseline = Literal["random", "pixels"]
 Results = dict[str, Any]  # of one subject on one set, by method
@@ -104,19 +105,16 @@ def _begun(out: Path | None, asked: dict[str, Any], sets: Sequence[LabelledSet])
     """Take the record in a file to continue it, or the one asked for."""
     if out is None or not out.exists():
         return asked
-    try:
-        there: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        before = {key: dict(there[key]) for key in ("encoder", "protocol", "data", "results")}
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{str(out)!r} exists and is not an evaluation record: choose another file") from None
-    pairs = [(key, before[of].get(key), value) for of in ("encoder", "protocol") for key, value in asked[of].items()]
+    there = read_evaluation(out, UsageError, "it is not an evaluation record to go on with, choose another file")
+    pairs = [(key, there[of].get(key), value) for of in ("encoder", "protocol") for key, value in asked[of].items()]
     for labelled in sets:
-        if labelled.name in before["data"]:
-            known = before["data"][labelled.name]
+        if labelled.name in there["data"]:
+            known = there["data"][labelled.name]
             pairs += [(f"{labelled.name}, {key}", known.get(key), labelled.facts[key]) for key in SAME_IMAGES]
     if differences := [f"{key} is {mine!r} there, {value!r} asked for" for key, mine, value in pairs if mine != value]:
         raise UsageError(f"{str(out)!r} holds another evaluation: {'; '.join(differences)}. Give another file.")
     again = {key: asked[key] for key in ("command", "date", "commit", "machine", "versions")}
+    there.setdefault("minutes", 0.0)
     there.setdefault("resumed", []).append(again)
     return there
 
