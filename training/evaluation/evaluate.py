@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ import torch
 from micl_zoo.encoders.device import Pool, resolve_precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
-from micl_zoo.errors import Refused, StoreError, UsageError, unknown
+from micl_zoo.errors import Refused, SourceError, StoreError, UsageError, unknown
 from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
 from micl_zoo.images.transform import Transform
@@ -36,6 +37,8 @@ from .knn import Bank, measure_bank
 from .labelled import LabelledImages, LabelledSet, number_classes
 from .protocols import METHODS, PIXELS, Protocol
 from .record import read_evaluation
+
+log = logging.getLogger(__name__)
 
 Baseline = Literal["random", "pixels"]
 Results = dict[str, Any]  # of one subject on one set, by method
@@ -91,8 +94,10 @@ def evaluate(
                 how: dict[str, Any] = {"pools": protocol.pools, "batch_size": batch_size, "workers": workers}
                 found = pixel_features(images) if model is None else embed_labelled(model, images, tick=tick, **how)
                 features.append(found)
-        refused = sum(len(one.refused) for one in features)
-        record["data"].setdefault(labelled.name, labelled.facts | {"refused": refused})
+        refused = [name for one in features for name in one.refused]
+        if refused:
+            log.warning("%s: %d images cannot be read and are left out: %s …", labelled.name, len(refused), refused[0])
+        record["data"].setdefault(labelled.name, labelled.facts | {"refused": len(refused)})
         alone = replace(protocol, methods=("knn",)) if model is None and "knn" in protocol.methods else protocol
         there[labelled.name] = probe(*features, classes=len(labelled.classes), protocol=alone, device=encoder.device)
         record["minutes"] = round(record["minutes"] + (time.monotonic() - started) / 60, 2)
@@ -194,6 +199,8 @@ def pixel_features(images: LabelledImages) -> Features:
             kept.append(row)
         except Refused:
             refused.append(entry.id)
+    if not kept:
+        raise SourceError(f"none of the {len(images.labels)} images could be decoded, {refused[0]!r} the first of them")
     rows = transform.normalise(torch.from_numpy(np.stack(pixels))).flatten(1).numpy()
     return Features({"pixels": rows}, images.labels[kept], tuple(refused))
 
