@@ -315,7 +315,7 @@ def hostile(vit: VisionTransformer, folder: Path, kind: str) -> Path:
     if kind == "stride 0":
         state["pos_embed"] = torch.zeros(1, 1, 1).expand(1, 17, 10**9)
     elif kind == "one storage for many":
-        state |= {f"decoder_{number}": torch.zeros(64, 1000)[:1].expand(64, 1000) for number in range(9)}
+        state |= {f"decoder_{number}": torch.zeros(1).expand(64, 1000) for number in range(9)}
     elif kind == "wide":
         state["cls_token"] = torch.zeros(1, 1, 100_000)
     elif kind == "deep":
@@ -339,8 +339,6 @@ def hostile(vit: VisionTransformer, folder: Path, kind: str) -> Path:
             for name in plain.namelist():
                 packed.writestr(name, plain.read(name))
         return folder / "packed.pth"
-    if kind == "cut":
-        file.write_bytes(file.read_bytes()[:-1000])
     return file
 
 
@@ -360,12 +358,12 @@ def test_arguments_are_taken_as_far_as_a_command_line_goes(vit: VisionTransforme
     args = {
         "many": nested(60),
         "long": "x" * 10**6,
-        "number": 10**5000,
+        "number": 10**400,
         "inf": float("inf"),
         ("no", "name"): 1,
         "on": 1,
     }
-    file = checkpoint(tmp_path / "c.pth", vit.state_dict(), epoch=10**5000, args=argparse.Namespace(a=1, args=2))
+    file = checkpoint(tmp_path / "c.pth", vit.state_dict(), epoch=10**400, args=argparse.Namespace(a=1, args=2))
     found = header(import_checkpoint(file, tmp_path / "plain", num_heads=2))["provenance"]
     assert (found["epoch"], found["args"]) == (None, {"a": 1, "args": 2})
     torch.save({"model": vit.state_dict(), "args": args | {"loop": loop}}, file)
