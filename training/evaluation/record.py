@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +60,7 @@ class Subject:
 
     name: str
     weights_sha256: str | None
-    precision: str = "not recorded"
+    precision: str
     transform: str | None = None
     backend: str | None = None
 
@@ -73,7 +73,7 @@ class Made:
     date: str | None = None
     started: str | None = None
     commit: str | None = None
-    machine: Machine | None = None
+    machine: Machine = None  # type: ignore[assignment]  # of a record that does not say it
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -92,6 +92,8 @@ class EvaluationFile(Made):
         sets = [(name, found) for each in self.results.values() for name, found in each.items()]
         if unknown := next((name for name, _ in sets if name not in self.data), None):
             raise ValueError(f"data has nothing on the set {unknown!r} of its results")
+        if lacking := [one.name for one in fields(Protocol) if one.name not in self.protocol]:
+            raise ValueError(f"protocol has no {lacking[0]}")
         for method in METHODS.values():
             figures = [] if method.by_key else [one for _, found in sets for one in found.get(method.name, {}).values()]
             if any(None in (one.accuracy, one.validation, getattr(one, method.chosen)) for one in figures):
@@ -140,6 +142,10 @@ class TunedFile(Made):
     classes: list[str] = field(default_factory=list)
     test_refused: list[tuple[str, str, str]] = field(default_factory=list)
     train_refused: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.data.source:
+            raise ValueError("data has no source")
 
 
 def read_result(file: Path, error: type[MiclZooError], cure: str) -> dict[str, Any]:

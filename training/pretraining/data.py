@@ -379,6 +379,8 @@ def open_loader(
 
     Pieces return a SourceError rather than to raise it: what is raised in a worker arrives as a traceback's text.
     """
+    if not LINUX:  # workers start as `python -c`, which would look for modules in the current folder
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     loader: DataLoader[T | SourceError] = DataLoader(
         pieces,
         sampler=numbers,

@@ -75,6 +75,9 @@ class Trained:
                     f"{file} is of other weights (sha256 {sha256}) than {self.name} ({self.weights['sha256']}): "
                     f"measure these, by micl-zoo eval all {self.target} --data SET -o FILE"
                 )
+        for file, one in self.evaluations.items():
+            if self.name not in one["results"]:
+                raise UsageError(f"{file} has no results of {self.name}, but of {', '.join(one['results']) or 'none'}")
         for repeat in self.repeats:
             _check_repeat(repeat, self.run)
 

@@ -17,7 +17,7 @@ RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 RESTORED = "the command that started the run makes it again from the newest checkpoint"
 LARGEST = 1e100  # of a measured number
 LONGEST_LINE = 1 << 20  # bytes of metrics.jsonl; a step's line has 200
-CHECKPOINT = re.compile(r"step-(\d{8}|[1-9]\d{8,14})\.safetensors")
+CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})\.safetensors")
 Count = Annotated[int, Between(0, 2**53)]
 Amount = Annotated[float, Between(0)]
 Fact = str | int | float | bool | None
@@ -89,7 +89,7 @@ class RunFile(Piece):
     command: str | None = None
     encoder: dict[str, str | None] = field(default_factory=dict)  # that fine-tuning started from
     resumed: list[Piece] = field(default_factory=list)
-    result: Result | None = None
+    result: Result = None  # type: ignore[assignment]  # of a run that is not finished
 
 
 @dataclass(frozen=True)
