@@ -46,7 +46,7 @@ def read_json(file: Path, error: type[MiclZooError], cure: str = "") -> Any:
         status = file.stat()
         size = status.st_size
         if not stat.S_ISREG(status.st_mode):  # a pipe never ends
-            raise error(f"{str(file)!r} is no file{_tail(cure)}")
+            raise error(f"cannot read {str(file)!r}: it is no file{_tail(cure)}")
         if size > MAX_BYTES:
             raise error(f"{str(file)!r} is too large for what it should be: {size:,} bytes{_tail(cure)}")
         data = file.read_bytes()
