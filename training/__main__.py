@@ -8,7 +8,7 @@ import sys
 import click
 
 from micl_zoo.cli import main
-from micl_zoo.errors import Interrupted
+from micl_zoo.errors import Interrupted, MiclZooError
 
 NAME = "python -m micl_zoo.training"
 
@@ -19,11 +19,11 @@ def rank() -> None:
 
     try:
         sys.exit(main(sys.argv[1:], prog_name=NAME, standalone_mode=False))
-    except click.ClickException as error:
-        if isinstance(error.__cause__, Interrupted):
-            error.show()  # told to stop, `launch` asks for no reasons
+    except (click.ClickException, MiclZooError) as error:
+        if isinstance(error.__cause__ or error, Interrupted):
+            click.echo(f"Error: {error}", err=True)  # told to stop, `launch` asks for no reasons
         else:
-            leave_error(error.format_message())
+            leave_error(str(error))
         sys.exit(error.exit_code)
 
 
