@@ -273,12 +273,14 @@ def _damage(folder: Path, files: dict[str, str]) -> str:
 
 def imported_onnxruntime(site: Path | None = None, *, cuda: bool = False) -> dict[str, Any]:
     """What `try_onnxruntime` prints in a process of its own, which it may take down, and why the provider fails."""
+    from .extraction.processes import child_environment, python  # here: the process runs this file by itself
+
     paths = json.dumps([str(site)] if site else list(filter(None, sys.path)))
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['try_onnxruntime'](*sys.argv[2:])"
-    # -I: nothing from the current folder; -S: no site-packages
-    words = [sys.executable, "-I", *["-S"] * bool(site), "-c", code, __file__, paths, "cuda" * cuda]
+    words = python(code, __file__, paths, "cuda" * cuda, flags=["-S"] * bool(site))  # -S: no site-packages
+    how: dict[str, Any] = {"env": child_environment(), "capture_output": True, "text": True, "errors": "replace"}
     try:
-        run = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=120)
+        run = subprocess.run(words, timeout=120, **how)
         said: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return {"error": "its import does not come to an end"}

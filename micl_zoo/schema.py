@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import stat
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,10 @@ class _Wrong(ValueError):
 def read_json(file: Path, error: type[MiclZooError], cure: str = "") -> Any:
     """Parse a JSON file; `error` where it cannot be read or is none, which ends in `cure`, what to do about it."""
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):  # a pipe never ends
+            raise error(f"cannot read {str(file)!r}: it is no file{_tail(cure)}")
         if size > MAX_BYTES:
             raise error(f"{str(file)!r} is too large for what it should be: {size:,} bytes{_tail(cure)}")
         data = file.read_bytes()
@@ -74,6 +78,17 @@ def read(kind: type[T], found: Any, what: str, error: type[MiclZooError], cure: 
         return _object(kind, found, "", others)
     except _Wrong as problem:
         raise error(f"{what} is damaged: {problem}{_tail(cure)}") from None
+
+
+def wrong_fields(made: Any) -> list[str]:
+    """Say what of a dataclass that is made already is not what its annotations say."""
+    wrong = []
+    for name, kind in _hints(made.__class__).items():
+        try:
+            _value(kind, getattr(made, name), name, False)
+        except _Wrong as problem:
+            wrong.append(str(problem))
+    return wrong
 
 
 def _tail(cure: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 from conftest import picture
 from PIL import Image, features
+
+from micl_zoo.errors import MiclZooError
 
 # Kinds whose files carry no checksum of their pixels: a changed byte gives another valid picture, and nobody can tell.
 # All of them are refused where they are cut off; a JPEG also where bytes are lost, or changed so that its codes end
@@ -212,3 +215,33 @@ def _many_scans() -> bytes:
     start = jpeg.index(b"\xff\xda")
     stop = jpeg.index(b"\xff\xda", start + 2)
     return jpeg[:stop] + jpeg[start:stop] * 500 + jpeg[stop:]
+
+
+STRANGE = (None, True, -1, 10**400, float("nan"), "\x1b[2J", [], {}, [[]])
+
+
+def wrecks(made: Any, at: tuple[Any, ...] = (), spare: str = "") -> Iterator[tuple[str, Any]]:
+    """Copies of what JSON holds with one thing strange or missing, and the place of it; inside `spare` all stays."""
+    for key in list(made) if isinstance(made, dict) else range(min(len(made), 2)) if isinstance(made, list) else ():
+        for strange in (*STRANGE, "missing"):
+            other = made.copy()
+            if strange == "missing":
+                del other[key]
+            else:
+                other[key] = strange
+            yield f"{(*at, key)}: {str(strange)[:20]}", other
+        for what, inner in wrecks(made[key], (*at, key)) if key != spare else ():
+            other = made.copy()
+            other[key] = inner
+            yield what, other
+
+
+def complaint(what: str, call: Callable[[], object]) -> str:
+    """What a call says in an error of our own; empty where it says nothing. Any other error fails the test."""
+    try:
+        call()
+    except MiclZooError as error:
+        return str(error)
+    except Exception as error:
+        pytest.fail(f"{what}: {error!r}")
+    return ""

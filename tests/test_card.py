@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from damaged import complaint, wrecks
 
 from micl_zoo.cli import main
 from micl_zoo.encoders.zoo import RECORDS
@@ -437,12 +438,13 @@ def test_what_cannot_be_described(run: Path, tmp_path: Path) -> None:
     ):
         trained.of_run(tmp_path)
     made_by = json.loads((run / "run.json").read_text())
-    del made_by["result"]
+    result = made_by.pop("result")
     (run / "run.json").write_text(json.dumps(made_by))
     with pytest.raises(TrainingError, match="is not finished"):
         trained.of_run(run)
     (run / "metrics.jsonl").write_text('{"step": 0, "lo')
-    with pytest.raises(TrainingError, match=r"run.json or metrics.jsonl in .* is damaged"):
+    (run / "run.json").write_text(json.dumps(made_by | {"result": result}))
+    with pytest.raises(TrainingError, match=r"metrics.jsonl' has no whole line of a step"):
         trained.of_run(run)
     with pytest.raises(UsageError, match=r"no weights of vit_l16.in1k are published yet"):
         card.card("vit_l16")
@@ -450,3 +452,52 @@ def test_what_cannot_be_described(run: Path, tmp_path: Path) -> None:
         card.card(NAME, [tmp_path / "x.json"])
     assert invoke("--hub").exit_code == invoke(NAME, "-o", "x", "--check", "y").exit_code == 2
     assert invoke(NAME, "--record", "x").exit_code == 1
+
+
+def tuned(sha256: str) -> dict[str, Any]:
+    """As `micl-zoo eval finetune` writes it, cut to what a card reads."""
+    return {
+        "top1": {"accuracy": 50.0, "low": 40.0, "high": 60.0},
+        "test_images": 10, "test_refused": [["x", "y", "z"]], "train_refused": [], "classes": ["a", "b"],
+        "data": {"source": "flowers5", "classes": 2, "train_images": 20, "train_images_there": 20, "test_images": 10},
+        "encoder": {"encoder": NAME, "encoder_sha256": sha256},
+        "recipe": {"name": "small", "epochs": 1, "batch_size": 4},
+        "steps": 5, "hours": 0.1, **MADE,
+    }  # fmt: skip
+
+
+def test_a_strange_record_is_an_error_of_our_own(run: Path, tmp_path: Path) -> None:
+    whole = json.loads((run / "run.json").read_text())
+    for what, other in list(wrecks(whole, spare="recipe"))[::3]:
+        (run / "run.json").write_text(json.dumps(other))
+        said = complaint(what, lambda: card.card(str(run)))
+        assert not said or "run.json" in said or "not finished" in said, what
+    (run / "run.json").write_text(json.dumps(whole))
+    sha256 = trained.of_run(run).weights["sha256"]
+    measured = evaluation(sha256, sets=("tin200",))
+    figure = {key: dict(list(found.items())[:1]) for key, found in measured["results"][NAME]["tin200"].items()}
+    for number, record in enumerate((measured | {"results": {NAME: {"tin200": figure}}}, tuned(sha256))):
+        file = tmp_path / f"{number}.json"
+        for what, other in list(wrecks(record))[::3]:
+            file.write_text(json.dumps(other))
+            said = complaint(what, lambda file=file: card.card(str(run), [file]))  # type: ignore[misc]
+            assert not said or file.name in said, what
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\0\0", "null", "3", '{"a": 1e999}', '"\\ud800"'])
+def test_what_is_no_record_at_all(run: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "record.json").write_text(text)
+    with pytest.raises(UsageError, match=r"record\.json"):
+        card.card(str(run), [tmp_path / "record.json"])
+    (run / "metrics.jsonl").write_text(text + "\n")
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl"):
+        card.card(str(run))
+    (run / "run.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"run\.json"):
+        card.card(str(run))
+
+
+def test_a_name_that_is_neither_a_run_nor_published() -> None:
+    for measured in ([], [Path("x.json")]):
+        with pytest.raises(UsageError, match="no folder of a training run at 'nope', and unknown model 'nope'"):
+            card.card("nope", measured)

@@ -183,7 +183,7 @@ def test_ranks_get_the_parsed_call_without_the_options_of_the_launcher(
 ) -> None:
     started = list[list[str]]()
     monkeypatch.setattr("sys.argv", ["python", "something else"])
-    monkeypatch.setattr("micl_zoo.training.run.ranks.launch", lambda words, **how: started.append(words))
+    monkeypatch.setattr("micl_zoo.training.run.launch.launch", lambda words, **how: started.append(words))
     for call in (given, words + " --gpus 4" if "--" not in words.split() else given):
         assert run(*call.split()).exit_code == 0
     assert started == [words.split()] * 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,3 +299,80 @@ def test_the_command_says_what_it_found(file: Path, tmp_path: Path) -> None:
         "left out: mask_token, decoder_pos_embed, decoder_blocks, head (4 tensors)",
         f"The encoder is in {tmp_path / 'encoder'}: micl_zoo.load(weights={str(tmp_path / 'encoder')!r}).",
     ]
+
+
+def nested(levels: int) -> list[Any]:
+    """Two to the power of `levels` values in a few bytes: each list has the same one twice."""
+    made: list[Any] = [1]
+    for _ in range(levels):
+        made = [made, made]
+    return made
+
+
+def hostile(vit: VisionTransformer, folder: Path, kind: str) -> Path:
+    """A file that costs its reader more than it costs its writer, or that is no checkpoint in another way."""
+    file, state = folder / f"{kind}.pth", dict[Any, Any](vit.state_dict())
+    if kind == "stride 0":
+        state["pos_embed"] = torch.zeros(1, 1, 1).expand(1, 17, 10**9)
+    elif kind == "one storage for many":
+        state |= {f"decoder_{number}": torch.zeros(1).expand(64, 1000) for number in range(9)}
+    elif kind == "wide":
+        state["cls_token"] = torch.zeros(1, 1, 100_000)
+    elif kind == "deep":
+        state |= {f"blocks.{number}.x": torch.zeros(1) for number in range(2000)}
+    elif kind == "keys":
+        state[("a", 1)] = torch.zeros(1)
+    elif kind == "sparse":
+        state["norm.weight"] = state["norm.weight"].to_sparse()
+    elif kind == "integers":
+        state["norm.weight"] = state["norm.weight"].long()
+    elif kind == "float8":
+        state["norm.weight"] = state["norm.weight"].to(torch.float8_e4m3fn)
+    elif kind == "meta":
+        state["norm.weight"] = torch.empty(32, device="meta")
+    torch.save(state, file)
+    if kind == "compressed":
+        with (
+            zipfile.ZipFile(file) as plain,
+            zipfile.ZipFile(folder / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+        ):
+            for name in plain.namelist():
+                packed.writestr(name, plain.read(name))
+        return folder / "packed.pth"
+    return file
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["stride 0", "one storage for many", "wide", "deep", "keys", "sparse", "integers", "float8", "meta", "compressed"],
+)
+def test_a_hostile_checkpoint_costs_nothing(vit: VisionTransformer, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(WeightsError):
+        import_checkpoint(hostile(vit, tmp_path, kind), tmp_path / "encoder", num_heads=2)
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_arguments_are_taken_as_far_as_a_command_line_goes(vit: VisionTransformer, tmp_path: Path) -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    args = {
+        "many": nested(60),
+        "long": "x" * 10**6,
+        "number": 10**400,
+        "inf": float("inf"),
+        ("no", "name"): 1,
+        "on": 1,
+    }
+    file = checkpoint(tmp_path / "c.pth", vit.state_dict(), epoch=10**400, args=argparse.Namespace(a=1, args=2))
+    found = header(import_checkpoint(file, tmp_path / "plain", num_heads=2))["provenance"]
+    assert (found["epoch"], found["args"]) == (None, {"a": 1, "args": 2})
+    torch.save({"model": vit.state_dict(), "args": args | {"loop": loop}}, file)
+    weights = import_checkpoint(file, tmp_path / "encoder", num_heads=2)
+    assert len(json.dumps(header(weights)["provenance"]["args"])) < 100_000
+    assert header(weights)["provenance"]["args"]["long"] == "x" * 1000
+
+
+@pytest.mark.parametrize("name", ["../../x.y", "a/b.c", ".a.b", "a.", "ä.b", "a.b\n", f"a.{'b' * 101}"])
+def test_a_name_is_no_path(file: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"a name is arch\.tag"):
+        import_checkpoint(file, tmp_path / "encoder", name=name, num_heads=2)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -578,3 +580,39 @@ def test_the_corpus_names_the_rows_it_takes(window: Callable[[int], None], tmp_p
     rows = corpus.index_rows(plain, 2).tolist()
     assert rows == batch_rows(plain, 32, 2, tuple(range(0, 32, 4))).tolist()
     assert (seen.patches - cut_with_pillow(index, plain, 2, rows)).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_takes_for_ever_is_left_out(
+    image_folder: Callable[..., Path], twin: Recipe, monkeypatch: pytest.MonkeyPatch, cache: str, workers: int
+) -> None:
+    folder, ends = image_folder(12), threading.Event()
+
+    def slow(content: bytes, *how: Any) -> Any:
+        if content == b"endless":
+            while not ends.wait(0.01):
+                pass
+        return real(content, *how)
+
+    (folder / "000.jpg").write_bytes(b"endless")
+    name = "decode" if cache == "memory" else "decode_crop"
+    real = getattr(data, name)
+    monkeypatch.setattr(data, name, slow)
+    monkeypatch.setattr(data, "IMAGE_SECONDS", 0.3)
+    index = index_source(folder)
+    if cache == "memory":
+        refused = data.MemoryCorpus.load(index, 32).refused
+    else:
+        corpus = data.StreamedCorpus(index, workers, torch.device("cpu"))
+        list(corpus.batches(dataclasses.replace(twin, batch_size=4), 0, 3))
+        refused = corpus.refused
+    ends.set()
+    assert [(one.id, one.reason) for one in refused] == [("000.jpg", "timeout")]
+
+
+def test_a_worker_that_dies_is_said(image_folder: Callable[..., Path], twin: Recipe, monkeypatch: Any) -> None:
+    monkeypatch.setattr(data, "decode_crop", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    corpus = data.StreamedCorpus(index_source(image_folder(12)), 1, torch.device("cpu"))
+    with pytest.raises(SourceError, match="a process that decodes images has died or hangs"):
+        list(corpus.batches(dataclasses.replace(twin, batch_size=4), 0, 3))

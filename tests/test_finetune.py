@@ -23,6 +23,7 @@ import timm
 import torch
 import torch.multiprocessing as mp
 from click.testing import CliRunner
+from damaged import complaint
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -208,7 +209,7 @@ def test_the_command_starts_two_processes(colors: Path, encoder_folder: Path, tm
 
 def test_processes_are_started_with_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
     started = list[tuple[list[str], dict[str, Any]]]()
-    monkeypatch.setattr("micl_zoo.training.run.ranks.launch", lambda words, **how: started.append((words, how)))
+    monkeypatch.setattr("micl_zoo.training.run.launch.launch", lambda words, **how: started.append((words, how)))
     words = ["eval", "finetune", "runs/a", "--data", "b", "--out", "c", "--set", "epochs=1"]
     result = CliRunner().invoke(main, [*words, "--gpus", "4", "--restarts=1"])
     assert result.exit_code == 0, result.output
@@ -365,7 +366,7 @@ def test_what_does_not_go_together_is_refused(colors: Path, encoder_folder: Path
         tune(colors, run, encoder_folder, "layer_decai=0.5")
     with pytest.raises(UsageError, match=r"unknown fine-tuning recipe 'mae_x'. Did you mean"):
         tune(colors, run, encoder_folder, recipe="mae_x")
-    with pytest.raises(UsageError, match="drop_path must be from 0 to 1, got 2"):
+    with pytest.raises(UsageError, match=r"drop_path is 2\.0, and must be 0 to 1"):
         tune(colors, run, encoder_folder, "drop_path=2")
     with pytest.raises(UsageError, match="batch_size must be even"):
         tune(colors, run, encoder_folder, "batch_size=7")
@@ -377,6 +378,31 @@ def test_what_does_not_go_together_is_refused(colors: Path, encoder_folder: Path
         tune(colors, run, encoder_folder, *QUICK, "label_smoothing=0.2")
     with pytest.raises(TrainingError, match=r"holds another run: encoder_sha256: .* there, .* asked for"):
         finetune(colors, run, overrides=[*QUICK], device="cpu", recipe="small")
+
+
+@pytest.mark.parametrize("name", ["foo", "rand-m9-mstdx", "rand-x", "augmix-", "3a-zz"])
+def test_an_augmentation_that_timm_does_not_know_is_refused(
+    colors: Path, encoder_folder: Path, tmp_path: Path, name: str
+) -> None:
+    said = complaint(
+        name, lambda: tune(colors, tmp_path / "run", encoder_folder, *QUICK, f"augment={name}", max_steps=1)
+    )
+    assert not said or "timm knows no such augmentation" in said
+
+
+def test_a_damaged_result_is_made_again(
+    colors: Path, encoder_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    found = tune(colors, run, encoder_folder, *QUICK)
+    for text in ("{", "[]", '{"top1": 3}', "\0\0"):
+        (run / "result.json").write_text(text)
+        again = tune(colors, run, encoder_folder, *QUICK)
+        assert again is not None
+        assert found is not None
+        assert again["top1"] == found["top1"]
+        assert json.loads((run / "result.json").read_text()) == again
+    assert caplog.text.count("the last weights are tested again") == 4
 
 
 def test_a_share_without_pairs_is_refused(encoder: Encoder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +18,14 @@ from micl_zoo.errors import SourceError
 from micl_zoo.sources.listing import index_source
 from micl_zoo.training.corpora import CORPORA, Corpus
 from micl_zoo.training.evaluation.features import embed_labelled
-from micl_zoo.training.evaluation.labelled import LabelledSet, balanced_rows, labels_of
+from micl_zoo.training.evaluation.labelled import LabelledSet, balanced_rows, labels_of, number_classes
 
 
 def png(seed: int) -> bytes:
     return encoded(picture(seed), "PNG")
 
 
-def write_parquet(file: Path, labels: list[int], *, names: list[str] | None = None, broken: int = -1) -> None:
+def write_parquet(file: Path, labels: Any, *, names: list[str] | None = None, broken: int = -1) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     cells = [{"bytes": b"broken" if n == broken else png(n), "path": ""} for n in range(len(labels))]
     table = pa.table({"image": cells, "label": labels})
@@ -152,3 +153,93 @@ def test_features_stay_with_their_labels(tmp_path: Path, encoder_folder: Path, m
     assert {pool: rows.shape for pool, rows in found.rows.items()} == {"cls": (4, 32), "cls+mean": (4, 64)}
     alone = encoder.embed([png(3)], normalize=False)
     np.testing.assert_allclose(found.rows["cls"][2], alone[0], atol=1e-5)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0.0, 1.0, NAN], [0, 1, -1], [0.0, 1.0, -1.0], ["a", "b", ""], ["a", "b", "  "], ["a", None, "b"], [NAN] * 3],
+)
+def test_a_cell_without_a_label_is_no_class(labels: list[Any], tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", labels)
+    write_parquet(tmp_path / "test.parquet", labels[:1])
+    with pytest.raises(SourceError, match=r"has no label for [13] of 3 images"):
+        LabelledSet.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[[0, 1], [1]], [["a"], ["b"]], [{"x": 1}, {"x": 2}], [0.5, 1.5], [b"\xff", b"a"], [[], []]],
+)
+def test_what_is_no_single_class_is_said(labels: list[Any], tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", labels)
+    with pytest.raises(SourceError, match=r"has no labels in its column 'label'"):
+        LabelledSet.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "classes"),
+    [
+        ([0.0, 1.0], [1, 0], ("0", "1")),  # pandas writes whole numbers as floats where one is missing
+        (["0", "1"], [0, 1], ("0", "1")),
+        ([True, False], [True], ("False", "True")),
+        ([b"ant", b"bee"], ["bee"], ("ant", "bee")),
+        ([10, 9], [9], ("9", "10")),
+    ],
+)
+def test_labels_written_in_two_ways_are_the_same(train: Any, test: Any, classes: Any, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", train)
+    write_parquet(tmp_path / "test.parquet", test)
+    found = LabelledSet.open(tmp_path)
+    assert found.classes == classes
+    assert found.train.labels.tolist() in ([0, 1], [1, 0])
+
+
+@pytest.mark.parametrize("told", [b"{", b"\xff", b"[]", b'{"info": 3}', b'{"info": {"features": {"label": 3}}}'])
+def test_strange_metadata_name_no_classes(told: bytes, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", [0, 1])
+        table = pq.read_table(tmp_path / f"{part}.parquet").replace_schema_metadata({"huggingface": told})
+        pq.write_table(table, tmp_path / f"{part}.parquet")
+    if len(told) > 1:
+        assert LabelledSet.open(tmp_path).classes == ("0", "1")
+    else:
+        with pytest.raises(SourceError, match=r"metadata of .* damaged"):
+            LabelledSet.open(tmp_path)
+
+
+def test_a_number_without_a_name_is_said(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 3], names=["ant", "bee"])
+    with pytest.raises(SourceError, match=r"has the label 3, and its metadata name 2 classes"):
+        LabelledSet.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"0.png,a\n1.png,b\n2.png,\n3.png,b\n", "1 of 4 images have no label, '2.png'"),
+        (b"0.png,a\n1.png,b\n2.png\n3.png,b\n", "1 of 4 images have no label, '2.png'"),
+        (b"0.png,a\n1.png,b\n2.png,a\n3.png,b\n0.png,b\n", "two for '0.png', 'a' and, in line 6, 'b'"),
+        (b"0.png,a\n,b\n", "no id in line 3"),
+        (b"\xff,a\n", "cannot read the labels"),
+        (b'0.png,"' + b"a" * 200_000, "cannot read the labels"),
+    ],
+)
+def test_a_csv_with_holes_is_said(text: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for number in range(4):
+        picture(number).save(tmp_path / "set" / "train" / f"{number}.png")
+    (tmp_path / "labels.csv").write_bytes(b"id,label\n" + text)
+    with pytest.raises(SourceError, match=said):
+        LabelledSet.open(tmp_path / "set", labels=tmp_path / "labels.csv")
+
+
+def test_a_test_part_without_rows_is_said(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    pq.write_table(pq.read_table(tmp_path / "train.parquet").slice(0, 0), tmp_path / "test.parquet")
+    with pytest.raises(SourceError, match="no test or val"):
+        LabelledSet.open(tmp_path)
+    with pytest.raises(SourceError, match="has no test image"):
+        number_classes([0, 1], [], "here")

@@ -25,12 +25,16 @@ import torch
 from conftest import TWIN, picture
 from damaged import encoded
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from traps import set_traps
 
 import micl_zoo
 from micl_zoo.encoders.weights import header
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import SourceError, TrainingError, UsageError
+from micl_zoo.extraction.processes import python
+from micl_zoo.files import file_sha256
 from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretraining import pretrain as module
 from micl_zoo.training.pretraining.pretrain import pretrain
@@ -209,6 +213,49 @@ def kill_one_rank(process: subprocess.Popen[bytes], which: int) -> None:
     ranks = [pid for pid in pids if b"micl_zoo.training" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(ranks) == 2
     os.kill(ranks[which], signal.SIGKILL)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that come of it."""
+    children = [text for one in Path(f"/proc/{pid}/task").glob("*/children") for text in one.read_text().split()]
+    return [pid, *(one for child in children for one in family(int(child)))]
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses at which a process waits for connections or datagrams, as /proc writes them."""
+    links = [str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    found = set()
+    for table, states in (("tcp", ("0A",)), ("tcp6", ("0A",)), ("udp", ("07",)), ("udp6", ("07",))):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, here, _, state, *rest = line.split()
+            if state in states and f"socket:[{rest[5]}]" in links:
+                found.add(here.partition(":")[0])
+    return found
+
+
+def test_ranks_of_one_machine_are_out_of_reach_and_say_once_why_they_end(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    if not Path("/proc/net/tcp").exists():
+        pytest.skip("what listens is found by /proc, which is Linux's")
+    folder, traps, run = image_folder(32), tmp_path / "traps", tmp_path / "run"
+    sprung = set_traps(traps)
+    words = ["train", RECIPE, "--data", str(folder), "--smoke", "--device", "cpu", "--gpus", "2", "--out", str(run)]
+    command = python("from micl_zoo.cli import main; main()", *words, "--set", "epochs=100000")
+    refused = subprocess.run(command, cwd=traps, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 1
+    assert refused.stderr.count("2 processes cannot share 1 group alike") == 1
+    assert len(refused.stderr.splitlines()) == 1, refused.stderr
+
+    process = subprocess.Popen([*command, "--set", "contrast_batch=8"], cwd=traps, stderr=subprocess.PIPE)
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 2, process)
+    here = [address for pid in family(process.pid) for address in listening(pid)]
+    assert set(here) == {"0100007F"}, here  # 127.0.0.1
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert b"stopped by SIGTERM after step" in said
+    assert not sprung.exists(), sprung.read_text()
 
 
 def test_two_ranks_killed_at_a_random_step_go_on_as_one(image_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -462,3 +509,84 @@ def test_a_checkpoint_alone_is_an_encoder(image_folder: Callable[..., Path], tmp
     assert (encoder.embed_dim, encoder.transform.size) == (32, 32)
     assert torch.equal(encoder.vit.blocks[0].mlp.fc1.weight, load_file(alone)["model.blocks.0.mlp.fc1.weight"])
     assert header(alone)["provenance"]["recipe"]["epochs"] == 4
+
+
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step-????????.safetensors"))[-1]
+
+
+def zeros_in_metrics(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    damaged = [b"\0" * 70 + b"\n", b"[" * 100_000 + b"\n", b"\xff\n", b"[]\n", b'{"step": "3"}\n', b"\0" * 5000]
+    file.write_bytes(b"".join([lines[0], damaged[0], *lines[1:], *damaged[1:]]))
+
+
+def half_a_record(run: Path) -> None:
+    text = (run / "run.json").read_bytes()
+    (run / "run.json").write_bytes(text[: len(text) // 2] + b"\0" * 99)
+
+
+def no_text_for_a_sum(run: Path) -> None:
+    file = newest(run)
+    file.with_name(f"{file.name}.sha256").write_bytes(b"\xff\xfe" * 40)
+
+
+def strange_names(run: Path) -> None:
+    for name in ("step-00000003 (copy)", "step-99999999x", "step-", "step-٣٣٣٣٣٣٣٣", "step-000000003"):
+        shutil.copy(newest(run), run / "checkpoints" / f"{name}.safetensors")
+
+
+def other_step_in_header(run: Path) -> None:
+    shutil.copy(newest(run), file := run / "checkpoints" / "step-00000099.safetensors")
+    file.with_name(f"{file.name}.sha256").write_text(f"{file_sha256(file)}  {file.name}\n")
+
+
+DAMAGES = [zeros_in_metrics, half_a_record, no_text_for_a_sum, strange_names, other_step_in_header]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_goes_on_over_what_a_power_cut_leaves(
+    image_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    folder, whole, cut = image_folder(16), tmp_path / "whole", tmp_path / "cut"
+    options = [*TWIN, "epochs=3", "warmup_epochs=0", "save_dtype=float32"]
+    pretrain(RECIPE, folder, whole, overrides=options, device="cpu")
+    pretrain(RECIPE, folder, cut, overrides=options, device="cpu", max_steps=4)
+    damage(cut)
+    made = pretrain(RECIPE, folder, cut, overrides=options, device="cpu")
+    assert len(caplog.records) == 1, caplog.text
+    assert losses(cut) == losses(whole)
+    ends = [load_file(run / "encoder" / "model.safetensors") for run in (whole, cut)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    mine, theirs = (json.loads((run / "run.json").read_text()) for run in (whole, cut))
+    assert mine["recipe"] == theirs["recipe"]
+    assert mine["data"]["fingerprint"] == theirs["data"]["fingerprint"]
+    assert pretrain(RECIPE, folder, cut, overrides=options, device="cpu") == made
+
+
+def test_a_record_without_a_checkpoint_to_make_it_again_is_said(
+    image_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, run = image_folder(16), tmp_path / "run"
+    pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=1)
+    shutil.rmtree(run / "checkpoints")
+    for text in ("", "{", "[]", '{"recipe": 3}', '{"recipe": {}, "data": []}', "[" * 100_000, "\0" * 50):
+        (run / "run.json").write_text(text)
+        with pytest.raises(TrainingError, match=r"run\.json' is damaged"):
+            pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu")
+
+
+def test_a_checkpoint_of_another_network_is_named(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, run = image_folder(16), tmp_path / "run"
+    pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=1)
+    file = newest(run)
+    with safe_open(file, framework="pt") as opened:
+        header_ = opened.metadata()
+    whole = load_file(file)
+    for name, shape in (("model.cls_token", (1, 1, 7)), ("exp_avg.cls_token", (1, 1, 7)), ("model.norm.bias", None)):
+        others = {key: value for key, value in whole.items() if key != name}
+        save_file(others | ({name: torch.zeros(shape)} if shape else {}), file, header_)
+        file.with_name(f"{file.name}.sha256").write_text(file_sha256(file))
+        with pytest.raises(TrainingError, match=rf"is no checkpoint of this run: {name} must be"):
+            pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu")

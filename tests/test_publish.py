@@ -17,13 +17,15 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import TWIN, picture
 from hub import OWNER, TOKEN, Hub, environment_for, hub_on_loopback
+from safetensors.torch import load_file
 from test_card import evaluation
 
 import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.encoders import zoo
+from micl_zoo.encoders.weights import header, save_weights
 from micl_zoo.encoders.zoo import RECORDS, OnnxFile, Record
-from micl_zoo.errors import ExportError, TrainingError, UsageError
+from micl_zoo.errors import ExportError, MiclZooError, TrainingError, UsageError
 from micl_zoo.files import file_sha256
 from micl_zoo.images.transform import Transform
 from micl_zoo.training.pretraining.pretrain import pretrain
@@ -350,3 +352,14 @@ def test_a_private_repository_and_nothing_new(run: Path, hub: Hub) -> None:
     assert hub.private == {REPO}
     assert len(hub.made) == 1
     assert made[0].commit == made[1].commit == hub.heads[REPO]
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere.x", "/tmp/elsewhere.x", "a.b/../../x", "..", ".x", "a.b\n"])
+def test_nothing_is_written_by_a_name_that_leads_elsewhere(run: Path, name: str) -> None:
+    weights = run / "encoder" / "model.safetensors"
+    config = header(weights)["config"] | {"micl_zoo": {"name": name}}
+    save_weights(run / "encoder", load_file(weights), config, {}, "float32")
+    before = files(run.parent)
+    with pytest.raises(MiclZooError, match=r"arch\.tag"):
+        publish(run, REPO, export=None, dry_run=True)
+    assert files(run.parent) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import torch.multiprocessing as mp
 from conftest import small_vit
 from torch import Tensor
+from torch.distributed.elastic.rendezvous.api import RendezvousStateError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend
 from torch.distributed.tensor import DTensor
 
 from micl_zoo.errors import UsageError
@@ -21,7 +24,8 @@ from micl_zoo.training.micl import MiCL, contrastive_loss
 from micl_zoo.training.pretraining.data import WHOLE, Share
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe
-from micl_zoo.training.run.ranks import Ranks, joined, launch
+from micl_zoo.training.run.launch import SECRET, Signed, launch
+from micl_zoo.training.run.ranks import Ranks, joined
 from micl_zoo.training.run.step import fsdp_works_on
 
 BATCH = 16
@@ -154,3 +158,55 @@ def test_groups_that_do_not_divide_among_the_processes_are_refused(recipe: Recip
 def test_several_nodes_need_a_meeting_point() -> None:
     with pytest.raises(UsageError, match="--rdzv HOST:PORT"):
         launch([], gpus=1, nodes=2)
+
+
+@pytest.mark.parametrize("secret", [None, "", "short"])
+def test_several_nodes_need_a_secret(secret: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SECRET, raising=False)
+    if secret is not None:
+        monkeypatch.setenv(SECRET, secret)
+    with pytest.raises(UsageError, match=SECRET):
+        launch([], nodes=2, rdzv="localhost:29500")
+
+
+@pytest.mark.parametrize("endpoint", ["a:b", "a b:1", "a:99999", "[::1]:x"])
+def test_a_meeting_point_that_is_none_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET, "0123456789abcdef")
+    with pytest.raises(UsageError, match="--rdzv takes HOST:PORT"):
+        launch([], nodes=2, rdzv=endpoint)
+
+
+class Place(RendezvousBackend):
+    """What anybody who reaches the port may read and write."""
+
+    name = "place"
+    there: bytes | None = None
+
+    def get_state(self) -> Any:
+        return None if self.there is None else (self.there, b"token")
+
+    def set_state(self, state: bytes, token: Any = None) -> Any:
+        self.there = state
+        return state, b"token", True
+
+
+def test_of_a_meeting_point_only_what_is_signed_is_read() -> None:
+    place = Place()
+    mine, other = Signed(place, b"0123456789abcdef"), Signed(place, b"another secret of them")
+    assert mine.get_state() is None
+    assert mine.set_state(b"state") == (b"state", b"token", True)
+    assert mine.get_state() == (b"state", b"token")
+    with pytest.raises(RendezvousStateError):
+        other.get_state()
+    assert place.there is not None
+    for forged in (b"", b"state", pickle.dumps(print), place.there + b"more", b"0" * 32 + b"state"):
+        place.there = forged
+        with pytest.raises(RendezvousStateError):
+            mine.get_state()
+
+
+def test_what_the_ranks_tell_each_other_is_no_pickle() -> None:
+    thing = ([[0.1, float("nan")]], ["a", "\udc80"], None, True)
+    assert str(Ranks().gather(thing)) == str([[[[0.1, float("nan")]], ["a", "\udc80"], None, True]])
+    with pytest.raises(TypeError, match="not JSON"):
+        Ranks().gather(print)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from damaged import complaint, wrecks
 
 from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.training.pretraining.pretrain import initial_model, make_vit
-from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, read_run, smoke_twin
+from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, recorded_recipe, smoke_twin
 from micl_zoo.training.run.optim import learning_rate, make_optimizer
+from micl_zoo.training.run.record import read_run
 
 
 def test_the_paper_recipes_have_the_numbers_of_its_sources() -> None:
@@ -54,10 +57,10 @@ def test_overrides_are_typed() -> None:
         ("pixel_mean=0.5,0.5", "expected 3 numbers with commas between"),
         ("crop_size=100", "crop_size must be a multiple of patch_size 16, got 100"),
         ("batch_size=1", "batch_size must be at least 2"),
-        ("num_heads=0", "num_heads must be at least 1, got 0"),
+        ("num_heads=0", "num_heads is 0, and must be 1 to 256"),
         ("warmup_epochs=500", "warmup_epochs must be from 0 to epochs"),
         ("norm_eps=1e-5", "norm_eps must be 1e-06"),
-        ("views=5", "views must be 2, 3 or 4, got 5"),
+        ("views=5", "views is 5, and must be 2 to 4"),
         ("pooled_token=patches", "pooled_token=patches: expected cls or mean"),
     ],
 )
@@ -126,3 +129,24 @@ def test_a_damaged_record_of_a_run_is_named(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(TrainingError, match=r"run\.json.* is damaged"):
             read_run(tmp_path)
+
+
+def test_a_strange_recipe_in_a_record_is_an_error_of_our_own(twin: Recipe) -> None:
+    whole = json.loads(json.dumps(dataclasses.asdict(twin)))
+    for what, other in wrecks(whole):
+        said = complaint(what, lambda other=other: recorded_recipe({"recipe": other}, "run.json"))  # type: ignore[misc]
+        assert not said or "run.json" in said, what
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("depth=100000", "embed_dim=1000000", "patch_size=0", "crop_size=99999999", "batch_size=999999999999"),
+        *("kappa=nan", "base_lr=inf", "beta1=1", "weight_decay=-1", "pixel_std=0,1,1", "mlp_ratio=0", "epochs=1e99"),
+        *("crop_ratio_min=5", "temperature=0", "num_heads=0", "views=9", "mask_ratio=1", "flip_probability=2"),
+        *("embed_dim=8192 depth=128", "image_size=4096 patch_size=1 crop_size=112", f"name={'x' * 201}", "seed=-1"),
+    ],
+)
+def test_an_absurd_number_is_refused_with_its_range(change: str) -> None:
+    with pytest.raises(UsageError, match=r"must be|must make"):
+        get_recipe("vit_ti16.tin200", change.split())

@@ -19,11 +19,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import picture
+from damaged import complaint, wrecks
 from PIL import Image
 
 from micl_zoo.cli import main
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.training.micl import draw_views, gather_patches
+from micl_zoo.training.pretraining import report
 from micl_zoo.training.pretraining.report import CHART_POINTS, _read_history, _smooth, _thin, write_report
 from micl_zoo.training.pretraining.views import GROUND, HIDDEN, PICTURE_GAP, views_picture
 from micl_zoo.training.recipes import Recipe
@@ -329,3 +331,20 @@ def test_wandb_gets_the_run_by_one_id(tmp_path: Path, twin: Recipe, monkeypatch:
     assert len(asked["id"]) == 16
     assert wandb_id({**made, "started": "another time"}) != asked["id"]
     assert logged == [{"step": 1, "train/loss": 2.0}, {"step": 2, "knn/a": 1}, {}]
+
+
+def test_a_strange_record_or_line_is_an_error_of_our_own(
+    tmp_path: Path, twin: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_draw", lambda *_: None)
+    run = finished_run(tmp_path / "run", twin)
+    made = json.loads((run / "run.json").read_text()) | {"resumed": [{"started": "x", "machine": {"device": "cpu"}}]}
+    for what, other in list(wrecks(made, spare="recipe"))[::3]:
+        (run / "run.json").write_text(json.dumps(other))
+        said = complaint(what, lambda: write_report(run))
+        assert not said or "run.json" in said, what
+    (run / "run.json").write_text(json.dumps(made))
+    lines = [json.dumps(other) for line in (step_line(3), {"step": 3, "knn": {"a": 0.5}}) for _, other in wrecks(line)]
+    lines += [json.dumps(other) for _, other in wrecks({"step": 3, "event": "resumed", "detail": "x"})]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    write_report(run)

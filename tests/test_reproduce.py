@@ -248,7 +248,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     said = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("micl_zoo.training.run.ranks.launch", launch)
+        patch.setattr("micl_zoo.training.run.launch.launch", launch)
         for command in commands():
             if not skipped(command):
                 said[command.flat] = run(command, other if command.instead else folder, environment, patch)

@@ -7,14 +7,32 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from micl_zoo.encoders.zoo import ARCHS, IN1K, TIN200
 from micl_zoo.errors import TrainingError, UsageError, unknown
 from micl_zoo.images.transform import Filter, Transform
+from micl_zoo.schema import Between, read, wrong_fields
 
 from .corpora import CORPORA, corpus_key
+
+# Of a network: what `load` takes.
+Side = Annotated[int, Between(1, 4096)]  # pixels
+Width = Annotated[int, Between(1, 8192)]
+Depth = Annotated[int, Between(1, 128)]
+Heads = Annotated[int, Between(1, 256)]
+Ratio = Annotated[float, Between(0.1, 64)]
+GRID = 128  # patches along a side, at most
+WEIGHTS = 4_000_000_000  # numbers of a network, at most
+# Of a run.
+Count = Annotated[int, Between(1, 2**20)]
+Views = Annotated[int, Between(2, 4)]
+Chance = Annotated[float, Between(0, 1)]
+Amount = Annotated[float, Between(0, 1e6)]
+Positive = Annotated[float, Between(1e-6, 1e6)]
+Spread = Annotated[float, Between(1e-3, 1e3)]
+Text = Annotated[str, Between(1, 200)]
+Augmentation = Annotated[str, Between(0, 200)]
 
 KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good
 
@@ -35,24 +53,24 @@ def kept_patches(num_patches: int, mask_ratio: float, views: int = 2) -> int:
 class AnyRecipe:
     """The numbers that every run has."""
 
-    name: str  # for pre-training `arch.tag`
-    epochs: float  # passes over the images
-    warmup_epochs: float  # length of the linear warm-up
-    batch_size: int  # images per optimiser step, over all processes; even for fine-tuning, as mixup pairs them
-    base_lr: float  # learning rate at batch 256; the peak is base_lr * batch_size / 256
-    min_lr: float = 0.0  # at the end of the half-cycle cosine
-    beta1: float = 0.9  # of AdamW's first moment
-    beta2: float = 0.95  # of its second
-    weight_decay: float = 0.05  # none of biases, norms and positions, and in fine-tuning of the class token
-    crop_scale_min: float = 0.2  # least area of a crop as a share of the image
-    crop_scale_max: float = 1.0  # largest
-    crop_ratio_min: float = 3 / 4  # least width / height of a crop before it is resized to a square
-    crop_ratio_max: float = 4 / 3  # largest
-    flip_probability: float = 0.5  # chance of a horizontal flip
+    name: Text  # for pre-training `arch.tag`
+    epochs: Positive  # passes over the images
+    warmup_epochs: Amount  # length of the linear warm-up
+    batch_size: Count  # images per optimiser step, over all processes; even for fine-tuning, as mixup pairs them
+    base_lr: Annotated[float, Between(0, 1e38)]  # learning rate at batch 256; the peak is base_lr * batch_size / 256
+    min_lr: Amount = 0.0  # at the end of the half-cycle cosine
+    beta1: Annotated[float, Between(0, 0.999_999)] = 0.9  # of AdamW's first moment
+    beta2: Annotated[float, Between(0, 0.999_999)] = 0.95  # of its second
+    weight_decay: Amount = 0.05  # none of biases, norms and positions, and in fine-tuning of the class token
+    crop_scale_min: Chance = 0.2  # least area of a crop as a share of the image
+    crop_scale_max: Chance = 1.0  # largest
+    crop_ratio_min: Positive = 3 / 4  # least width / height of a crop before it is resized to a square
+    crop_ratio_max: Positive = 4 / 3  # largest
+    flip_probability: Chance = 0.5  # chance of a horizontal flip
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast where the device is fast at it, else fp32
-    seed: int = 0  # of the initialisation, the order and every draw
-    checkpoint_minutes: float = 10  # between checkpoints, of which the last two stay; one is always written at the end
-    keep_epochs: float = 0  # epochs between checkpoints that stay for good; 0 keeps none
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 0  # of the initialisation, the order and every draw
+    checkpoint_minutes: Amount = 10  # between checkpoints, of which the last two stay; one is always written at the end
+    keep_epochs: Amount = 0  # epochs between checkpoints that stay for good; 0 keeps none
 
     @property
     def lr(self) -> float:
@@ -67,58 +85,67 @@ class AnyRecipe:
         """Length of the linear warm-up in steps of such a run."""
         return total_steps * self.warmup_epochs / self.epochs
 
-    def _hold(self, rules: dict[str, bool]) -> None:
-        """Raise the broken ones of a kind's own rules and of those that all have; a rule begins with its field."""
-        scale_min, scale_max = self.crop_scale_min, self.crop_scale_max
-        must = {
-            "seed must be at least 0": self.seed >= 0,
-            "epochs must be above 0": self.epochs > 0,
-            f"warmup_epochs must be from 0 to epochs {self.epochs:g}": 0 <= self.warmup_epochs <= self.epochs,
-            "keep_epochs must be at least 0": self.keep_epochs >= 0,
-            "crop_scale_min must be above 0 and crop_scale_max at most 1": 0 < scale_min <= scale_max <= 1,
-            **rules,
+    def __post_init__(self) -> None:
+        """Raise a UsageError of all that is out of its range, or does not go together."""
+        wrong = wrong_fields(self)
+        must = {} if wrong else self._rules()
+        if wrong := wrong + [
+            f"{rule}, got {getattr(self, rule.split()[0])}" for rule, kept in must.items() if not kept
+        ]:
+            raise UsageError(f"recipe {self.name}: {'; '.join(wrong)}")
+
+    def _rules(self) -> dict[str, bool]:
+        """Say what must hold between fields, and whether it does; a rule begins with its field."""
+        return {
+            f"warmup_epochs must be from 0 to epochs {self.epochs:g}": self.warmup_epochs <= self.epochs,
+            "crop_scale_min must be above 0 and crop_scale_max at most 1": (
+                0 < self.crop_scale_min <= self.crop_scale_max
+            ),
+            f"crop_ratio_min must be at most crop_ratio_max {self.crop_ratio_max:g}": (
+                self.crop_ratio_min <= self.crop_ratio_max
+            ),
         }
-        if broken := [f"{rule}, got {getattr(self, rule.split()[0])}" for rule, kept in must.items() if not kept]:
-            raise UsageError(f"recipe {self.name}: {'; '.join(broken)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(AnyRecipe):
     """The numbers of a pre-training run; what is neither here nor in `AnyRecipe` is not a choice."""
 
-    epochs: float = 200
-    warmup_epochs: float = 10
-    batch_size: int = 1800
-    base_lr: float = 5e-5
-    corpus: str  # key in CORPORA of the images that the recipe is meant for
-    image_size: int = 224  # side in pixels of the images that the finished encoder takes
-    patch_size: int = 16  # side in pixels of a patch
-    embed_dim: int = 768  # D, width of the ViT
-    depth: int = 12  # blocks
-    num_heads: int = 12  # attention heads per block
-    mlp_ratio: float = 4.0  # width of a block's MLP / embed_dim
+    epochs: Positive = 200
+    warmup_epochs: Amount = 10
+    batch_size: Count = 1800
+    base_lr: Annotated[float, Between(0, 1e38)] = 5e-5
+    corpus: Text  # key in CORPORA of the images that the recipe is meant for
+    image_size: Side = 224  # side in pixels of the images that the finished encoder takes
+    patch_size: Side = 16  # side in pixels of a patch
+    embed_dim: Width = 768  # D, width of the ViT
+    depth: Depth = 12  # blocks
+    num_heads: Heads = 12  # attention heads per block
+    mlp_ratio: Ratio = 4.0  # width of a block's MLP / embed_dim
     norm_eps: float = 1e-6  # of the LayerNorms
-    mask_ratio: float = 0.8  # share of a crop's patches that no view sees
-    views: int = 2  # V, disjoint views that the patches kept are split into; the loss is the mean over all their pairs
+    mask_ratio: Chance = 0.8  # share of a crop's patches that no view sees
+    views: Views = (
+        2  # V, disjoint views that the patches kept are split into; the loss is the mean over all their pairs
+    )
     pooled_token: Literal["cls", "mean"] = "cls"  # what is contrasted: the class token, or the mean of a view's patches
     class_position: Literal["zero", "centre"] = "zero"  # of the class token; centre: that of the middle of the grid
     positions: Literal["sincos", "learned"] = "sincos"  # a frozen table, or drawn at the start, trained without decay
-    kappa: float = 1 / 64  # concentration of the tSP similarity
-    temperature: float = 0.07  # divides the similarity
+    kappa: Amount = 1 / 64  # concentration of the tSP similarity
+    temperature: Positive = 0.07  # divides the similarity
     # local: a batch falls into groups of contrast_batch images that are contrasted among themselves, as each GPU of the
     # reference code does; global: all images of the batch are contrasted with each other
     negatives: Literal["local", "global"] = "local"
-    contrast_batch: int = 0  # images per group with local negatives; 0 is the whole batch
-    crop_size: int = 224  # side in pixels of the training crops; when below image_size, positions are stretched
+    contrast_batch: Annotated[int, Between(0, 2**20)] = 0  # images per group with local negatives; 0 is the whole batch
+    crop_size: Side = 224  # side in pixels of the training crops; when below image_size, positions are stretched
     interpolation: Filter = "bicubic"  # antialiased filter of the resize to crop_size
-    pixel_mean: tuple[float, float, float] = Transform.mean  # RGB, for pixels in 0..1
-    pixel_std: tuple[float, float, float] = Transform.std  # the same
+    pixel_mean: tuple[Chance, Chance, Chance] = Transform.mean  # RGB, for pixels in 0..1
+    pixel_std: tuple[Spread, Spread, Spread] = Transform.std  # the same
     view_color: bool = False  # draw a gain, a bias and greyscale per view (not in the paper)
-    color_gain: float = 0.4  # half-width of the uniform draw of the gain, per channel, on normalised pixels
-    color_bias: float = 0.4  # of the bias, likewise
-    grey_probability: float = 0.2  # chance of a view without colour
+    color_gain: Amount = 0.4  # half-width of the uniform draw of the gain, per channel, on normalised pixels
+    color_bias: Amount = 0.4  # of the bias, likewise
+    grey_probability: Chance = 0.2  # chance of a view without colour
     cache: Literal["memory", "none"] = "none"  # memory: decoded once to source_size; none: crops of the full images
-    source_size: int = 256  # side in pixels of the cached images
+    source_size: Side = 256  # side in pixels of the cached images
     parallel: Literal["ddp", "fsdp"] = "ddp"  # each process has all weights, or a part of them and of AdamW's state
     activation_checkpointing: bool = False  # compute each block again in the backward pass, to keep less
     compile: bool = False  # the transformer blocks; on a CPU this needs a C++ compiler and a minute at the start
@@ -149,81 +176,68 @@ class Recipe(AnyRecipe):
         """P, numbers of one patch."""
         return 3 * self.patch_size**2
 
-    def __post_init__(self) -> None:
+    def _rules(self) -> dict[str, bool]:
         patch, groups = self.patch_size, self.contrast_batch >= 2 and self.batch_size % self.contrast_size == 0
-        whole = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "crop_size", "source_size")
-        self._hold({f"{name} must be at least 1": getattr(self, name) >= 1 for name in whole})
-        self._hold(
-            {
-                "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
-                f"crop_size must be a multiple of patch_size {patch}": self.crop_size % patch == 0,
-                f"image_size must be a multiple of patch_size {patch}": self.image_size % patch == 0,
-                f"embed_dim must be a multiple of num_heads {self.num_heads}": self.embed_dim % self.num_heads == 0,
-                "batch_size must be at least 2: each image needs a negative": self.batch_size >= 2,
-                "contrast_batch must be 0, or at least 2 and divide batch_size": self.contrast_batch == 0 or groups,
-                "mask_ratio must be at least 0 and below 1": 0 <= self.mask_ratio < 1,
-                "views must be 2, 3 or 4": 2 <= self.views <= 4,
-                "temperature must be above 0": self.temperature > 0,
-                "class_position must be zero with learned positions, which have a row for the class token": (
-                    self.positions == "sincos" or self.class_position == "zero"
-                ),
-            }
-        )
+        weights = self.depth * self.embed_dim**2 * (4 + 2 * self.mlp_ratio)
+        return super()._rules() | {
+            "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
+            f"crop_size must be a multiple of patch_size {patch}": self.crop_size % patch == 0,
+            f"image_size must be a multiple of patch_size {patch}": self.image_size % patch == 0,
+            f"image_size must be at most {GRID} patches of patch_size {patch}": self.image_size <= GRID * patch,
+            f"crop_size must be at most {GRID} patches of patch_size {patch}": self.crop_size <= GRID * patch,
+            f"embed_dim must be a multiple of num_heads {self.num_heads}": self.embed_dim % self.num_heads == 0,
+            f"embed_dim must make {WEIGHTS:,} weights at most, with depth and mlp_ratio": weights <= WEIGHTS,
+            "batch_size must be at least 2: each image needs a negative": self.batch_size >= 2,
+            "contrast_batch must be 0, or at least 2 and divide batch_size": self.contrast_batch == 0 or groups,
+            "mask_ratio must be at least 0 and below 1": self.mask_ratio < 1,
+            "class_position must be zero with learned positions, which have a row for the class token": (
+                self.positions == "sincos" or self.class_position == "zero"
+            ),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneRecipe(AnyRecipe):
     """The numbers of a fine-tuning run; what is neither here nor in `AnyRecipe` is not a choice."""
 
-    epochs: float = 100
-    warmup_epochs: float = 5
-    batch_size: int = 1024
-    base_lr: float = 5e-4
-    min_lr: float = 1e-6
-    beta2: float = 0.999
-    crop_scale_min: float = 0.08
+    epochs: Positive = 100
+    warmup_epochs: Amount = 5
+    batch_size: Count = 1024
+    base_lr: Annotated[float, Between(0, 1e38)] = 5e-4
+    min_lr: Amount = 1e-6
+    beta2: Annotated[float, Between(0, 0.999_999)] = 0.999
+    crop_scale_min: Chance = 0.08
     # The head learns at the full rate, each block below at layer_decay times that of the one above it, and the patch
     # embedding with class token and position table below all of them.
-    layer_decay: float = 0.65
-    drop_path: float = 0.1  # chance to skip a branch of the last block, rising linearly from 0 at the first
+    layer_decay: Chance = 0.65
+    drop_path: Chance = 0.1  # chance to skip a branch of the last block, rising linearly from 0 at the first
     pool: Literal["mean", "cls"] = (
         "mean"  # the head sees the patches' mean by a new norm, or the class token by the encoder's
     )
-    head_std: float = 2e-5  # standard deviation of the head's first weights
-    ema_decay: float = 0.0  # of a running mean of the weights, which is tested and saved; 0: the weights themselves
-    mixup: float = 0.8  # alpha of the beta distribution that the shares of two images are drawn from; 0 is off
-    cutmix: float = 1.0  # the same, where a box of one replaces that of the other
-    mix_probability: float = 1.0  # chance that a batch is mixed at all; by one of the two where both are on
-    label_smoothing: float = 0.1  # share of each target that is spread over all classes
-    augment: str = "rand-m9-mstd0.5-inc1"  # timm's name of an automatic augmentation; empty is none
-    erase_probability: float = 0.25  # chance of one rectangle of noise in an image
-    eval_epochs: float = 0  # between measurements on the test part, which choose nothing; 0 is one at the end
+    head_std: Amount = 2e-5  # standard deviation of the head's first weights
+    ema_decay: Chance = 0.0  # of a running mean of the weights, which is tested and saved; 0: the weights themselves
+    mixup: Amount = 0.8  # alpha of the beta distribution that the shares of two images are drawn from; 0 is off
+    cutmix: Amount = 1.0  # the same, where a box of one replaces that of the other
+    mix_probability: Chance = 1.0  # chance that a batch is mixed at all; by one of the two where both are on
+    label_smoothing: Chance = 0.1  # share of each target that is spread over all classes
+    augment: Augmentation = "rand-m9-mstd0.5-inc1"  # timm's name of an automatic augmentation; empty is none
+    erase_probability: Chance = 0.25  # chance of one rectangle of noise in an image
+    eval_epochs: Amount = 0  # between measurements on the test part, which choose nothing; 0 is one at the end
 
-    def __post_init__(self) -> None:
-        shares = ("drop_path", "ema_decay", "label_smoothing", "mix_probability", "erase_probability")
-        must = {f"{n} must be from 0 to 1": 0 <= getattr(self, n) <= 1 for n in (*shares, "flip_probability")}
-        must |= {f"{n} must be below 1": getattr(self, n) != 1 for n in ("drop_path", "ema_decay")}
-        must |= {f"{n} must be at least 0": getattr(self, n) >= 0 for n in ("mixup", "cutmix", "eval_epochs")}
+    def _rules(self) -> dict[str, bool]:
         pairs = self.batch_size >= 2 and self.batch_size % 2 == 0
-        must["batch_size must be even and at least 2: mixup pairs its images"] = pairs
-        must["layer_decay must be above 0 and at most 1"] = 0 < self.layer_decay <= 1
-        self._hold(must)
+        return super()._rules() | {
+            **{f"{name} must be below 1": getattr(self, name) < 1 for name in ("drop_path", "ema_decay")},
+            "batch_size must be even and at least 2: mixup pairs its images": pairs,
+            "layer_decay must be above 0 and at most 1": self.layer_decay > 0,
+        }
 
 
 R = TypeVar("R", Recipe, FineTuneRecipe)
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Read the run.json of a run's folder; None where there is none."""
-    file = folder / "run.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
-    except (ValueError, TypeError) as error:
-        raise TrainingError(f"{str(file)!r} is damaged: {error}. Give another folder.") from None
-
-
-def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
-    """Read the recipe of a run.json, whichever version wrote it."""
+def recorded_recipe(record: Mapping[str, Any], what: str = "run.json") -> Recipe:
+    """Read the recipe of a run.json, whichever version wrote it; `what` names the file in an error."""
     there, known = record["recipe"], {one.name for one in dataclasses.fields(Recipe)}
     if "layer_decay" in there:
         raise TrainingError(
@@ -231,7 +245,9 @@ def recorded_recipe(record: Mapping[str, Any]) -> Recipe:
             "metrics.jsonl. Give the folder of a pre-training run, which `train --out` wrote."
         )
     kept = {key: value for key, value in there.items() if key in known}
-    return Recipe(**kept | {"corpus": corpus_key(kept["corpus"])})  # runs before 0.2 recorded a line of text
+    if isinstance(kept.get("corpus"), str):
+        kept["corpus"] = corpus_key(kept["corpus"])  # runs before 0.2 recorded a line of text
+    return read(Recipe, kept, f"the recipe in {what}", TrainingError, "give the folder that `train --out` wrote")
 
 
 def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free: Iterable[str] = ()) -> list[str]:

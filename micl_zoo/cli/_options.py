@@ -109,7 +109,7 @@ def start_ranks(options: dict[str, Any]) -> bool:
     how = {name: options.pop(name) for name in ("gpus", "nodes", "rdzv", "restarts")}
     if not how["gpus"] and how["nodes"] == 1:
         return False
-    from micl_zoo.training.run.ranks import launch
+    from micl_zoo.training.run.launch import launch
 
     launch(call_words(leave_out=how), **{**how, "gpus": how["gpus"] or 1})
     return True

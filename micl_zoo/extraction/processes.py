@@ -9,11 +9,32 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any, cast
 
 from ..printing import Output
 
 CAN_START = os.name == "posix"  # relies on POSIX file-descriptor inheritance
+# Code before what imports this package: it lies where the parent has it, be that a checkout that is not installed.
+FIND_PACKAGE = f"sys.path.append({str(Path(__file__).resolve().parents[2])!r})"
+
+
+def python(code: str, *words: str, flags: Sequence[str] = ()) -> list[str]:
+    """Write the command line of a process that runs `code`, with `words` in sys.argv, on this interpreter's modules.
+
+    No module comes from the folder in which the user happens to be, which may be a download: Python itself looks there
+    first, for `-c` and `-m` alike. Start it in the `child_environment`.
+    """
+    safe = ["-P"] if sys.version_info >= (3, 11) else []
+    same = [word for name, word in (("ignore_environment", "-E"), ("no_user_site", "-s")) if getattr(sys.flags, name)]
+    clean = "import sys; sys.path[:] = filter(None, sys.path)"
+    return [sys.executable, *safe, *same, *flags, "-c", f"{clean}; {code}", *words]
+
+
+def child_environment() -> dict[str, str]:
+    """Return this process's environment, but of PYTHONPATH what is absolute: the rest means the current folder, too."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, paths))}
 
 
 class Child:
@@ -24,11 +45,10 @@ class Child:
         here, there = Pipe()
         module, _, name = function.partition(":")
         numbers = [there.fileno(), *files]
-        code = f"from {module} import {name}; {name}({', '.join(map(str, numbers))})"
+        code = f"{FIND_PACKAGE}; from {module} import {name}; {name}({', '.join(map(str, numbers))})"
         # In a session of its own, Ctrl-C on the terminal is not heard, even before it can say that it ignores it.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=numbers, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        how: dict[str, Any] = {"env": child_environment(), "stdin": subprocess.DEVNULL, "start_new_session": True}
+        self.process = subprocess.Popen(python(code), pass_fds=numbers, **how)
         there.close()
         self.connection: Connection[Any, Any] = here  # EOFError in receiving means that the process has died
 

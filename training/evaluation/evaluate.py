@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ import torch
 from micl_zoo.encoders.device import Pool, resolve_precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
-from micl_zoo.errors import Refused, StoreError, UsageError, unknown
+from micl_zoo.errors import Refused, SourceError, StoreError, UsageError, unknown
 from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
 from micl_zoo.images.transform import Transform
@@ -35,6 +36,9 @@ from .features import Features, embed_labelled, split_pools, store_features, sto
 from .knn import Bank, measure_bank
 from .labelled import LabelledImages, LabelledSet, number_classes
 from .protocols import METHODS, PIXELS, Protocol
+from .record import read_evaluation
+
+log = logging.getLogger(__name__)
 
 Baseline = Literal["random", "pixels"]
 Results = dict[str, Any]  # of one subject on one set, by method
@@ -90,8 +94,10 @@ def evaluate(
                 how: dict[str, Any] = {"pools": protocol.pools, "batch_size": batch_size, "workers": workers}
                 found = pixel_features(images) if model is None else embed_labelled(model, images, tick=tick, **how)
                 features.append(found)
-        refused = sum(len(one.refused) for one in features)
-        record["data"].setdefault(labelled.name, labelled.facts | {"refused": refused})
+        refused = [name for one in features for name in one.refused]
+        if refused:
+            log.warning("%s: %d images cannot be read and are left out: %s …", labelled.name, len(refused), refused[0])
+        record["data"].setdefault(labelled.name, labelled.facts | {"refused": len(refused)})
         alone = replace(protocol, methods=("knn",)) if model is None and "knn" in protocol.methods else protocol
         there[labelled.name] = probe(*features, classes=len(labelled.classes), protocol=alone, device=encoder.device)
         record["minutes"] = round(record["minutes"] + (time.monotonic() - started) / 60, 2)
@@ -104,19 +110,16 @@ def _begun(out: Path | None, asked: dict[str, Any], sets: Sequence[LabelledSet])
     """Take the record in a file to continue it, or the one asked for."""
     if out is None or not out.exists():
         return asked
-    try:
-        there: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        before = {key: dict(there[key]) for key in ("encoder", "protocol", "data", "results")}
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{str(out)!r} exists and is not an evaluation record: choose another file") from None
-    pairs = [(key, before[of].get(key), value) for of in ("encoder", "protocol") for key, value in asked[of].items()]
+    there = read_evaluation(out, UsageError, "it is not an evaluation record to go on with, choose another file")
+    pairs = [(key, there[of].get(key), value) for of in ("encoder", "protocol") for key, value in asked[of].items()]
     for labelled in sets:
-        if labelled.name in before["data"]:
-            known = before["data"][labelled.name]
+        if labelled.name in there["data"]:
+            known = there["data"][labelled.name]
             pairs += [(f"{labelled.name}, {key}", known.get(key), labelled.facts[key]) for key in SAME_IMAGES]
     if differences := [f"{key} is {mine!r} there, {value!r} asked for" for key, mine, value in pairs if mine != value]:
         raise UsageError(f"{str(out)!r} holds another evaluation: {'; '.join(differences)}. Give another file.")
     again = {key: asked[key] for key in ("command", "date", "commit", "machine", "versions")}
+    there.setdefault("minutes", 0.0)
     there.setdefault("resumed", []).append(again)
     return there
 
@@ -196,6 +199,8 @@ def pixel_features(images: LabelledImages) -> Features:
             kept.append(row)
         except Refused:
             refused.append(entry.id)
+    if not kept:
+        raise SourceError(f"none of the {len(images.labels)} images could be decoded, {refused[0]!r} the first of them")
     rows = transform.normalise(torch.from_numpy(np.stack(pixels))).flatten(1).numpy()
     return Features({"pixels": rows}, images.labels[kept], tuple(refused))
 

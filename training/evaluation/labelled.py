@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pyarrow as pa
 
 from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256
+from micl_zoo.schema import parse_json, shown
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
 from micl_zoo.sources.parquet import open_parquet
@@ -157,16 +157,53 @@ def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
                     f"the labels {os.fspath(file)!r} need a column of ids ({', '.join(ID_COLUMNS)}) and one of labels "
                     f"({', '.join(LABEL_COLUMNS)}); found {', '.join(columns) or 'none'}"
                 )
-            return {row[ids]: row[label] for row in lines}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            found: dict[str, str] = {}
+            for row in lines:  # a short row has None for what it lacks
+                name, given = row[ids], row[label] or ""
+                if not name:
+                    raise SourceError(f"the labels {os.fspath(file)!r} have no {ids} in line {lines.line_num}")
+                if found.setdefault(name, given) != given:
+                    raise SourceError(
+                        f"the labels {os.fspath(file)!r} have two for {name!r}, {found[name]!r} and, in line "
+                        f"{lines.line_num}, {given!r}: keep one"
+                    )
+            return found
+    except (OSError, ValueError, csv.Error) as error:
+        if isinstance(error, SourceError):
+            raise
         raise SourceError(f"cannot read the labels {os.fspath(file)!r}: {error}") from None
+
+
+def clean_label(found: Any) -> Label | None:
+    """Turn what a cell holds into a label; None where it holds none: empty, NaN, or below 0.
+
+    Tables with a cell missing keep whole numbers as floats, which are the same labels.
+
+    Raises:
+        ValueError: several, or something that is no name and no number.
+    """
+    if found is None or found != found or (isinstance(found, str) and not found.strip()):
+        return None
+    if isinstance(found, bool):
+        return str(found)
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    if isinstance(found, int):
+        return found if found >= 0 else None
+    if isinstance(found, bytes):
+        return found.decode()  # a UnicodeDecodeError is a ValueError
+    if isinstance(found, list | tuple | dict):
+        raise ValueError(f"{shown(found)} is no single label: measure sets with one class per image")
+    if not isinstance(found, str):
+        raise ValueError(f"{shown(found)} is neither a name nor a whole number")
+    return found
 
 
 def labels_of(index: ImageIndex, given: Mapping[str, str] | None = None) -> list[Label]:
     """Find the label of each image: given by its id, or the parquet's column, or the first folder of its id."""
     if given is not None:
         ids = index.ids
-        if missing := [name for name in ids if name not in given]:
+        if missing := [name for name in ids if not given.get(name)]:
             raise SourceError(
                 f"{len(missing):,} of {len(ids):,} images have no label, {missing[0]!r} the first of them: labels go "
                 f"by the ids of the images, such as {ids[0]!r}"
@@ -181,6 +218,8 @@ def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offs
     if kind.partition(":")[0] == "parquet":
         if uri not in columns:
             columns[uri] = _label_column(uri)
+        if not 0 <= offset < len(columns[uri]):
+            raise SourceError(f"{uri!r} has {len(columns[uri]):,} rows, and an image was row {offset}: it has changed")
         return columns[uri][offset]
     folder, slash, _ = name.partition("/")
     if not slash:
@@ -199,28 +238,50 @@ def _label_column(uri: str) -> list[Label]:
             f"{uri!r} has no column of labels: looked for {', '.join(LABEL_COLUMNS)}, found "
             f"{', '.join(file.schema_arrow.names)}"
         )
-    labels: list[Label] = file.read(columns=[column])[column].to_pylist()
-    if none := sum(label is None or (isinstance(label, int) and label < 0) for label in labels):
+    try:
+        cells = file.read(columns=[column])[column].to_pylist()
+        cleaned = [clean_label(cell) for cell in cells]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise SourceError(f"{uri!r} has no labels in its column {column!r}: {error}") from None
+    labels = [label for label in cleaned if label is not None]
+    if none := len(cells) - len(labels):
         raise SourceError(
-            f"{uri!r} has no label for {none:,} of {len(labels):,} images: its column {column!r} is empty or -1 there, "
+            f"{uri!r} has no label for {none:,} of {len(cells):,} images: its column {column!r} is empty or -1 there, "
             "which is how parts without labels are kept"
         )
-    names = _class_names(file.schema_arrow, column)
-    return [names[label] for label in labels] if names else labels  # type: ignore[index]  # a ClassLabel is a number
+    names = _class_names(file.schema_arrow, column, uri)
+    return [_named(label, names, uri) for label in labels] if names else labels
 
 
-def _class_names(schema: pa.Schema, column: str) -> list[str]:
+def _named(label: Label, names: list[str], uri: str) -> Label:
+    if isinstance(label, str):
+        return label
+    if label >= len(names):
+        raise SourceError(f"{uri!r} has the label {label}, and its metadata name {len(names)} classes, from 0 on")
+    return names[label]
+
+
+def _class_names(schema: pa.Schema, column: str, uri: str) -> list[str]:
     """Read the names of a ClassLabel column of `datasets`; none where the file lacks them, or has one twice."""
-    told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = told.get("info", {}).get("features", {}).get(column, {}).get("names", [])
-    return names if len(set(names)) == len(names) else []
+    found = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), f"the metadata of {uri!r}", SourceError)
+    for key in ("info", "features", column, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    names = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    return names if len(set(names)) == len(found or []) else []
 
 
 def number_classes(
     train: Sequence[Label], test: Sequence[Label], where: str
 ) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-    """Sort the class names, and turn the labels of both parts into numbers into them."""
-    classes = sorted(set(train), key=lambda label: (isinstance(label, str), label))
+    """Sort the class names, and turn the labels of both parts into numbers into them.
+
+    Where some are names and some are numbers, as in parts that were written differently, all of them are names.
+    """
+    if len({type(label) for label in (*train, *test)}) > 1:
+        train, test = list(map(str, train)), list(map(str, test))
+    if not test:
+        raise SourceError(f"{where!r} has no test image")
+    classes: list[Any] = sorted(set(train))  # names alone, or numbers
     if len(classes) < 2:
         raise SourceError(f"{where!r} has the one class {classes}: two are needed to tell apart")
     if strange := sorted(map(str, set(test) - set(classes))):

@@ -18,13 +18,13 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from micl_zoo.errors import Refused, SourceError
+from micl_zoo.errors import Refused, SourceError, UsageError
 from micl_zoo.images.decode import decode, decode_pixels
 from micl_zoo.images.transform import Transform
 from micl_zoo.sources.reader import Reader
 
 from ..evaluation.labelled import LabelledImages
-from ..pretraining.data import WHOLE, Pieces, Share, Streamed, open_loader
+from ..pretraining.data import IMAGE_SECONDS, WHOLE, Pieces, Share, Streamed, open_loader, time_limit
 from ..recipes import FineTuneRecipe
 from ..run.order import RefusedImage
 
@@ -100,7 +100,22 @@ class _Augmented(Pieces):
         super().__init__(images.index, recipe, share_places(recipe.batch_size, share), PIECE)
         self.labels = images.labels
         # whole RGB image -> (3, S, S) float32: timm's crop, flip, automatic augmentation and erasing
-        self.augment: Callable[[Image.Image], Tensor] = create_transform(
+        self.augment = _augmentation(recipe, transform)
+
+    def makers(self, step: int, places: Tensor) -> Iterator[Callable[[bytes, int], tuple[Tensor, ...]]]:
+        """Draw by the place in the batch."""
+        return (partial(self._picture, step, place) for place in places.tolist())
+
+    def _picture(self, step: int, place: int, data: bytes, row: int) -> tuple[Tensor, ...]:
+        image = decode(data)
+        with drawing(self.recipe.seed, 4, step, place):
+            return self.augment(image), torch.tensor(int(self.labels[row]))
+
+
+def _augmentation(recipe: FineTuneRecipe, transform: Transform) -> Callable[[Image.Image], Tensor]:
+    """Make timm's crop, flip, automatic augmentation and erasing: whole RGB image -> (3, S, S) float32."""
+    try:
+        made: Callable[[Image.Image], Tensor] = create_transform(
             input_size=transform.size,
             is_training=True,
             scale=(recipe.crop_scale_min, recipe.crop_scale_max),
@@ -114,15 +129,11 @@ class _Augmented(Pieces):
             re_prob=recipe.erase_probability,
             re_mode="pixel",  # MAE's: noise of the normalised pixels' own deviation
         )
-
-    def makers(self, step: int, places: Tensor) -> Iterator[Callable[[bytes, int], tuple[Tensor, ...]]]:
-        """Draw by the place in the batch."""
-        return (partial(self._picture, step, place) for place in places.tolist())
-
-    def _picture(self, step: int, place: int, data: bytes, row: int) -> tuple[Tensor, ...]:
-        image = decode(data)
-        with drawing(self.recipe.seed, 4, step, place):
-            return self.augment(image), torch.tensor(int(self.labels[row]))
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:  # timm parses the name as it goes
+        raise UsageError(
+            f"augment={recipe.augment}: timm knows no such augmentation ({error}): try rand-m9-mstd0.5-inc1, or none"
+        ) from None
+    return made
 
 
 def resized_batches(
@@ -132,8 +143,6 @@ def resized_batches(
     rows = torch.arange(len(images.index)).tensor_split(share.world)[share.rank]
     parts = rows.split(PIECE) if len(rows) else ()
     for piece in open_loader(_Resizing(images, transform, parts), range(len(parts)), workers, device):
-        if isinstance(piece, SourceError):
-            raise piece
         yield piece._replace(pixels=piece.pixels.to(device), labels=piece.labels.to(device))
 
 
@@ -148,7 +157,8 @@ class _Resizing(Dataset[Resized | SourceError]):
         for row in self.parts[number].tolist():
             entry = self.images.index[row]
             try:
-                pixels.append(torch.from_numpy(decode_pixels(self.reader.read(entry), self.transform).copy()))
+                with time_limit(IMAGE_SECONDS):
+                    pixels.append(torch.from_numpy(decode_pixels(self.reader.read(entry), self.transform).copy()))
                 labels.append(int(self.images.labels[row]))
             except Refused as found:
                 refused.append(RefusedImage(entry.id, found.reason, found.detail))

@@ -173,7 +173,7 @@ def measure_classifier(
     pairs = np.array([pair for pairs, _ in told for pair in pairs], dtype=bool).reshape(-1, 2)
     if not len(pairs):
         raise SourceError("no image of the test part can be decoded: look whether the data are still there, and whole")
-    return Tested(pairs[:, 0], pairs[:, 1], [image for _, bad in told for image in bad])
+    return Tested(pairs[:, 0], pairs[:, 1], [RefusedImage(*image) for _, bad in told for image in bad])
 
 
 def save_classifier(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,12 @@ from torch import Tensor
 from micl_zoo.encoders.load import load
 from micl_zoo.encoders.weights import without_head
 from micl_zoo.encoders.zoo import DEFAULT
-from micl_zoo.errors import SourceError
+from micl_zoo.errors import SourceError, TrainingError
 from micl_zoo.files import file_sha256, write_text
 from micl_zoo.stop import StopRequest
 
 from ..evaluation.labelled import LabelledSet
+from ..evaluation.record import read_result
 from ..pretraining.data import Share, loader_workers
 from ..recipes import FineTuneRecipe, finetune_recipe_for, get_finetune_recipe, resolve_recipe
 from ..run.loop import Loop, weights_of
@@ -32,6 +34,8 @@ from ..run.rundir import RunDir, command_text, run_record
 from ..run.step import resolve_autocast
 from .augment import AugmentedCorpus, Pictures, resized_batches
 from .classifier import ClassifierStep, Tested, check_share, make_classifier, measure_classifier, save_classifier
+
+log = logging.getLogger(__name__)
 
 RESULT_FILE = "result.json"
 SMOKE_IMAGES = 64  # of each part
@@ -195,5 +199,10 @@ def _labels_sha256(images: LabelledSet) -> str:
 
 def _finished(folder: RunDir) -> dict[str, Any] | None:
     file = folder.path / RESULT_FILE
-    there = "result" in folder.record and file.exists()
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if there else None
+    if "result" not in folder.record or not file.exists():
+        return None
+    try:
+        return read_result(file, TrainingError, "the last weights are tested again")
+    except TrainingError as damage:
+        log.warning("%s", damage)
+        return None

@@ -13,10 +13,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from itertools import islice, pairwise
+from multiprocessing.context import TimeoutError as TooLate
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -40,6 +42,8 @@ from ..run.order import RefusedImage, seeded, steps_per_epoch
 LINUX = sys.platform == "linux"
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop: after ten crops that do not fit, the whole image
 CROP_DRAWS = 2 * CROP_TRIES + 2  # an area and an aspect ratio a try, and one place
+IMAGE_SECONDS = 120  # for one image, at most, as in `extract`
+PIECE_SECONDS = 3600  # for a piece, should an image hang where no clock reaches it
 SUBSTITUTES = 20  # images that are tried in the place of one that cannot be decoded
 PIECE = 256  # images that a worker cuts at a time, at most: 7.5 MB of the 38 patches of 768 numbers of an in1k recipe
 WINDOW = 16_384  # rows of a parquet corpus, at least, that are shuffled together: of whole row groups from everywhere
@@ -262,11 +266,13 @@ class MemoryCorpus:
         images = torch.empty(len(index), 3, source_size, source_size, dtype=torch.uint8)
         aspect, reader, entries = torch.ones(len(index)), Reader(), enumerate(index.entries())
         rows, refused = list[int](), list[RefusedImage]()
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+        # Pillow decodes outside the interpreter lock. This pool does not wait at its end for a picture that hangs.
+        with ThreadPool() as pool:
             while chunk := list(islice(entries, 4096)):
                 data = [_or_refused(reader.read, entry) for _, entry in chunk]
-                squeezed = pool.map(partial(_or_refused, _squeeze, source_size), data)
-                for (row, entry), found in zip(chunk, squeezed, strict=True):
+                squeezed = [pool.apply_async(_or_refused, (_squeeze, source_size, one)) for one in data]
+                for (row, entry), coming in zip(chunk, squeezed, strict=True):
+                    found = _or_refused(_in_time, coming)
                     tick()
                     if isinstance(found, Refused):
                         refused.append(RefusedImage(entry.id, found.reason, found.detail))
@@ -281,6 +287,32 @@ def _or_refused(make: Callable[..., T], *given: Any) -> T | Refused:
         return make(*given)
     except Refused as refused:
         return refused
+
+
+def _in_time(coming: AsyncResult[T]) -> T:
+    try:
+        return coming.get(IMAGE_SECONDS)
+    except TooLate:
+        raise Refused("timeout", f"it took longer than {IMAGE_SECONDS} s") from None
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise Refused in what takes longer; in a main thread, where the system has such a clock."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise Refused("timeout", f"it took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # and every second again, should somebody catch it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _squeeze(size: int, data: bytes | Refused) -> tuple[np.ndarray, float]:
@@ -314,11 +346,9 @@ class Streamed:
         """Put the shares of the batches number first_step to last_step - 1 together, on the device."""
         numbers = range(first_step * pieces.count, last_step * pieces.count)
         loader = open_loader(pieces, numbers, self.workers, self.device)
-        for step, *found in zip(range(first_step, last_step), *[iter(loader)] * pieces.count, strict=True):
+        for step, *found in zip(range(first_step, last_step), *[loader] * pieces.count, strict=True):
             whole: list[Tensor] = []
             for piece in found:
-                if isinstance(piece, SourceError):
-                    raise piece
                 self.refused += [image for image in dict.fromkeys(piece.refused) if image not in self.refused]
                 for number, part in enumerate(piece.tensors):
                     if number == len(whole):
@@ -344,20 +374,40 @@ Corpus = MemoryCorpus | StreamedCorpus
 
 def open_loader(
     pieces: Dataset[T | SourceError], numbers: Sequence[int], workers: int, device: torch.device
-) -> DataLoader[T | SourceError]:
+) -> Iterator[T]:
     """Load what `pieces` has under each of the numbers, in order, by `workers` processes or, with 0, by this one.
 
     Pieces return a SourceError rather than to raise it: what is raised in a worker arrives as a traceback's text.
     """
-    return DataLoader(
+    if not LINUX:  # workers start as `python -c`, which would look for modules in the current folder
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+    loader: DataLoader[T | SourceError] = DataLoader(
         pieces,
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
+        timeout=PIECE_SECONDS if workers else 0,
         pin_memory=device.type == "cuda",
         worker_init_fn=partial(settle_worker, lifeline(os.getpid())),
         multiprocessing_context="fork" if workers and LINUX else None,  # shares the index, starts at once
     )
+    return _loaded(loader)
+
+
+def _loaded(loader: Iterable[T | SourceError]) -> Iterator[T]:
+    """Yield pieces, raise what they are in the place of one, and say what torch means by a RuntimeError."""
+    try:
+        for piece in loader:
+            if isinstance(piece, SourceError):
+                raise piece
+            yield piece
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise SourceError(
+            f"a process that decodes images has died or hangs ({str(error).splitlines()[0]}): the same command goes on "
+            "from the last checkpoint; --workers 0 shows whether an image does it"
+        ) from None
 
 
 def loader_workers(workers: int | None) -> int:
@@ -408,7 +458,8 @@ class Pieces(Dataset[Piece | SourceError]):
         for tried in rows():
             entry = self.index[tried]
             try:
-                return make(self.reader.read(entry), tried)
+                with time_limit(IMAGE_SECONDS):
+                    return make(self.reader.read(entry), tried)
             except Refused as found:
                 refused.append(RefusedImage(entry.id, found.reason, found.detail))
         damaged = refused[-1 - SUBSTITUTES]

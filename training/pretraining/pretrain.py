@@ -100,8 +100,8 @@ def pretrain(
         command = command_text(["micl-zoo train", name], [("--data", path) for path in paths], overrides, smoke)
         record = run_record(recipe, facts, command, target, ranks.world)
         with RunDir.open(Path(out), record, main=ranks.main) as folder:
-            if finished := ranks.first(folder.finished_encoder):
-                return finished
+            if ranks.first(folder.finished):
+                return folder.encoder_file
             corpus = _read_corpus(index, recipe, target, workers, ranks)
             autocast = resolve_autocast(recipe, target)
             with StopRequest() as stop:  # before, there is nothing to save
@@ -181,14 +181,13 @@ class _Loop(Loop[Seen, Path]):
         self.measured(steps, "knn", found)
 
     def finish(self) -> Path:
-        state, file = weights_of(self.snapshot()), None
+        state = weights_of(self.snapshot())
         if self.ranks.main:
             self.folder.record["result"] = self.totals()
             self.folder.save_record()
-            file = self.folder.save_encoder(state, self.config, self.recipe.save_dtype)
-        made = self.ranks.first(file)
-        assert made is not None
-        return made
+            self.folder.save_encoder(state, self.config, self.recipe.save_dtype)
+        self.ranks.first(None)  # all of them end when it is there
+        return self.folder.encoder_file
 
 
 def make_vit(recipe: Recipe) -> VisionTransformer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import warnings
 from array import array
@@ -19,7 +18,8 @@ from micl_zoo.files import atomic_path, write_text
 
 from ..corpora import corpus_text
 from ..evaluation.tables import need_matplotlib, render
-from ..recipes import Recipe, read_run, recorded_recipe
+from ..recipes import Recipe, recorded_recipe
+from ..run.record import METRICS_FILE, RESTORED, RUN_FILE, metric_lines, number, read_run
 
 CHART_POINTS = 2000  # of a curve, each the mean of its bin
 SMOOTH_PART = 40  # a smoothed curve is the mean over this fraction of the run
@@ -27,7 +27,6 @@ FINAL_STEPS = 100  # final numbers are means over the last steps
 EVENTS_MARKED = 40  # in the charts; the table has them all
 REFUSED_SHOWN = 100
 CURVE_COLORS = ("#3f83d8", "#d9782d", "#2f9e77", "#b25aa6", "#b8952b", "#c9504f", "#5aa7b8", "#8a7a6a")
-NUMBER = (int, float)
 COLUMNS = ("step", "epoch", "loss", "accuracy", "lr", "images_per_second", "data_wait", "seconds")
 
 
@@ -38,7 +37,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         raise UsageError(f"the report is one HTML page: {str(page)!r} must end in .html")
     need_matplotlib("the charts of a report need")
     record, recipe = _read_record(run)
-    history = _read_history(run / "metrics.jsonl")
+    history = _read_history(run / METRICS_FILE)
     pictures = {
         chart.name: tuple(_draw(chart, history, theme) for theme in (LIGHT, DARK)) for chart in _charts(history, recipe)
     }
@@ -89,14 +88,8 @@ class History(NamedTuple):
 
 def _read_record(run: Path) -> tuple[dict[str, Any], Recipe]:
     wrote = "Give the folder that `train --out` wrote."
-    try:
-        if (record := read_run(run)) is not None:
-            return record, recorded_recipe(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrainingError(
-            f"no run to report on: {str(run / 'run.json')!r} is not what a run of this package writes "
-            f"({type(error).__name__}: {error}). {wrote}"
-        ) from None
+    if (record := read_run(run, RESTORED)) is not None:
+        return record, recorded_recipe(record, repr(str(run / RUN_FILE)))
     runs = [str(found.parent) for found in sorted(run.glob("*/run.json"))[:5]]
     found = "has no run.json" if run.is_dir() else "is a file" if run.exists() else "does not exist"
     hint = f"It holds these runs: {', '.join(runs)}." if runs else wrote
@@ -105,33 +98,22 @@ def _read_record(run: Path) -> tuple[dict[str, Any], Recipe]:
 
 def _read_history(file: Path) -> History:
     numbers, knn, events, unread, whole = array("d"), dict[str, list[tuple[int, float]]](), [], 0, True
-    with file.open(encoding="utf-8", errors="replace") if file.exists() else io.StringIO() as lines:
-        for text in lines:
-            unread += not whole  # the line before was damaged, and was not the last
-            line = _parse(text)
-            whole = line is not None
-            if line is None:
-                continue
-            if isinstance(line.get("knn"), dict):
-                for name, share in line["knn"].items():
-                    if isinstance(share, NUMBER) and math.isfinite(share):
-                        knn.setdefault(name, []).append((line["step"], share))
-            elif "event" in line:
-                events.append((line["step"], str(line["event"]), str(line.get("detail", ""))))
-            else:
-                found = map(line.get, COLUMNS)
-                numbers.extend(value if isinstance(value, NUMBER) else math.nan for value in found)
+    for _, line in metric_lines(file):
+        unread += not whole  # the line before was damaged, and was not the last
+        whole = line is not None
+        if line is None:
+            continue
+        if isinstance(line.get("knn"), dict):
+            for name, share in line["knn"].items():
+                if math.isfinite(number(share)):
+                    knn.setdefault(name, []).append((line["step"], share))
+        elif "event" in line:
+            events.append((line["step"], str(line["event"]), str(line.get("detail", ""))))
+        else:
+            numbers.extend(number(line.get(name)) for name in COLUMNS)
     table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(COLUMNS))[::-1]
     _, newest = np.unique(table[:, 0], return_index=True)  # a step that was taken again counts once
     return History(dict(zip(COLUMNS, table[newest].T, strict=True)), knn, events, unread)
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 class Curve(NamedTuple):

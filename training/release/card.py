@@ -14,8 +14,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from micl_zoo.encoders.device import ONNX_PRECISIONS
-from micl_zoo.encoders.zoo import RECORDS, timm_architecture, vit_sizes
-from micl_zoo.errors import UsageError
+from micl_zoo.encoders.zoo import RECORDS, is_name, timm_architecture, vit_sizes
+from micl_zoo.errors import UsageError, unknown
 
 from ..corpora import CORPORA, PEOPLE
 from ..evaluation import tables
@@ -57,6 +57,8 @@ def card(encoder: str | None, measured: Sequence[Path] = (), *, hub: bool = Fals
     if encoder is None:
         return repository_card()
     if not Path(encoder).is_dir():
+        if not is_name(encoder):
+            raise UsageError(f"no folder of a training run at {encoder!r}, and {unknown('model', encoder, RECORDS)}")
         if measured:
             raise UsageError(f"the records of {encoder} come with the package; --eval is for a run's folder")
         return one_card(published(encoder), hub=hub)

@@ -21,14 +21,31 @@ from micl_zoo.encoders.zoo import ARCHS, Arch, timm_architecture
 from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.files import file_sha256
 from micl_zoo.images.transform import Transform
+from micl_zoo.schema import read
 
 from ..micl import position_table
+from ..recipes import Depth, Ratio, Side, Width
 
 CROP_PCT = 224 / 256  # MAE's evaluation, which the authors' code keeps: 224 out of a shorter side of 256
 POSITION_TOLERANCE = 1e-5
 # Width and heads behind the size words in model names, as in the ViT papers and timm.
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_ARGS, DEEPEST_ARG, LONGEST_ARG, LARGEST = 1000, 5, 1000, 2**63  # of a run's command line
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a network may be."""
+
+    embed_dim: Width
+    depth: Depth
+    patch_size: Side
+    image_size: Side
+    mlp_ratio: Ratio
 
 
 @dataclass(frozen=True)
@@ -80,14 +97,31 @@ def _read(checkpoint: Path) -> _Checkpoint:
     body = _load(checkpoint)
     wrapped = isinstance(body, dict) and isinstance(body.get("model"), dict)
     state = body["model"] if wrapped else body
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        keys = f"a dict with {_some(map(str, body))}" if isinstance(body, dict) else f"a {type(body).__name__}"
-        raise WeightsError(f"{str(checkpoint)!r} has no state dict, neither as `model` nor as a whole: it is {keys}")
+    if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
+        names = [key for key in body if isinstance(key, str)] if isinstance(body, dict) else []
+        found = f"a dict with {_some(names) or 'no names'}" if isinstance(body, dict) else f"a {type(body).__name__}"
+        raise WeightsError(f"{str(checkpoint)!r} has no state dict, neither as `model` nor as a whole: it is {found}")
+    state = {key: value.detach() for key, value in state.items()}
+    _check_size(state, checkpoint)
     rest = body if wrapped else {}
     epoch, args = rest.get("epoch"), rest.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    state = {str(key): value.detach() for key, value in state.items()}
-    return _Checkpoint(state, epoch if isinstance(epoch, int) else None, _plain(args) if isinstance(args, dict) else {})
+    epoch = epoch if type(epoch) is int and 0 <= epoch < LARGEST else None
+    return _Checkpoint(state, epoch, _Plain().dict(args) if isinstance(args, dict) else {})
+
+
+def _is_weight(key: object, value: object) -> bool:
+    """Whether this is a tensor whose numbers are there, under a name."""
+    if not (isinstance(key, str) and isinstance(value, Tensor)):
+        return False
+    return value.device.type == "cpu" and value.layout == torch.strided and not value.is_quantized
+
+
+def _check_size(state: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Refuse tensors that claim more numbers than the file has, by strides of 0 or one storage for many of them."""
+    claimed, there = sum(value.numel() * value.element_size() for value in state.values()), checkpoint.stat().st_size
+    if claimed > there:
+        raise WeightsError(f"{str(checkpoint)!r} has {there:,} bytes, and its tensors claim {claimed:,}: it is a fake")
 
 
 def _load(checkpoint: Path) -> Any:
@@ -99,6 +133,8 @@ def _load(checkpoint: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped where the format allows it, so that the optimiser's two thirds of the file stay on disk.
             mapped = zipfile.is_zipfile(checkpoint)
+            if mapped and _is_compressed(checkpoint):
+                raise ValueError("compressed")  # torch compresses nothing, and what unpacks has no bounds
             return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler raises whatever a damaged file makes it raise
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
@@ -112,15 +148,37 @@ def _load(checkpoint: Path) -> Any:
         ) from None
 
 
-def _plain(value: Any) -> Any:
-    """As JSON can hold it; what it cannot is named by its type."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    return str(value) if isinstance(value, float) else f"<{type(value).__name__}>"
+def _is_compressed(checkpoint: Path) -> bool:
+    with zipfile.ZipFile(checkpoint) as packed:
+        return any(one.compress_type != zipfile.ZIP_STORED for one in packed.infolist())
+
+
+class _Plain:
+    """Values as JSON can hold them, and as many as a command line has: what cannot be is named by its type."""
+
+    def __init__(self) -> None:
+        self.left = MOST_ARGS  # a pickle may have the same list a million times, in lists of lists of it
+
+    def dict(self, found: Mapping[Any, Any], depth: int = 0) -> dict[str, Any]:
+        """Take what has a name."""
+        named = [(str(key), value) for key, value in found.items() if isinstance(key, str | bool | float)]
+        named += [(str(key), value) for key, value in found.items() if type(key) is int and abs(key) < LARGEST]
+        return {key[:LONGEST_ARG]: self.value(value, depth + 1) for key, value in named[:MOST_ARGS] if self.left > 0}
+
+    def value(self, value: Any, depth: int) -> Any:
+        """Take one value, and what is in it."""
+        self.left -= 1
+        if isinstance(value, dict) and depth < DEEPEST_ARG:
+            return self.dict(value, depth)
+        if isinstance(value, list | tuple) and depth < DEEPEST_ARG:
+            return [self.value(item, depth + 1) for item in value[:MOST_ARGS] if self.left > 0]
+        if isinstance(value, str):
+            return value[:LONGEST_ARG]
+        if value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < LARGEST):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else str(value)
+        return f"<{type(value).__name__}>"
 
 
 def _encoder_part(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -142,6 +200,9 @@ def _shape(state: Mapping[str, Tensor], num_heads: int | None, model: str, where
         shapes = ", ".join(f"{key} {tuple(state[key].shape)}" for key in NEEDED)
         raise WeightsError(f"{where} is no ViT of this method on square images: it has {shapes}")
     width, depth = cls_token[2], len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    sizes = {"embed_dim": width, "depth": depth, "mlp_ratio": hidden[0] / width}
+    sizes |= {"patch_size": patches[2], "image_size": grid * patches[2]}
+    read(_Sizes, sizes, f"the network in {where}", WeightsError)
     heads, heads_from = _heads(width, depth, num_heads, model)
     ratio = hidden[0] / width
     if int(width * ratio) < hidden[0]:  # as timm multiplies; rounding can lose a unit
@@ -177,7 +238,7 @@ def _check_state(state: Mapping[str, Tensor], shape: Arch, where: str) -> None:
         raise WeightsError(f"{where} is no ViT of this method, {shape.depth} blocks deep: {'; '.join(parts)}")
     for key, size in expected.items():
         value = state[key]
-        if tuple(value.shape) != size or not value.is_floating_point() or value.layout != torch.strided:
+        if tuple(value.shape) != size or value.dtype not in FLOATS:
             raise WeightsError(f"{where}: {key} must be {size} floats, got {tuple(value.shape)} {value.dtype}")
     if broken := [key for key in expected if not state[key].isfinite().all()]:
         raise WeightsError(f"{where}: not finite: {_some(broken)}. The run had failed: take an earlier checkpoint.")
@@ -204,7 +265,7 @@ def _config(shape: Arch, name: str | None, license: str) -> EncoderConfig:
     known = next((arch for arch in ARCHS if ARCHS[arch].timm_name == architecture and not model_args), None)
     name = name or f"{known or f'vit_{shape.embed_dim}x{shape.depth}'}.imported"
     arch, _, tag = name.partition(".")
-    if not (re.fullmatch(r"\w+", arch) and re.fullmatch(r"[\w.-]+", tag)):
+    if not (re.fullmatch(r"\w+", arch, re.ASCII) and re.fullmatch(r"[\w.-]{1,100}", tag, re.ASCII)):
         raise UsageError(f"a name is arch.tag, as vit_b16.imported, got {name!r}")
     if arch in ARCHS and arch != known:
         raise UsageError(f"{name!r} was asked for, but the weights are those of {known or 'no arch with a name'}")

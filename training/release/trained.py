@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +18,17 @@ from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256, write_text
 from micl_zoo.images.transform import Transform
 from micl_zoo.printing import json_line
+from micl_zoo.schema import read, read_json
 
 from ..corpora import CORPORA, Corpus
+from ..evaluation.record import read_measured
 from ..recipes import Recipe, record_differences, recorded_recipe
+from ..run.record import METRICS_FILE, RESTORED, RUN_FILE, FinishedRun, metric_lines, number, read_run
 
 RECORDS_FOLDER = Path(__file__).parents[1] / "records"
 Json = dict[str, Any]
 OTHERS = ("export", "upright")
+NAME = re.compile(r"\w[\w.+ ()-]*", re.ASCII)
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
 
 
@@ -70,6 +76,9 @@ class Trained:
                     f"{file} is of other weights (sha256 {sha256}) than {self.name} ({self.weights['sha256']}): "
                     f"measure these, by micl-zoo eval all {self.target} --data SET -o FILE"
                 )
+        for file, one in self.evaluations.items():
+            if self.name not in one["results"]:
+                raise UsageError(f"{file} has no results of {self.name}, but of {', '.join(one['results']) or 'none'}")
         for repeat in self.repeats:
             _check_repeat(repeat, self.run)
 
@@ -142,7 +151,8 @@ def published(name: str, records: Path | None = None) -> Trained:
 def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
     """Gather the encoder of a finished run of one's own, with records of `eval all` and results of `eval finetune`."""
     record, weights = run_record(run), local_weights(run / "encoder")
-    found = {str(file): _read(file) for file in measured}
+    found = {str(file): read_measured(file) for file in measured}
+    _check_name(weights.config.name, run)
     trained = Trained(
         name=weights.config.name,
         record=record,
@@ -160,23 +170,27 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
 
 def run_record(run: Path) -> Json:
     """Make the record of a run: the weights' sha256 and bytes, run.json, every 50th step of its curve, its k-NN."""
-    try:
-        made_by = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        recorded_recipe(made_by)  # of fine-tuning there is no card
-    except FileNotFoundError as error:
-        raise TrainingError(
-            f"no run to describe: {error.filename!r} does not exist. Give the folder that `train --out` wrote."
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"run.json or metrics.jsonl in {str(run)!r} is damaged: {error}") from None
+    made_by, where = read_run(run, RESTORED), repr(str(run / RUN_FILE))
+    if made_by is None:
+        raise TrainingError(f"no run to describe: {where} does not exist. Give the folder that `train --out` wrote.")
+    recorded_recipe(made_by, where)  # of fine-tuning there is no card
     file = run / "encoder" / WEIGHTS_FILE
-    if "result" not in made_by or not file.exists():
+    if made_by.get("result") is None or not file.exists():
         raise TrainingError(f"{str(run)!r} is not finished: rerun the command that started it to resume")
-    steps = [line for line in lines if "loss" in line]
+    read(FinishedRun, made_by, where, TrainingError, "a card cannot be made of it", others=True)
+    lines = [line for _, line in metric_lines(run / METRICS_FILE) if line is not None]
+    steps = [line for line in lines if math.isfinite(number(line.get("loss")) + number(line.get("accuracy")))]
+    if not steps:
+        raise TrainingError(f"{str(run / METRICS_FILE)!r} has no whole line of a step: a card cannot be made of it")
     kept = steps[::CURVE_EVERY] + steps[-1:] * ((len(steps) - 1) % CURVE_EVERY != 0)
     weights = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
     return {"weights": weights, "run": made_by, "curve": kept, "knn": [line for line in lines if "knn" in line]}
+
+
+def _check_name(name: str, run: Path) -> None:
+    """Refuse a name that would lead files of it elsewhere: it comes out of the header of the weights."""
+    if not NAME.fullmatch(name):
+        raise UsageError(f"the encoder in {str(run)!r} is called {name!r}, which is no arch.tag: it cannot be a file's")
 
 
 def write_run_record(record: Json, file: Path) -> None:
@@ -206,12 +220,7 @@ def read_all(folder: Path | None, pattern: str) -> dict[str, Json]:
 
 
 def _read(file: Path) -> Json:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"no such record: {str(file)!r}") from None
-    except ValueError as error:
-        raise UsageError(f"{str(file)!r} is not a record: {error}") from None
+    found = read_json(file, UsageError, "take the record that came with the package")
     if not isinstance(found, dict):
         raise UsageError(f"{str(file)!r} is not a record: it holds no JSON object")
     return found

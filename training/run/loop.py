@@ -139,11 +139,11 @@ class Loop(ABC, Generic[Batch, Made]):
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, or write the one before the first step; the next step's number."""
-        file = self.ranks.first(self.folder.newest_whole() if self.ranks.main else None)
-        if file is None:
+        newest = self.ranks.first(self.folder.newest_whole() if self.ranks.main else None)
+        if newest is None:
             self._save(0)
             return 0
-        step, self.clock.before = restore(file, self.step)
+        step, self.clock.before = restore(self.folder.checkpoint(newest), self.step)
         if self.ranks.main:
             self.folder.forget_after(step)
         return step

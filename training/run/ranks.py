@@ -1,4 +1,4 @@
-"""Several processes that train one encoder: who is which, what they agree on, and how they are started.
+"""Several processes that train one encoder: who is which, and what they agree on.
 
 Every process ("rank") computes one share of each batch. Gradients travel by NCCL between GPUs and by gloo between CPUs;
 words between hosts (a signal, a loss, a bad image) always travel by gloo, so that no GPU has to wait for them.
@@ -6,9 +6,9 @@ words between hosts (a signal, a loss, a bad image) always travel by gloo, so th
 
 from __future__ import annotations
 
+import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,8 +21,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from micl_zoo.encoders.device import resolve_device
-from micl_zoo.errors import Interrupted, TrainingError, UsageError
+from micl_zoo.errors import TrainingError, UsageError
 
+STORE = "MICL_ZOO_STORE"  # variable with the file by which the ranks of one machine meet
 WAIT = timedelta(hours=2)  # for a rank that reads a large corpus, or that measures k-NN while the others wait
 T = TypeVar("T")
 
@@ -47,12 +48,19 @@ class Ranks:
         return self.parent is not None and os.getppid() != self.parent
 
     def gather(self, thing: T) -> list[T]:
-        """Gather one picklable object of every rank, by rank; all ranks get all."""
+        """Gather one thing of every rank, by rank; all ranks get all. It is JSON: tuples come back as lists.
+
+        Not by all_gather_object: what comes over a network must not be unpickled.
+        """
+        text = json.dumps(thing).encode()
         if self.world == 1:
-            return [thing]
-        things: list[Any] = [None] * self.world
-        dist.all_gather_object(things, thing, group=self.words)
-        return things
+            return [json.loads(text)]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(text)]), group=self.words)
+        longest = max(map(int, lengths))
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(texts, torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8), group=self.words)
+        return [json.loads(found.numpy().tobytes()) for found in texts]  # JSON does not mind spaces behind it
 
     def any(self, *flags: bool) -> list[bool]:
         """Raise each flag on all ranks that is True on one; in a fraction of a millisecond, so every step can ask."""
@@ -111,7 +119,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
             )
         target = torch.device("cuda", local)
         torch.cuda.set_device(target)
-    store, rank, world = next(rendezvous("env://", timeout=WAIT))
+    store, rank = _meeting()
     # The store outlives a restart, with the dead ranks' ports in it.
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if target.type == "cuda" else "gloo"
@@ -123,41 +131,16 @@ def joined(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         dist.destroy_process_group()
 
 
+def _meeting() -> tuple[Any, int]:
+    """Where this rank meets the others, and its number: by a file that `launch` names, else as torchrun says."""
+    if STORE not in os.environ:
+        store, rank, _ = next(rendezvous("env://", timeout=WAIT))
+        return store, rank
+    store = dist.FileStore(os.environ[STORE], int(os.environ["WORLD_SIZE"]))  # type: ignore[attr-defined]
+    store.set_timeout(WAIT)
+    return store, int(os.environ["RANK"])
+
+
 def says() -> bool:
     """Tell whether this process is the one that speaks to the person: rank 0."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def launch(
-    words: Sequence[str],  # of `micl-zoo`, from `train` or `eval` on, without the options on the number of processes
-    *,
-    gpus: int = 1,  # processes on this machine, one per GPU
-    nodes: int = 1,  # machines; the same call runs on each of them
-    rdzv: str | None = None,  # rendezvous endpoint, "host:port" of one of the machines; required for more than one
-    restarts: int = 0,  # how often all ranks start again, from the last checkpoint, after one has failed
-) -> None:
-    """Run `python -m micl_zoo.training WORDS` in `gpus` processes on this machine, by torchrun's elastic agent."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    if nodes > 1 and not rdzv:
-        raise UsageError("--nodes needs --rdzv HOST:PORT, the address of one machine, the same on all of them")
-    config = LaunchConfig(
-        min_nodes=nodes,
-        max_nodes=nodes,
-        nproc_per_node=gpus,
-        run_id=os.environ.get("SLURM_JOB_ID", "micl-zoo"),
-        rdzv_backend="c10d",
-        rdzv_endpoint=rdzv or "localhost:0",  # 0: any free port
-        max_restarts=restarts,
-        monitor_interval=0.5,
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
-    try:
-        elastic_launch(config, sys.executable)("-u", "-m", "micl_zoo.training", *words)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise TrainingError(f"rank {rank} ended with code {failure.exitcode}; see its output above") from None
-    except SignalException as error:
-        raise Interrupted("the ranks were told to stop; see their output above", signal=error.sigval) from None

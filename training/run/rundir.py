@@ -6,9 +6,10 @@ import dataclasses
 import errno
 import json
 import logging
+import re
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timezone
@@ -22,12 +23,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.weights import HEADER_KEY, WEIGHTS_FILE, EncoderConfig, recipe_config, save_weights
+from micl_zoo.encoders.weights import HEADER_KEY, WEIGHTS_FILE, EncoderConfig, header, recipe_config, save_weights
 from micl_zoo.errors import TrainingError
 from micl_zoo.files import FolderLock, atomic_path, file_sha256, lock_folder, sum_file, write_text
+from micl_zoo.schema import read
 
-from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, read_run, record_differences
+from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, record_differences
 from .provenance import code_commit, machine
+from .record import CHECKPOINT, METRICS_FILE, RUN_FILE, CheckpointHeader, checked_run, metric_lines, read_run
 from .step import Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,44 +62,70 @@ class RunDir:
         run = cls(path, record)
         if not main:
             return run
-        if (there := read_run(path)) is None:
+        there, damage = run._recorded()
+        if there is None:
             if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
                 raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
         elif differences := record_differences(there, record):
             raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
         run._lock = lock_folder(path, "training in", TrainingError)
         run.record = record if there is None else there
+        if damage:
+            log.warning("%s: it is made again from what the newest checkpoint says", damage)
+            run.record.setdefault("started", record["started"])
         where = {key: record[key] for key in ("commit", "versions", "machine", "processes")}
         if moved := where != {key: run.record.get(key) for key in where}:
             run.record.setdefault("resumed", []).append({**where, "started": record["started"]})
-        if moved or there is None:
+        if moved or damage or there is None:
             run.save_record()
         return run
 
+    def _recorded(self) -> tuple[dict[str, Any] | None, TrainingError | None]:
+        """Read run.json, or what it said from the newest whole checkpoint; and why it had to be that."""
+        try:
+            return read_run(self.path), None
+        except TrainingError as damage:
+            files = [file for file in reversed(self.checkpoints().values()) if _damage(file) is None]
+            if not files:
+                raise
+            what = f"the header of {str(files[0])!r}"
+            said = checked_run(header(files[0]).get("provenance"), what, "it cannot stand in for run.json: new --out")
+            return said, damage
+
     @property
-    def finished_encoder(self) -> Path | None:
-        """Weights file of a finished run, else None."""
-        file = self.path / "encoder" / WEIGHTS_FILE
-        return file if "result" in self.record and file.exists() else None
+    def encoder_file(self) -> Path:
+        """Weights file of the run once it is finished."""
+        return self.path / "encoder" / WEIGHTS_FILE
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run of pre-training has come to its end."""
+        return "result" in self.record and self.encoder_file.exists()
 
     def save_record(self) -> None:
         """Write run.json."""
-        write_text(self.path / "run.json", json.dumps(self.record, indent=2) + "\n")
+        write_text(self.path / RUN_FILE, json.dumps(self.record, indent=2) + "\n")
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be taken again, and a line that was cut off."""
-        file = self.path / "metrics.jsonl"
+        """Drop the lines of steps that will be taken again, and damaged ones; a last one may be cut off."""
+        file = self.path / METRICS_FILE
         if not file.exists():
             return
-        kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        lines = [(line, json.loads(line)) for line in kept]
-        # a step's line has the number of steps before it; k-NN and events have the number of steps taken
-        write_text(file, "".join(line for line, found in lines if found["step"] < step + ("loss" not in found)))
+        damaged = cut_off = 0
+        with atomic_path(file) as temporary, temporary.open("wb") as kept:
+            for text, found in metric_lines(file):
+                cut_off = found is None or not text.endswith(b"\n")
+                damaged += cut_off
+                # a step's line has the number of steps before it; k-NN and events have the number of steps taken
+                if found is not None and not cut_off and found["step"] < step + ("loss" not in found):
+                    kept.write(text)
+        if damaged > cut_off:
+            log.warning("%s: %d damaged lines are dropped", file, damaged)
 
     def save_checkpoint(self, step: int, seconds: float, tensors: dict[str, Tensor], config: EncoderConfig) -> None:
         """Write a snapshot after `step` steps, in a thread of its own, while the training goes on.
@@ -124,30 +153,41 @@ class RunDir:
             raise TrainingError(f"a checkpoint in {str(self.path)!r} could not be written: {error}") from None
 
     def _write_checkpoint(self, step: int, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-        file = self.path / "checkpoints" / f"step-{step:08d}.safetensors"
+        file = self.checkpoint(step)
         with atomic_path(file) as temporary:
             save_file(tensors, temporary, header)
             write_text(sum_file(file), f"{file_sha256(temporary)}  {file.name}\n")  # first, so that none is without
-        steps = {old: int(old.stem.removeprefix("step-")) for old in self.checkpoints()}
-        passing = [old for old, at in steps.items() if not (self.keep_steps and at and at % self.keep_steps == 0)]
+        files = self.checkpoints().items()
+        passing = [old for at, old in files if not (self.keep_steps and at and at % self.keep_steps == 0)]
         for old in passing[:-KEPT_CHECKPOINTS]:
             old.unlink()
             sum_file(old).unlink(missing_ok=True)
 
-    def checkpoints(self) -> list[Path]:
-        """List the checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
+    def checkpoint(self, step: int) -> Path:
+        """Name the checkpoint after so many steps."""
+        return self.path / "checkpoints" / f"step-{step:08d}.safetensors"
 
-    def newest_whole(self) -> Path | None:
-        """Find the newest checkpoint whose bytes are those that were written; None when there is no checkpoint.
+    def checkpoints(self) -> dict[int, Path]:
+        """List the checkpoints by their steps, oldest first."""
+        files = {int(name[1]): self.checkpoint(int(name[1])) for name in self._names() if name}
+        return dict(sorted(files.items()))
+
+    def _names(self) -> list[re.Match[str] | None]:
+        folder = self.path / "checkpoints"
+        return [CHECKPOINT.fullmatch(file.name) for file in folder.glob("step-*.safetensors")]
+
+    def newest_whole(self) -> int | None:
+        """Find the steps of the newest checkpoint whose bytes are those that were written; None without a checkpoint.
 
         A damaged one is renamed to `.damaged`, with a warning.
         """
         self.finish_writing()
+        if strange := self._names().count(None):
+            log.warning("%d files in checkpoints/ have no name of a checkpoint and are left alone", strange)
         files = self.checkpoints()
-        for file in reversed(files):
+        for step, file in reversed(files.items()):
             if (damage := _damage(file)) is None:
-                return file
+                return step
             file.replace(file.with_name(f"{file.name}.damaged"))
             log.warning("%s is damaged (%s): going on from the checkpoint before", file.name, damage)
         if files:
@@ -194,18 +234,45 @@ def snapshot(step: Step, *, moments: bool = True) -> dict[str, Tensor]:
 def restore(file: Path, step: Step) -> tuple[int, float]:
     """Put a checkpoint back in place, of any number of processes; the steps taken and seconds spent so far."""
     with safe_open(file, framework="pt") as opened:  # on the host: no card has room for two
-        header = opened.metadata()
+        said = _checkpoint_header(opened.metadata(), file)
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    steps = int(header["step"])
+    _check_tensors(file, tensors, step)
+    steps = said.step
     with torch.no_grad():
         for prefix, name, value in _weights(step):
             value.copy_(_like(value, tensors[f"{prefix}.{name}"]))
     step.optimizer.state.clear()
     for name, parameter in step.vit.named_parameters():
-        if f"exp_avg.{name}" in tensors:
+        if f"{MOMENTS[0]}.{name}" in tensors:
             moments = {moment: _like(parameter, tensors[f"{moment}.{name}"]).clone() for moment in MOMENTS}
             step.optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **moments}
-    return steps, float(header["seconds"])
+    return steps, said.seconds
+
+
+def _check_tensors(file: Path, tensors: Mapping[str, Tensor], step: Step) -> None:
+    """Refuse a checkpoint of another network: each weight has its place, and moments come in pairs."""
+    shapes = {f"{prefix}.{name}": value.shape for prefix, name, value in _weights(step)}
+    for name, parameter in step.vit.named_parameters():
+        pair = [f"{moment}.{name}" for moment in MOMENTS]
+        shapes |= {one: parameter.shape for one in pair if any(other in tensors for other in pair)}
+    if strange := [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]:
+        found = tuple(tensors[strange[0]].shape) if strange[0] in tensors else "none"
+        raise TrainingError(
+            f"{str(file)!r} is no checkpoint of this run: {strange[0]} must be {tuple(shapes[strange[0]])}, it is "
+            f"{found}. Remove that file to go on from the one before, or give a new --out"
+        )
+
+
+def _checkpoint_header(found: Mapping[str, str] | None, file: Path) -> CheckpointHeader:
+    """Read the header, whose values are texts."""
+    try:
+        numbers = {name: json.loads(text) for name, text in (found or {}).items() if name in ("step", "seconds")}
+    except (ValueError, RecursionError):
+        numbers = {}
+    said = read(CheckpointHeader, numbers, f"the header of {str(file)!r}", TrainingError)
+    if file.name != f"step-{said.step:08d}.safetensors":
+        raise TrainingError(f"the header of {str(file)!r} is damaged: it is of step {said.step}")
+    return said
 
 
 def _weights(step: Step) -> list[tuple[str, str, Tensor]]:
@@ -223,13 +290,15 @@ def _like(there: Tensor, value: Tensor) -> Tensor:
 def _damage(file: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        wanted = sum_file(file).read_text(encoding="utf-8").split()[0]
-        if file_sha256(file) != wanted:
+        with sum_file(file).open("rb") as beside:
+            wanted = beside.read(64)
+        if file_sha256(file).encode() != wanted:
             return "its bytes do not have the sha256 that was written beside it"
         with safe_open(file, framework="pt") as opened:
-            return None if "step" in (opened.metadata() or {}) else "it has no header of this program"
-    except (OSError, IndexError, SafetensorError) as error:
+            _checkpoint_header(opened.metadata(), file)
+    except (OSError, SafetensorError, TrainingError) as error:
         return str(error)
+    return None
 
 
 def _disk_full(path: Path, detail: str) -> TrainingError:

@@ -1,0 +1,170 @@
+"""Records of evaluations as they are read again: what tables, cards and a resumed evaluation need of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from micl_zoo.errors import MiclZooError, UsageError
+from micl_zoo.schema import Between, read, read_json
+
+from ..run.record import Machine
+from .protocols import METHODS, Protocol
+
+Percent = Annotated[float, Between(0, 100)]
+Images = Annotated[int, Between(0, 2**53)]
+Fact = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An accuracy with its interval or its spread over draws, or why there is none."""
+
+    accuracy: Percent | None = None
+    low: Percent | None = None
+    high: Percent | None = None
+    spread: Percent | None = None
+    validation: Percent | None = None  # accuracy on the images that chose a setting
+    lr: Annotated[float, Between(0)] | None = None  # those settings
+    C: Annotated[float, Between(0)] | None = None
+    left_out: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.accuracy is None and self.left_out is None:
+            raise ValueError("it has neither an accuracy nor a left_out")
+        if self.accuracy is not None and self.spread is None and (self.low is None or self.high is None):
+            raise ValueError("its accuracy has neither low and high nor a spread")
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """What a set of images was."""
+
+    classes: Images
+    train_images: Images
+    test_images: Images
+    source: str = ""
+    train_images_there: Images | None = None
+    test_images_there: Images | None = None
+    refused: Images = 0
+    known: str = "-"
+    sha256: dict[str, str] = field(default_factory=dict)
+    train_fingerprint: str | None = None
+    test_fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The encoder that was measured."""
+
+    name: str
+    weights_sha256: str | None
+    precision: str
+    transform: str | None = None
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """Where, when and by what a record was made."""
+
+    command: str = "not recorded"
+    date: str | None = None
+    started: str | None = None
+    commit: str | None = None
+    machine: Machine = None  # type: ignore[assignment]  # of a record that does not say it
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationFile(Made):
+    """What `micl-zoo eval` writes, but `eval finetune`."""
+
+    encoder: Subject = field(kw_only=True)
+    results: dict[str, dict[str, dict[str, dict[str, Figure]]]] = field(kw_only=True)  # by subject, set, method, key
+    protocol: dict[str, Any] = field(kw_only=True)
+    data: dict[str, SetFacts] = field(kw_only=True)
+    minutes: Annotated[float, Between(0)] = 0.0
+    resumed: list[Made] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sets = [(name, found) for each in self.results.values() for name, found in each.items()]
+        if unknown := next((name for name, _ in sets if name not in self.data), None):
+            raise ValueError(f"data has nothing on the set {unknown!r} of its results")
+        if lacking := [one.name for one in fields(Protocol) if one.name not in self.protocol]:
+            raise ValueError(f"protocol has no {lacking[0]}")
+        for method in METHODS.values():
+            figures = [] if method.by_key else [one for _, found in sets for one in found.get(method.name, {}).values()]
+            if any(None in (one.accuracy, one.validation, getattr(one, method.chosen)) for one in figures):
+                raise ValueError(f"a figure of {method.name} lacks accuracy, validation or {method.chosen}")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An accuracy with its interval."""
+
+    accuracy: Percent
+    low: Percent
+    high: Percent
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The encoder that fine-tuning started from."""
+
+    encoder: str
+    encoder_sha256: str | None
+
+
+@dataclass(frozen=True)
+class TunedBy:
+    """Its recipe, as far as a card goes."""
+
+    name: str
+    epochs: Annotated[float, Between(0, 1e6)]
+    batch_size: Images
+
+
+@dataclass(frozen=True)
+class TunedFile(Made):
+    """What `micl-zoo eval finetune` writes, its result.json."""
+
+    top1: Interval = field(kw_only=True)
+    test_images: Images = field(kw_only=True)
+    encoder: Tuned = field(kw_only=True)
+    data: SetFacts = field(kw_only=True)
+    recipe: TunedBy = field(kw_only=True)
+    machine: Machine = field(kw_only=True)
+    steps: Images = field(kw_only=True)
+    hours: Annotated[float, Between(0, 1e9)] = field(kw_only=True)
+    top5: Interval | None = None
+    classes: list[str] = field(default_factory=list)
+    test_refused: list[tuple[str, str, str]] = field(default_factory=list)
+    train_refused: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.data.source:
+            raise ValueError("data has no source")
+
+
+def read_result(file: Path, error: type[MiclZooError], cure: str) -> dict[str, Any]:
+    """Read the result.json of fine-tuning, with all its fields."""
+    found = read_json(file, error, cure)
+    read(TunedFile, found, repr(str(file)), error, cure, others=True)
+    return dict(found)
+
+
+def read_evaluation(file: Path, error: type[MiclZooError], cure: str) -> dict[str, Any]:
+    """Read the record of an evaluation, with all its fields."""
+    found, what = read_json(file, error, cure), repr(str(file))
+    record = read(EvaluationFile, found, what, error, cure, others=True)
+    read(Protocol, record.protocol, f"the protocol in {what}", error, cure, others=True)
+    return dict(found)
+
+
+def read_measured(file: Path) -> dict[str, Any]:
+    """Read a record of either kind, for a card."""
+    cure = "give a record that `eval all -o` wrote, or the result.json of `eval finetune`"
+    tuned = "top1" in (found if isinstance(found := read_json(file, UsageError, cure), dict) else {})
+    return (read_result if tuned else read_evaluation)(file, UsageError, cure)
