@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from micl_zoo.encoders.config import MAX_GRID, MAX_PARAMETERS, Depth, Heads, Ratio, Side, Width
 from micl_zoo.encoders.zoo import ARCHS, IN1K, TIN200
 from micl_zoo.errors import TrainingError, UsageError, unknown
 from micl_zoo.images.transform import Filter, Transform
@@ -16,15 +17,7 @@ from micl_zoo.schema import Between, read, wrong_fields
 
 from .corpora import CORPORA, corpus_key
 
-# Of a network: what `load` takes.
-Side = Annotated[int, Between(1, 4096)]  # pixels
-Width = Annotated[int, Between(1, 8192)]
-Depth = Annotated[int, Between(1, 128)]
-Heads = Annotated[int, Between(1, 256)]
-Ratio = Annotated[float, Between(0.1, 64)]
-GRID = 128  # patches along a side, at most
-WEIGHTS = 4_000_000_000  # numbers of a network, at most
-# Of a run.
+# Ranges of a run; those of a network are what `load` takes.
 Count = Annotated[int, Between(1, 2**20)]
 Views = Annotated[int, Between(2, 4)]
 Chance = Annotated[float, Between(0, 1)]
@@ -183,10 +176,11 @@ class Recipe(AnyRecipe):
             "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
             f"crop_size must be a multiple of patch_size {patch}": self.crop_size % patch == 0,
             f"image_size must be a multiple of patch_size {patch}": self.image_size % patch == 0,
-            f"image_size must be at most {GRID} patches of patch_size {patch}": self.image_size <= GRID * patch,
-            f"crop_size must be at most {GRID} patches of patch_size {patch}": self.crop_size <= GRID * patch,
+            f"image_size must be at most {MAX_GRID} patches of patch_size {patch}": self.image_size <= MAX_GRID * patch,
+            f"crop_size must be at most {MAX_GRID} patches of patch_size {patch}": self.crop_size <= MAX_GRID * patch,
             f"embed_dim must be a multiple of num_heads {self.num_heads}": self.embed_dim % self.num_heads == 0,
-            f"embed_dim must make {WEIGHTS:,} weights at most, with depth and mlp_ratio": weights <= WEIGHTS,
+            f"embed_dim must make {MAX_PARAMETERS:,} weights at most, with depth and mlp_ratio": weights
+            <= MAX_PARAMETERS,
             "batch_size must be at least 2: each image needs a negative": self.batch_size >= 2,
             "contrast_batch must be 0, or at least 2 and divide batch_size": self.contrast_batch == 0 or groups,
             "mask_ratio must be at least 0 and below 1": self.mask_ratio < 1,

@@ -16,7 +16,8 @@ from ..schema import Between, read
 
 MODULES = ("vision_transformer", "deit")  # of timm: the architectures that may be asked for are theirs
 MAX_PARAMETERS = 4_000_000_000  # timm's largest of them has 2.7e9
-MAX_PATCHES = 128 * 128  # per image
+MAX_GRID = 128  # patches along a side
+MAX_PATCHES = MAX_GRID * MAX_GRID  # per image
 ARCHITECTURE = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)  # no hf-hub:, no local-dir:, no path, no tag
 NAME = re.compile(r"\w(?:[\w.+ ()-]*[\w.+)-])?")  # also part of file names
 MIN_CROP = 0.05  # share of the resized side; less only costs memory
@@ -24,6 +25,9 @@ CURE = "take the config.json that timm or micl-zoo wrote for these weights"
 
 Side = Annotated[int, Between(1, 4096)]  # pixels
 Width = Annotated[int, Between(1, 8192)]  # numbers per token
+Depth = Annotated[int, Between(1, 128)]
+Heads = Annotated[int, Between(1, 256)]
+Ratio = Annotated[float, Between(0.1, 64)]
 Rate = Annotated[float, Between(0, 0.999)]
 Mean = Annotated[float, Between(-1000, 1000)]  # for pixels in 0..1
 Std = Annotated[float, Between(1e-4, 1000)]
@@ -37,9 +41,9 @@ class ModelArgs:
     patch_size: tuple[Side, Side] | Side | None = None
     in_chans: Literal[3] | None = None
     embed_dim: Width | None = None
-    depth: Annotated[int, Between(1, 128)] | None = None
-    num_heads: Annotated[int, Between(1, 256)] | None = None
-    mlp_ratio: Annotated[float, Between(0.1, 64)] | None = None
+    depth: Depth | None = None
+    num_heads: Heads | None = None
+    mlp_ratio: Ratio | None = None
     qkv_bias: bool | None = None
     qk_norm: bool | None = None
     scale_attn_norm: bool | None = None
@@ -149,9 +153,9 @@ class RecipeShape:
     image_size: Side
     patch_size: Side
     embed_dim: Width
-    depth: Annotated[int, Between(1, 128)]
-    num_heads: Annotated[int, Between(1, 256)]
-    mlp_ratio: Annotated[float, Between(0.1, 64)]
+    depth: Depth
+    num_heads: Heads
+    mlp_ratio: Ratio
     pixel_mean: tuple[Mean, Mean, Mean]
     pixel_std: tuple[Std, Std, Std]
 

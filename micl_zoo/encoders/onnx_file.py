@@ -16,7 +16,8 @@ from ..errors import WeightsError
 # What `micl-zoo export` writes, in every precision and opset, and their kin. No loops, branches and functions, which
 # may never end, none that makes much out of nothing (ConstantOfShape, Tile, Range), none of other makers' domains.
 _OPERATORS = """
-    Abs Add And Attention Cast CastLike Clip Concat Constant Conv Div Equal Erf Expand Flatten Gather Gelu Gemm Greater
+    Abs Add And Attention Cast CastLike Clip Concat Constant Conv DequantizeLinear Div DynamicQuantizeLinear Equal Erf
+    Expand Flatten Gather Gelu Gemm Greater
     Identity IsNaN LayerNormalization Less MatMul MatMulInteger Max Min Mul Neg Not Or Pow QuantizeLinear
     RMSNormalization Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Resize Round Shape Sigmoid Slice
     Softmax Split Sqrt Squeeze Sub Swish Tanh Transpose Unsqueeze Where

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ CONFIG_FILE = "config.json"
 ONNX_FILE = "model.onnx"
 # Config and provenance in the safetensors header: one entry, as the library shuffles several.
 HEADER_KEY = "micl_zoo"
+CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})\.safetensors")  # not a copy of one
 CHECKPOINT_KEYS = {"step", "seconds"}  # in the headers of training's checkpoints
 MAX_HEADER = 16 << 20  # bytes; that of a ViT-L's checkpoint has 0.2 MB
 NUMBERS = ("F16", "BF16", "F32", "F64")  # dtypes of weights, as safetensors says them
@@ -149,7 +151,8 @@ def _file_at(path: Path) -> Path:
             raise WeightsError(f"no weights at {str(path)!r}, there is no such file or folder: expected {wanted}")
         file = path
         if path.is_dir():  # the run's finished encoder before its newest checkpoint
-            checkpoints = sorted(path.glob("checkpoints/step-*.safetensors"), reverse=True)
+            found = (file for file in path.glob("checkpoints/step-*") if CHECKPOINT.fullmatch(file.name))
+            checkpoints = sorted(found, key=lambda file: (len(file.name), file.name), reverse=True)
             choices = [path / WEIGHTS_FILE, path / "encoder" / WEIGHTS_FILE, *checkpoints]
             file = next((choice for choice in choices if choice.is_file()), choices[0])
         if not file.is_file():

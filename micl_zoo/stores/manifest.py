@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, Literal
 
-from ..encoders.device import Pool
-from ..errors import StoreError
+from ..encoders.device import PRECISIONS, Pool
+from ..errors import StoreError, unknown
 from ..files import Folder
 from ..schema import MAX_BYTES, Between, parse_json, read
 
@@ -21,7 +21,6 @@ MAX_NUMBERS = 1 << 26  # per row: 256 MB in float32; all patches of a large ViT 
 FREE_FIELDS = ("command", "versions", "rows", "shards", "index_sha256")  # may differ when a store is resumed
 CURE = "the files beside it are as they were; give another folder, or extract with --overwrite"
 
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Runtime = Literal["torch", "torch compiled", "openvino", "onnx"]
 Count = Annotated[int, Between(0, 1 << 40)]
 
@@ -35,7 +34,7 @@ class Manifest:
     transform: str  # id of the transform
     decoding: str  # id of the decoding, from bytes to pixels: exact or fast, EXIF; in earlier versions the pixel limit
     runtime: Runtime  # what ran the model when the store was begun; a part says by what it was made
-    precision: Precision  # in which the model ran; "int8" for an ONNX file
+    precision: str  # a key of PRECISIONS, in which the model ran; "int8" for an ONNX file
     pool: Pool
     normalized: bool  # whether embeddings have unit length
     dtype: Literal["float16", "float32"]  # data type of the stored embeddings
@@ -52,6 +51,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if prod(self.shape) > MAX_NUMBERS:
             raise ValueError(f"shape {self.shape} is more than {MAX_NUMBERS:,} numbers per row")
+        if self.precision not in PRECISIONS:
+            raise ValueError(unknown("precision", self.precision, PRECISIONS))
 
     @property
     def dim(self) -> int:

@@ -357,7 +357,7 @@ def _provenance(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> tuple[Mar
         commit, _, dirty = (one.get("commit") or "not recorded").partition("-")
         commit = code(commit[:12]) + ", with changes" * bool(dirty)
         machine = plain(_machine(one["machine"])) if "machine" in one else "not recorded"
-        lines.append([what, code(file), plain(date), commit, machine, code(one.get("command", "not recorded"))])
+        lines.append([what, code(file), plain(date), commit, machine, code(one.get("command") or "not recorded")])
         versions.append((", ".join(f"{name} {version}" for name, version in one.get("versions", {}).items()), file))
     most = Counter(text for text, _ in versions).most_common(1)[0][0]
     others, usual = "", most.split(", ")

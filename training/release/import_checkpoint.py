@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from micl_zoo._version import package_versions
+from micl_zoo.encoders.config import Depth, Ratio, Side, Width
 from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, read_tensors, save_weights
 from micl_zoo.encoders.zoo import ARCHS, Arch, timm_architecture
 from micl_zoo.errors import UsageError, WeightsError
@@ -24,7 +25,6 @@ from micl_zoo.images.transform import Transform
 from micl_zoo.schema import read
 
 from ..micl import position_table
-from ..recipes import Depth, Ratio, Side, Width
 
 CROP_PCT = 224 / 256  # MAE's evaluation, which the authors' code keeps: 224 out of a shorter side of 256
 POSITION_TOLERANCE = 1e-5

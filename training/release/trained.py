@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from micl_zoo.encoders.config import NAME
 from micl_zoo.encoders.hub import not_published
 from micl_zoo.encoders.weights import WEIGHTS_FILE, local_weights
 from micl_zoo.encoders.zoo import OnnxFile, Record, find_record
@@ -28,7 +28,6 @@ from ..run.record import METRICS_FILE, RESTORED, RUN_FILE, FinishedRun, metric_l
 RECORDS_FOLDER = Path(__file__).parents[1] / "records"
 Json = dict[str, Any]
 OTHERS = ("export", "upright")
-NAME = re.compile(r"\w[\w.+ ()-]*", re.ASCII)
 CURVE_EVERY = 50  # steps between the points of the curve that a record keeps
 
 

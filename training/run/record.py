@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 RESTORED = "the command that started the run makes it again from the newest checkpoint"
 LARGEST = 1e100  # of a measured number
 LONGEST_LINE = 1 << 20  # bytes of metrics.jsonl; a step's line has 200
-CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})\.safetensors")
 Count = Annotated[int, Between(0, 2**53)]
 Amount = Annotated[float, Between(0)]
 Fact = str | int | float | bool | None

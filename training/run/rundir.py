@@ -23,14 +23,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.weights import HEADER_KEY, WEIGHTS_FILE, EncoderConfig, header, recipe_config, save_weights
+from micl_zoo.encoders.weights import (
+    CHECKPOINT,
+    HEADER_KEY,
+    WEIGHTS_FILE,
+    EncoderConfig,
+    header,
+    recipe_config,
+    save_weights,
+)
 from micl_zoo.errors import TrainingError
 from micl_zoo.files import FolderLock, atomic_path, file_sha256, lock_folder, sum_file, write_text
 from micl_zoo.schema import read
 
 from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, record_differences
 from .provenance import code_commit, machine
-from .record import CHECKPOINT, METRICS_FILE, RUN_FILE, CheckpointHeader, checked_run, metric_lines, read_run
+from .record import METRICS_FILE, RUN_FILE, CheckpointHeader, checked_run, metric_lines, read_run
 from .step import Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
