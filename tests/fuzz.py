@@ -132,8 +132,9 @@ def checkpoint_target(folder: Path) -> Target:
     from micl_zoo.encoders.weights import local_weights
     from micl_zoo.errors import MiclZooError
     from micl_zoo.training.pretraining.report import _read_history
-    from micl_zoo.training.recipes import read_run, recorded_recipe
+    from micl_zoo.training.recipes import recorded_recipe
     from micl_zoo.training.release.trained import run_record
+    from micl_zoo.training.run.record import read_run
 
     good = _run(folder)
     newest = sorted(good.glob("checkpoints/*.safetensors"))[-1].relative_to(good).as_posix()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import io
@@ -33,6 +34,7 @@ from micl_zoo.images.formats import FORMATS, SUFFIXES, readable
 from micl_zoo.sources import archives, globs
 from micl_zoo.sources import listing as sources
 from micl_zoo.sources import parquet as tables
+from micl_zoo.sources.footer import read_footer, unpacked_dictionary
 from micl_zoo.sources.index import Entry, Fingerprint, ImageIndex
 from micl_zoo.sources.kinds import KINDS, Kind
 from micl_zoo.sources.listing import index_source, list_source
@@ -724,11 +726,11 @@ def test_each_row_group_is_read_once_and_looked_up_in_a_table(tmp_path: Path, mo
     rows = [jpeg(n % 3) for n in range(300)]
     pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet", row_group_size=1)
     reader, index, calls = Reader(), index_source(tmp_path / "a.parquet"), Counter[str]()
-    for name, owner in (("parquet_row_groups", tables), ("load", tables._Cells)):
+    for name, owner in (("read_footer", tables), ("load", tables._Cells)):
         whole = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, name=name, whole=whole: calls.update([name]) or whole(*args))
     assert [reader.read(entry) for entry in index.entries()] == rows
-    assert calls == {"parquet_row_groups": 1, "load": 300}
+    assert calls == {"read_footer": 1, "load": 300}
     assert reader.read(index[7]) == rows[7]
     with pytest.raises(Refused, match=r"row 300 is past the end of .* \(300 rows\)"):
         reader.read(index[0]._replace(offset=300))
@@ -1131,3 +1133,36 @@ def test_a_raised_limit_of_pixels_allows_more_bytes(tmp_path: Path, monkeypatch:
     with pytest.raises(Refused, match="too_large"):
         Reader().read(entry)
     assert len(Reader(max_pixels=1000).read(entry)) == 2000
+
+
+def test_footers_say_what_pyarrow_reads_in_them(tmp_path: Path) -> None:
+    struct = pa.array([{"bytes": jpeg(1), "path": None}] * 9)
+    table = pa.table({"id": list(map(str, range(9))), "image": struct, "tags": [["a", "b"]] * 9, "a.b": [True] * 9})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4, use_dictionary=["id"], compression="zstd")
+    file, end = pq.ParquetFile(tmp_path / "a.parquet").metadata, read_footer(str(tmp_path / "a.parquet"))
+    assert end.size == (tmp_path / "a.parquet").stat().st_size
+    for number, group in enumerate(end.groups):
+        theirs = file.row_group(number)
+        columns = [theirs.column(leaf) for leaf in range(theirs.num_columns)]
+        assert group.rows == theirs.num_rows
+        assert [one[1:] for one in group.chunks] == [
+            (one.total_uncompressed_size, one.total_compressed_size, one.dictionary_page_offset) for one in columns
+        ]
+    assert [one.column for one in end.groups[0].chunks] == ["id", "image", "image", "tags", "a.b"]
+    assert unpacked_dictionary(str(tmp_path / "a.parquet"), end.groups[0].chunks[0]) == 4 * (4 + 1)
+
+
+def test_a_changed_footer_ends_no_process(tmp_path: Path) -> None:
+    """pyarrow's `RowGroupMetaData.column` does on some of these, with "terminate called"."""
+    pq.write_table(pa.table({"id": ["a", "b"], "image": [jpeg(1), jpeg(2)]}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    for at in range(len(whole) - 8 - length, len(whole) - 8, 3):
+        for bit in (1, 16, 128):
+            changed = bytearray(whole)
+            changed[at] ^= bit
+            (tmp_path / "b.parquet").write_bytes(changed)
+            with contextlib.suppress(SourceError):
+                for entry in index_source(tmp_path / "b.parquet").entries():
+                    with contextlib.suppress(Refused):
+                        Reader().read(entry)

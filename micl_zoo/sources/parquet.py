@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +15,8 @@ import pyarrow.parquet as pq
 from ..errors import Refused, SourceError
 from . import remote
 from .archives import Members
-from .index import CELL_LENGTH, Entry
+from .footer import Footer, Group, read_footer, unpacked_dictionary
+from .index import Entry
 from .places import File, OpenFiles, check_bytes, join, open_arrow, open_binary, read_whole
 from .selection import Selection
 
@@ -44,8 +43,6 @@ MOST_ROWS = 1_000_000  # that a file may claim however small it is
 BATCH_BYTES, BATCH_ROWS = 64 << 20, 10_000  # unpacked at once
 GROUP_BYTES = 512 << 20  # of rows that are kept at hand
 MOST_GROUP_BYTES, MOST_RATIO = 16 << 30, 200  # of a row group, unpacked, and to its bytes in the file where it is large
-TAIL = 64 << 10  # bytes of the end of a file, at least, that its mark is made of
-MOST_FOOTER = 64 << 20
 
 
 class NoImages(SourceError):
@@ -57,8 +54,8 @@ def list_parquet(file: File, selection: Selection) -> Members:
     parquet = open_parquet(file.place)
     schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
     column = image_column(schema, file.place, selection.column)
-    size, mark = _end(file.place)
-    claimed, most = sum(parquet_row_groups(parquet)), max(MOST_ROWS, size)
+    end = read_footer(file.place)
+    claimed, most = sum(group.rows for group in end.groups), max(MOST_ROWS, end.size)
     if rows != claimed or not 0 <= rows <= most:
         raise ValueError(
             f"its footer claims {rows:,} rows and {claimed:,} in its row groups; {most:,} at most can be in it"
@@ -66,20 +63,9 @@ def list_parquet(file: File, selection: Selection) -> Members:
     if not rows:
         raise NoImages(f"{file.place!r} has no rows")
     own = id_column(schema, file.place, selection.id_column)
-    ids = _own_ids(parquet, own, file) if own else (f"{file.name}#{row}" for row in range(rows))
+    ids = _own_ids(parquet, end, own, file) if own else (f"{file.name}#{row}" for row in range(rows))
     kind = "parquet" if column == _first_column(schema) else f"parquet:{column}"
-    return zip(ids, itertools.repeat(kind), range(rows), itertools.repeat(mark))
-
-
-def _end(uri: str) -> tuple[int, int]:
-    """Measure a file, and make a number below CELL_LENGTH of its end: the footer tells the sizes of all pages."""
-    with open_binary(uri) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        footer = 8 + int.from_bytes(file.read(4), "little")
-        file.seek(max(0, size - min(max(footer, TAIL), MOST_FOOTER)))
-        digest = hashlib.sha256(file.read(MOST_FOOTER)).digest()
-    return size, CELL_LENGTH - 1 - (int.from_bytes(digest[:8], "little") >> 2)
+    return zip(ids, itertools.repeat(kind), range(rows), itertools.repeat(end.mark))
 
 
 def id_column(schema: pa.Schema, uri: str, asked: str | None) -> str | None:
@@ -97,10 +83,10 @@ def id_column(schema: pa.Schema, uri: str, asked: str | None) -> str | None:
     return None
 
 
-def _own_ids(parquet: pq.ParquetFile, column: str, file: File) -> Iterator[str]:
+def _own_ids(parquet: pq.ParquetFile, end: Footer, column: str, file: File) -> Iterator[str]:
     """Read a column of ids; `name#row` stands where a cell is empty, or far too long."""
     first = 0
-    for batch in _batches(parquet, file.place, range(parquet.num_row_groups), column):
+    for batch in _batches(parquet, file.place, dict(enumerate(end.groups)), column):
         cells = batch.column(batch.schema.get_field_index(column))
         cells = cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
         for row, text in enumerate(_texts(cells), first):
@@ -134,7 +120,8 @@ class _Cells:
             raise Refused(
                 "unreadable", f"{uri} has no column of images {self.column or ''!r}, which it had when it was listed"
             )
-        self.starts = [0, *itertools.accumulate(parquet_row_groups(self.file))]
+        self.groups = read_footer(uri).groups
+        self.starts = [0, *itertools.accumulate(group.rows for group in self.groups)]
         self.group, self.first = -1, 0  # of the cells at hand: their row group, their first row in it
         self.cells: list[tuple[pa.Array, pa.Array | None]] = []  # their bytes, and their paths if there are any
         self.ends: list[int] = []  # of each array of cells, counted from the first
@@ -166,10 +153,11 @@ class _Cells:
 
     def load(self, group: int) -> None:
         """Read a row group, as far as it is kept at hand."""
-        unpacked, packed = _size(self.file, group, self.column)
+        chunks = self.groups[group].of(self.column)
+        unpacked, packed = sum(one.unpacked for one in chunks), sum(one.packed for one in chunks)
         if unpacked > MOST_GROUP_BYTES or (unpacked > GROUP_BYTES and unpacked > MOST_RATIO * packed):
             raise Refused("too_large", f"row group {group} of {self.uri} unpacks to {unpacked:,} bytes from {packed:,}")
-        self.rest, self.first = _batches(self.file, self.uri, [group], self.column), 0
+        self.rest, self.first = _batches(self.file, self.uri, {group: self.groups[group]}, self.column), 0
         self.cells, self.ends = [], []
         self.group = group
         self.take()
@@ -237,53 +225,16 @@ def open_parquet(uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(source, page_checksum_verification=True)
 
 
-def parquet_row_groups(file: pq.ParquetFile) -> list[int]:
-    """Return the rows of each row group."""
-    return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-
-
-def _chunks(file: pq.ParquetFile, group: int, column: str) -> list[pq.ColumnChunkMetaData]:
-    """Find the chunks of a column."""
-    row_group = file.metadata.row_group(group)
-    names = [file.schema.column(leaf).path for leaf in range(len(file.schema.names))]
-    wanted = [leaf for leaf, path in enumerate(names) if path == column or path.startswith(f"{column}.")]
-    return [row_group.column(leaf) for leaf in wanted]
-
-
-def _size(file: pq.ParquetFile, group: int, column: str) -> tuple[int, int]:
-    """Bytes of a column in a row group, unpacked and as they lie in the file, by its footer."""
-    chunks = _chunks(file, group, column)
-    return sum(one.total_uncompressed_size for one in chunks), sum(one.total_compressed_size for one in chunks)
-
-
-def _batches(file: pq.ParquetFile, uri: str, groups: Iterable[int], column: str) -> Iterator[pa.RecordBatch]:
+def _batches(file: pq.ParquetFile, uri: str, groups: dict[int, Group], column: str) -> Iterator[pa.RecordBatch]:
     """Read a column in slices of so few rows that none takes much memory, whatever is in them."""
-    for group in groups:
-        rows, unpacked = max(1, file.metadata.row_group(group).num_rows), _size(file, group, column)[0]
+    for number, group in groups.items():
+        chunks, rows = group.of(column), max(1, group.rows)
+        unpacked = sum(one.unpacked for one in chunks)
         each = max(1, unpacked // rows)
         if rows * unpacked > GROUP_BYTES:  # all rows may be the one value of a page that they are looked up in
-            each = max(
-                [each, *(_looked_up(uri, one) for one in _chunks(file, group, column) if one.has_dictionary_page)]
-            )
+            each = max([each, *(unpacked_dictionary(uri, one) for one in chunks)])
         size = max(1, min(BATCH_ROWS, BATCH_BYTES // each))
-        yield from file.iter_batches(size, row_groups=[group], columns=[column], use_threads=False)
-
-
-def _looked_up(uri: str, chunk: pq.ColumnChunkMetaData) -> int:
-    """Read from its header what the page that values are looked up in unpacks to."""
-    with open_binary(uri) as file:
-        file.seek(max(0, chunk.dictionary_page_offset or 0))
-        header = file.read(16)
-    found, at = [0, 0], 0  # its type and its size: the first two fields, in Thrift's compact protocol
-    for field in range(2):
-        if header[at : at + 1] != b"\x15":  # the next field, a whole number
-            return int(chunk.total_uncompressed_size)
-        for shift, byte in enumerate(header[at + 1 :]):
-            found[field] |= (byte & 127) << (7 * shift)
-            if byte < 128:
-                break
-        at += 2 + shift
-    return found[1] >> 1
+        yield from file.iter_batches(size, row_groups=[number], columns=[column], use_threads=False)
 
 
 def _first_column(schema: pa.Schema) -> str:

@@ -125,11 +125,11 @@ class Store:
 
     def strays(self) -> list[str]:
         """List the files that look like parts and are none: copies, other numbers, or of no shard of the index."""
-        index = self.folder.names("index")
+        index, names = self.folder.names("index"), self.folder.names()
         numbers = _numbers(index)
         shards = max(self.manifest.shards or 0, *(number + 1 for number in numbers), 0)
-        parts = {part_name(number) for number in range(shards)}
-        strays = [name for name in self.folder.names() if name.startswith(PART) and name not in parts]
+        parts = {part_name(number) for number in _numbers(names) if number < shards}
+        strays = [name for name in names if name.startswith(PART) and name not in parts]
         known = {part_name(number) for number in numbers}
         return strays + [f"index/{name}" for name in index if name.startswith(PART) and name not in known]
 

@@ -119,17 +119,24 @@ def _check_files(store: Store, found: Verification) -> None:
     ]
     # `extract` writes errors.jsonl when all parts are there, so a part that is missing beside it was lost.
     if found.shards is not None and found.parts < found.shards and store.folder.exists(LEDGER_FILE):
-        lost = sorted(set(range(found.shards)) - set(store.done()))
         found.problems.append(
-            f"{len(lost):,} of {found.shards:,} parts are missing from a store that was finished, the first is "
-            f"{part_name(lost[0])}: run its extract command again"
+            f"{found.shards - found.parts:,} of {found.shards:,} parts are missing from a store that was finished, the "
+            f"first is {_first_missing(store.done())}: run its extract command again"
         )
+
+
+def _first_missing(there: list[int]) -> str:
+    return part_name(next(number for number in itertools.count() if number not in there))
 
 
 def _check_index(store: Store, found: Verification) -> None:
     """Read every file of the index again; compare them with the fingerprint that the manifest has of a whole one."""
     fingerprint, manifest, images, problems = Fingerprint(), store.manifest, 0, list[str]()
-    there = store.indexed() if manifest.shards is None else range(manifest.shards)
+    there = store.indexed()
+    if manifest.shards is not None:
+        there = [shard for shard in there if shard < manifest.shards]
+        if lost := manifest.shards - len(there):
+            problems.append(f"the index: {lost:,} files are missing, the first is index/{_first_missing(there)}")
     for shard in there:
         try:
             index, checked = store.checked_shard(shard)

@@ -31,8 +31,8 @@ from micl_zoo.encoders.device import default_workers
 from micl_zoo.errors import Refused, SourceError
 from micl_zoo.images.decode import decode, decode_crop
 from micl_zoo.images.transform import Filter, statistics
+from micl_zoo.sources.footer import read_footer
 from micl_zoo.sources.index import ImageIndex
-from micl_zoo.sources.parquet import open_parquet, parquet_row_groups
 from micl_zoo.sources.reader import Reader
 
 from ..micl import draw_views, gather_patches
@@ -130,7 +130,7 @@ def index_blocks(index: ImageIndex) -> Blocks:
     groups = np.arange(len(index))  # no two alike
     for first, stop in pairwise([0, *_changes(files), len(index)]):
         if cells[first]:
-            ends = np.cumsum(parquet_row_groups(open_parquet(uris.dictionary[int(files[first])].as_py())))
+            ends = np.cumsum([group.rows for group in read_footer(uris.dictionary[int(files[first])].as_py()).groups])
             groups[first:stop] = ends.searchsorted(offsets[first:stop], side="right")
     return (0, *np.union1d(_changes(files), _changes(groups)).tolist())
 
