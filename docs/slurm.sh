@@ -29,6 +29,7 @@ out=${OUT:-runs/vit_l16}           # on a file system that all the machines see
 
 gpus=${SLURM_GPUS_PER_NODE##*:}    # "4", or "a100:4"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MICL_ZOO_SECRET=${MICL_ZOO_SECRET:-$(head -c 16 /dev/urandom | od -An -tx1 | tr -d " \n")}  # by which the machines of this job know each other
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it from sbatch by itself
 
 # No wrapper between srun and micl-zoo: it would get the signal in its place.

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import os
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -107,6 +109,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(done_with, ignore_errors=True)
 
 
+def open_regular(path: Path) -> io.FileIO:
+    """Open a file to read; OSError at once where it is a pipe, a socket, a device or a folder."""
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
+    if "\0" in str(path) or not stat.S_ISREG(path.stat().st_mode):  # opening some devices does something
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return io.FileIO(os.open(path, flags))
+
+
+def read_regular(path: Path, most: int = -1) -> bytes:
+    """Read a whole file, or so many bytes of it; see `open_regular`."""
+    with open_regular(path) as file:
+        return (file.readall() if most < 0 else file.read(most)) or b""
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically."""
     with atomic_path(path) as temporary:
@@ -173,6 +189,8 @@ def _locked_file(folder: Path, held: contextlib.ExitStack) -> Path:
 
     file = folder / LOCK_FILE
     while True:
+        if file.exists():
+            open_regular(file).close()  # raises, where opening a pipe would wait
         opened = held.enter_context(file.open("a"))
         if not _flock(opened, folder):
             break
@@ -278,12 +296,12 @@ class Folder:
         with self._own_errors("read", name):
             if self.local is None:
                 return bytes(self._fs.cat_file(self._at(name), start=None, end=most))
-            with (self.local / name).open("rb") as file:
-                return file.read(-1 if most is None else most)
+            return read_regular(self.local / name, -1 if most is None else most)
 
     def open(self, name: str) -> Any:
         """Open a file for pyarrow, which reads only what it needs."""
         if self.local is not None:
+            open_regular(self.local / name).close()
             return pa.OSFile(os.fsencode(self.local / name))
         with self._own_errors("read", name):
             return pa.PythonFile(self._fs.open(self._at(name), "rb"), mode="r")
@@ -337,7 +355,7 @@ def sum_file(file: Path) -> Path:
 def file_sha256(file: Path) -> str:
     """Hash a file in pieces, to hexadecimal digits."""
     digest = hashlib.sha256()
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         while piece := opened.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import Refused, UsageError, unknown
+from ..files import read_regular
 from ..images.decode import MIN_SIDE, decode, to_rgb
 from ..images.transform import Transform
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
@@ -321,7 +322,7 @@ def _decoded(image: Any) -> Image.Image:
     if isinstance(image, str | os.PathLike):
         if "://" in os.fspath(image) and not Path(image).exists():
             raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
-        return decode(Path(image).read_bytes())
+        return decode(read_regular(Path(image)))
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray):

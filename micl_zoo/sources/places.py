@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -12,6 +11,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
 
+from .. import files
 from ..errors import Refused
 from . import remote
 
@@ -78,11 +78,7 @@ def to_path(uri: str) -> Path:
 
 def open_regular(place: str) -> io.FileIO:
     """Open a file of this machine; OSError at once where it is a pipe, a socket, a device or a folder."""
-    path = to_path(place)
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
-    if "\0" in str(path) or not stat.S_ISREG(path.stat().st_mode):  # opening some devices does something
-        raise OSError(f"{place} is no regular file")
-    return io.FileIO(os.open(path, flags))
+    return files.open_regular(to_path(place))
 
 
 class _Archive(io.BufferedReader):

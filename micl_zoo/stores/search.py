@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import Refused, StoreError, UsageError
+from ..files import read_regular
 from ..progress import progress
 from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
@@ -122,7 +123,7 @@ def _read(image: ImageFile, place: int) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
-        return Path(image).read_bytes()
+        return read_regular(Path(image))
     except OSError as error:
         raise UsageError(f"image {place} ({os.fspath(image)!r}) cannot be read: {error.strerror or error}") from None
 

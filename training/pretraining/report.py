@@ -42,7 +42,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         chart.name: tuple(_draw(chart, history, theme) for theme in (LIGHT, DARK)) for chart in _charts(history, recipe)
     }
     views = run / "views.png"
-    seen = views.read_bytes() if views.exists() else None
+    seen = views.read_bytes() if views.is_file() else None
     for name, png in {"views": seen, **{name: light for name, (light, _) in pictures.items()}}.items():
         if png:
             with atomic_path(pictures_folder(page) / f"{name}.png") as temporary:

@@ -16,6 +16,7 @@ from typing import Any
 from micl_zoo.encoders.device import ONNX_PRECISIONS
 from micl_zoo.encoders.zoo import RECORDS, is_name, timm_architecture, vit_sizes
 from micl_zoo.errors import UsageError, unknown
+from micl_zoo.files import read_regular
 
 from ..corpora import CORPORA, PEOPLE
 from ..evaluation import tables
@@ -105,7 +106,7 @@ def check_card(file: Path, text: str, command: str) -> None:
     """Compare a document that is there with what would be written now."""
     if not file.exists():
         raise UsageError(f"{str(file)!r} does not exist. Write it by: {command}")
-    there, wanted = file.read_text(encoding="utf-8").splitlines(), text.splitlines()
+    there, wanted = read_regular(file).decode("utf-8", "replace").splitlines(), text.splitlines()
     if there == wanted:
         return
     lines = zip(there, wanted, strict=False)  # the shorter may be the beginning of the longer

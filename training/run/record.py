@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from micl_zoo.errors import TrainingError
+from micl_zoo.files import open_regular
 from micl_zoo.schema import Between, read, read_json
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
@@ -139,7 +141,7 @@ def metric_lines(file: Path) -> Iterator[MetricLine]:
     """
     if not file.is_file():
         return
-    with file.open("rb") as lines:
+    with open_regular(file) as raw, io.BufferedReader(raw) as lines:
         while text := lines.readline(LONGEST_LINE):
             yield MetricLine(text, _parsed(text))
 

@@ -33,7 +33,7 @@ from micl_zoo.encoders.weights import (
     save_weights,
 )
 from micl_zoo.errors import TrainingError
-from micl_zoo.files import FolderLock, atomic_path, file_sha256, lock_folder, sum_file, write_text
+from micl_zoo.files import FolderLock, atomic_path, file_sha256, lock_folder, open_regular, sum_file, write_text
 from micl_zoo.schema import read
 
 from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, record_differences
@@ -298,7 +298,7 @@ def _like(there: Tensor, value: Tensor) -> Tensor:
 def _damage(file: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        with sum_file(file).open("rb") as beside:
+        with open_regular(sum_file(file)) as beside:
             wanted = beside.read(64)
         if file_sha256(file).encode() != wanted:
             return "its bytes do not have the sha256 that was written beside it"
