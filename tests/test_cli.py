@@ -75,7 +75,7 @@ def test_extract_says_what_it_did(image_folder: Callable[..., Path], encoder_fol
     assert result.exit_code == 0
     assert "5 of 6 images embedded by vit_ti16.tin200 in fp32, 32 numbers each" in result.output
     assert f"1 could not be embedded: see {out / 'errors.jsonl'}" in result.output
-    assert "1 shards were done already" in run(*words).output
+    assert "1 shard was done already" in run(*words).output
     assert run(*words, "--strict").exit_code == 3
 
 

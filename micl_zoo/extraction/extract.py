@@ -89,7 +89,8 @@ class Summary:
         """One line for a person."""
         manifest = self.store.manifest
         rate = f", {self.images_per_second:,.1f} images/s, waiting for: {self.times.bottleneck}" * bool(self.computed)
-        before = f", {self.shards_before:,} shards were done already" if self.shards_before else ""
+        done = self.shards_before
+        before = f", {done:,} shard{'s were' if done > 1 else ' was'} done already" if done else ""
         again = f", {self.tried_again:,} tried again and {self.recovered:,} of them embedded" * bool(self.tried_again)
         return (
             f"{self.embedded:,} of {self.images:,} images embedded by {manifest.model} in {manifest.precision}, "
