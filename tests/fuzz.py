@@ -407,6 +407,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=[*TARGETS, "all"])
     parser.add_argument("--seconds", type=float, default=120, help="per target")
+    parser.add_argument("-o", "--out", type=Path, help="record to write")
     parser.add_argument("--show", action="store_true", help="print what libFuzzer says")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -417,4 +418,12 @@ if __name__ == "__main__":
         found = [run_target(name, asked.seconds, asked.show) for name in TARGETS if asked.target in (name, "all")]
         for one in found:
             print(json.dumps(one))
+        if asked.out:
+            import torch
+
+            from micl_zoo.training.run.provenance import made_with
+
+            command = f"python tests/fuzz.py {asked.target} --seconds {asked.seconds:g}"
+            record = {"command": command, **made_with(torch.device("cpu")), "hang_seconds": HANG, "memory_mb": MEMORY}
+            asked.out.write_text(json.dumps(record | {"targets": found}, indent=2) + "\n", encoding="utf-8")
         sys.exit(any(one["foreign"] or one["hangs_and_memory"] for one in found))
