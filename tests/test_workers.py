@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -42,6 +43,18 @@ def taken(pool: Decoders, batches: list[list[Entry]]) -> Iterator[tuple[Batch, n
     while pool.pending:
         found = pool.take()
         yield found, found.pixels.copy()
+
+
+def test_a_system_without_files_in_memory(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    with decoders(workers=1) as pool:
+        ((batch, pixels),) = taken(pool, [entries(image_folder(3))])
+    assert not batch.refused
+    assert pixels.shape == (3, 32, 32, 3)
+    assert pixels.any()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -221,7 +221,7 @@ class Decoders:
 
 def _unnamed_file() -> Any:
     """Open a file in memory where the system can: /dev/shm is small in containers, and does not limit this one."""
-    if hasattr(os, "memfd_create"):
+    with contextlib.suppress(AttributeError, OSError):  # of other systems, and of sandboxes
         return os.fdopen(os.memfd_create("micl-zoo-pixels"), "rb+", buffering=0)
     return tempfile.TemporaryFile()
 
