@@ -61,7 +61,7 @@ def listing_target(folder: Path) -> Target:
         file = folder / f"fuzzed{kind}"
         if kind:
             file.write_bytes(data[1:])
-        source = str(file) if kind else str(folder / "x" / data[1:200].decode("utf-8", "surrogateescape"))
+        source = str(file) if kind else f"{folder}/x/{data[1:200].decode('utf-8', 'surrogateescape')}"
         if not kind and (".." in source or "~" in source):
             return
         reader = Reader()
