@@ -368,6 +368,9 @@ def test_only_our_own_errors_come_out(
     house: House, command: str, slot: str, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("micl_zoo.sources.remote.WAITS", ())
+    here = house.folder / "here"  # an output may be asked for at "-" or "s3:"
+    here.mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
     damages = dict(ANY)
     if slot in house.good and slot not in TEXTS and slot not in ("source", "pictures", "labelled", "flat", "folder"):
         damages |= inside(slot, Path(house.good[slot]))
