@@ -123,6 +123,12 @@ def read_regular(path: Path, most: int = -1) -> bytes:
         return (file.readall() if most < 0 else file.read(most)) or b""
 
 
+def open_arrow(path: Path) -> pa.OSFile:
+    """Open a file for pyarrow; see `open_regular`."""
+    open_regular(path).close()
+    return pa.OSFile(os.fsencode(path))  # as bytes: pyarrow refuses text that is not UTF-8
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically."""
     with atomic_path(path) as temporary:
@@ -130,7 +136,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 class FolderLock:
-    """The lock of a folder, until it is closed or this process ends in any way. Made by `lock_folder`."""
+    """The lock of a folder, until it is closed or this process ends in any way."""
 
     def __init__(self, folder: Path | None, doing: str, error: type[MiclZooError]) -> None:
         """Take it; raise `error` where another process has it. No folder, an object store, has no lock."""
@@ -176,11 +182,6 @@ class FolderLock:
 
     def _other(self, folder: Path, cure: str) -> MiclZooError:
         return self.error(f"another process is {self.doing} {str(folder)!r}: {cure}")
-
-
-def lock_folder(folder: Path, doing: str, error: type[MiclZooError]) -> FolderLock:
-    """Lock a folder until the result is closed or this process ends in any way; raise `error` where another has it."""
-    return FolderLock(folder, doing, error)
 
 
 def _locked_file(folder: Path, held: contextlib.ExitStack) -> Path:
@@ -301,8 +302,7 @@ class Folder:
     def open(self, name: str) -> Any:
         """Open a file for pyarrow, which reads only what it needs."""
         if self.local is not None:
-            open_regular(self.local / name).close()
-            return pa.OSFile(os.fsencode(self.local / name))
+            return open_arrow(self.local / name)
         with self._own_errors("read", name):
             return pa.PythonFile(self._fs.open(self._at(name), "rb"), mode="r")
 

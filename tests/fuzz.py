@@ -100,37 +100,24 @@ def configuration_target(folder: Path) -> Target:
 
 def store_target(folder: Path) -> Target:
     """One file of a store changed, its kind by the first byte: manifest, part, index, ledger; then all is read."""
-    from micl_zoo.errors import MiclZooError
     from micl_zoo.stores.search import search
     from micl_zoo.stores.store import open_store
     from micl_zoo.stores.verify import verify
 
     good = _store(folder)
     names = ("manifest.json", "part-00000.parquet", "index/part-00000.parquet", "errors.jsonl")
-    sound = {name: (good / name).read_bytes() for name in names}
-
-    def run(data: bytes) -> None:
-        name = names[data[0] % len(names)] if data else names[0]
-        (good / name).write_bytes(data[1:])
-        try:
-            for action in (
-                lambda: verify(good, sample=0),
-                lambda: open_store(good).embeddings,
-                lambda: open_store(good).to_arrow(),
-                lambda: search(good, ids=["000.jpg"]),
-            ):
-                with contextlib.suppress(MiclZooError):
-                    action()
-        finally:
-            (good / name).write_bytes(sound[name])
-
-    return run
+    actions: tuple[Callable[[], object], ...] = (
+        lambda: verify(good, sample=0),
+        lambda: open_store(good).embeddings,
+        lambda: open_store(good).to_arrow(),
+        lambda: search(good, ids=["000.jpg"]),
+    )
+    return _one_file_changed(good, names, actions)
 
 
 def checkpoint_target(folder: Path) -> Target:
     """One file of a training run changed, its kind by the first byte; then it is loaded, reported and resumed."""
     from micl_zoo.encoders.weights import local_weights
-    from micl_zoo.errors import MiclZooError
     from micl_zoo.training.pretraining.report import _read_history
     from micl_zoo.training.recipes import recorded_recipe
     from micl_zoo.training.release.trained import run_record
@@ -139,18 +126,26 @@ def checkpoint_target(folder: Path) -> Target:
     good = _run(folder)
     newest = sorted(good.glob("checkpoints/*.safetensors"))[-1].relative_to(good).as_posix()
     names = ("run.json", "metrics.jsonl", newest, f"{newest}.sha256")
+    actions: tuple[Callable[[], object], ...] = (
+        lambda: recorded_recipe(read_run(good) or {}),
+        lambda: _read_history(good / "metrics.jsonl"),
+        lambda: local_weights(good / newest),
+        lambda: run_record(good),
+    )
+    return _one_file_changed(good, names, actions)
+
+
+def _one_file_changed(good: Path, names: tuple[str, ...], actions: tuple[Callable[[], object], ...]) -> Target:
+    """Put an input in the place of one file of a sound folder, by its first byte, and do all that reads it."""
+    from micl_zoo.errors import MiclZooError
+
     sound = {name: (good / name).read_bytes() for name in names}
 
     def run(data: bytes) -> None:
         name = names[data[0] % len(names)] if data else names[0]
         (good / name).write_bytes(data[1:])
         try:
-            for action in (
-                lambda: recorded_recipe(read_run(good) or {}),
-                lambda: _read_history(good / "metrics.jsonl"),
-                lambda: local_weights(good / newest),
-                lambda: run_record(good),
-            ):
+            for action in actions:
                 with contextlib.suppress(MiclZooError):
                     action()
         finally:

@@ -135,8 +135,7 @@ def check_length(data: bytes, length: int, uri: str) -> None:
 
 def open_arrow(uri: str) -> pa.OSFile:
     """Open a regular file of this machine for pyarrow."""
-    open_regular(uri).close()
-    return pa.OSFile(os.fsencode(to_path(uri)))  # as bytes: pyarrow refuses text that is not UTF-8
+    return files.open_arrow(to_path(uri))
 
 
 class OpenFiles:

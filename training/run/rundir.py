@@ -33,7 +33,7 @@ from micl_zoo.encoders.weights import (
     save_weights,
 )
 from micl_zoo.errors import TrainingError
-from micl_zoo.files import FolderLock, atomic_path, file_sha256, lock_folder, open_regular, sum_file, write_text
+from micl_zoo.files import FolderLock, atomic_path, file_sha256, open_regular, sum_file, write_text
 from micl_zoo.schema import read
 
 from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, record_differences
@@ -76,7 +76,7 @@ class RunDir:
                 raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
         elif differences := record_differences(there, record):
             raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
-        run._lock = lock_folder(path, "training in", TrainingError)
+        run._lock = FolderLock(path, "training in", TrainingError)
         run.record = record if there is None else there
         if damage:
             log.warning("%s: it is made again from what the newest checkpoint says", damage)
