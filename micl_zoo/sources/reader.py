@@ -30,6 +30,5 @@ class Reader:
                 if kind.name == name:
                     return kind.read(self._files, entry)
         except (OSError, pa.ArrowException, SourceError) as error:  # SourceError: a URI that cannot be used
-            why = getattr(error, "strerror", None) or str(error)
-            raise Refused("unreadable", why if entry.uri in why else f"{entry.uri}: {why}") from None
+            raise Refused("unreadable", str(error) if entry.uri in str(error) else f"{entry.uri}: {error}") from None
         raise SourceError(unknown("kind of source", entry.kind, {kind.name for kind in KINDS}) + " Upgrade micl-zoo.")
