@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import json
 import math
-import stat
 import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import MiclZooError
+from .files import read_regular
 
 T = TypeVar("T")
 MAX_BYTES = 64 << 20  # of a file of facts; the largest, metrics.jsonl of a long run, is read line by line
@@ -43,15 +43,11 @@ class _Wrong(ValueError):
 def read_json(file: Path, error: type[MiclZooError], cure: str = "") -> Any:
     """Parse a JSON file; `error` where it cannot be read or is none, which ends in `cure`, what to do about it."""
     try:
-        status = file.stat()
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):  # a pipe never ends
-            raise error(f"cannot read {str(file)!r}: it is no file{_tail(cure)}")
-        if size > MAX_BYTES:
-            raise error(f"{str(file)!r} is too large for what it should be: {size:,} bytes{_tail(cure)}")
-        data = file.read_bytes()
+        data = read_regular(file, MAX_BYTES + 1)
     except OSError as problem:
         raise error(f"cannot read {str(file)!r}: {problem.strerror or problem}{_tail(cure)}") from None
+    if len(data) > MAX_BYTES:
+        raise error(f"{str(file)!r} is too large for what it should be: over {MAX_BYTES:,} bytes{_tail(cure)}")
     return parse_json(data, repr(str(file)), error, cure)
 
 

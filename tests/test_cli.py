@@ -17,6 +17,7 @@ from conftest import TWIN
 
 from micl_zoo import __version__
 from micl_zoo.cli import main
+from micl_zoo.cli._options import LocalPath
 from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import Interrupted
 from micl_zoo.extraction.runner import Event, Times
@@ -61,6 +62,20 @@ def test_every_command_is_in_the_readme_or_the_documents() -> None:
     assert len(below) == 8
     missing += [name for name in below if not re.search(rf"(micl-zoo {name}|`{name.split()[1]}`)", text)]
     assert not missing
+
+
+def local_paths() -> Iterator[tuple[str, click.Parameter]]:
+    for name, command in every_command().items():
+        yield from ((name, parameter) for parameter in command.params if isinstance(parameter.type, LocalPath))
+
+
+@pytest.mark.parametrize(("name", "parameter"), list(local_paths()), ids=lambda one: getattr(one, "name", one))
+@pytest.mark.parametrize(("given", "said"), [("s3://bucket/x", "'s3://bucket/x' is an address"), ("", "it is empty")])
+def test_an_address_never_becomes_a_folder(name: str, parameter: click.Parameter, given: str, said: str) -> None:
+    with pytest.raises(click.UsageError, match=said):
+        parameter.type_cast_value(
+            click.Context(every_command()[name]), [given] if parameter.nargs < 0 or parameter.multiple else given
+        )
 
 
 def test_version() -> None:

@@ -31,6 +31,21 @@ class Group(Command, click.Group):
     command_class = Command
 
 
+class LocalPath(click.Path):
+    """A path on this machine; an address is refused, of which pathlib would make a folder `s3:`."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Refuse what is an address, or nothing."""
+        if "://" in str(value):
+            self.fail(f"{str(value)!r} is an address, and this must be a path on this machine", param, context)
+        if not str(value):
+            self.fail("it is empty, and must be a path (an unset variable of the shell?)", param, context)
+        return super().convert(value, param, context)
+
+
 def value(*words: str, **settings: Any) -> Callable[[F], F]:
     """An option from its names and, last, its help."""
     *names, text = words
@@ -60,7 +75,7 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 flag = functools.partial(value, is_flag=True)
-path = functools.partial(value, type=click.Path(path_type=Path))
+path = functools.partial(value, type=LocalPath())
 AS_JSON = flag("--json", "as_json", "Print one JSON object.")
 DEVICE = value("--device", "Device of the model: auto, cpu, cuda, cuda:N or mps.", default="auto")
 TRAINING_DEVICE = value("--device", "Device of the model: auto, cpu, cuda or cuda:N.", default="auto")

@@ -63,7 +63,7 @@ def card(encoder: str | None, measured: tuple[Path, ...], check: Path | None, re
 
 
 @click.command(cls=opt.Command)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=opt.LocalPath())
 @opt.value("--repo", "Repository on the Hugging Face hub, made if missing.", required=True, metavar="OWNER/NAME")
 @MEASURED
 @opt.path("-o", "--out", "Folder to build.", show_default="RUN/hub")
@@ -104,7 +104,7 @@ def publish(run: Path, repo: str, no_onnx: bool, as_json: bool, **options: Any) 
 
 
 @click.command("import", cls=opt.Command)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=opt.LocalPath())
 @opt.path("-o", "--out", "Folder to write the encoder to.", required=True)
 @opt.value("--name", "arch.tag of the encoder.", show_default="the arch of that shape, and `imported`")
 @opt.value("--license", "Licence of the weights; that of the authors' code is CC BY-NC 4.0.", default="unknown")

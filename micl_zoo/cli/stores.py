@@ -15,7 +15,7 @@ from . import _options as opt
 
 @click.command(cls=opt.Command)
 @click.argument("store")
-@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=opt.LocalPath())
 @opt.value("--id", "ids", "Id of a row of the store to search for.", multiple=True)
 @opt.count("-k", "Number of hits per image.", default=10)
 @opt.STORE_WEIGHTS
@@ -90,7 +90,7 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
 
 @click.command(cls=opt.Command)
 @click.argument("store")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=opt.LocalPath())
 @opt.choice("--dtype", ["float16", "float32"], "Data type of the rows.", default=None, show_default="the store's")
 @opt.flag("--overwrite", "Replace OUT if it exists.")
 @opt.flag("--incomplete", "Convert the parts that exist, where some are missing.")

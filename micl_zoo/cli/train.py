@@ -131,7 +131,7 @@ def bench_data(recipe: str, data: tuple[str, ...], as_json: bool, **options: Any
 
 
 @click.command(cls=opt.Command)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=opt.LocalPath())
 @opt.path("-o", "--out", "Page to write, a name that ends in .html.", show_default="RUN/report.html")
 def report(run: Path, out: Path | None) -> None:
     """Show the training run in the folder RUN on one page: charts, what the network saw, everything recorded.

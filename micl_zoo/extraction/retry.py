@@ -35,7 +35,7 @@ def tried_again(refused: Sequence[RefusedRow], before: Made, options: ExtractOpt
 
 def part_tried_again(store: Store, number: int, options: ExtractOptions) -> set[str]:
     """Choose the ids of a finished shard that a run tries again; only the metadata of its part are read."""
-    refused = store.ledger(number)
+    refused = store.ledger(number) if options.retried else []
     return tried_again(refused, store.made(number), options) if refused else set()
 
 

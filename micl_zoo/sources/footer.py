@@ -65,9 +65,7 @@ def read_footer(uri: str) -> Footer:
     mark = CELL_LENGTH - 1 - (int.from_bytes(digest[:8], "little") >> 2)
     try:
         groups = _Thrift(end[-length - 8 : -8]).struct(_WANTED).get(4, [])
-        return Footer(
-            size, mark, [Group(max(0, one.get(_ROWS, 0)), [_chunk(raw) for raw in one.get(1, [])]) for one in groups]
-        )
+        return Footer(size, mark, [_group(one) for one in groups])
     except (IndexError, AttributeError, TypeError, RecursionError):
         raise pa.ArrowInvalid("its footer is damaged") from None
 
