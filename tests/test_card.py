@@ -432,6 +432,13 @@ def test_the_record_of_a_run(run: Path, tmp_path: Path) -> None:
     assert [one["step"] for one in trained.run_record(run)["curve"]] == [0, 50]
 
 
+def test_facts_of_a_machine_that_are_null_are_not_recorded(run: Path) -> None:
+    made = json.loads((run / "run.json").read_text())
+    made["machine"] |= {"threads": None, "card": None, "card_memory_gib": None}
+    (run / "run.json").write_text(json.dumps(made))
+    assert "Abacus, 3 cores" in card.card(run)
+
+
 def test_what_cannot_be_described(run: Path, tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"no run to describe: .* does not exist. Give the folder that `train --out` wrote"

@@ -330,6 +330,8 @@ def hostile(vit: VisionTransformer, folder: Path, kind: str) -> Path:
         state["norm.weight"] = state["norm.weight"].to(torch.float8_e4m3fn)
     elif kind == "meta":
         state["norm.weight"] = torch.empty(32, device="meta")
+    elif kind == "bytearray":  # a pickle of 30 bytes can ask for one of gigabytes
+        state["x"] = bytearray(9)
     torch.save(state, file)
     if kind == "compressed":
         with (
@@ -344,7 +346,19 @@ def hostile(vit: VisionTransformer, folder: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize(
     "kind",
-    ["stride 0", "one storage for many", "wide", "deep", "keys", "sparse", "integers", "float8", "meta", "compressed"],
+    [
+        "stride 0",
+        "one storage for many",
+        "wide",
+        "deep",
+        "keys",
+        "sparse",
+        "integers",
+        "float8",
+        "meta",
+        "compressed",
+        "bytearray",
+    ],
 )
 def test_a_hostile_checkpoint_costs_nothing(vit: VisionTransformer, tmp_path: Path, kind: str) -> None:
     with pytest.raises(WeightsError):

@@ -584,9 +584,16 @@ def test_a_checkpoint_of_another_network_is_named(image_folder: Callable[..., Pa
     with safe_open(file, framework="pt") as opened:
         header_ = opened.metadata()
     whole = load_file(file)
-    for name, shape in (("model.cls_token", (1, 1, 7)), ("exp_avg.cls_token", (1, 1, 7)), ("model.norm.bias", None)):
+    integers = whole["model.norm.bias"].long()
+    for name, other in (
+        ("model.cls_token", torch.zeros(1, 1, 7)),
+        ("exp_avg.cls_token", torch.zeros(1, 1, 7)),
+        ("exp_avg_sq.norm.weight", None),
+        ("model.norm.bias", None),
+        ("model.norm.bias", integers),
+    ):
         others = {key: value for key, value in whole.items() if key != name}
-        save_file(others | ({name: torch.zeros(shape)} if shape else {}), file, header_)
+        save_file(others | ({} if other is None else {name: other}), file, header_)
         file.with_name(f"{file.name}.sha256").write_text(file_sha256(file))
         with pytest.raises(TrainingError, match=rf"is no checkpoint of this run: {name} must be"):
             pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu")

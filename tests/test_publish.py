@@ -78,6 +78,28 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "hf-hub:evil/repo"},
+        {"architecture": "resnet18"},
+        {"model_args": {"depth": 100_000}},
+        {"pretrained_cfg": {"url": "https://evil/x", "file": "/etc/passwd", "hf_hub_id": "evil/repo"}},
+        None,
+    ],
+    ids=str,
+)
+def test_another_configuration_beside_the_weights_is_not_published(run: Path, changes: Any) -> None:
+    file = run / "encoder" / "config.json"
+    good = file.read_text()
+    file.write_text("{" if changes is None else json.dumps(json.loads(good) | changes))
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write("[default]\nsecret = 1\n")
+    made = publish(run, REPO, export=None, dry_run=True)
+    assert (made.folder / "config.json").read_text() == good
+    assert "secret" not in (made.folder / "records" / "metrics.jsonl").read_text()
+
+
 def invoke(*words: object) -> Result:
     return CliRunner().invoke(main, ["publish", *map(str, words)])
 

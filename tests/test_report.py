@@ -7,7 +7,9 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -121,6 +123,41 @@ def test_every_picture_is_in_the_page_and_a_file(tmp_path: Path, twin: Recipe) -
             assert opened.width > 10
     corners = [Image.open(io.BytesIO(png)).convert("RGB").getpixel((0, 0)) for png in pictures[:-1]]
     assert corners == [(27, 30, 35), (255, 255, 255)] * len(CHARTS)  # the dark one is named first
+
+
+def test_only_a_picture_of_the_run_itself_gets_into_the_page(tmp_path: Path, twin: Recipe) -> None:
+    run, secret = finished_run(tmp_path / "run", twin), tmp_path / "secret.png"
+    Image.new("RGB", (9, 9)).save(secret)
+    made = [lambda file: file.symlink_to(secret), lambda file: file.write_bytes(b"root:x:0:0"), os.mkfifo, Path.mkdir]
+    for make in made:
+        (run / "views.png").unlink(missing_ok=True)
+        make(run / "views.png")  # type: ignore[operator]
+        assert "has no views.png that is a PNG" in words(write_report(run))
+    assert not (run / "report" / "views.png").exists()
+
+
+def test_k_nn_of_more_sets_than_a_run_has_is_counted_as_damage(tmp_path: Path, twin: Recipe) -> None:
+    run = write_run(tmp_path / "run", record(twin), [step_line(0)])
+    lines = [
+        {"step": 1, "knn": dict.fromkeys(map(str, range(3000)), 0.5)},
+        {"step": 2, "knn": {"a": 0.5}},
+        step_line(3),
+    ]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    found = _read_history(run / "metrics.jsonl")
+    assert (list(found.knn), found.unread) == (["a"], 1)
+
+
+@pytest.mark.parametrize("settings", ["savefig.format: \xff", "backend: nonsense"])
+def test_a_damaged_setting_of_matplotlib_is_said(tmp_path: Path, twin: Recipe, settings: str) -> None:
+    (tmp_path / "matplotlibrc").write_bytes(settings.encode("latin-1"))
+    run = finished_run(tmp_path / "run", twin)
+    made = subprocess.run(
+        [sys.executable, "-m", "micl_zoo", "report", run], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in made.stderr
+    assert made.returncode == 0 or "is there a matplotlibrc, or MPLBACKEND?" in made.stderr
 
 
 def test_a_run_that_has_just_begun_says_what_is_missing(tmp_path: Path, twin: Recipe) -> None:

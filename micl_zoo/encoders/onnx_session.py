@@ -240,7 +240,7 @@ def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tup
         onnxruntime.preload_dlls()  # CUDA's libraries, where torch or NVIDIA's packages have them
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; nobody can do anything about its warnings
+    options.log_severity_level = 4  # it prints names of the file as they are; what is an error is raised, too
     names = [name for name, _ in providers]
     fall_back = [CPU] if CPU not in names else []
     try:

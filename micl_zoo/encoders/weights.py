@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import WeightsError
-from ..files import atomic_path, file_sha256, sum_file, write_text
+from ..files import atomic_path, file_sha256, read_regular, sum_file, write_text
 from ..images.transform import Transform
 from ..schema import parse_json, read, read_json, shown
 from .config import RunFile, read_config
@@ -85,7 +85,7 @@ class Weights:
     def sha256(self) -> str:
         """Hash the file's bytes, and compare that with what stands beside a checkpoint."""
         found, beside = self.checked or file_sha256(self.path), sum_file(self.path)
-        if not self.checked and beside.is_file() and beside.read_bytes().split()[:1] != [found.encode()]:
+        if not self.checked and beside.is_file() and read_regular(beside, len(found)) != found.encode():
             raise WeightsError(f"{str(self.path)!r} is damaged, it has sha256 {found}: take another checkpoint")
         return found
 

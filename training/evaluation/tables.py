@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import re
 import textwrap
@@ -217,9 +218,7 @@ def _join(there: dict[str, Any], found: Mapping[str, Any], where: str) -> None:
 def plot(record: Mapping[str, Any], file: Path) -> None:
     """Draw a record: one panel per set, one line per method, one dot with its interval per subject."""
     need_matplotlib("the plot of an evaluation needs")
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+    with own_style():
         _plot(record, file)
 
 
@@ -285,6 +284,20 @@ def need_matplotlib(what: str) -> None:
             import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UsageError(f'{what} matplotlib: pip install "micl-zoo[train]"') from None
+    except Exception as error:  # it reads a matplotlibrc, of the current folder first
+        raise UsageError(f"{what} matplotlib, which fails ({error}): is there a matplotlibrc, or MPLBACKEND?") from None
+
+
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+    """Draw figures of matplotlib alike on all machines, whatever a person has set for their own."""
+    import matplotlib
+
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        warnings.simplefilter("ignore")  # a name in a script that the font lacks
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
+        yield
 
 
 def percent(share: float) -> float:

@@ -29,6 +29,7 @@ from ..recipes import Recipe, get_recipe, kept_patches, resolve_recipe
 from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
 from ..run.ranks import Ranks, joined
+from ..run.record import VIEWS_FILE
 from ..run.rundir import RunDir, command_text, encoder_config, run_record
 from ..run.step import resolve_autocast
 from .data import Corpus, MemoryCorpus, Seen, Share, StreamedCorpus, loader_workers
@@ -135,7 +136,7 @@ class _Loop(Loop[Seen, Path]):
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Seen]:
         """Cut batches from the corpus, and keep a picture of the first."""
-        share, file = Share(self.ranks.rank, self.ranks.world), self.folder.path / "views.png"
+        share, file = Share(self.ranks.rank, self.ranks.world), self.folder.path / VIEWS_FILE
         for seen in self.corpus.batches(self.recipe, first_step, last_step, share):
             if seen.step == first_step and self.ranks.main and not file.exists():
                 views_picture(seen.patches, seen.views, self.recipe).save(file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from array import array
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +13,20 @@ import numpy as np
 
 from micl_zoo._version import __version__
 from micl_zoo.errors import TrainingError, UsageError
-from micl_zoo.files import atomic_path, write_text
+from micl_zoo.files import atomic_path, read_regular, write_text
 
 from ..corpora import corpus_text
-from ..evaluation.tables import need_matplotlib, render
+from ..evaluation.tables import need_matplotlib, own_style, render
 from ..recipes import Recipe, recorded_recipe
-from ..run.record import METRICS_FILE, RESTORED, RUN_FILE, metric_lines, number, read_run
+from ..run.record import METRICS_FILE, RESTORED, RUN_FILE, VIEWS_FILE, metric_lines, number, read_run
 
 CHART_POINTS = 2000  # of a curve, each the mean of its bin
 SMOOTH_PART = 40  # a smoothed curve is the mean over this fraction of the run
 FINAL_STEPS = 100  # final numbers are means over the last steps
 EVENTS_MARKED = 40  # in the charts; the table has them all
 REFUSED_SHOWN = 100
+KNN_SETS = 20  # data sets that get a curve; a run has some
+MOST_VIEWS, PNG = 64 << 20, b"\x89PNG\r\n\x1a\n"
 CURVE_COLORS = ("#3f83d8", "#d9782d", "#2f9e77", "#b25aa6", "#b8952b", "#c9504f", "#5aa7b8", "#8a7a6a")
 COLUMNS = ("step", "epoch", "loss", "accuracy", "lr", "images_per_second", "data_wait", "seconds")
 
@@ -41,14 +42,21 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     pictures = {
         chart.name: tuple(_draw(chart, history, theme) for theme in (LIGHT, DARK)) for chart in _charts(history, recipe)
     }
-    views = run / "views.png"
-    seen = views.read_bytes() if views.is_file() else None
+    seen = _seen(run / VIEWS_FILE)
     for name, png in {"views": seen, **{name: light for name, (light, _) in pictures.items()}}.items():
         if png:
             with atomic_path(pictures_folder(page) / f"{name}.png") as temporary:
                 temporary.write_bytes(png)
     write_text(page, _page(record, recipe, history, folder=run, pictures=pictures, seen=seen))
     return page
+
+
+def _seen(file: Path) -> bytes | None:
+    """Read what the network saw; None where there is nothing, or what is no picture of training and gets no place."""
+    if file.is_symlink() or not file.is_file():
+        return None
+    png = read_regular(file, MOST_VIEWS + 1)
+    return png if png.startswith(PNG) and len(png) <= MOST_VIEWS else None
 
 
 def pictures_folder(page: Path) -> Path:
@@ -104,9 +112,10 @@ def _read_history(file: Path) -> History:
         if line is None:
             continue
         if isinstance(line.get("knn"), dict):
-            for name, share in line["knn"].items():
-                if math.isfinite(number(share)):
-                    knn.setdefault(name, []).append((line["step"], share))
+            shares = {name: share for name, share in line["knn"].items() if math.isfinite(number(share))}
+            whole = len(knn.keys() | shares.keys()) <= KNN_SETS
+            for name, share in shares.items() if whole else ():
+                knn.setdefault(name, []).append((line["step"], share))
         elif "event" in line:
             events.append((line["step"], str(line["event"]), str(line.get("detail", ""))))
         else:
@@ -186,14 +195,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 def _draw(chart: Chart, history: History, theme: Theme) -> bytes | None:
     """Draw the chart as PNG; None without a curve."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     if not chart.curves:
         return None
-    with warnings.catch_warnings(), matplotlib.rc_context():
-        warnings.simplefilter("ignore")  # a name in a script that the font lacks
-        matplotlib.rcdefaults()  # whatever a person set for their own figures
+    with own_style():
         named = sum(bool(curve.label) for curve in chart.curves)
         figure = Figure(figsize=(5.6, 2.9 + 0.1 * named), dpi=200, layout="constrained", facecolor=theme.ground)
         axes = figure.add_subplot()
@@ -211,8 +217,7 @@ def _draw(chart: Chart, history: History, theme: Theme) -> bytes | None:
         axes.set_xlim(*history.span)
         if named:
             look = {"ncols": 2, "frameon": False, "fontsize": 9, "labelcolor": theme.ink, "handlelength": 1.2}
-            for text in figure.legend(loc="outside upper left", **look).get_texts():
-                text.set_parse_math(False)  # a dollar in a name is a dollar
+            figure.legend(loc="outside upper left", **look)
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

@@ -171,7 +171,7 @@ def _compute(run: Mapping[str, Any]) -> dict[str, Any]:
     if gpu := machine.get("card"):
         device, count, watts = "GPU", processes, gpu_watts(gpu)
     else:
-        threads = machine.get("threads", machine["cores"]) * processes  # older records do not say
+        threads = (machine.get("threads") or machine["cores"]) * processes  # older records do not say
         device, count, watts = "core", min(threads, machine["cores"]), CORE_WATTS
     used = hours * count * (watts or 0)
     return {
@@ -372,4 +372,4 @@ def _provenance(made: Iterable[tuple[str, str, Mapping[str, Any]]]) -> tuple[Mar
 
 def _machine(machine: Mapping[str, Any]) -> str:
     processor = f"{machine['processor']}, {machine['cores']} cores"
-    return f"{machine['card']}, {machine['card_memory_gib']:g} GiB ({processor})" if "card" in machine else processor
+    return f"{machine['card']}, {machine['card_memory_gib']:g} GiB ({processor})" if machine.get("card") else processor

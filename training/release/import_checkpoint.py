@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import mmap
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from micl_zoo.encoders.config import Depth, Ratio, Side, Width
 from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, read_tensors, save_weights
 from micl_zoo.encoders.zoo import ARCHS, Arch, timm_architecture
 from micl_zoo.errors import UsageError, WeightsError
-from micl_zoo.files import file_sha256
+from micl_zoo.files import file_sha256, open_regular
 from micl_zoo.images.transform import Transform
 from micl_zoo.schema import read
 
@@ -135,6 +136,8 @@ def _load(checkpoint: Path) -> Any:
             mapped = zipfile.is_zipfile(checkpoint)
             if mapped and _is_compressed(checkpoint):
                 raise ValueError("compressed")  # torch compresses nothing, and what unpacks has no bounds
+            if _names_bytearray(checkpoint):
+                raise ValueError("GLOBAL builtins.bytearray")  # torch would make one of any size
             return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler raises whatever a damaged file makes it raise
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
@@ -151,6 +154,11 @@ def _load(checkpoint: Path) -> Any:
 def _is_compressed(checkpoint: Path) -> bool:
     with zipfile.ZipFile(checkpoint) as packed:
         return any(one.compress_type != zipfile.ZIP_STORED for one in packed.infolist())
+
+
+def _names_bytearray(checkpoint: Path) -> bool:
+    with open_regular(checkpoint) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"\nbytearray\n") >= 0  # as a pickle names a global
 
 
 class _Plain:

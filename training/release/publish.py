@@ -19,7 +19,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from micl_zoo.encoders.load import load
-from micl_zoo.encoders.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE
+from micl_zoo.encoders.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, config_text, local_weights
 from micl_zoo.encoders.zoo import RECORDS, OnnxFile, Record
 from micl_zoo.errors import ExportError, UsageError, WeightsError
 from micl_zoo.files import atomic_folder, file_sha256, write_text
@@ -27,6 +27,7 @@ from micl_zoo.printing import json_line
 
 from ..evaluation.tables import merge
 from ..pretraining.plan import frozen_count, parameter_count
+from ..run.record import METRICS_FILE, RUN_FILE, metric_lines
 from .card import one_card
 from .trained import Trained, of_run, write_run_record
 
@@ -165,9 +166,10 @@ def _check_folder(folder: Path) -> None:
 
 
 def _build(trained: Trained, run: Path, folder: Path, export: Export | None, repo: str) -> OnnxFile | None:
-    """Write weights and config as they are, the ONNX file, the records, and a card of all that."""
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(run / "encoder" / name, folder / name)
+    """Write weights as they are, their config as it was checked, the ONNX file, the records, and a card of all that."""
+    weights = local_weights(run / "encoder" / WEIGHTS_FILE)  # timm would follow another config.json anywhere
+    shutil.copyfile(weights.path, folder / WEIGHTS_FILE)
+    write_text(folder / CONFIG_FILE, config_text(weights.config.to_dict()))
     if export is not None:
         try:
             export(weights=folder, out=folder)
@@ -175,13 +177,14 @@ def _build(trained: Trained, run: Path, folder: Path, export: Export | None, rep
             raise UsageError(f"{error}; or leave the ONNX file out by --no-onnx") from None
     records = folder / RECORDS_FOLDER
     records.mkdir()
-    for name in ("run.json", "metrics.jsonl"):
-        shutil.copyfile(run / name, records / name)
+    shutil.copyfile(run / RUN_FILE, records / RUN_FILE)
+    with (records / METRICS_FILE).open("wb") as kept:
+        kept.writelines(line.text for line in metric_lines(run / METRICS_FILE) if line.found)
     write_run_record(trained.record, records / f"{trained.name}.json")
     onnx = _onnx_file(folder)
     shown = dataclasses.replace(
         trained,
-        run_file=f"{RECORDS_FOLDER}/run.json",
+        run_file=f"{RECORDS_FOLDER}/{RUN_FILE}",
         onnx=onnx,
         onnx_file=onnx.file if onnx else "",
         evaluations=_keep(trained.evaluations, f"{trained.name}.eval", records),

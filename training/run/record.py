@@ -14,7 +14,7 @@ from micl_zoo.errors import TrainingError
 from micl_zoo.files import open_regular
 from micl_zoo.schema import Between, read, read_json
 
-RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+RUN_FILE, METRICS_FILE, VIEWS_FILE = "run.json", "metrics.jsonl", "views.png"
 RESTORED = "the command that started the run makes it again from the newest checkpoint"
 LARGEST = 1e100  # of a measured number
 LONGEST_LINE = 1 << 20  # bytes of metrics.jsonl; a step's line has 200

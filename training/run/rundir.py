@@ -244,8 +244,8 @@ def restore(file: Path, step: Step) -> tuple[int, float]:
     with safe_open(file, framework="pt") as opened:  # on the host: no card has room for two
         said = _checkpoint_header(opened.metadata(), file)
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    _check_tensors(file, tensors, step)
     steps = said.step
+    _check_tensors(file, tensors, step, steps)
     with torch.no_grad():
         for prefix, name, value in _weights(step):
             value.copy_(_like(value, tensors[f"{prefix}.{name}"]))
@@ -257,18 +257,23 @@ def restore(file: Path, step: Step) -> tuple[int, float]:
     return steps, said.seconds
 
 
-def _check_tensors(file: Path, tensors: Mapping[str, Tensor], step: Step) -> None:
-    """Refuse a checkpoint of another network: each weight has its place, and moments come in pairs."""
-    shapes = {f"{prefix}.{name}": value.shape for prefix, name, value in _weights(step)}
+def _check_tensors(file: Path, tensors: Mapping[str, Tensor], step: Step, steps: int) -> None:
+    """Refuse a checkpoint of another network: each weight has its place, and the moments after the first step."""
+    wanted = {f"{prefix}.{name}": value for prefix, name, value in _weights(step)}
     for name, parameter in step.vit.named_parameters():
-        pair = [f"{moment}.{name}" for moment in MOMENTS]
-        shapes |= {one: parameter.shape for one in pair if any(other in tensors for other in pair)}
-    if strange := [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]:
-        found = tuple(tensors[strange[0]].shape) if strange[0] in tensors else "none"
+        if parameter.requires_grad and steps:
+            wanted |= {f"{moment}.{name}": parameter for moment in MOMENTS}
+    fits = {name: name in tensors and _kind(tensors[name]) == _kind(value) for name, value in wanted.items()}
+    if strange := [name for name, right in fits.items() if not right]:
+        found = _kind(tensors[strange[0]]) if strange[0] in tensors else "not there"
         raise TrainingError(
-            f"{str(file)!r} is no checkpoint of this run: {strange[0]} must be {tuple(shapes[strange[0]])}, it is "
+            f"{str(file)!r} is no checkpoint of this run: {strange[0]} must be {_kind(wanted[strange[0]])}, it is "
             f"{found}. Remove that file to go on from the one before, or give a new --out"
         )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _checkpoint_header(found: Mapping[str, str] | None, file: Path) -> CheckpointHeader:
