@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from onnx import ModelProto, checker, compose, parser
+from onnx.defs import onnx_opset_version
 from torch import Tensor, nn
 
 from micl_zoo.encoders.device import Output
@@ -39,6 +40,8 @@ class _Outputs(nn.Module):
 
 def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> ModelProto:
     """Trace an encoder: pixel_values (B, 3, S, S) -> embedding[, patches], in float32, for any batch size."""
+    if opset > (newest := onnx_opset_version()):
+        raise ExportError(f"opset {opset} was asked for, and the newest that the installed onnx knows is {newest}")
     side = encoder.transform.size
     names = ["embedding"] * (set(outputs) != {"patches"}) + ["patches"] * ("patches" in outputs)
     with warnings.catch_warnings(), torch.no_grad():

@@ -81,7 +81,7 @@ def to_onnx(
         image_size: side in pixels, a multiple of the patch size, for which the position embedding is resampled; None is
             the encoder's own.
         with_preprocess: take `images` (B, H, W, 3) uint8 RGB of any size instead of `pixel_values` (B, 3, S, S).
-        opset: of the file, 18 or later.
+        opset: of the file, 18 or later; what the installed onnx knows.
         images: source of the images to compare on, see `index_source`; None takes photographs of the package.
         overwrite: replace an existing file.
         show: a progress bar, on a terminal.

@@ -18,7 +18,6 @@ Reason = Literal[
     "memory",
     "crashed",
     "timeout",
-    "memory",
     "not_finite",
     "listing",  # of an entry of a source, which no image has
 ]

@@ -40,11 +40,13 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
     writer's; otherwise every try has the same name, so that a killed run leaves nothing for good. An error of the
     system names a file.
     """
+    if not path.name:  # "/" or "."
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{uuid.uuid4().hex[:8]}" if unique else ""
     temporary = path.with_name(f".{path.name}{own}.tmp")
     try:
-        with _named_errors(path):
+        with _named_errors(path, temporary):
             yield temporary
             _sync(temporary)
             _rename(temporary, path)
@@ -53,13 +55,14 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """Add the file to an error of the system that has none, as those of writing and syncing."""
+def _named_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Name the file in an error of the system that names none, as those of writing and syncing, or a temporary one."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None and not isinstance(error, ConnectionError | TimeoutError):
-            error.filename = str(path)
+        unnamed = error.filename is None and not isinstance(error, ConnectionError | TimeoutError)
+        if error.errno is not None and (unnamed or error.filename == str(temporary)):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

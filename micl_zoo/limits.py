@@ -14,6 +14,7 @@ WAY_ON = {
     errno.EIO: "the disk, or the network before it, fails",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "does that path exist?",
+    errno.EEXIST: "a file is there: give another name",
     errno.EISDIR: "give a file",
     errno.ENOTDIR: "give a folder",
 }

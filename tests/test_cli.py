@@ -78,6 +78,20 @@ def test_an_address_never_becomes_a_folder(name: str, parameter: click.Parameter
         )
 
 
+NUMBERS = [(name, one) for name, command in every_command().items() for one in command.params]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [(name, one) for name, one in NUMBERS if isinstance(one.type, click.types.FloatParamType)],
+    ids=lambda one: getattr(one, "name", one),
+)
+@pytest.mark.parametrize("given", ["nan", "inf", "-inf", "1e99", "-1"])
+def test_a_number_has_an_end(name: str, parameter: click.Parameter, given: str) -> None:
+    with pytest.raises(click.UsageError):
+        parameter.type_cast_value(click.Context(every_command()[name]), given)
+
+
 def test_version() -> None:
     assert run("--version").output == f"micl-zoo, version {__version__}\n"
 

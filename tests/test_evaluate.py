@@ -171,6 +171,13 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(main, ["eval", *map(str, words)])
 
 
+def test_a_plot_that_cannot_be_drawn_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    for name in ("x.txt", "x", "x.png.zip"):
+        made = run("knn", "vit_ti16.tin200", "--data", tmp_path / "nothing", "--plot", tmp_path / name)
+        assert made.exit_code == 1
+        assert "a plot's name ends in .png, .svg, .pdf; got" in made.output
+
+
 def test_the_commands(colours: Path, encoder_folder: Path, tmp_path: Path) -> None:
     result = run(
         "knn", encoder_folder, "--data", colours, "-k", 1, "--test-images", 4, "-o", tmp_path / "r.json",

@@ -91,6 +91,15 @@ def test_no_syncs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, 
     assert len(caplog.records) == 1
 
 
+def test_an_error_of_the_system_names_what_was_asked_for_and_no_temporary_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "folder", Path("/"), Path()):
+        with pytest.raises(IsADirectoryError) as caught:
+            write_text(place, "x")
+        assert (caught.value.filename, caught.value.filename2) == (str(place), None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder"]
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["fsync", "write"])
 def test_an_error_of_the_system_names_the_file(

@@ -50,6 +50,15 @@ def test_accuracy_is_that_of_a_plain_loop() -> None:
     assert hits > 30  # chance is a quarter
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-4, 1e-12, 1e-300])
+def test_however_low_the_temperature_the_nearest_decides(temperature: float) -> None:
+    random = np.random.default_rng(3)
+    (train, labels), (test, _) = rows_of(random, 400), rows_of(random, 200)
+    nearest = knn_predict([(train, labels)], test, classes=4, ks=(1,))[1]
+    found = knn_predict([(train, labels)], test, classes=4, ks=(200,), temperature=temperature)[200]
+    assert np.mean(found == nearest) > 0.95
+
+
 def test_fewer_rows_than_neighbours_all_vote() -> None:
     rows = np.eye(6, dtype=np.float32)
     assert knn_accuracy(rows, np.arange(6), 3 * rows, np.arange(6), k=20) == 1

@@ -14,7 +14,20 @@ from click.core import ParameterSource
 from ..encoders.zoo import find_record
 
 F = TypeVar("F", bound=Callable[..., Any])
-POSITIVE = click.FloatRange(0, min_open=True)
+LARGEST = 1e9  # of a number; as seconds, 30 years
+
+
+class Number(click.FloatRange):
+    """A number in a range, which neither `nan` nor an endless one is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Refuse what no comparison finds."""
+        if not abs(number := super().convert(value, param, context)) <= LARGEST:
+            self.fail(f"{value} is no number of at most {LARGEST:,.0f}", param, context)
+        return number
+
+
+POSITIVE = Number(0, min_open=True)
 
 
 class Command(click.Command):

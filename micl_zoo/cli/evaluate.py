@@ -41,7 +41,7 @@ MEASURED = opt.together(  # of knn, linear, logreg, few-shot and all
 def _setting(field: Any) -> Callable[[opt.F], opt.F]:
     """An option from a field of a `Protocol`; its values have the type of the default's."""
     several, least = isinstance(field.default, tuple), field.metadata["least"]
-    kinds = {int: click.IntRange(least), float: click.FloatRange(least, min_open=True)}
+    kinds = {int: click.IntRange(least), float: opt.Number(least, min_open=True)}
     kind = kinds.get(type(field.default[0] if several else field.default)) or click.Choice(field.default)
     settings = {"multiple": True} if several else {}
     return opt.value(
@@ -85,19 +85,21 @@ def eval_() -> None:
 def _measure(methods: Any, picture: Path | None, as_json: bool, **options: Any) -> None:
     """Measure, print, write the record and the picture; `methods` are those of a `Protocol`."""
     from micl_zoo.training.evaluation.protocols import Protocol, option_fields
-    from micl_zoo.training.evaluation.tables import plot, table
+    from micl_zoo.training.evaluation.tables import check_plot, plot, table
 
     from ..files import write_text
 
+    if picture is not None:
+        check_plot(picture)
     names = [field.name for field in option_fields()]
     given = {name: value for name in names if (value := options.pop(name, None)) not in (None, ())}
     out, record = options["out"], _record(Protocol(methods=methods, **given), options)
     text = json.dumps(record, indent=1)
     if out is not None:
         write_text(out, text + "\n")
+    click.echo(text if as_json else table(record))
     if picture is not None:
         plot(record, picture)
-    click.echo(text if as_json else table(record))
     for written in filter(None, (out, picture)):
         click.echo(f"Written: {written}", err=True)
 

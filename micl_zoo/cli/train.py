@@ -9,7 +9,7 @@ import click
 
 from . import _options as opt
 
-SECONDS = opt.value("--seconds", "Length of the measurement in seconds.", type=click.FloatRange(1), default=20)
+SECONDS = opt.value("--seconds", "Length of the measurement in seconds.", type=opt.Number(1), default=20)
 
 
 @click.command(cls=opt.Command)
@@ -22,10 +22,10 @@ SECONDS = opt.value("--seconds", "Length of the measurement in seconds.", type=c
 @opt.RANKS
 @opt.workers("Decoding processes per GPU, with cache=none.", "the cores, shared; at most 16")
 @opt.path("--knn", "Folder with a k-NN set: train*.parquet and test or val.parquet (image, label).", multiple=True)
-@opt.value("--knn-minutes", "Minutes between k-NN evaluations.", type=click.FloatRange(0), default=30)
+@opt.value("--knn-minutes", "Minutes between k-NN evaluations.", type=opt.Number(0), default=30)
 @opt.count("--knn-images", "Number of images to search in each k-NN set.", least=20, default=10_000)
 @opt.value("--wandb", "Project of Weights & Biases to send the run to.", metavar="PROJECT")
-@opt.value("--mfu", "FLOP/s utilisation, for --plan.", type=click.FloatRange(0, 1, min_open=True), default=0.5)
+@opt.value("--mfu", "FLOP/s utilisation, for --plan.", type=opt.Number(0, 1, min_open=True), default=0.5)
 @opt.count("--images", "Size of the corpus, for --plan without --data.")
 def train(recipe: str, data: tuple[str, ...], out: Path | None, plan: bool, **options: Any) -> None:
     """Pre-train an encoder by RECIPE (names: `micl-zoo models`).

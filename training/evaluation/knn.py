@@ -47,7 +47,7 @@ def knn_predict(
             cosines, labels = _nearest(asked, piece, named, cosines, labels, max(ks))
     if not cosines.shape[1]:
         raise UsageError("the bank has no rows: nothing to look for neighbours among")
-    votes = (cosines.double() / temperature).exp()
+    votes = ((cosines - cosines[:, :1]).double() / temperature).exp()  # from the nearest on: none is endless
     found = {}
     for k in ks:
         ballot = torch.zeros(len(asked), classes, dtype=votes.dtype, device=device)

@@ -165,6 +165,7 @@ def _filled(text: str, **indents: str) -> Markdown:
 
 # Several trainings by one recipe.
 
+PLOT_ENDINGS = (".png", ".svg", ".pdf")
 RUNS_TO_PREDICT = 3  # of two runs the interval is so wide that it says nothing
 T_95 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # Student's t, by runs
 
@@ -215,9 +216,16 @@ def _join(there: dict[str, Any], found: Mapping[str, Any], where: str) -> None:
             )
 
 
+def check_plot(file: Path) -> None:
+    """Raise a UsageError, before anything is measured, where `plot` could not draw there."""
+    if file.suffix.lower() not in PLOT_ENDINGS:
+        raise UsageError(f"a plot's name ends in {', '.join(PLOT_ENDINGS)}; got {str(file)!r}")
+    need_matplotlib("the plot of an evaluation needs")
+
+
 def plot(record: Mapping[str, Any], file: Path) -> None:
     """Draw a record: one panel per set, one line per method, one dot with its interval per subject."""
-    need_matplotlib("the plot of an evaluation needs")
+    check_plot(file)
     with own_style():
         _plot(record, file)
 
