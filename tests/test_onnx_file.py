@@ -264,6 +264,19 @@ def test_a_graph_that_gives_other_shapes_than_it_says(exported: Path, tmp_path: 
         opened.embed(picture(1))
 
 
+def test_onnx_runtime_prints_no_names_of_a_file(exported: Path, tmp_path: Path, capfd: Any) -> None:
+    def change(model: Any) -> None:
+        for node in model.graph.node:
+            node.output[:] = ["once" if name == "embedding" else name for name in node.output]
+        model.graph.initializer.append(numpy_helper.from_array(np.full(32, 10**6), "far"))
+        model.graph.node.append(helper.make_node("Gather", ["once", "far"], ["embedding"], name="\x1b[31m", axis=1))
+
+    opened = micl_zoo.load(changed(exported, tmp_path, change), backend="onnx", device="cpu")
+    with pytest.raises(MiclZooError, match="ONNX Runtime failed"):
+        opened.embed(picture(1))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_encoder_of_a_file_is_copied_and_pickled(exported: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes(exported.read_bytes())
