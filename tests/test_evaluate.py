@@ -17,6 +17,7 @@ import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.errors import SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import extract
+from micl_zoo.stores.store import open_store
 from micl_zoo.training.evaluation.evaluate import evaluate, evaluate_stores, random_encoder
 from micl_zoo.training.evaluation.features import Features, store_features
 from micl_zoo.training.evaluation.knn import knn_accuracy
@@ -105,6 +106,10 @@ def test_stores_give_what_their_images_give(colours: Path, encoder_folder: Path,
     assert list(alone["linear"]) == ["mean"]
     with pytest.raises(UsageError, match="holds the pool 'mean', asked for cls"):
         store_features(other, {}, ("cls",))
+    (tmp_path / "test" / "index" / "part-00000.parquet").unlink()
+    lost = r"images of '.*test' are not in its index, of which a part is missing: 'blue.*' first"
+    with pytest.raises(StoreError, match=lost):
+        evaluate_stores(stores[0], open_store(tmp_path / "test"), QUICK)
 
 
 def test_a_record_goes_on_where_it_was(

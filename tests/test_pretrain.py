@@ -142,6 +142,10 @@ def test_a_run_goes_on_that_is_older_than_a_field_of_its_recipe(
         pretrain(RECIPE, folder, run, overrides=[*TWIN, "views=3"], device="cpu")
     pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=2)
     assert [step for step, *_ in losses(run)] == [0, 1]
+    del record["data"]
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(TrainingError, match="holds another run: images: None there, 16 asked for"):
+        pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own doings

@@ -254,7 +254,7 @@ def record_differences(there: Mapping[str, Any], asked: Mapping[str, Any], free:
     free = {*free, "checkpoint_minutes", "keep_epochs", "parallel", "activation_checkpointing", "source", "corpus"}
     kind = Recipe if "corpus" in asked["recipe"] else FineTuneRecipe
     defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
-    pair = [defaults | record["recipe"] | record["data"] | record.get("encoder", {}) for record in (there, asked)]
+    pair = [defaults | one["recipe"] | one.get("data", {}) | one.get("encoder", {}) for one in (there, asked)]
     there, asked = json.loads(json.dumps(pair))  # tuples as JSON gives them back
     keys = [key for key in asked if key not in free and (key != "marks" or key in there)]
     return [f"{k}: {there.get(k)!r} there, {asked[k]!r} asked for" for k in keys if there.get(k) != asked[k]]

@@ -10,7 +10,7 @@ import torch
 
 from micl_zoo.encoders.device import Pool, autocast_dtype, resolve_precision
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.errors import SourceError, UsageError
+from micl_zoo.errors import SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import embed_index
 from micl_zoo.extraction.options import ExtractOptions
 from micl_zoo.stores.store import Store
@@ -83,5 +83,10 @@ def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Poo
             "extract again with --pool cls+mean"
         )
     rows = split_pools(store.embeddings.astype(np.float32, copy=False), stored, pools)
+    if lost := [name for name in store.ids if name not in numbers]:
+        raise StoreError(
+            f"{len(lost):,} images of {str(store.folder)!r} are not in its index, of which a part is missing: "
+            f"{lost[0]!r} first. The same extract command makes it again"
+        )
     labels = np.array([numbers[name] for name in store.ids], np.int64)
     return Features(rows, labels, tuple(row.id for row in store.refused()))
