@@ -77,10 +77,9 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
       micl-zoo verify embeddings --sample 200 --weights runs/first/encoder
       micl-zoo verify embeddings --sample 0 --json
     """
-    from ..stores.store import open_store
     from ..stores.verify import verify as run
 
-    found = run(open_store(store), **options)
+    found = run(store, **options)
     lines = [f"Problem: {line}" for line in found.problems] + [f"Not compared: {line}" for line in found.gone]
     if lines and not as_json:
         click.echo("\n".join(lines), err=True)

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import Refused, StoreError, UsageError
+from ..files import Folder
 from ..progress import progress
 from ..schema import parse_json
 from ..sources.index import Entry, Fingerprint
 from ..sources.reader import Reader
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
 from .reembed import StoreEncoder, store_encoder
-from .store import LEDGER_FILE, Store, open_store, part_name, parts_of
+from .store import LEDGER_FILE, Store, part_name, parts_of
 
 MIN_COSINE = 0.9999  # between a row and its image embedded again: other batch sizes and kernels stay above it
 UNIT_SLACK = 2e-3  # float16 rounds each number by 2^-11 = 5e-4 of it at most, and bfloat16 models end in float32
@@ -85,13 +86,18 @@ def verify(
         UsageError: a negative sample.
         WeightsError: see `store_encoder`.
     """
-    store = open_store(store)
+    if not isinstance(store, Store):  # by `open_store` a wrong checksum would be an error, and here is one problem
+        store = Store(folder := Folder(store), read_manifest(folder)[0])
     if sample < 0:
         raise UsageError(f"sample must be 0 or more images, got {sample}")
-    encoder = store_encoder(store, weights, device) if sample else None
+    problems, encoder = list[str](), None
+    try:
+        encoder = store_encoder(store, weights, device) if sample else None
+    except StoreError as error:
+        problems.append(str(error))
     store = store.snapshot(check=False)  # what a damaged part holds is looked at all the same
     shards = store.done()
-    found = Verification(parts=len(shards), shards=store.manifest.shards)
+    found = Verification(parts=len(shards), shards=store.manifest.shards, problems=problems)
     _check_files(store, found)
     _check_index(store, found)
     counts: list[tuple[int, int]] = []  # (shard, rows) of the parts a sample can be taken from
