@@ -259,12 +259,15 @@ class Folder:
             return
         import fsspec
 
+        scheme, colon, rest = self.location.partition("://")
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.location)
-        except (ImportError, ValueError) as error:
+            self._fs, self._root = fsspec.core.url_to_fs(scheme.lower() + colon + rest)
+        except ImportError as error:
             raise StoreError(
-                f"cannot write to {self.location!r}: {error}. For object stores: pip install 'micl-zoo[remote]'"
+                f"cannot use {self.location!r}: {error}. For object stores: pip install 'micl-zoo[remote]'"
             ) from None
+        except Exception as error:  # each kind of file system has its own
+            raise StoreError(f"cannot use {self.location!r}: {str(error) or type(error).__name__}") from None
         self._fs.invalidate_cache()
         self._root = self._root.rstrip("/")
 
@@ -289,8 +292,16 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """True if there is such a file."""
+        if self.local is not None:
+            return (self.local / name).exists()
         with self._own_errors("read", name):
-            return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._at(name)))
+            try:
+                self._fs.info(self._at(name))  # its own exists() says False of a server that it cannot reach, too
+            except FileNotFoundError as error:
+                if _unreached(error):
+                    raise
+                return False
+        return True
 
     def read(self, name: str, most: int | None = None) -> bytes:
         """Read a whole file, or so many bytes of it."""
@@ -339,12 +350,17 @@ class Folder:
         """Turn what clients of object stores raise, each its own, into a StoreError; local files raise OSError."""
         try:
             yield
-        except FileNotFoundError:
-            raise
         except Exception as error:
-            if self.local is not None:
+            absent = isinstance(error, FileNotFoundError)
+            if self.local is not None or (absent and not _unreached(error)):
                 raise
-            raise StoreError(f"cannot {doing} {self.at(name)!r}: {error or type(error).__name__}") from None
+            why = str(error.__cause__ if absent else error) or type(error).__name__
+            raise StoreError(f"cannot {doing} {self.at(name)!r}: {why}") from None
+
+
+def _unreached(error: Exception) -> bool:
+    """Whether nobody was reached: fsspec says of a web server that it cannot reach that the file is not there."""
+    return isinstance(error.__cause__, OSError)
 
 
 def sum_file(file: Path) -> Path:

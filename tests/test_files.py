@@ -14,6 +14,7 @@ import pytest
 from micl_zoo import files
 from micl_zoo.errors import StoreError
 from micl_zoo.files import LOCK_FILE, OWNER_FILE, Folder, atomic_path, write_text
+from micl_zoo.stores.manifest import read_manifest
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -145,10 +146,33 @@ def test_what_a_client_of_an_object_store_raises_names_the_file(monkeypatch: pyt
         ("cat_file", lambda: folder.read("a")),
         ("pipe_file", lambda: folder.write("a", b"")),
         ("open", lambda: folder.open("a")),
-        ("exists", lambda: folder.exists("a")),
+        ("info", lambda: folder.exists("a")),
         ("ls", lambda: folder.names()),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(type(folder._fs), method, fail)
             with pytest.raises(StoreError, match=r"memory://bucket/store/.*slow down"):
                 act()
+
+
+@pytest.mark.parametrize(
+    "uri", ["github://a", "reference://x", "zip://x", "dir://x", "generic://x", "ftp://127.0.0.1:9/x", "foo://x"]
+)
+def test_an_address_that_cannot_be_used_is_one_sentence(uri: str) -> None:
+    with pytest.raises(StoreError, match=rf"^cannot use '{uri}': \S"):
+        Folder(uri)
+
+
+def test_schemes_may_be_in_capitals() -> None:
+    Folder("MEMORY://bucket/capitals").write("a", b"1")
+    assert Folder("memory://bucket/capitals").read("a") == b"1"
+    assert Folder("memory://bucket/capitals").exists("a")
+    assert not Folder("memory://bucket/capitals").exists("b")
+
+
+def test_a_server_that_is_not_reached_is_no_missing_file() -> None:
+    pytest.importorskip("aiohttp")
+    folder = Folder("http://127.0.0.1:9/x")
+    for act in (lambda: folder.exists("a"), lambda: folder.read("a"), lambda: read_manifest(folder)):
+        with pytest.raises(StoreError, match="^cannot read 'http://127.0.0.1:9/x/.*connect"):
+            act()
