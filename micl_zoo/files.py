@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -20,7 +21,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from .errors import MiclZooError, StoreError
+from .errors import MiclZooError, StoreError, UsageError
 
 LOCK_FILE = ".lock.tmp"
 OWNER_FILE = ".lock-owner.tmp"  # in its place where the file system has no locks
@@ -107,6 +108,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         for done_with in (temporary, old):
             shutil.rmtree(done_with, ignore_errors=True)
+
+
+def local_path(given: str | os.PathLike[str]) -> Path:
+    """Take a path on this machine to write to; UsageError where it is none, and pathlib would make a folder `s3:`."""
+    text = os.fspath(given)
+    if not text:
+        raise UsageError("it is empty, and must be a path (an unset variable of the shell?)")
+    if "://" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # a Path has lost one of two slashes
+        raise UsageError(f"{text!r} is an address, and this must be a path on this machine")
+    return Path(text)
 
 
 def open_regular(path: Path) -> io.FileIO:

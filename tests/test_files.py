@@ -174,5 +174,5 @@ def test_a_server_that_is_not_reached_is_no_missing_file() -> None:
     pytest.importorskip("aiohttp")
     folder = Folder("http://127.0.0.1:9/x")
     for act in (lambda: folder.exists("a"), lambda: folder.read("a"), lambda: read_manifest(folder)):
-        with pytest.raises(StoreError, match="^cannot read 'http://127.0.0.1:9/x/.*connect"):
+        with pytest.raises(StoreError, match=r"^cannot read 'http://127.0.0.1:9/x/.*connect"):
             act()

@@ -376,7 +376,7 @@ def test_weights_are_asked_for_and_checked(sound: Store, encoder_folder: Path, t
     published = Path(micl_zoo.__file__).parent / "embedded" / "vit_ti16.tin200.safetensors"
     with pytest.raises(WeightsError, match=rf"but vit_ti16\.tin200 .* has {str(RECORDS[DEFAULT].sha256)[:10]}"):
         verify(sound, weights=published)
-    with pytest.raises(UsageError, match="got -1"):
+    with pytest.raises(UsageError, match="verify: sample is -1, and must be at least 0"):
         verify(sound, sample=-1)
     assert verify(sound, sample=0).problems == []
 

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from ..encoders.zoo import find_record
+from ..errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 POSITIVE = click.FloatRange(0, min_open=True)
@@ -39,11 +40,12 @@ class LocalPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         """Refuse what is an address, or nothing."""
-        if "://" in str(value):
-            self.fail(f"{str(value)!r} is an address, and this must be a path on this machine", param, context)
-        if not str(value):
-            self.fail("it is empty, and must be a path (an unset variable of the shell?)", param, context)
-        return super().convert(value, param, context)
+        from ..files import local_path  # it imports pyarrow, which help does without
+
+        try:
+            return super().convert(local_path(value), param, context)
+        except UsageError as error:
+            self.fail(str(error), param, context)
 
 
 def value(*words: str, **settings: Any) -> Callable[[F], F]:

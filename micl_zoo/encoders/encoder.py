@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import Refused, UsageError, unknown
 from ..files import read_regular
-from ..images.decode import MIN_SIDE, decode, to_rgb
+from ..images.decode import MIN_SIDE, Exif, decode, to_rgb
 from ..images.transform import Transform
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
 from .weights import EncoderConfig
@@ -246,8 +246,8 @@ class Encoder(nn.Module):
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size must be at least 1, got {batch_size!r}")
-        many = [images] if _is_one(images) else _iterated(images)
-        pixels = (self.transform.pixels(_open(image, place)) for place, image in enumerate(many))
+        many = one_or_many(images)
+        pixels = (self.transform.pixels(open_image(image, place)) for place, image in enumerate(many))
         rows = [np.empty((0, *self.row_shape(pool)), np.float32)]
         while batch := list(islice(pixels, batch_size)):
             rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
@@ -283,6 +283,11 @@ class Encoder(nn.Module):
         return F.normalize(rows, dim=-1) if normalize else rows
 
 
+def one_or_many(images: Any) -> Iterable[Any]:
+    """Go through what `Encoder.embed` takes image by image."""
+    return [images] if _is_one(images) else _iterated(images)
+
+
 def _is_one(images: Any) -> bool:
     """Tell one image from many: an array of three axes is one, for (N, H, W) and (3, H, W) cannot be told apart."""
     if isinstance(images, np.ndarray | Tensor):
@@ -299,12 +304,13 @@ def _iterated(images: Any) -> Iterable[Any]:
         raise UsageError(f"images: {_WANTED}; got {_shown(images)}") from None
 
 
-def _open(image: Any, place: int) -> Image.Image:
+def open_image(image: Any, place: int, exif: Exif = "upright") -> Image.Image:
+    """Decode or convert whatever is an image to RGB; UsageError, which has its place, where that cannot be."""
     try:
         found = _decoded(image)
         if min(found.size) < MIN_SIDE:
             raise Refused("too_small", f"{found.size}")
-        return to_rgb(found)
+        return to_rgb(found, exif=exif)
     except Refused as refused:
         raise UsageError(f"image {place} ({_shown(image)}): {refused.detail} [{refused.reason}]") from None
     except (OSError, ValueError, MemoryError) as error:
@@ -313,28 +319,42 @@ def _open(image: Any, place: int) -> Image.Image:
 
 def _decoded(image: Any) -> Image.Image:
     """Decode or convert whatever is an image without a doubt."""
-    if isinstance(image, dict):  # as data sets have it: bytes, else the path of a file
-        image = next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
+    if (data := encoded(image)) is not None:
+        return decode(data)
+    image = _of_dict(image)
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, Bytes):
-        return decode(bytes(image))
-    if isinstance(image, str | os.PathLike):
-        if "://" in os.fspath(image) and not Path(image).exists():
-            raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
-        return decode(read_regular(Path(image)))
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray):
         return _from_array(image)
-    if hasattr(image, "read"):
-        if getattr(image, "seekable", bool)():  # from its start, as Pillow reads it
-            image.seek(0)
-        data = image.read()
-        if not isinstance(data, Bytes):
-            raise Refused("unsupported", "the file is open as text: open it in mode 'rb'")
-        return decode(bytes(data))
     raise Refused("unsupported", _WANTED)
+
+
+def encoded(image: Any) -> bytes | None:
+    """Return the bytes of an image that is encoded, be it in a file; None of one that is pixels already."""
+    image = _of_dict(image)
+    if isinstance(image, Bytes):
+        return bytes(image)
+    if isinstance(image, str | os.PathLike):
+        if "://" in os.fspath(image) and not Path(image).exists():
+            raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
+        return read_regular(Path(image))
+    if isinstance(image, Image.Image) or not hasattr(image, "read"):
+        return None
+    if getattr(image, "seekable", bool)():  # from its start, as Pillow reads it
+        image.seek(0)
+    data = image.read()
+    if not isinstance(data, Bytes):
+        raise Refused("unsupported", "the file is open as text: open it in mode 'rb'")
+    return bytes(data)
+
+
+def _of_dict(image: Any) -> Any:
+    """Take what a dictionary, as data sets have it, holds: bytes, else the path of a file."""
+    if isinstance(image, dict):
+        return next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
+    return image
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
     head: str  # first line below it
     name: str  # its id or file, on the lines after that
-    source: bytes | Entry  # the encoded image, or where it is
+    source: bytes | Image.Image | Entry  # the image, encoded or not, or where it is
 
 
 def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]]) -> None:
@@ -59,8 +59,9 @@ def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, re
     draw, (left, top) = ImageDraw.Draw(sheet), corner
     bold, font = ImageFont.load_default(15), ImageFont.load_default(13)
     try:
-        data = tile.source if isinstance(tile.source, bytes) else reader.read(tile.source)
-        image = ImageOps.contain(decode(data), (side, side), Image.Resampling.LANCZOS)
+        found = reader.read(tile.source) if isinstance(tile.source, Entry) else tile.source
+        opened = decode(found) if isinstance(found, bytes) else found
+        image = ImageOps.contain(opened, (side, side), Image.Resampling.LANCZOS)
         draw.rectangle((left, top, left + side - 1, top + side - 1), MOUNT)
         sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
     except Refused as refused:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from ..encoders.zoo import RECORDS
 from ..errors import StoreError, UsageError, WeightsError
@@ -30,9 +31,11 @@ class StoreEncoder:
     autocast: TorchDtype | None  # data type of the arithmetic, or None for float32
     decoding: Decoding  # how bytes become pixels
 
-    def pixels(self, data: bytes) -> np.ndarray:
-        """Decode one encoded image as for the store, to (size, size, 3) uint8."""
-        return decode_pixels(data, self.encoder.transform, self.decoding)
+    def pixels(self, image: bytes | Image.Image) -> np.ndarray:
+        """Decode one encoded image as for the store, or take a picture in RGB, to (size, size, 3) uint8."""
+        if isinstance(image, Image.Image):
+            return self.encoder.transform.pixels(image)
+        return decode_pixels(image, self.encoder.transform, self.decoding)
 
     def rows(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Embed B results of `pixels` to (B, dim) float32, as the store would hold them."""

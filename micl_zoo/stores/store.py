@@ -20,6 +20,7 @@ from ..errors import StoreError
 from ..files import LOCK_FILE, OWNER_FILE, Folder
 from ..images.decode import MAX_PIXELS
 from ..printing import json_line
+from ..schema import checked
 from ..sources.index import ImageIndex
 from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from .parts import (
@@ -365,7 +366,8 @@ class Store:
             raise StoreError(f"{where!r} is damaged ({error}): {CURE}") from None
 
 
-def open_store(path: Store | str | os.PathLike[str] | Folder, *, check: bool = True) -> Store:
+@checked
+def open_store(path: Store | Folder | str | os.PathLike[str], *, check: bool = True) -> Store:
     """Open a folder of embeddings. Of one that is still being written, the finished parts are seen.
 
     Args:

@@ -11,13 +11,14 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 
-from ..errors import Refused, StoreError, UsageError
+from ..errors import Refused, StoreError
 from ..files import Folder
 from ..progress import progress
-from ..schema import parse_json
+from ..schema import Between, checked, parse_json
 from ..sources.index import Entry, Fingerprint
 from ..sources.reader import Reader
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -58,10 +59,11 @@ class Verification:
         return said + (f". {len(self.problems)} problems." if self.problems else ". No problem found.")
 
 
+@checked
 def verify(
     store: Store | str | os.PathLike[str],
     *,
-    sample: int = 32,
+    sample: Annotated[int, Between(0)] = 32,
     seed: int = 0,
     weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
@@ -88,8 +90,6 @@ def verify(
     """
     if not isinstance(store, Store):  # by `open_store` a wrong checksum would be an error, and here is one problem
         store = Store(folder := Folder(store), read_manifest(folder)[0])
-    if sample < 0:
-        raise UsageError(f"sample must be 0 or more images, got {sample}")
     problems, encoder = list[str](), None
     try:
         encoder = store_encoder(store, weights, device) if sample else None
