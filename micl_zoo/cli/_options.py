@@ -82,6 +82,7 @@ AS_JSON = flag("--json", "as_json", "Print one JSON object.")
 DEVICE = value("--device", "Device of the model: auto, cpu, cuda, cuda:N or mps.", default="auto")
 TRAINING_DEVICE = value("--device", "Device of the model: auto, cpu, cuda or cuda:N.", default="auto")
 STORE_WEIGHTS = path("--weights", "Weights of the store's encoder, where they are not published.")
+REMOTE = flag("--remote", "Read images from all servers that the store names, not only from its own.")
 UNCHECKED = value("--check/--no-check", "Compare the checksum of each part that is read.", default=True)
 SOURCE = "any source that extract takes."
 OVERRIDES = value("--set", "overrides", "Change to one number of the recipe.", multiple=True, metavar="KEY=VALUE")

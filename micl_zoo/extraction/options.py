@@ -80,7 +80,7 @@ class ExtractOptions:
     normalize: bool = True
     dtype: Dtype = "float32"
     precision: Precision = "auto"
-    backend: Backend | Literal["auto"] = "auto"
+    backend: Literal["auto", Backend] = "auto"
     providers: Sequence[str] | None = None
     compile: bool = False
     devices: str = "auto"

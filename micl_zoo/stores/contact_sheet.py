@@ -15,7 +15,7 @@ from ..files import atomic_path
 from ..images.decode import decode
 from ..printing import printable
 from ..sources.index import Entry
-from ..sources.reader import Reader
+from .originals import Originals
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 TILE, QUERY_TILE, GAP = 168, 224, 16  # pixels
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     source: bytes | Image.Image | Entry  # the image, encoded or not, or where it is
 
 
-def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]]) -> None:
+def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]], reader: Originals) -> None:
     """Draw a band for each query, at the left, with its hits at the right; `out` ends in one of PICTURE_FORMATS."""
     cell = TILE + LINE * LABEL_LINES + GAP
     most = max(1, *(len(hits) for _, hits in bands))
@@ -42,7 +42,7 @@ def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]])
     heights = [max(QUERY_TILE + LINE * LABEL_LINES + GAP, count * cell) + GAP for count in lines]
     width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP)
     sheet = Image.new("RGB", (width, sum(heights)), PAPER)
-    reader, top = Reader(), 0
+    top = 0
     for (query, hits), height in zip(bands, heights, strict=True):
         if top:
             ImageDraw.Draw(sheet).line((GAP, top, width - GAP, top), RULE)
@@ -55,7 +55,7 @@ def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]])
         sheet.save(temporary, PICTURE_FORMATS[out.suffix.lower()])
 
 
-def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, reader: Reader) -> None:
+def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, reader: Originals) -> None:
     draw, (left, top) = ImageDraw.Draw(sheet), corner
     bold, font = ImageFont.load_default(15), ImageFont.load_default(13)
     try:
@@ -65,7 +65,7 @@ def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, re
         draw.rectangle((left, top, left + side - 1, top + side - 1), MOUNT)
         sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
     except Refused as refused:
-        what = "source is gone" if refused.reason == "unreadable" else refused.reason.replace("_", " ")
+        what = "cannot be read" if refused.reason == "unreadable" else refused.reason.replace("_", " ")
         draw.rectangle((left, top, left + side - 1, top + side - 1), GREY)
         draw.text((left + side / 2, top + side / 2), what, INK, font, "mm")
     draw.text((left, top + side + 4), tile.head, INK, bold)

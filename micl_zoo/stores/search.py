@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..progress import progress
 from ..schema import Between, checked
 from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
+from .originals import Originals
 from .parts import ID
 from .reembed import store_encoder
 from .store import Store, open_store, part_name
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # it imports torch, which a search for ids does without
     from ..encoders.encoder import ImageLike
 else:
     ImageLike = Any
+logger = getLogger(__name__)
 BLOCK = 1024  # queries per matrix product: with a part of 10,000 rows, 41 MB of cosines
 
 
@@ -63,6 +66,7 @@ def search(
     device: str = "auto",
     exact: bool = True,
     picture: str | os.PathLike[str] | None = None,
+    remote: bool = False,
 ) -> list[list[Hit]]:
     """Find the k rows of a store with the largest cosine to each image.
 
@@ -78,6 +82,7 @@ def search(
         device: see `load`.
         exact: without effect, every search is exact.
         picture: contact sheet to write: .png, .jpg or .webp.
+        remote: draw images of all servers that the index names, too, and not only of the one that the store is at.
 
     Returns:
         A list of hits for each image, then for each id.
@@ -105,7 +110,9 @@ def search(
         queries = [Tile("query", _label(image), one) for image, one in zip(many, data, strict=True)]
         queries += [Tile("query", name, entries[own[name][0], name]) for name in ids]
         tiles = [[Tile(f"{hit.rank}   {hit.cosine:.4f}", hit.id, hit.entry) for hit in line] for line in hits]
-        write_contact_sheet(out, list(zip(queries, tiles, strict=True)))
+        write_contact_sheet(out, list(zip(queries, tiles, strict=True)), originals := Originals(store, remote=remote))
+        if unasked := originals.unasked():
+            logger.warning("not drawn: %s", unasked)
     return hits
 
 
