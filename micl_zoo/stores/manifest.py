@@ -67,7 +67,10 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Hash what resuming needs to agree; each part carries it, so that a part of another store is told."""
+        """Hash what resuming needs to agree; each part carries it, so that a part of another store is told.
+
+        A field that a later version adds must be left out where it has its default, lest the parts of before differ.
+        """
         return fields_sha256(self._identity())
 
     def _identity(self) -> dict[str, Any]:

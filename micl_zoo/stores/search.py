@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -156,29 +157,29 @@ def _embedded(
     store: Store, images: Sequence[Any], weights: str | os.PathLike[str] | None, device: str
 ) -> tuple[list[bytes | Image.Image], list[np.ndarray]]:
     """Embed each image as a (dim,) float64 row, alone, so that no other changes it; also its bytes or its pixels."""
-    from ..encoders.encoder import open_image
+    from ..encoders.encoder import encoded, open_image
 
-    read = [_read(image, place) for place, image in enumerate(images)]  # before a model is loaded
-    encoder, data, pixels = store_encoder(store, weights, device), list[bytes | Image.Image](), []
+    read, data, pixels = [], list[bytes | Image.Image](), []
+    for place, image in enumerate(images):  # before a model is loaded
+        with _own_errors(image, place):
+            read.append(encoded(image))
+    encoder = store_encoder(store, weights, device)
     for place, (image, one) in enumerate(zip(images, read, strict=True)):
         data.append(open_image(image, place, encoder.decoding.exif) if one is None else one)
-        try:
+        with _own_errors(image, place):
             pixels.append(encoder.pixels(data[-1]))
-        except Refused as refused:
-            raise UsageError(f"image {place} ({_label(image)}): {refused.detail} [{refused.reason}]") from None
     return data, [encoder.rows([one])[0].astype(np.float64) for one in pixels]
 
 
-def _read(image: Any, place: int) -> bytes | None:
-    from ..encoders.encoder import encoded
-
+@contextlib.contextmanager
+def _own_errors(image: Any, place: int) -> Iterator[None]:
     try:
-        return encoded(image)
+        yield
     except Refused as refused:
         raise UsageError(f"image {place} ({_label(image)}): {refused.detail} [{refused.reason}]") from None
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+    except (OSError, ValueError) as error:  # ValueError: a closed file, a name that no file can have
         name = repr(os.fspath(image)) if isinstance(image, str | os.PathLike) else _label(image)
+        why = getattr(error, "strerror", None) or error
         raise UsageError(f"image {place} ({name}) cannot be read: {why}") from None
 
 
