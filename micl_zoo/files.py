@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from .errors import MiclZooError, StoreError, UsageError
 
+LOST_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # what pathlib makes of an address; no drive of Windows
 LOCK_FILE = ".lock.tmp"
 OWNER_FILE = ".lock-owner.tmp"  # in its place where the file system has no locks
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # how a file system says that it cannot
@@ -115,7 +116,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     text = os.fspath(given)
     if not text:
         raise UsageError("it is empty, and must be a path (an unset variable of the shell?)")
-    if "://" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):  # a Path has lost one of two slashes
+    if "://" in text or LOST_SLASH.match(text):
         raise UsageError(f"{text!r} is an address, and this must be a path on this machine")
     return Path(text)
 
@@ -266,6 +267,8 @@ class Folder:
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location)  # path or URI, as given
         self.local = None if "://" in self.location else Path(self.location)  # None: on another file system
+        if LOST_SLASH.match(self.location):
+            raise StoreError(f"{self.location!r} has lost a slash of its address: give it as text, and not as a Path")
         if self.local is not None:
             return
         import fsspec

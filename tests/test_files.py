@@ -163,6 +163,15 @@ def test_an_address_that_cannot_be_used_is_one_sentence(uri: str) -> None:
         Folder(uri)
 
 
+@pytest.mark.parametrize("given", [Path("s3://bucket/store"), "s3:/bucket/store", Path("memory://store")])
+def test_an_address_as_a_path_is_no_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="has lost a slash of its address: give it as text"):
+        Folder(given)
+    assert list(tmp_path.iterdir()) == []
+    assert Folder(tmp_path / "s3:").local == tmp_path / "s3:"
+
+
 def test_schemes_may_be_in_capitals() -> None:
     Folder("MEMORY://bucket/capitals").write("a", b"1")
     assert Folder("memory://bucket/capitals").read("a") == b"1"
