@@ -111,7 +111,8 @@ def search(
         queries = [Tile("query", _label(image), one) for image, one in zip(many, data, strict=True)]
         queries += [Tile("query", name, entries[own[name][0], name]) for name in ids]
         tiles = [[Tile(f"{hit.rank}   {hit.cosine:.4f}", hit.id, hit.entry) for hit in line] for line in hits]
-        write_contact_sheet(out, list(zip(queries, tiles, strict=True)), originals := Originals(store, remote=remote))
+        originals = Originals(store, remote=remote)
+        write_contact_sheet(out, list(zip(queries, tiles, strict=True)), originals.read)
         if unasked := originals.unasked():
             logger.warning("not drawn: %s", unasked)
     return hits
