@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 from ..errors import Refused, UsageError, unknown
 from . import formats, tiff
 from .containers import Contents, contents
-from .integrity import Jpeg, check_gif, check_tags, jpeg_pieces
+from .integrity import Jpeg, check_gif, check_png_rows, check_tags, check_tiff, jpeg_pieces
 from .transform import Filter, Transform, resized_part
 
 Exif = Literal["upright", "keep"]
@@ -237,21 +237,28 @@ def _loaded(opened: _Opened, data: bytes, exif: Exif) -> Image.Image:
 
 def _pixels(opened: _Opened, data: bytes) -> Image.Image:
     found, image = opened.contents, opened.image
-    if image is None:
-        assert found.tiff is not None
-        return tiff.through_tifffile(found.tiff)
+    if found.tiff:
+        check_tiff(found.tiff)
+        return _load_tiff(image, found.tiff) if image else tiff.through_tifffile(found.tiff)
+    assert image
     if opened.kind == "GIF":
         check_gif(data)
     if found.jpeg:
         _load_jpeg(image, found.jpeg, jpeg_pieces(data, found.jpeg))
-    elif found.tiff:
-        return _load_tiff(image, found.tiff)
     elif opened.kind == "WEBP":
         return _load_webp(image, found)
     image.load()
+    if opened.kind == "PNG" and _is_zero(image, found.height):
+        check_png_rows(found.data)
     if found.clear is not None:
         image.info["transparency"] = found.clear
     return image
+
+
+def _is_zero(image: Image.Image, height: int) -> bool:
+    """Tell whether the row that a PNG has last is zero, as its decoder leaves it where there is none: it is odd."""
+    last = height - 1 - height % 2
+    return not any(image.crop((0, last, image.width, last + 1)).tobytes())
 
 
 def _load_jpeg(image: ImageFile.ImageFile, head: Jpeg, pieces: list[bytes]) -> None:

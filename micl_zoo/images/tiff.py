@@ -32,6 +32,7 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _SUBTYPE, _OLD_SUBTYPE, _MAKE, _DIRECTORIES, _DNG, _FILL_ORDER = 254, 255, 271, 330, 50706, 266
+_JPEG_TABLES = 347
 # What else a decoder needs: options of fax, the palette, inks, tables of JPEG (of the old kind, too), YCbCr.
 _PASSED = (
     _FILL_ORDER,
@@ -40,7 +41,7 @@ _PASSED = (
     _PREDICTOR,
     320,
     332,
-    347,
+    _JPEG_TABLES,
     512,
     513,
     514,
@@ -57,11 +58,14 @@ _PASSED = (
 )
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _CAMERA = (32803, 34892)  # photometric: one colour per pixel behind a filter, or the camera's own colours
-_RAW, _JPEG, _OLD_JPEG = 1, 7, 6
+_RAW, JPEG, _OLD_JPEG, DEFLATE = 1, 7, 6, (8, 32946)
 # Compressions of libtiff wherever it is; fax, LZW, JPEG, deflate, PackBits. Others it may lack.
-_ALWAYS = (_RAW, 2, 3, 4, 5, _JPEG, 8, 32946, 32773)
+_ALWAYS = (_RAW, 2, 3, 4, 5, JPEG, *DEFLATE, 32773)
 _SOMETIMES = (_OLD_JPEG, 34925, 50000, 50001)  # LZMA, zstd, WebP
-_TIFFFILE = (_RAW, 5, _JPEG, 8, 32946, 32773, 34925, 50000, 50001, 34712, 33005)  # and JPEG 2000
+_TIFFFILE = (_RAW, 5, JPEG, *DEFLATE, 32773, 34925, 50000, 50001, 34712, 33005)  # and JPEG 2000
+
+
+Tags = dict[int, tuple[int, Sequence[int]]]  # type and numbers of each
 
 
 class Entry(NamedTuple):
@@ -156,6 +160,10 @@ class Tiff(NamedTuple):
     layout: Layout
     orientation: int
     through_pillow: bool
+    places: Sequence[int]  # of each strip or tile
+    lengths: Sequence[int]  # bytes of each
+    needs: Sequence[int]  # bytes of each without compression
+    jpeg_tables: bytes  # for strips or tiles that are JPEGs without
 
 
 def read_tiff(data: bytes) -> Tiff:
@@ -170,7 +178,10 @@ def read_tiff(data: bytes) -> Tiff:
     through_pillow = _pillow_is_right(layout)
     if not through_pillow:
         _check_tifffile(layout)
-    return Tiff(_pared(data, found, layout), layout, orientation_of(found), through_pillow)
+    shape, pieces = _pieces(data, found, layout)
+    tables = found.entries.get(_JPEG_TABLES)
+    pared = _pared(data, found, layout, shape)
+    return Tiff(pared, layout, orientation_of(found), through_pillow, *pieces, bytes(tables.value if tables else b""))
 
 
 def orientation_of(found: Directory) -> int:
@@ -231,7 +242,7 @@ def _layout(found: Directory) -> Layout:
     width, height, compression = found.number(_WIDTH, 0), found.number(_HEIGHT, 0), found.number(_COMPRESSION, _RAW)
     photometric = _YCBCR if compression == _OLD_JPEG else found.number(_PHOTOMETRIC, _WHITE_IS_ZERO)
     colours = {_RGB: 3, _CMYK: 4, _YCBCR: 3, 8: 3, 9: 3, 10: 3}.get(photometric, 1)
-    samples = found.number(_SAMPLES, 3 if compression in (_JPEG, _OLD_JPEG) and colours == 3 else 1)
+    samples = found.number(_SAMPLES, 3 if compression in (JPEG, _OLD_JPEG) and colours == 3 else 1)
     bits, numbers = (set(found.numbers(tag, (1,))) for tag in (_BITS, _FORMAT))
     if not 1 <= samples <= 16 or len(bits) > 1 or len(numbers) > 1:
         raise Refused("unsupported", f"a TIFF of {samples} samples per pixel of {sorted(bits)} bits: {_CURE}")
@@ -306,7 +317,7 @@ def _tifffile_is_right(one: Layout) -> bool:
         and one.bits in (1, 2, 4, 8, 12, 16, 24, 32)
         and one.planar in (1, 2)
         and one.fill_order in (1, 2)
-        and not (one.compression == _JPEG and one.colours > 1)  # in colours of its own
+        and not (one.compression == JPEG and one.colours > 1)  # in colours of its own
         and not (one.photometric == _CMYK and alpha)
         and not (one.photometric == _PALETTE and (one.bits > 16 or one.extra[:1] == (1,)))
         and not (one.photometric == _WHITE_IS_ZERO and one.extra[:1] == (1,))
@@ -332,9 +343,9 @@ def has_tifffile() -> bool:
     return True
 
 
-def _pared(data: bytes, found: Directory, one: Layout) -> bytes:
+def _pared(data: bytes, found: Directory, one: Layout, shape: Tags) -> bytes:
     """Write the tags that a decoder needs behind the file, and point at them: strips and tiles stay where they are."""
-    tags: dict[int, tuple[int, Sequence[int]]] = {
+    tags: Tags = {
         _WIDTH: (4, [one.width]),
         _HEIGHT: (4, [one.height]),
         _BITS: (3, [one.bits] * one.samples),
@@ -344,8 +355,8 @@ def _pared(data: bytes, found: Directory, one: Layout) -> bytes:
         _PLANAR: (3, [one.planar]),
         _FORMAT: (3, [one.numbers] * one.samples),
         **({_EXTRA: (3, one.extra)} if one.extra else {}),
+        **shape,
     }
-    tags |= _pieces(data, found, one)
     letter, room = ("Q", 8) if found.large else ("I", 4)
     values = {
         tag: (kind, len(numbers), struct.pack(f"{found.order}{len(numbers)}{_WHOLE[kind]}", *numbers))
@@ -381,7 +392,9 @@ def _check_whole(found: Directory) -> None:
             raise Refused("truncated", f"the TIFF ends within its tag {tag}")
 
 
-def _pieces(data: bytes, found: Directory, one: Layout) -> dict[int, tuple[int, Sequence[int]]]:
+def _pieces(
+    data: bytes, found: Directory, one: Layout
+) -> tuple[Tags, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
     """Check where the strips or tiles are; more than the picture needs are left out."""
     planes = one.samples if one.planar == 2 else 1
     if min(one.width, one.height) < 1 or one.planar not in (1, 2):
@@ -404,18 +417,29 @@ def _pieces(data: bytes, found: Directory, one: Layout) -> dict[int, tuple[int, 
     if count > MAX_PIECES:
         raise Refused("too_large", f"the TIFF is in {count:,} strips or tiles; the limit is {MAX_PIECES:,}")
     places = found.numbers(starts, most=count)
-    needs = _raw_lengths(one, across, down, count, tiled=tiled)
-    lengths = found.numbers(sizes, needs, most=count)
+    needs: Sequence[int] = _raw_lengths(one, across, down, count, tiled=tiled)
+    lengths: Sequence[int] = found.numbers(sizes, needs, most=count)
     if len(places) < count or len(lengths) < count:
         raise Refused("damaged", f"the TIFF has {min(len(places), len(lengths)):,} of {count:,} strips or tiles")
-    if any(place + length > len(data) for place, length in zip(places, lengths, strict=True)):
-        raise Refused("truncated", f"strips or tiles of the TIFF lie behind its end at byte {len(data):,}")
-    if sum(lengths) > 2 * len(data) + (1 << 20):
+    if one.compression == _RAW:
+        lengths = needs if all(places) and not any(lengths) else tuple(map(min, lengths, needs))
+    _check_places(len(data), one, places, lengths, needs)
+    kind = 16 if found.large else 4
+    return {**shape, starts: (kind, places), sizes: (kind, lengths)}, (places, lengths, needs)
+
+
+def _check_places(size: int, one: Layout, places: Sequence[int], lengths: Sequence[int], needs: Sequence[int]) -> None:
+    unwritten = sum(not (place and length) for place, length in zip(places, lengths, strict=True))
+    if unwritten and one.compression != _OLD_JPEG:  # which may lie elsewhere
+        raise Refused(
+            "damaged", f"{unwritten:,} of {len(places):,} strips or tiles of the TIFF were never written: it is sparse"
+        )
+    if any(place + length > size for place, length in zip(places, lengths, strict=True)):
+        raise Refused("truncated", f"strips or tiles of the TIFF lie behind its end at byte {size:,}")
+    if sum(lengths) > 2 * size + (1 << 20):
         raise Refused("damaged", "strips or tiles of the TIFF lie in one another")
     if one.compression == _RAW and any(need > length for need, length in zip(needs, lengths, strict=True)):
         raise Refused("truncated", "strips or tiles of the TIFF have fewer bytes than their pixels")
-    kind = 16 if found.large else 4
-    return {**shape, starts: (kind, places), sizes: (kind, lengths)}
 
 
 def _raw_lengths(one: Layout, across: int, down: int, count: int, *, tiled: bool) -> list[int]:
