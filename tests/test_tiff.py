@@ -43,6 +43,7 @@ from micl_zoo.images import tiff
 from micl_zoo.images.decode import decode
 
 PHOTOMETRICS = (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK)
+ZSTD, WEBP, JPEG2000 = 50000, 50001, 34712  # compressions that nothing here writes
 ORDERS, TILED, PLANES = "<>", (False, True), (1, 2)
 
 
@@ -214,8 +215,6 @@ BROKEN: dict[str, tuple[Tags, list[bytes], str]] = {
     ),
     "a picture of the size of a continent": ({256: (LONG, [10**6]), 257: (LONG, [10**6])}, [PIXELS], "damaged"),
     "a compression nobody knows": ({259: (SHORT, [4711])}, [PIXELS], "unsupported"),
-    "JPEG 2000 inside": ({259: (SHORT, [34712])}, [b"\xff\x4f\xff\x51" + bytes(60)], "unsupported"),
-    "WebP inside": ({259: (SHORT, [50001])}, [b"RIFF" + bytes(60)], "unsupported"),
     "colours of the laboratory": (
         {262: (SHORT, [8]), 277: (SHORT, [3]), 258: (SHORT, [8] * 3)},
         [PIXELS * 3],
@@ -319,6 +318,16 @@ def test_a_jpeg_in_a_tiff_has_no_more_scans_than_another() -> None:
     tags = PLAIN | {259: (SHORT, [7])}
     assert reason(with_tags(tags, [jpeg])) == "decoded"
     assert reason(with_tags(tags, [jpeg[:-2] + jpeg[start:-2] * 100 + jpeg[-2:]])) == "too_large"
+
+
+@pytest.mark.parametrize("compression", [LZMA, ZSTD, WEBP, JPEG2000])
+def test_damage_is_told_from_what_nothing_here_unpacks(compression: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = with_tags(PLAIN | {259: (SHORT, [compression])}, [b"RIFF\xff\x4f\xff\x51" + bytes(60)])
+    reads = tiff.has_tifffile() or (compression != JPEG2000 and tiff.pillow_unpacks(compression))
+    assert reason(data) == ("damaged" if reads else "unsupported")
+    monkeypatch.setattr(tiff, "has_tifffile", lambda: False)
+    monkeypatch.setattr(tiff, "pillow_unpacks", lambda compression: False)
+    assert reason(data) == "unsupported"
 
 
 def test_more_strips_than_needed_are_left_out() -> None:

@@ -245,14 +245,15 @@ def _pixels(opened: _Opened, data: bytes) -> Image.Image:
         check_gif(data)
     if found.jpeg:
         _load_jpeg(image, found.jpeg, jpeg_pieces(data, found.jpeg))
-    elif opened.kind == "WEBP":
-        return _load_webp(image, found)
-    image.load()
+    if opened.kind == "WEBP":
+        _load_webp(image)
+    else:
+        image.load()
     if opened.kind == "PNG" and _is_zero(image, found.height):
         check_png_rows(found.data)
     if found.clear is not None:
         image.info["transparency"] = found.clear
-    return image
+    return _on_canvas(image, *found.canvas) if found.canvas else image
 
 
 def _is_zero(image: Image.Image, height: int) -> bool:
@@ -282,12 +283,12 @@ def _load_tiff(image: ImageFile.ImageFile, found: tiff.Tiff) -> Image.Image:
     try:
         image.load()
     except OSError as error:
-        raise tiff.undecoded(found.layout, error) from None
+        missing = not tiff.pillow_unpacks(found.layout.compression)
+        raise tiff.undecoded(found.layout, error, missing=missing) from None
     return image
 
 
-def _load_webp(image: ImageFile.ImageFile, found: Contents) -> Image.Image:
-    """Decode a WebP; of an animation the first frame, which is put on its canvas."""
+def _load_webp(image: ImageFile.ImageFile) -> None:
     prepare = image.load_prepare
 
     def without_decoder() -> None:
@@ -299,11 +300,11 @@ def _load_webp(image: ImageFile.ImageFile, found: Contents) -> Image.Image:
         image.load()
     finally:
         del image.load_prepare  # it refers to the image, which would keep the pixels until the next collection
-    if not found.canvas:
-        return image
-    width, height, left, top = found.canvas
+
+
+def _on_canvas(frame: Image.Image, width: int, height: int, left: int, top: int) -> Image.Image:
     whole = Image.new("RGB", (width, height), "white")
-    whole.paste(to_rgb(image, exif="keep"), (left, top))
+    whole.paste(to_rgb(frame, exif="keep"), (left, top))
     return whole
 
 
@@ -347,6 +348,8 @@ def _refusals(data: bytes, max_pixels: int) -> Iterator[None]:
 
 def _damaged(error: Exception) -> Refused:
     text = str(error) or type(error).__name__
+    if text.startswith("Unsupported"):  # as Pillow says of kinds of BMP
+        return Refused("unsupported", f"{text}: {formats.CONVERT}")
     return Refused("truncated" if "truncated" in text.lower() else "damaged", text)
 
 

@@ -115,6 +115,11 @@ def gif_blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
     at, count = 13 + colour_table(data[10]), 0
     while at < len(data) and data[at] != 0x3B:
         start, label = at, data[at]
+        if not label:  # some writers leave zeros between blocks
+            at += 1
+            count += 1
+            too_many(count, "GIF", MAX_BLOCKS)
+            continue
         if label == 0x21 and at + 1 < len(data):  # extension: its label, then its blocks
             label, at = 0x2100 | data[at + 1], at + 2
         elif label == FRAME and at + 10 < len(data):  # frame: place, size, flags, colours, width of the first code

@@ -58,11 +58,11 @@ _PASSED = (
 )
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _CAMERA = (32803, 34892)  # photometric: one colour per pixel behind a filter, or the camera's own colours
-_RAW, JPEG, _OLD_JPEG, DEFLATE = 1, 7, 6, (8, 32946)
+_RAW, JPEG, _OLD_JPEG, _WEBP, DEFLATE = 1, 7, 6, 50001, (8, 32946)
 # Compressions of libtiff wherever it is; fax, LZW, JPEG, deflate, PackBits. Others it may lack.
 _ALWAYS = (_RAW, 2, 3, 4, 5, JPEG, *DEFLATE, 32773)
-_SOMETIMES = (_OLD_JPEG, 34925, 50000, 50001)  # LZMA, zstd, WebP
-_TIFFFILE = (_RAW, 5, JPEG, *DEFLATE, 32773, 34925, 50000, 50001, 34712, 33005)  # and JPEG 2000
+_SOMETIMES = {_OLD_JPEG: "", 34925: "lzma", 50000: "zstd", _WEBP: "webp"}  # nobody writes JPEG of the old kind
+_TIFFFILE = (_RAW, 5, JPEG, *DEFLATE, 32773, 34925, 50000, _WEBP, 34712, 33005)  # and JPEG 2000
 
 
 Tags = dict[int, tuple[int, Sequence[int]]]  # type and numbers of each
@@ -176,6 +176,8 @@ def read_tiff(data: bytes) -> Tiff:
     _check_camera(data, found)
     layout = _layout(found)
     through_pillow = _pillow_is_right(layout)
+    if layout.compression == _WEBP and _tifffile_is_right(layout) and has_tifffile():
+        through_pillow = False  # whose libtiff is mostly built without
     if not through_pillow:
         _check_tifffile(layout)
     shape, pieces = _pieces(data, found, layout)
@@ -324,13 +326,24 @@ def _tifffile_is_right(one: Layout) -> bool:
     )
 
 
-def undecoded(one: Layout, error: Exception) -> Exception:
+def undecoded(one: Layout, error: Exception, *, missing: bool) -> Exception:
     """Say why a layout was not decoded: what unpacks it may be missing."""
-    if one.compression not in _ALWAYS and not isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or one.compression in _ALWAYS:
+        return error
+    if missing:
         return Refused(
             "unsupported", f"a TIFF of compression {one.compression}, which could not be read ({error}): {_CURE}"
         )
-    return error
+    return Refused("damaged", f"strips or tiles of the TIFF do not unpack ({error})")
+
+
+def pillow_unpacks(compression: int) -> bool:
+    """Tell whether the libtiff of this Pillow has a compression; it says of a missing one what it says of damage."""
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), "TIFF", compression=_SOMETIMES[compression])
+    except Exception:  # whatever its encoder raises
+        return False
+    return True
 
 
 def has_tifffile() -> bool:
@@ -459,7 +472,8 @@ def through_tifffile(found: Tiff) -> Image.Image:
             palette = file.pages[0].colormap
             array: np.ndarray[Any, Any] = file.pages[0].asarray(maxworkers=1)
     except Exception as error:  # its decoders raise each their own
-        raise undecoded(one, error) from None
+        missing = isinstance(error, ImportError) or "requires the 'imagecodecs' package" in str(error)
+        raise undecoded(one, error, missing=missing) from None
     if one.planar == 1:
         array = np.moveaxis(array.reshape(one.height, one.width, one.samples), -1, 0)  # a view: samples come first
     check_visible(array, one.bits)
