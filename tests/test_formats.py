@@ -574,7 +574,7 @@ def test_a_limit_above_pillow_s_own_is_heeded(kind: str, monkeypatch: pytest.Mon
 def test_there_is_no_upper_wall() -> None:
     assert Decoding(max_pixels=10**12).max_pixels == 10**12
     data = encoded(Image.new("L", (16_000, 12_000), 120), "JPEG", quality=30)
-    assert "raise it with --max-pixels, in Python max_pixels=" in refusal(data).detail
+    assert "raise it for extract with --max-pixels, in Python max_pixels=" in refusal(data).detail
     transform = Transform(32, 32)
     assert decode_pixels(data, transform, Decoding(fast=True)).mean() == pytest.approx(
         120, abs=2

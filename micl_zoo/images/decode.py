@@ -37,7 +37,7 @@ _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTA
 _UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(_TURNS, 2)}
 _BAND = 1 << 22  # pixels that are put on white at a time: what a whole picture of the size would take is 16 bytes each
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-_RAISE = "raise it with --max-pixels, in Python max_pixels="
+_RAISE = "raise it for extract with --max-pixels, in Python max_pixels="
 
 
 @dataclass(frozen=True)
@@ -394,8 +394,10 @@ def to_rgb(image: Image.Image, *, exif: Exif = "upright", orientation: int | Non
 
 def _cut_to_8_bits(image: Image.Image) -> Image.Image:
     numbers = np.asarray(image)
-    if image.mode == "I":
-        numbers = np.clip(numbers, 0, 65535)
+    least, most = numbers.min(initial=0), numbers.max(initial=0)
+    if least < 0 or most > 65535:
+        what = f"32-bit numbers from {least:,} to {most:,}, which have no defined black and white"
+        raise Refused("unsupported", f"{what}: convert it to 8 or 16 bits")
     tiff.check_visible(numbers, 16)
     levels, clear = tiff.scaled(numbers, 16), image.info.get("transparency")
     if isinstance(clear, int):
