@@ -401,6 +401,39 @@ def test_the_first_frame_of_a_gif_is_put_where_it_is_on_its_canvas(clear: int | 
     assert np.array_equal(got, expected)
 
 
+@pytest.mark.parametrize("high", [0, 0xFF00])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_of_a_transparent_level_only_the_bits_of_the_pixels_count(bits: int, high: int) -> None:
+    levels = (np.arange(16) % 2**bits).astype(np.uint8)
+    row = np.packbits((levels[:, None] >> np.arange(bits - 1, -1, -1).astype(np.uint8) & 1).reshape(-1)).tobytes()
+    for clear in range(min(2**bits, 4)):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 2, bits, 0, 0, 0, 0))
+        body = chunk(b"tRNS", struct.pack(">H", high | clear)) + chunk(b"IDAT", zlib.compress((b"\0" + row) * 2))
+        got = decode(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
+        expected = np.where(levels == clear, 255, levels.astype(int) * 255 // (2**bits - 1))
+        assert np.array_equal(np.asarray(got)[0, :, 1], expected)
+
+
+def test_a_transparent_colour_has_8_bits_each() -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0))
+    body = chunk(b"tRNS", b"\1\4\2\5\3\6") + chunk(b"IDAT", zlib.compress(b"\0\1\2\3\4\5\6" * 2))
+    got = decode(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
+    assert np.asarray(got)[0].tolist() == [[1, 2, 3], [255, 255, 255]]
+
+
+def test_a_png_of_colours_has_a_palette() -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 3, 0, 0, 0))
+    refused = refusal(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(6))) + chunk(b"IEND", b""))
+    assert (refused.reason, "palette" in refused.detail) == ("damaged", True)
+
+
+def test_a_jpeg_that_says_its_height_behind_its_picture_is_named() -> None:
+    without = JPEG[: FRAME + 5] + b"\0\0" + JPEG[FRAME + 7 :]
+    assert refusal(without).reason == "damaged"
+    refused = refusal(without[:-2] + b"\xff\xdc\0\4\0\x30\xff\xd9")
+    assert (refused.reason, "DNL" in refused.detail) == ("unsupported", True)
+
+
 def test_zeros_between_the_blocks_of_a_gif_do_not_matter() -> None:
     data = encoded(picture(1, 20, 10), "GIF")
     assert np.array_equal(np.asarray(decode(data[:-1] + bytes(5) + b";")), np.asarray(decode(data)))

@@ -330,6 +330,16 @@ def test_damage_is_told_from_what_nothing_here_unpacks(compression: int, monkeyp
     assert reason(data) == "unsupported"
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_palette_of_small_numbers_is_one_of_8_bits(order: str, bits: int) -> None:
+    palette = np.random.default_rng(0).integers(0, 256, (3, 2**bits))
+    levels = np.arange(19 * 17).reshape(17, 19, 1) % 2**bits
+    for colours in (palette, palette * 257):
+        data = encoded_tiff(levels, Layout(bits, PALETTE, order=order), colours)
+        assert np.array_equal(np.asarray(decode(data)), palette.T[levels[..., 0]])
+
+
 def test_more_strips_than_needed_are_left_out() -> None:
     data = with_tags(PLAIN | {278: (LONG, [8])}, [PIXELS[:128], PIXELS[128:], *[b"x"] * 30_000])
     assert np.asarray(decode(data))[..., 0].tobytes() == PIXELS

@@ -44,7 +44,8 @@ class Contents(NamedTuple):
     exif: bytes = b""  # a block of tags
     xmp: bytes = b""
     orientation: int = 1  # where it is not in a block
-    clear: int | None = None  # level of grey that is transparent, where the decoder would take the number for another
+    # Level of grey or colour that is transparent, where the decoder would take the numbers for others.
+    clear: int | tuple[int, ...] | None = None
     reads_tags_itself: bool = False  # the decoder does, which turns the picture by other means, too
     bytes_per_pixel: float = 8  # of memory that decoding takes at its peak; a picture of RGB alone is 4 of them
     kind: str = ""  # where it is another format's than the file
@@ -63,7 +64,7 @@ def _turn(exif: bytes, xmp: bytes, otherwise: int) -> int:
     block = exif.removeprefix(b"Exif\0\0")
     if block.startswith(tiff.STARTS):
         try:
-            found = tiff.read_directory(block)
+            found = tiff.read_directory(block, cut=True)
         except Refused:
             return 1  # a broken EXIF block says nothing of the pixels, which decode
         if tiff.ORIENTATION in found.entries:
@@ -92,12 +93,14 @@ def _png(data: bytes) -> Contents:
     """Leave out all chunks but those for pixels: their number, size and checksums say nothing about these."""
     if data[12:16] not in (b"IHDR", b"CgBI"):
         raise Refused("damaged", "the PNG does not begin with its size")
-    texts, exif, clear, others, pieces = dict[bytes, bytes](), b"", None, 0, 0
+    texts, exif, clear, others, pieces, has_palette = dict[bytes, bytes](), b"", b"", 0, 0, False
     for kind, start, stop in integrity.png_chunks(data):
         if kind == b"IDAT":
             pieces += 1
         elif kind == b"tRNS":
             clear = data[start:stop]
+        elif kind == b"PLTE":
+            has_palette = True
         elif kind not in _PNG_NEEDED:
             others += 1
         if kind == b"eXIf":
@@ -109,13 +112,21 @@ def _png(data: bytes) -> Contents:
     if raw := _text(texts.get(_RAW_EXIF)):  # how ImageMagick writes it: hexadecimal, after three lines
         exif = _unhex(raw) or exif
     width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
+    if colours == 3 and not has_palette:
+        raise Refused("damaged", "the PNG has no palette for its colours")
     if clear and bits == 16 and colours == 2:
         raise Refused("unsupported", "a PNG of 16-bit RGB with one transparent colour: convert it to 8 bits or to RGBA")
-    level = (
-        int.from_bytes(clear[:2], "big") * 255 // (2**bits - 1) if clear and colours == 0 and bits in (2, 4) else None
-    )
     pixels = _png_of_pixels(data) if others or pieces > integrity.MAX_TABLES else data
-    return Contents(pixels, width, height, exif, _text(texts.get(_XMP_TEXT)), clear=level)
+    return Contents(pixels, width, height, exif, _text(texts.get(_XMP_TEXT)), clear=_clear(clear, bits, colours))
+
+
+def _clear(chunk: bytes, bits: int, colours: int) -> int | tuple[int, ...] | None:
+    """Return the transparent level or colour of a PNG of up to 8 bits; of each number only its lowest bits count."""
+    count = {0: 1, 2: 3}.get(colours, 0)
+    if not count or bits > 8 or len(chunk) < 2 * count:
+        return None
+    numbers = [(one & 2**bits - 1) * 255 // (2**bits - 1) for one in struct.unpack_from(f">{count}H", chunk)]
+    return numbers[0] if count == 1 else tuple(numbers)
 
 
 def _png_of_pixels(data: bytes) -> bytes:

@@ -198,6 +198,8 @@ def jpeg_head(data: bytes, *, alone: bool = True) -> Jpeg:
                 raise Refused("damaged", "the JPEG has a scan before its frame")
             joined = b"".join([*kept[:1], adobe, *kept[1:], data[start - 2 : end]])
             height, width = struct.unpack_from(">HH", sizes, 1)
+            if not height and data.find(b"\xff\xdc\0\x04", end) > 0:
+                raise Refused("unsupported", f"a JPEG that says its height behind its picture (DNL): {_CONVERT}")
             at_once = frame in _SEQUENTIAL and data[start + 2] == sizes[5]
             kept_back = 0.0 if at_once else _coefficients(sizes)
             return Jpeg(joined, frame, interval, width, height, kept_back, b"".join(exif), xmp, start - 2, sizes[6::3])
@@ -353,7 +355,7 @@ def check_tags(data: bytes) -> None:  # a block of EXIF, or an AVIF or HEIC that
 def _tag_bytes(block: bytes) -> int:
     """Count the bytes that the tags of the first directory point at, each as far as the block goes."""
     try:
-        entries = tiff.read_directory(block).entries.values()
+        entries = tiff.read_directory(block, cut=True).entries.values()
     except Refused:
         return 0
     return sum(min(tiff.TYPE_BYTES.get(entry.kind, 0) * entry.length, len(block)) for entry in entries)

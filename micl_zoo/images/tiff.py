@@ -28,18 +28,19 @@ MAX_PIECES = 1 << 20  # strips or tiles: 89 million pixels in tiles of 16 x 16 a
 ORIENTATION = 274
 _MAX_PASSED = 1 << 20  # bytes of a tag that the decoder gets: the palette of 16 bits has 393,216
 _WHOLE = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # types of whole numbers without a sign
+_SIGNED = (6, 8, 9, 17)  # and with one
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _SUBTYPE, _OLD_SUBTYPE, _MAKE, _DIRECTORIES, _DNG, _FILL_ORDER = 254, 255, 271, 330, 50706, 266
-_JPEG_TABLES = 347
+_COLOURS, _JPEG_TABLES = 320, 347
 # What else a decoder needs: options of fax, the palette, inks, tables of JPEG (of the old kind, too), YCbCr.
 _PASSED = (
     _FILL_ORDER,
     292,
     293,
     _PREDICTOR,
-    320,
+    _COLOURS,
     332,
     _JPEG_TABLES,
     512,
@@ -100,8 +101,10 @@ class Directory(NamedTuple):
         return self.numbers(tag, (default,), most=1)[0]
 
 
-def read_directory(data: bytes, at: int | None = None) -> Directory:
+def read_directory(data: bytes, at: int | None = None, *, cut: bool = False) -> Directory:
     """Read the tags at a place of a TIFF, by default the first ones; values are cut to what the file has of them.
+
+    `cut`: the tags may be, too, as many read them in EXIF.
 
     Raises:
         Refused: there are none at this place.
@@ -112,8 +115,10 @@ def read_directory(data: bytes, at: int | None = None) -> Directory:
         start: int = struct.unpack_from(order + word, data, room)[0] if at is None else at
         (count,) = struct.unpack_from(order + head, data, start)
         start += struct.calcsize(order + head)
-        if count > max(len(data) - start, 0) // step:
+        there = max(len(data) - start, 0) // step
+        if count > there and not cut:
             raise Refused("truncated", "the TIFF ends within its tags")
+        count = min(count, there)
         found = (struct.unpack_from(f"{order}HH{word}", data, start + number * step) for number in range(count))
         places = range(start + step - room, start + count * step, step)
         entries = {
@@ -187,11 +192,12 @@ def read_tiff(data: bytes) -> Tiff:
 
 
 def orientation_of(found: Directory) -> int:
-    """Return the orientation, 1 where there is none that makes sense."""
+    """Return the orientation, 1 where there is none; a number that makes no sense turns nothing."""
     entry = found.entries.get(ORIENTATION)
-    if entry is None or entry.length != 1 or entry.kind not in _WHOLE or len(entry.value) < TYPE_BYTES[entry.kind]:
+    if entry is None or not entry.length or entry.kind not in (*_WHOLE, *_SIGNED):
         return 1
-    return found.number(ORIENTATION, 1)
+    value = entry.value[: TYPE_BYTES[entry.kind]]  # of several the first
+    return int.from_bytes(value, "little" if found.order == "<" else "big")
 
 
 def _check_camera(data: bytes, found: Directory) -> None:
@@ -379,6 +385,8 @@ def _pared(data: bytes, found: Directory, one: Layout, shape: Tags) -> bytes:
     values |= {
         tag: (entry.kind, entry.length, bytes(entry.value)) for tag, entry in found.entries.items() if tag in _PASSED
     }
+    if _COLOURS in values and one.photometric == _PALETTE:
+        values[_COLOURS] = _palette(found.order, *values[_COLOURS])
     tail = io.BytesIO()
     start = len(data) + len(data) % 2
     entries = b""
@@ -394,6 +402,14 @@ def _pared(data: bytes, found: Directory, one: Layout, shape: Tags) -> bytes:
     return b"".join(
         [data[:room], first, data[2 * room :], b"\0" * (len(data) % 2), tail.getvalue(), head, entries, end]
     )
+
+
+def _palette(order: str, kind: int, count: int, value: bytes) -> tuple[int, int, bytes]:
+    """Bring colours of 8 bits, which some writers put where 16 belong, to 16: as libtiff does."""
+    colours = np.frombuffer(value[: len(value) // 2 * 2], order + "u2")
+    if kind == 3 and colours.max(initial=0) < 256:
+        value = (colours * np.array(257, order + "u2")).tobytes()
+    return kind, count, value
 
 
 def _check_whole(found: Directory) -> None:
