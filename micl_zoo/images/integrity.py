@@ -98,7 +98,7 @@ def check_png_rows(data: bytes) -> None:
 def _unpacked(unpacker: Unpacker, packed: bytes, most: int) -> int:
     """Count the bytes that deflate unpacks to, and stop where they are more than `most`."""
     size = 0
-    while not unpacker.eof and size <= most and (part := unpacker.decompress(packed, _UNPACKED)):
+    while not unpacker.eof and size <= most and (part := unpacker.decompress(packed, min(most - size + 1, _UNPACKED))):
         size += len(part)
         packed = unpacker.unconsumed_tail
     return size
@@ -326,19 +326,23 @@ def _check_precision(found: JpegScans, head: Jpeg) -> None:
 
 def check_tiff(found: tiff.Tiff) -> None:
     """Refuse a TIFF of which a strip or tile is not whole, where its decoder would take what there is for all."""
-    one, view = found.layout, memoryview(found.data)
+    one, view, most = found.layout, memoryview(found.data), max(found.needs)
+    is_jpeg = one.compression == tiff.JPEG and one.bits == 8
+    tables = [found.jpeg_tables[start:end] for mark, start, end in _segments(found.jpeg_tables) if mark == _DRI]
     for place, length, needs in zip(found.places, found.lengths, found.needs, strict=True):
         piece = view[place : place + length]
         if one.compression in tiff.DEFLATE and found.through_pillow:
-            _check_deflated(bytes(piece).translate(_REVERSED) if one.fill_order == 2 else bytes(piece), needs)
-        elif one.compression == tiff.JPEG and one.bits == 8:
-            whole = b"".join((found.jpeg_tables.removesuffix(b"\xff\xd9") or piece[:2], piece[2:]))
-            _checked_scans(whole, jpeg_head(whole, alone=False), one.width * one.height)
+            _check_deflated(bytes(piece).translate(_REVERSED) if one.fill_order == 2 else bytes(piece), needs, most)
+        elif is_jpeg:
+            head = jpeg_head(bytes(piece), alone=False)
+            if tables and not head.interval:
+                head = head._replace(interval=int.from_bytes(tables[-1][2:], "big"))
+            _checked_scans(bytes(piece), head, one.width * one.height)
 
 
-def _check_deflated(piece: bytes, needs: int) -> None:
+def _check_deflated(piece: bytes, needs: int, most: int) -> None:
     unpacker = zlib.decompressobj()
-    size = _unpacked(unpacker, piece, 2 * needs + _UNPACKED)  # some writers fill the last strip up
+    size = _unpacked(unpacker, piece, most)  # some writers fill the last strip up
     whole = unpacker.eof or (size == needs and not unpacker.unconsumed_tail)  # and some omit the checksum
     if size < needs or not whole:
         raise Refused("damaged", "a strip or tile of the TIFF unpacks to other bytes than its pixels")
