@@ -169,7 +169,16 @@ def test_search_takes_what_embed_takes(made: Store, encoder_folder: Path, tmp_pa
     assert len(micl_zoo.search(made, np.stack([pixels] * 3), **options)) == 3
 
 
-@pytest.mark.parametrize("images", [None, 5, [5], [None], [{}], [np.zeros((3, 3))], [io.StringIO("x")], ["a\0b"]])
+class Broken:
+    """A file that raises what it wants."""
+
+    def read(self) -> bytes:
+        raise KeyError("broken")
+
+
+@pytest.mark.parametrize(
+    "images", [Broken(), None, 5, [5], [None], [{}], [np.zeros((3, 3))], [io.StringIO("x")], ["a\0b"]]
+)
 def test_what_is_no_image_to_search_for(made: Store, encoder_folder: Path, images: Any) -> None:
     with pytest.raises(UsageError, match="image"):
         micl_zoo.search(made, images, weights=encoder_folder, device="cpu")

@@ -150,7 +150,7 @@ def _picture(given: str | os.PathLike[str]) -> Path:
 
 def _label(image: Any) -> str:
     if isinstance(image, str | os.PathLike):
-        return Path(image).name
+        return Path(os.fsdecode(image)).name
     return f"{len(image):,} bytes" if isinstance(image, bytes) else type(image).__name__
 
 
@@ -178,9 +178,9 @@ def _own_errors(image: Any, place: int) -> Iterator[None]:
         yield
     except Refused as refused:
         raise UsageError(f"image {place} ({_label(image)}): {refused.detail} [{refused.reason}]") from None
-    except (OSError, ValueError) as error:  # ValueError: a closed file, a name that no file can have
-        name = repr(os.fspath(image)) if isinstance(image, str | os.PathLike) else _label(image)
-        why = getattr(error, "strerror", None) or error
+    except Exception as error:  # files that others opened raise whatever damage makes them raise
+        name = repr(os.fsdecode(image)) if isinstance(image, str | os.PathLike) else _label(image)
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UsageError(f"image {place} ({name}) cannot be read: {why}") from None
 
 
