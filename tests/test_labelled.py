@@ -243,3 +243,16 @@ def test_a_test_part_without_rows_is_said(tmp_path: Path) -> None:
         LabelledSet.open(tmp_path)
     with pytest.raises(SourceError, match="has no test image"):
         number_classes([0, 1], [], "here")
+
+
+@pytest.mark.parametrize("name", ["set[1]", "q?x", "st*r", "b{a,b}", "n{1..2}", "[", "a[]b", "[!a]", "{,}"])
+@pytest.mark.parametrize("folder", ["", "data/"])
+def test_a_folder_is_meant_by_its_very_name(name: str, folder: str, tmp_path: Path) -> None:
+    for twin in (name, "set1", "qax", "star", "ba", "bb", "n1", "n2", "b"):
+        labels = [0, 1, 0] if twin == name else [7, 8]
+        for part in ("train", "test"):
+            write_parquet(tmp_path / twin / f"{folder}{part}-0.parquet", labels)
+    found = LabelledSet.open(tmp_path / name)
+    assert (found.name, found.classes, found.train.labels.tolist()) == (name, ("0", "1"), [0, 1, 0])
+    assert found.train.index.ids[0] == "train-0.parquet#0"
+    assert {Path(uri).parents[1 if folder else 0].name for uri in found.test.index.table["uri"].to_pylist()} == {name}

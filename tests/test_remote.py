@@ -31,7 +31,7 @@ from damaged import encoded
 
 from micl_zoo.errors import Refused, SourceError, StoreError
 from micl_zoo.extraction.extract import extract
-from micl_zoo.sources import remote
+from micl_zoo.sources import globs, remote
 from micl_zoo.sources.index import Entry
 from micl_zoo.sources.listing import index_source, list_source
 from micl_zoo.sources.reader import Reader
@@ -478,3 +478,22 @@ def test_extract_from_and_to_an_object_store(
         extract(s3("photos"), out, pool="mean", **options)
     extract(s3("photos"), out, pool="mean", overwrite=True, **options)
     assert open_store(out).manifest.pool == "mean"
+
+
+def test_a_key_is_meant_where_it_looks_like_a_glob(s3: Callable[[str], str]) -> None:
+    import s3fs
+
+    keys = ["a[1].png", "a*.png", "b?.png", "{x,y}.png", "d[0]/c.png", "t{1..2}.csv"]
+    twins = ["a1.png", "ab.png", "bc.png", "x.png", "y.png", "d0/c.png", "d0/e.png"]
+    data = {name: b"path\na1.png\n" if name.endswith(".csv") else jpeg(n) for n, name in enumerate(keys + twins)}
+    for name, content in data.items():
+        s3fs.S3FileSystem().pipe_file(f"{BUCKET}/odd/{name}", content)
+    for name in keys[:4]:
+        assert listed(s3(f"odd/{name}")) == [(name, data[name])]
+        assert listed(s3(f"odd/{globs.escape(name)}")) == [(name, data[name])]
+    assert listed(s3("odd/d[0]")) == listed(s3("odd/d[0]/")) == [("c.png", data["d[0]/c.png"])]
+    assert listed(s3("odd/d[[]0]/*.png")) == [("c.png", data["d[0]/c.png"])]
+    assert listed(s3("odd/t{1..2}.csv")) == [("a1.png", data["a1.png"])]
+    assert [name for name, _ in listed(s3("odd/a[2-9b].png"))] == ["ab.png"]
+    with pytest.raises(SourceError, match=r"matches no file.*a \*, \?, \[ or \{ of a name is written \[\*\]"):
+        index_source(s3("odd/a[2].png"))

@@ -16,7 +16,9 @@ from .notes import counted
 from .places import File, absolute, join
 from .selection import Selection
 
-BRACES = re.compile(r"\{(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{},/]*(?:,[^{},/]*)+))\}")  # {000..009} or {train,val}
+BRACES = re.compile(r"\{(?!\])(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{},/]*(?:,[^{},/]*)+))\}")  # {000..009} or {train,val}
+ESCAPED = re.compile(r"\[([*?[{])\]")  # a letter of a name that has a meaning in globs
+HINT = "a *, ?, [ or { of a name is written [*], [?], [[] or [{]"
 MOST_NAMES = 200_000  # that the braces of one pattern may stand for
 MOST_BRACES = 50
 MOST_WILD = 1000  # different globs that names of one folder are compared with
@@ -137,6 +139,11 @@ def has_magic(place: str) -> bool:
     return glob.has_magic(text) or BRACES.search(text) is not None
 
 
+def escape(place: str) -> str:
+    """Write a place so that a glob which begins with it means the thing of that very name."""
+    return re.sub(r"[*?[{]", r"[\g<0>]", place)
+
+
 def _expand_braces(pattern: str) -> Iterator[str]:
     """Expand braces as WebDataset does: "{08..10}" stands for 08, 09 and 10, "{train,val}" for either."""
     match = BRACES.search(pattern)
@@ -174,8 +181,9 @@ def glob_files(pattern: str, selection: Selection) -> Iterator[File]:
 def glob_base(pattern: str) -> tuple[str, int]:
     """Find the folder that a glob's names are relative to, and how many of its parts lead there."""
     root, parts = _parts(pattern)
-    fixed = next((i for i, part in enumerate(parts) if has_magic(root + part)), len(parts))
-    return absolute(root + "/".join(parts[:fixed]) or "."), fixed
+    magic = (i for i, part in enumerate(parts) if has_magic(root + ESCAPED.sub("", part)))
+    fixed = next(magic, len(parts) - 1)
+    return absolute(root + ESCAPED.sub(r"\1", "/".join(parts[:fixed])) or "."), fixed
 
 
 def _parts(pattern: str) -> tuple[str, tuple[str, ...]]:
@@ -230,7 +238,7 @@ class _Glob:
                 met = counted(self.selection.notes.others)
                 problems = self.selection.notes.problems
                 why = f"; {problems[0].detail}" if problems else ""
-                raise _no_match(self.pattern, one, f": looked in {base!r}, where it met {met}{why}")
+                raise _no_match(self.pattern, one, f": looked in {base!r}, where it met {met}{why} ({HINT})")
 
     def _level(
         self, folder: str, prefix: str, at: set[Position], links: _Links

@@ -217,7 +217,7 @@ def _list_one(source: str, selection: Selection) -> _Listed:
         rows = list_files(_as_images(read_standard_input(selection)), selection)
         return _Listed(rows, str(Path.cwd()), False)
     place = str(to_path(source)) if source.lower().startswith("file://") else source
-    is_folder = None if remote.is_remote(place) and has_magic(place) else _is_folder(place)
+    is_folder = _is_folder(place)
     if is_folder:
         return _Listed(_list_folder(place, selection), absolute(place), True)
     if is_folder is None:
@@ -240,17 +240,23 @@ def _list_one(source: str, selection: Selection) -> _Listed:
 
 
 def _is_folder(place: str) -> bool | None:
-    """None where nothing is there. Web servers have no folders, but pages that end in a slash may list files."""
+    """None where nothing is there. Web servers have no folders, but pages that end in a slash may list files.
+
+    What looks like a glob is a name where a thing of that very name is there.
+    """
     if not remote.is_remote(place):
         return _is_local_folder(place)
     named = kind_of(place) is not None or suffix_of(place) in LISTS
-    if place.endswith("/") or remote.is_web(place) or named:
+    web, magic = remote.is_web(place), has_magic(place)
+    if (place.endswith("/") or web or named) and not magic:
         return place.endswith("/")
     try:
-        return remote.describe(place).is_folder
+        return remote.describe(place).is_folder or (web and place.endswith("/"))
     except FileNotFoundError:
         return None
     except OSError as error:
+        if magic:  # the glob tells why
+            return None
         raise SourceError(f"cannot look at {place!r}: {error}") from None
 
 

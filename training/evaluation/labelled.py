@@ -15,6 +15,7 @@ import pyarrow as pa
 from micl_zoo.errors import SourceError
 from micl_zoo.files import file_sha256
 from micl_zoo.schema import parse_json, shown
+from micl_zoo.sources.globs import escape
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
 from micl_zoo.sources.parquet import open_parquet
@@ -115,10 +116,11 @@ def _open_part(where: str, names: Sequence[str], given: dict[str, str] | None) -
 
 def _listed(where: str, name: str, said: list[str]) -> Iterator[ImageIndex]:
     folders = ("", "data/", "*/") if where.startswith("hf://") else ("", "data/")
-    for source in [*(f"{where}/{folder}{name}*.parquet" for folder in folders), f"{where}/{name}/"]:
-        if "://" in source or any(Path(where).glob(os.path.relpath(source, where))):
+    inside = [*(f"{folder}{name}*.parquet" for folder in folders), f"{name}/"]
+    for pattern in inside:
+        if "://" in where or any(Path(where).glob(pattern.rstrip("/"))):
             try:
-                yield index_source(source)
+                yield index_source(f"{where if pattern is inside[-1] else escape(where)}/{pattern}")
             except SourceError as error:
                 said.append(str(error))
 
