@@ -514,7 +514,7 @@ def test_lists_with_columns(tmp_path: Path) -> None:
         ("a.csv", "label,id\n1,2\n", "no column of paths: looked for path, file, .*, found label, id"),
         ("a.csv", "path,id\n,2\n", "line 2 of the list .* has no path: ''"),
         ("a.csv", "id,path\n1\n", "line 2 of the list .* has no path: None"),
-        ("a.csv", "path\n", "is empty"),
+        ("a.csv", "path\n", "it has a header and no row"),
         ("a.csv", "", "is empty"),
         ("a.jsonl", '\n{"path": ', "line 2 of the list .* is no JSON object: Expecting"),
         ("a.jsonl", '["a.jpg"]', r"line 1 of the list .* is no JSON object: \[.a\.jpg.\]"),
@@ -1166,3 +1166,121 @@ def test_a_changed_footer_ends_no_process(tmp_path: Path) -> None:
                 for entry in index_source(tmp_path / "b.parquet").entries():
                     with contextlib.suppress(Refused):
                         Reader().read(entry)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "good", "problems"),
+    [
+        ("a.tsv", 'path\tcaption\n0.png\t"hello\n1.png\tworld\n2.png\tx\n', "0 1 2", []),
+        ("a.tsv", 'path\tcaption\n0.png\t"hello\n1.png\tbye"\n2.png\tx\n', "0 1 2", []),
+        ("a.tsv", 'path\tcaption\n0.png\t"of two\nlines"\n1.png\t"a" b\n"2.png"\t"\n', "0 1 2", []),
+        ("a.tsv", 'path\n0.png\n"1.png\n2.png\n', '0 "1 2', []),
+        ("a.csv", "path\n0.png\n" + '"1.png\n' + "2.png\n3.png\n4.png\n", "0 2 3 4", [3]),
+        ("a.csv", 'path,caption\n0.png,"a\n1.png,"b\n2.png,c\n', "2", [2, 3]),
+        ("a.csv", 'path,caption\n0.png,"of two\n""lines"""\n1.png,"a" b\n2.png,c\n', "0 2", [4]),
+    ],
+)
+def test_a_quote_that_does_not_end_costs_its_own_row(
+    tmp_path: Path, name: str, text: str, good: str, problems: list[int]
+) -> None:
+    (tmp_path / name).write_text(text)
+    index = index_source(tmp_path / name)
+    assert [name.removesuffix(".png") for name in index.ids] == good.split()
+    assert [problem.id for problem in index.notes.problems] == [f"{name}#{line}" for line in problems]
+    assert all("a cell that begins with a quote must end with it" in one.detail for one in index.notes.problems)
+
+
+def test_a_cell_beyond_the_limit_of_csv_costs_its_own_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('path,caption\n0.png,"' + "x\n" * 70_000 + "1.png,y\n")
+    index = index_source(tmp_path / "a.csv")
+    assert (len(index), index.ids[-1], [one.id for one in index.notes.problems]) == (70_000, "1.png", ["a.csv#2"])
+    (tmp_path / "a.csv").write_text('"path\n0.png\n')
+    with pytest.raises(SourceError, match="line 1 of the list .* is no row"):
+        index_source(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("kind", ["list.txt", "list.csv", "-"])
+def test_blanks_at_the_ends_of_a_path_are_part_of_a_name_that_is_there(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [" lead.png", "trail.png ", "both.png", "\tt.png\t"]
+    for name in names:
+        (tmp_path / name).write_bytes(jpeg(1))
+    text = "\r\n".join(["\ufeff" + ("path" if kind == "list.csv" else "both.png"), *names[:2], " both.png ", names[3]])
+    if kind == "-":
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        index = index_source(["-"])
+    else:
+        (tmp_path / kind).write_bytes(text.encode())
+        index = index_source(tmp_path / kind)
+    taken = [Path(uri).name for uri in index.table["uri"].to_pylist()]
+    assert taken == ["both.png"] * (kind != "list.csv") + [*names[:2], "both.png", names[3]]
+    assert min(index.table["length"].to_pylist()) == len(jpeg(1))
+
+
+@pytest.mark.parametrize(
+    ("start", "called"), [("utf-16", "UTF-16, as"), ("utf-32", "UTF-32:"), ("utf-32-be", "UTF-32:")]
+)
+def test_a_list_of_wide_letters_is_called_by_its_name(tmp_path: Path, start: str, called: str) -> None:
+    (tmp_path / "a.txt").write_bytes(("\ufeff" * start.endswith("be") + "a.png\n").encode(start))
+    with pytest.raises(SourceError, match=f"it is not UTF-8 text but {called}"):
+        index_source(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["raw/tmp", "raw/tmp/", "./raw/tmp", "./raw/tmp/", "tmp", "tmp/", "raw/tmp/*", "*/tm?"]
+)
+def test_an_exclusion_holds_in_every_kind_of_source(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {"raw/tmp/below/a.png": jpeg(1), "raw/tmp/a.png": jpeg(2), "b.png": jpeg(3), "raw/tmpx/c.png": jpeg(4)}
+    for name, data in members.items():
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_bytes(data)
+    (tmp_path / "f/l.txt").write_text("".join(f"./{name}\n" for name in members))
+    (tmp_path / "f/m.txt").write_text("".join(f"{tmp_path}/f/{name}\n" for name in members))
+    (tmp_path / "f/l.csv").write_text("id,path\n" + "".join(f"{n},{name}\n" for n, name in enumerate(members)))
+    tar(tmp_path / "a.tar", members)
+    zipped(tmp_path / "a.zip", members)
+    monkeypatch.chdir(tmp_path / "f")
+    for source in ("f", "f/**/*.png", "f/l.txt", "f/m.txt", "f/l.csv", "a.tar", "a.zip", "-"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("".join(f"./{n}\n" for n in members).encode())))
+        index = index_source(source if source == "-" else f"{tmp_path}/{source}", exclude=[pattern, "nothing"])
+        assert len(index) == 2, (source, index.ids)
+        assert index.notes.skipped["excluded"] == (1 if source in ("f", "f/**/*.png") and "/*" not in pattern else 2)
+
+
+def test_an_exclusion_is_of_ids_and_of_paths(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("id,path\n1,a.png\n2,a_small.png\nthird_small.png,c.png\n")
+    index = index_source(tmp_path / "l.csv", exclude=["*_small.png"])
+    assert (index.ids, index.notes.skipped) == (["1"], {"excluded": 2})
+
+
+def test_each_source_that_fails_is_told_and_counted_once(tmp_path: Path, image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(2)
+    (tmp_path / "bad.tar").write_bytes(b"xxxx" * 1000)
+    (tmp_path / "worse.zip").write_bytes(b"x" * 100)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "void.txt").touch()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "zero.parquet")
+    tar(tmp_path / "none.tar", {"a.md": b""})
+    wrong = ["bad.tar", "nothing", "worse.zip", "void.txt", "zero.parquet", "none.tar", "nothing/*.webp"]
+    for order in ([*wrong, "images"], ["images", *wrong], [*wrong[:3], "images", *wrong[3:]]):
+        notes = notes_of([tmp_path / name for name in order])
+        assert [problem.uri for problem in notes.problems] == [str(tmp_path / name) for name in wrong]
+        assert notes.others == {".md": 1}
+    with pytest.raises(SourceError, match=r"bad\.tar' as a tar.*; 5 more could not be listed"):
+        index_source([tmp_path / name for name in wrong[:6]])
+    assert folder.is_dir()
+
+
+def test_files_without_images_are_counted_where_others_are_taken(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "zero.parquet")
+    tar(tmp_path / "a.tar", {"a.jpg": jpeg(1)})
+    zipped(tmp_path / "a.zip", {"a.jpg": jpeg(1)})
+    notes = notes_of(tmp_path)
+    assert (notes.problems, notes.others) == ([], {".parquet": 1, ".zip": 1})
+    (tmp_path / "zero.parquet").write_bytes(b"PAR1")
+    notes = notes_of(tmp_path)
+    assert (len(notes.problems), notes.others) == (1, {".zip": 1})

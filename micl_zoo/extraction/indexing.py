@@ -21,7 +21,6 @@ from .options import ExtractOptions
 from .retry import check_part_fits, mark_changed, part_tried_again
 from .work import Work
 
-
 # What --only-missing leaves out besides the images that the store has, in the words of Notes.skipped.
 CHANGED = "images whose names the store has for others, of another size or content"
 ELSEWHERE = "images whose names the store has from another place"

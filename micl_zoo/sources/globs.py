@@ -16,7 +16,8 @@ from .notes import counted
 from .places import File, absolute, join
 from .selection import Selection
 
-BRACES = re.compile(r"\{(?!\])(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{},/]*(?:,[^{},/]*)+))\}")  # {000..009} or {train,val}
+# {000..009} or {train,val}
+BRACES = re.compile(r"\{(?!\])(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{},/]*(?:,[^{},/]*)+))\}")
 ESCAPED = re.compile(r"\[([*?[{])\]")  # a letter of a name that has a meaning in globs
 HINT = "a *, ?, [ or { of a name is written [*], [?], [[] or [{]"
 MOST_NAMES = 200_000  # that the braces of one pattern may stand for

@@ -31,6 +31,10 @@ UNREADABLE = (
 WANTED = ", ".join(sorted(SUFFIXES))  # the suffixes of images, for people
 
 
+class Told(SourceError):
+    """A source of which nothing could be listed, as its notes say entry by entry."""
+
+
 class Kind(NamedTuple):
     """One kind of file. To add one, write its two functions and give it a row in KINDS."""
 
@@ -89,8 +93,6 @@ def list_files(files: Iterable[tuple[Kind, File]], selection: Selection) -> Iter
         return
     if notes.problems:
         raise nothing(notes)
-    for file, _ in without:
-        notes.other(file.name)
     if without:
         raise NoImages(without[0][1] + (f", as {len(without) - 1} more" if len(without) > 1 else ""))
     where = repr(first) + (f" and {count - 1} more" if count > 1 else "")
@@ -98,10 +100,10 @@ def list_files(files: Iterable[tuple[Kind, File]], selection: Selection) -> Iter
     raise NoImages(f"no images in {where}: looked for members ending in {WANTED}, found {left}")
 
 
-def nothing(notes: Notes) -> SourceError:
+def nothing(notes: Notes) -> Told:
     """Make the error of a source of which nothing could be listed."""
     first, more = notes.problems[0].detail, notes.unlisted - 1
-    return SourceError(f"{first.rstrip('.')}; {more:,} more could not be listed" if more else first)
+    return Told(f"{first.rstrip('.')}; {more:,} more could not be listed" if more else first)
 
 
 def _unreadable(uri: str, kind: Kind, error: BaseException) -> str:

@@ -20,11 +20,11 @@ from ..images.formats import SUFFIXES, unknown_format
 from . import remote
 from .globs import glob_base, glob_files, has_magic, walk
 from .index import ImageIndex, Row, table_of
-from .kinds import KINDS, WANTED, Kind, kind_of, list_files, nothing
+from .kinds import KINDS, WANTED, Kind, Told, kind_of, list_files, nothing
 from .lists import LISTS, read_list, read_standard_input
 from .notes import Notes, counted
 from .parquet import NoImages
-from .places import File, absolute, bare, suffix_of, to_path
+from .places import File, absolute, bare, split, suffix_of, to_path
 from .selection import Selection, read_start, starts_as_image
 
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -134,7 +134,7 @@ def list_source(
             notes = Notes()
         if failed and len(many) == 1:
             raise failed
-        if failed and not notes.problems:
+        if failed and not isinstance(failed, Told):
             notes.problem(os.fspath(one), absolute(os.fspath(one)), str(failed))
     if not found:
         raise nothing(notes)
@@ -224,7 +224,7 @@ def _list_one(source: str, selection: Selection) -> _Listed:
         if has_magic(place):
             return _Listed(_list_glob(place, selection), glob_base(place)[0], False)
         raise SourceError(f"no such source: {source[:500]!r} is not a file, a folder or a glob that matches anything")
-    base = place.rpartition("/")[0] if remote.is_remote(place) else str(Path(absolute(place)).parent)
+    base, name = split(place)
     if suffix_of(place) in LISTS:
         return _Listed(list_files(_as_images(read_list(place, selection)), selection), base, False)
     kind, size = kind_of(bare(place)) or KINDS[0], None
@@ -235,7 +235,6 @@ def _list_one(source: str, selection: Selection) -> _Listed:
             raise SourceError(f"no such source: {place!r} cannot be read ({error})") from None
     if kind == KINDS[0] and not bare(place).lower().endswith(SUFFIXES):
         _check_start(place)
-    name = place.rpartition("/")[2] if remote.is_remote(place) else Path(place).name
     return _Listed(list_files([(kind, File(absolute(place), name, size))], selection), base, True)
 
 
@@ -324,11 +323,14 @@ def _list_folder(folder: str, selection: Selection) -> Iterator[Row]:
     for name in dict.fromkeys(kind.name for kind in KINDS):
         if name in held:
             try:
-                yield from list_files(held.pop(name), selection)
+                yield from list_files(held[name], selection)
+                del held[name]
                 _leave_out(held.values(), selection)
                 return
             except SourceError as error:  # none of them has an image
                 errors.append(error)
+                if isinstance(error, Told):
+                    del held[name]
     if selection.notes.problems:
         raise nothing(selection.notes)
     wanted = ", ".join([WANTED, *(kind.suffixes[0] for kind in KINDS[1:])])

@@ -17,7 +17,7 @@ from . import remote
 from .archives import Members
 from .footer import Footer, Group, read_footer, unpacked_dictionary
 from .index import Entry
-from .places import File, OpenFiles, check_bytes, join, open_arrow, open_binary, read_whole
+from .places import File, OpenFiles, check_bytes, join, open_arrow, open_binary, read_whole, split
 from .selection import Selection
 
 IMAGE_NAMES = (
@@ -209,7 +209,7 @@ class _Cells:
                 "unreadable", f"the parquet cell has no bytes, and names {path!r}: give such addresses as a list"
             )
         try:
-            return read_whole(join(self.uri.rpartition("/")[0], path), 0, most)
+            return read_whole(join(split(self.uri)[0], path), 0, most)
         except ValueError as error:
             raise Refused("unreadable", f"the parquet cell has no bytes, and names {path!r}: {error}") from None
 

@@ -36,6 +36,14 @@ def bare(uri: str) -> str:
     return uri.partition("?")[0] if remote.is_web(uri) else uri
 
 
+def split(place: str) -> tuple[str, str]:
+    """Split a place into the folder that it lies in and its name, which keeps the query of a web address."""
+    if remote.SCHEME.match(place):
+        folder = bare(place).rpartition("/")[0]
+        return folder, place[len(folder) + 1 :]
+    return str(Path(place).absolute().parent), Path(place).name
+
+
 def suffix_of(place: str) -> str:
     """Return the suffix in lower case with its dot, "" where there is none."""
     _, dot, ending = bare(place).lower().rpartition("/")[2].rpartition(".")
