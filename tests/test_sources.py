@@ -1195,7 +1195,7 @@ def test_a_cell_beyond_the_limit_of_csv_costs_its_own_row(tmp_path: Path) -> Non
     index = index_source(tmp_path / "a.csv")
     assert (len(index), index.ids[-1], [one.id for one in index.notes.problems]) == (70_000, "1.png", ["a.csv#2"])
     (tmp_path / "a.csv").write_text('"path\n0.png\n')
-    with pytest.raises(SourceError, match="line 1 of the list .* is no row"):
+    with pytest.raises(SourceError, match=r"line 1 of the list .* is no row"):
         index_source(tmp_path / "a.csv")
 
 
@@ -1284,3 +1284,57 @@ def test_files_without_images_are_counted_where_others_are_taken(tmp_path: Path)
     (tmp_path / "zero.parquet").write_bytes(b"PAR1")
     notes = notes_of(tmp_path)
     assert (len(notes.problems), notes.others) == (1, {".zip": 1})
+
+
+def test_folders_that_a_glob_matches_are_told(tmp_path: Path) -> None:
+    for name in ("2020.png", "2020-01/a.png", "2020-02/b.png", "other/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(1))
+    index = index_source(f"{tmp_path}/2020*")
+    assert (index.ids, index.notes.skipped) == (["2020.png"], {globs.FOLDERS: 2})
+    with pytest.raises(SourceError, match=r"matches no file: looked in .*, where it met .*2 folders that the glob"):
+        index_source(f"{tmp_path}/2020-*")
+    for whole in ("**", "**/*", "2020*/*", "2020-0[12]/**"):
+        assert not index_source(f"{tmp_path}/{whole}").notes.skipped
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.date32(), 10**8),
+        (pa.timestamp("us"), 2**62),
+        (pa.timestamp("us", "Mars/X"), 1),
+        (pa.duration("s"), 2**62),
+        (pa.time64("us"), 10**18),
+        (pa.list_(pa.string()), ["x.jpg"]),
+        (pa.string(), ""),
+        (pa.string(), None),
+    ],
+)
+def test_a_path_beside_no_bytes_that_is_no_text_is_none(tmp_path: Path, kind: pa.DataType, value: Any) -> None:
+    cells = pa.StructArray.from_arrays([pa.array([None, jpeg(1)]), pa.array([value, None], kind)], ["bytes", "path"])
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    index = index_source(tmp_path / "a.parquet")
+    with pytest.raises(Refused, match="empty: the parquet cell is null"):
+        Reader().read(index[0])
+    assert Reader().read(index[1]) == jpeg(1)
+
+
+def test_a_path_beside_no_bytes_is_text_of_every_kind(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg(2))
+    texts = [pa.array(["x.jpg"]), pa.array(["x.jpg"], pa.large_string()), pa.array(["x.jpg"]).dictionary_encode()]
+    for text in texts:
+        cells = pa.StructArray.from_arrays([pa.array([None], pa.binary()), text], ["bytes", "path"])
+        pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+        assert read_all(tmp_path / "a.parquet") == [jpeg(2)]
+    odd = pa.StringArray.from_buffers(1, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe"))
+    cells = pa.StructArray.from_arrays([pa.array([None], pa.binary()), odd], ["bytes", "path"])
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    with pytest.raises(Refused, match=r"unreadable: .*No such file.*\\xff\\\\xfe"):
+        read_all(tmp_path / "a.parquet")
+
+
+def test_ids_of_an_unknown_time_zone_are_of_utc(tmp_path: Path) -> None:
+    for zone, first in (("Mars/X", "1970-01-01 00:00:01.000"), ("Europe/Berlin", "1970-01-01 01:00:01.000+0100")):
+        write_columns(tmp_path / "a.parquet", id=pa.array([1, 2], pa.timestamp("s", zone)), image=[jpeg(0), jpeg(1)])
+        assert ids(tmp_path / "a.parquet")[0] == first

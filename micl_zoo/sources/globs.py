@@ -20,6 +20,7 @@ from .selection import Selection
 BRACES = re.compile(r"\{(?!\])(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{},/]*(?:,[^{},/]*)+))\}")
 ESCAPED = re.compile(r"\[([*?[{])\]")  # a letter of a name that has a meaning in globs
 HINT = "a *, ?, [ or { of a name is written [*], [?], [[] or [{]"
+FOLDERS = "folders that the glob matches, where FOLDER/** takes what is in them"
 MOST_NAMES = 200_000  # that the braces of one pattern may stand for
 MOST_BRACES = 50
 MOST_WILD = 1000  # different globs that names of one folder are compared with
@@ -114,6 +115,8 @@ def _opened(place: str, prefix: str, selection: Selection) -> remote.Listing | N
     """List a folder of a walk; None, and a note, where it cannot be read or is a store."""
     with selection.telling(prefix.rstrip("/") or Path(place).name, place):
         listing = _scan(place)
+        if listing.nameless:
+            selection.notes.skipped["keys that end in / or have nothing between two"] += listing.nameless
         if not prefix or not _is_store(place, listing):
             return listing
         selection.notes.skipped["stores of embeddings"] += 1
@@ -236,7 +239,7 @@ class _Glob:
                     levels.append(self._level(*found, links))
         for names, one in self.patterns.items():
             if names not in self.matched:
-                met = counted(self.selection.notes.others)
+                met = self.selection.notes.left_out() or counted(self.selection.notes.others)
                 problems = self.selection.notes.problems
                 why = f"; {problems[0].detail}" if problems else ""
                 raise _no_match(self.pattern, one, f": looked in {base!r}, where it met {met}{why} ({HINT})")
@@ -268,6 +271,8 @@ class _Glob:
                 self.selection.notes.other(name)
             elif below := self._below(inside + name, fit, listing.folders[name], links):
                 yield inside + name, f"{prefix}{name}/", below
+            elif ends:
+                self.selection.notes.skipped[FOLDERS] += 1
 
     def _below(self, place: str, fit: list[Position], linked: bool, links: _Links) -> set[Position]:
         """Positions in a folder; "**" follows no link that loops, a name that is asked for is followed."""

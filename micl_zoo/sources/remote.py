@@ -34,6 +34,7 @@ class Listing(NamedTuple):
 
     files: dict[str, int | None]  # name -> bytes, None where nobody told them
     folders: dict[str, bool]  # name -> whether it is reached through a link
+    nameless: int = 0  # what no path leads to: keys that end in "/" and have bytes, and folders of keys as a//b
 
 
 class Found(NamedTuple):
@@ -51,7 +52,8 @@ def is_remote(place: str) -> bool:
 
 def is_web(place: str) -> bool:
     """Tell whether a place is a web address, which may have a query; web servers have no folders."""
-    return place.startswith(("http://", "https://"))
+    match = SCHEME.match(place)
+    return match is not None and match[1].lower() in ("http", "https")
 
 
 def list_folder(uri: str) -> Listing:
@@ -59,16 +61,19 @@ def list_folder(uri: str) -> Listing:
     filesystem, path = _filesystem(uri)
     items = _retried(lambda: filesystem.ls(path, detail=True))
     filesystem.invalidate_cache(path)  # it would keep every listing of a walk over millions of files
-    listing, above = Listing({}, {}), path.rstrip("/") + "/"
+    files, folders, nameless, above = dict[str, int | None](), dict[str, bool](), 0, path.rstrip("/") + "/"
     for item in items:
-        name = item["name"].rstrip("/").removeprefix(above)
-        if not name or "/" in name or name[0] == "?":  # the folder itself; an index page's links to elsewhere, to sort
+        size, is_folder = item.get("size") or 0, item["type"] == "directory"
+        name = item["name"].removeprefix(above).rstrip("/")
+        if item["name"] == above and not is_web(uri):  # or the mark that consoles make of a folder, without bytes
+            nameless += is_folder or size > 0
+        elif not name or "/" in name or (is_web(uri) and name[0] == "?"):  # an index page's links to elsewhere, to sort
             continue
-        if item["type"] == "directory":
-            listing.folders[name] = False
+        elif is_folder:
+            folders[name] = False
         else:
-            listing.files[name] = item.get("size") or 0
-    return listing
+            files[name] = size
+    return Listing(files, folders, nameless)
 
 
 def describe(uri: str) -> Found:
@@ -172,6 +177,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     scheme = SCHEME.match(uri)
     assert scheme is not None, uri
     protocol = scheme[1].lower()
+    uri = protocol + uri[scheme.end(1) :]  # fsspec knows no capitals
     try:
         kind = fsspec.get_filesystem_class(protocol)
         options = kind._get_kwargs_from_urls(uri)
