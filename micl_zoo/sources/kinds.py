@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ..errors import SourceError
 from ..images.formats import SUFFIXES
-from . import archives, parquet
+from . import archives, parquet, remote
 from .archives import Members
 from .index import Entry, Row
 from .notes import Notes
@@ -115,6 +115,8 @@ def _unreadable(uri: str, kind: Kind, error: BaseException) -> str:
                 "a folder, or decompress it to a .tar (images are compressed already)"
             )
     why = str(error) or type(error).__name__
+    if remote.is_remote(uri) and isinstance(error, OSError):  # of the way there, not of the content
+        return f"cannot read {uri!r} as {kind.called}: {why}"
     if isinstance(error, RecursionError | MemoryError):
         why = "it is nested too deep" if isinstance(error, RecursionError) else "it needs more memory than there is"
     return f"cannot read {uri!r} as {kind.called}: {why}. Copy or pack it again."

@@ -23,7 +23,7 @@ BLOCK = 1 << 20  # bytes per request of an archive that is being listed: some te
 SILENCE_SECONDS = 15.0  # of a web server, after which an answer is given up; not asked again, for it costs as long
 SLOW_SECONDS, SLOW_BYTES = 30.0, 20_000  # an answer may take so long, and a second more per so many bytes
 # no use to ask again
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, MiclZooError, Refused)
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LATE = (TimeoutError, asyncio.TimeoutError)  # two classes before Python 3.11
 
 Answer = TypeVar("Answer")
@@ -213,14 +213,31 @@ def _retried(action: Callable[[], Answer]) -> Answer:
     for wait in (*WAITS, None):
         try:
             return action()
+        except (MiclZooError, Refused):
+            raise
         except FINAL as error:
             unreached = isinstance(error.__cause__, OSError)  # how fsspec says that it cannot reach a web server
             if wait is None or not unreached:
-                raise
+                raise type(error)(_why(error)) from error
         except LATE as error:
-            raise OSError(f"{type(error).__name__}: {str(error) or 'no answer'}") from error
+            raise OSError(_why(error)) from error
         except Exception as error:
             if wait is None:
-                raise OSError(f"{type(error).__name__} at the third try: {error}") from error
+                raise OSError(f"{_why(error)}, at the third try") from error
         time.sleep(wait)
     raise AssertionError
+
+
+def _why(error: BaseException) -> str:
+    """Say in words why a call failed: fsspec often gives the address alone, and the reason as the cause."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError):
+        return _why(cause)
+    if (status := getattr(error, "status", None)) is not None:  # of aiohttp, whose text has the address and all headers
+        first = next(iter(str(getattr(error, "message", "")).splitlines()), "")
+        return f"answer {status} {first}".rstrip(" :") if status else f"{type(error).__name__} {first}".rstrip()
+    if isinstance(error, FileNotFoundError) and SCHEME.match(str(error)):
+        return "answer 404 Not Found"
+    if isinstance(error, LATE):
+        return f"{type(error).__name__}: {str(error) or 'no answer'}"
+    return str(error) if isinstance(error, FINAL) else f"{type(error).__name__}: {error}"
