@@ -31,7 +31,7 @@ from micl_zoo.errors import Refused, SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import Summary, extract
 from micl_zoo.images.decode import decode
 from micl_zoo.images.formats import FORMATS, SUFFIXES, readable
-from micl_zoo.sources import archives, globs
+from micl_zoo.sources import archives, footer, globs
 from micl_zoo.sources import listing as sources
 from micl_zoo.sources import parquet as tables
 from micl_zoo.sources.footer import read_footer, unpacked_dictionary
@@ -1338,3 +1338,21 @@ def test_ids_of_an_unknown_time_zone_are_of_utc(tmp_path: Path) -> None:
     for zone, first in (("Mars/X", "1970-01-01 00:00:01.000"), ("Europe/Berlin", "1970-01-01 01:00:01.000+0100")):
         write_columns(tmp_path / "a.parquet", id=pa.array([1, 2], pa.timestamp("s", zone)), image=[jpeg(0), jpeg(1)])
         assert ids(tmp_path / "a.parquet")[0] == first
+
+
+def test_a_footer_of_many_row_groups_and_columns_is_read(tmp_path: Path) -> None:
+    columns = {f"column-{number}": list(range(300)) for number in range(40)}
+    pq.write_table(pa.table({"image": [b"x"] * 300, **columns}), tmp_path / "a.parquet", row_group_size=1)
+    groups = read_footer(str(tmp_path / "a.parquet")).groups
+    assert [(group.rows, len(group.chunks), group.chunks[40].column) for group in groups] == [
+        (1, 41, "column-39")
+    ] * 300
+
+
+def test_a_footer_of_other_types_is_damaged() -> None:
+    for found in ({3: [5]}, {3: [b"a"], 11: b"x"}, {3: [b"a"], 6: [1]}):
+        with pytest.raises(TypeError):
+            footer._chunk({3: found})
+    for odd in (b"\x19\xfc" + b"\xff" * 9 + b"\x7f", b"\x19\xf0\xff\xff\x7f", b"\x18\xff\xff\x7f", b"\x1b\x7f\xdd"):
+        with pytest.raises(IndexError):
+            footer._struct(odd + b"\x01" * 20, 0, footer._WANTED)
