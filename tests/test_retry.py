@@ -352,3 +352,24 @@ def test_the_option_of_the_command_line(
     result = CliRunner().invoke(main, [*words, "--retry", "timeout", "--retry", "unreadable"])
     assert "1 tried again and 1 of them embedded" in result.output, result.output
     assert "Valid: " in CliRunner().invoke(main, [*words, "--retry", "never"]).output
+
+
+def test_a_folder_that_is_no_store_is_left_as_it_was(image_folder: Callable[..., Path], run: Run) -> None:
+    folder = image_folder(2)
+    before = sorted(folder.rglob("*"))
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(StoreError, match="exists and is no store of embeddings"):
+            run("images", **options)
+        assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("junk", ["index/part-00009.parquet", "part-00009.parquet", "index/part-00001.parquet"])
+def test_a_stray_file_of_a_whole_store_is_named(image_folder: Callable[..., Path], run: Run, junk: str) -> None:
+    image_folder(3)
+    store = run().store
+    (store.path / junk).write_bytes(b"x")
+    for options in ({}, {"only_missing": True}):
+        with pytest.raises(StoreError, match=rf"{junk}' is no part of this store: .* Move it away or delete it"):
+            run(**options)
+    (store.path / junk).unlink()
+    assert run().computed == 0

@@ -87,7 +87,8 @@ class Indexing:
             self._announce(number, index, fingerprint)
             first = number + 1
         if first < before:
-            raise self._fewer() or _other(self.store, first, 0, self.store.shard(first)[0].id, None)
+            more = next(number for number in there if number >= first)
+            raise self._fewer() or _other(self.store, more, 0, self.store.shard(more)[0].id, None)
         sha256 = fingerprint.hexdigest()
         finished = dataclasses.replace(self.store.manifest, rows=self.images, shards=first, index_sha256=sha256)
         if finished != self.store.manifest:

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 from ..errors import Refused
+from ..files import to_path
 from ..images.formats import SUFFIXES
 from .index import Entry
-from .places import File, OpenFiles, check_bytes, check_length, open_binary, read_whole, to_path
+from .places import File, OpenFiles, check_bytes, check_length, open_binary, read_whole
 from .selection import Selection, member_is_image
 
 ZIP_HEADER = struct.Struct("<4s2xHH4xI4xIHH")  # signature, flags, method, CRC, bytes unpacked, lengths of name, extra

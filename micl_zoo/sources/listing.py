@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import SourceError, UsageError
+from ..files import to_path
 from ..images.formats import SUFFIXES, unknown_format
 from . import remote
 from .globs import glob_base, glob_files, has_magic, walk
@@ -24,7 +25,7 @@ from .kinds import KINDS, WANTED, Kind, Told, kind_of, list_files, nothing
 from .lists import LISTS, read_list, read_standard_input
 from .notes import Notes, counted
 from .parquet import NoImages
-from .places import File, absolute, bare, split, suffix_of, to_path
+from .places import File, absolute, bare, split, suffix_of
 from .selection import Selection, read_start, starts_as_image
 
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from ..errors import Refused, SourceError
+from ..files import to_path
 from . import remote
-from .places import File, join, open_binary, read_whole, split, suffix_of, to_path
+from .places import File, join, open_binary, read_whole, split, suffix_of
 from .selection import Selection
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "uri", "url")  # the first that is there

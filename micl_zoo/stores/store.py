@@ -127,10 +127,11 @@ class Store:
         """List the files that look like parts and are none: copies, other numbers, or of no shard of the index."""
         index, names = self.folder.names("index"), self.folder.names()
         numbers = _numbers(index)
-        shards = max(self.manifest.shards or 0, *(number + 1 for number in numbers), 0)
+        shards = self.manifest.shards  # None while they are being listed
+        shards = max([0, *(number + 1 for number in numbers)]) if shards is None else shards
         parts = {part_name(number) for number in _numbers(names) if number < shards}
         strays = [name for name in names if name.startswith(PART) and name not in parts]
-        known = {part_name(number) for number in numbers}
+        known = {part_name(number) for number in numbers if number < shards}
         return strays + [f"index/{name}" for name in index if name.startswith(PART) and name not in known]
 
     def refuse_strays(self) -> None:
