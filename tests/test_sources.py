@@ -1294,6 +1294,9 @@ def test_folders_that_a_glob_matches_are_told(tmp_path: Path) -> None:
     assert (index.ids, index.notes.skipped) == (["2020.png"], {globs.FOLDERS: 2})
     with pytest.raises(SourceError, match=r"matches no file: looked in .*, where it met .*2 folders that the glob"):
         index_source(f"{tmp_path}/2020-*")
+    (tmp_path / "2020-01" / "up").symlink_to("..")
+    assert index_source(f"{tmp_path}/**/*").notes.skipped == {"links that loop": 1}
+    (tmp_path / "2020-01" / "up").unlink()
     for whole in ("**", "**/*", "2020*/*", "2020-0[12]/**"):
         assert not index_source(f"{tmp_path}/{whole}").notes.skipped
 

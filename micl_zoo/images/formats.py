@@ -90,7 +90,7 @@ _OTHERS = (
     ("a Windows metafile (WMF, EMF)", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", _CONVERT),
     ("an array of NumPy", rb"\x93NUMPY", _PICTURES),
     ("a parquet table", rb"PAR1", "give it as a source of its own"),
-    ("an Arrow table", rb"ARROW1", "write it as parquet, with pyarrow for example, and give that as a source of its own"),
+    ("an Arrow table", rb"ARROW1", "write it as parquet, with pyarrow for example, and give that as a source"),
     ("a HDF5, MATLAB or SQLite file", rb"\x89HDF\r\n|MATLAB 5|SQLite format 3", "take the pictures out of it"),
     ("an old Office document or thumbnails of Windows (OLE)", rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", _PICTURES),
     ("a companion file that macOS writes (AppleDouble)", rb"\0\x05\x16[\0\x07]",

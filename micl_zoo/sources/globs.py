@@ -271,7 +271,7 @@ class _Glob:
                 self.selection.notes.other(name)
             elif below := self._below(inside + name, fit, listing.folders[name], links):
                 yield inside + name, f"{prefix}{name}/", below
-            elif ends:
+            elif ends and not any(rest[0] == "**" for _, rest in fit):
                 self.selection.notes.skipped[FOLDERS] += 1
 
     def _below(self, place: str, fit: list[Position], linked: bool, links: _Links) -> set[Position]:
