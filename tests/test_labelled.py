@@ -93,9 +93,10 @@ def test_labels_from_a_csv(tmp_path: Path) -> None:
     file.write_text("id,label\n0.png,b\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"3 of 4 images have no label, '1.png' the first"):
         LabelledSet.open(tmp_path / "set", labels=file)
-    file.write_text("id,kind\n0.png,b\n", encoding="utf-8")
-    with pytest.raises(SourceError, match="one of labels"):
-        LabelledSet.open(tmp_path / "set", labels=file)
+    for header in ("id,kind,x", "id,label,label", "id,id,label"):
+        file.write_text(f"{header}\n0.png,b,a\n", encoding="utf-8")
+        with pytest.raises(SourceError, match="one of labels"):
+            LabelledSet.open(tmp_path / "set", labels=file)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

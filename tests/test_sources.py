@@ -514,6 +514,8 @@ def test_lists_with_columns(tmp_path: Path) -> None:
         ("a.csv", "label,id\n1,2\n", "no column of paths: looked for path, file, .*, found label, id"),
         ("a.csv", "path,id\n,2\n", "line 2 of the list .* has no path: ''"),
         ("a.csv", "id,path\n1\n", "line 2 of the list .* has no path: None"),
+        ("a.csv", "path,path\na.png,b.png\n", "its header has 'path' 2 times"),
+        ("a.tsv", "id\tpath\tid\n1\ta.png\t2\n", "its header has 'id' 2 times"),
         ("a.csv", "path\n", "it has a header and no row"),
         ("a.csv", "", "is empty"),
         ("a.jsonl", '\n{"path": ', "line 2 of the list .* is no JSON object: Expecting"),
@@ -1359,3 +1361,10 @@ def test_a_footer_of_other_types_is_damaged() -> None:
     for odd in (b"\x19\xfc" + b"\xff" * 9 + b"\x7f", b"\x19\xf0\xff\xff\x7f", b"\x18\xff\xff\x7f", b"\x1b\x7f\xdd"):
         with pytest.raises(IndexError):
             footer._struct(odd + b"\x01" * 20, 0, footer._WANTED)
+
+
+def test_a_zip_whose_names_are_not_what_they_are_said_to_be(tmp_path: Path) -> None:
+    data = zipped(tmp_path / "a.zip", {"caf\u00e9.jpg": jpeg(1), "b.jpg": jpeg(2)}).read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace("\u00e9".encode(), b"\xff\xff"))
+    with pytest.raises(SourceError, match=r"a\.zip' has a name that is said to be UTF-8 text and is none: unpack it"):
+        index_source(tmp_path / "a.zip")

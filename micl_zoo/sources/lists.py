@@ -101,10 +101,13 @@ def _csv(text: TextIO, delimiter: str = ",") -> Rows:
         if isinstance(row, _Odd):
             yield number, row
         elif not wanted:
-            wanted = {name: row.index(name) for name in (*PATH_COLUMNS, "id") if name in row}
-            if not wanted.keys() - {"id"}:
+            column = next((name for name in PATH_COLUMNS if name in row), "")
+            if twice := [name for name in (column, "id") if row.count(name) > 1]:
+                raise SourceError(f"its header has {twice[0]!r} {row.count(twice[0])} times")
+            if not column:
                 yield 1, dict.fromkeys(row[:1000])
                 return
+            wanted = {name: row.index(name) for name in (*PATH_COLUMNS, "id") if name in row}
         elif row:
             any_row = True
             yield number, {name: row[at] if at < len(row) else None for name, at in wanted.items()}

@@ -157,11 +157,13 @@ def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
         with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text:
             lines = csv.DictReader(text, strict=True)  # else a quote without end takes all that follows
             columns = lines.fieldnames or []
-            ids, label = (next((c for c in wanted if c in columns), None) for wanted in (ID_COLUMNS, LABEL_COLUMNS))
+            ids, label = (
+                next((c for c in wanted if columns.count(c) == 1), None) for wanted in (ID_COLUMNS, LABEL_COLUMNS)
+            )
             if ids is None or label is None:
                 raise SourceError(
                     f"the labels {os.fspath(file)!r} need a column of ids ({', '.join(ID_COLUMNS)}) and one of labels "
-                    f"({', '.join(LABEL_COLUMNS)}); found {', '.join(columns) or 'none'}"
+                    f"({', '.join(LABEL_COLUMNS)}), each once; found {', '.join(columns) or 'none'}"
                 )
             found: dict[str, str] = {}
             for row in lines:  # a short row has None for what it lacks
