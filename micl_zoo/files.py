@@ -154,9 +154,10 @@ class FolderLock:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
-                raise error(
-                    f"{str(folder)!r} is no folder, or lies below a file: give a folder, new or empty"
-                ) from None
+                what = "is no folder, or lies below a file: give a folder, new or empty"
+                raise error(f"{str(folder)!r} {what}") from None
+            except ValueError:
+                raise error(f"{str(folder)!r} is no path: a NUL is in it") from None
             self._new = not (folder / LOCK_FILE).exists()
             self._take(folder, "wait for it, stop it, or give another --out")
 

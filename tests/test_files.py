@@ -179,6 +179,8 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     for place in ("file", "file/below", "link"):
         with pytest.raises(StoreError, match="is no folder, or lies below a file: give a folder"):
             Folder(tmp_path / place).lock()
+    with pytest.raises(StoreError, match="is no path: a NUL is in it"):
+        Folder("a\0b").lock()
 
 
 def test_what_cannot_be_written_is_an_own_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_lists_in_s3_and_of_it(s3: Callable[[str], str], tmp_path: Path) -> None
     [
         ("empty", r"no images in 's3://pictures/empty': .*found 1 other files \(\.md 1\)"),
         ("nothing/here", "no such source: 's3://pictures/nothing/here'"),
-        ("nothing.jpg", r"no such source: 's3://pictures/nothing\.jpg'"),
+        ("nothing.jpg", r"no such source: 's3://pictures/nothing\.jpg' cannot be read \(nothing is there: "),
         ("tars/t-{02..03}.tar", r"the glob 's3://pictures/tars/t-03\.tar', which .* asks for, matches no file"),
         ("photos/*.webp", r"matches no file: looked in 's3://pictures/photos', where it met 3 other files \(\.jpg 2, "),
         ("gone.tar", r"cannot read 's3://pictures/gone\.tar' as a tar"),

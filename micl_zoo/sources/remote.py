@@ -218,7 +218,7 @@ def _retried(action: Callable[[], Answer]) -> Answer:
         except FINAL as error:
             unreached = isinstance(error.__cause__, OSError)  # how fsspec says that it cannot reach a web server
             if wait is None or not unreached:
-                raise type(error)(_why(error)) from error
+                raise next(kind for kind in FINAL if isinstance(error, kind))(_why(error)) from error
         except LATE as error:
             raise OSError(_why(error)) from error
         except Exception as error:
@@ -229,15 +229,15 @@ def _retried(action: Callable[[], Answer]) -> Answer:
 
 
 def _why(error: BaseException) -> str:
-    """Say in words why a call failed: fsspec often gives the address alone, and the reason as the cause."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError):
-        return _why(cause)
+    """Say in words why a call failed: of a web server fsspec gives the address alone, and the reason as the cause."""
+    bare = isinstance(error, FileNotFoundError) and SCHEME.match(str(error)) is not None
+    if bare and error.__cause__ is not None:
+        return _why(error.__cause__)
     if (status := getattr(error, "status", None)) is not None:  # of aiohttp, whose text has the address and all headers
         first = next(iter(str(getattr(error, "message", "")).splitlines()), "")
         return f"answer {status} {first}".rstrip(" :") if status else f"{type(error).__name__} {first}".rstrip()
-    if isinstance(error, FileNotFoundError) and SCHEME.match(str(error)):
-        return "answer 404 Not Found"
+    if isinstance(error, FileNotFoundError):
+        return "answer 404 Not Found" if bare else f"nothing is there: {error}"
     if isinstance(error, LATE):
         return f"{type(error).__name__}: {str(error) or 'no answer'}"
     return str(error) if isinstance(error, FINAL) else f"{type(error).__name__}: {error}"
