@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from logging import getLogger
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
 
@@ -121,6 +122,11 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     return Path(text)
 
 
+def to_path(place: str) -> Path:
+    """Return the path of a place on this machine, which may be a file:// URI."""
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(place).path)) if place.lower().startswith("file://") else place)
+
+
 def open_regular(path: Path) -> io.FileIO:
     """Open a file to read; OSError at once where it is a pipe, a socket, a device or a folder."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
@@ -155,8 +161,16 @@ class FolderLock:
         self.folder, self.doing, self.error = folder, doing, error
         self._held = contextlib.ExitStack()
         self._file, self._number = Path(), -1  # that stands for it, and its inode
+        self._new = False  # whether there was no such file before
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                what = "is no folder, or lies below a file: give a folder, new or empty"
+                raise error(f"{str(folder)!r} {what}") from None
+            except ValueError:
+                raise error(f"{str(folder)!r} is no path: a NUL is in it") from None
+            self._new = not (folder / LOCK_FILE).exists()
             self._take(folder, "wait for it, stop it, or give another --out")
 
     def __enter__(self) -> FolderLock:
@@ -168,6 +182,12 @@ class FolderLock:
     def close(self) -> None:
         """Release it."""
         self._held.close()
+
+    def undo(self) -> None:
+        """Delete its file, where there was none before: nothing was written to the folder."""
+        if self.folder is not None and self._new:
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK_FILE).unlink()
 
     def check(self) -> None:
         """Take it again where its file was deleted; raise `error` if another process has done so meanwhile."""
@@ -262,20 +282,24 @@ def _no_locks(error: OSError) -> bool:
 
 
 class Folder:
-    """A local folder, or a prefix on a file system of fsspec (s3://bucket/prefix), whose files have names."""
+    """A local folder (a path or file://), or a prefix on a file system of fsspec (s3://bucket/prefix)."""
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location)  # path or URI, as given
-        self.local = None if "://" in self.location else Path(self.location)  # None: on another file system
+        if not self.location:
+            raise StoreError("a folder is named by nothing (an unset variable of the shell?): give a path or a URI")
         if LOST_SLASH.match(self.location):
             raise StoreError(f"{self.location!r} has lost a slash of its address: give it as text, and not as a Path")
+        scheme, remote, path = self.location.partition("://")
+        self.local = None if remote and scheme.lower() != "file" else to_path(self.location)
         if self.local is not None:
             return
+        if "//" in path.strip("/"):  # keys of object stores may be so, and no two programs take them for the same
+            raise StoreError(f"{self.location!r} has nothing between two slashes: leave one out")
         import fsspec
 
-        scheme, colon, rest = self.location.partition("://")
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(scheme.lower() + colon + rest)
+            self._fs, self._root = fsspec.core.url_to_fs(f"{scheme.lower()}://{path}")
         except ImportError as error:
             raise StoreError(
                 f"cannot use {self.location!r}: {error}. For object stores: pip install 'micl-zoo[remote]'"
@@ -365,16 +389,16 @@ class Folder:
         try:
             yield
         except Exception as error:
-            absent = isinstance(error, FileNotFoundError)
-            if self.local is not None or (absent and not _unreached(error)):
+            absent = isinstance(error, FileNotFoundError) and not _unreached(error)
+            if self.local is not None or (absent and doing != "write"):
                 raise
-            why = str(error.__cause__ if absent else error) or type(error).__name__
+            why = str(error.__cause__ if _unreached(error) else error) or type(error).__name__
             raise StoreError(f"cannot {doing} {self.at(name)!r}: {why}") from None
 
 
 def _unreached(error: Exception) -> bool:
     """Whether nobody was reached: fsspec says of a web server that it cannot reach that the file is not there."""
-    return isinstance(error.__cause__, OSError)
+    return isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError)
 
 
 def sum_file(file: Path) -> Path:

@@ -21,7 +21,7 @@ from .._version import package_versions
 from ..encoders.device import BACKENDS, Backend, choose_backend, default_workers, precision_advice
 from ..encoders.encoder import Encoder
 from ..encoders.load import load
-from ..errors import Interrupted, MiclZooError, UsageError, unknown
+from ..errors import Interrupted, MiclZooError, StoreError, UsageError, unknown
 from ..files import Folder
 from ..progress import progress
 from ..schema import checked, shown
@@ -164,7 +164,11 @@ def extract(
     work, folder = Work(), Folder(out)
     with folder.lock() as lock, StopRequest(wake=work.stop) as stop:
         asked = _manifest(encoder, job, source)
-        store = Store.create(folder, asked, overwrite=options.overwrite)
+        try:
+            store = Store.create(folder, asked, overwrite=options.overwrite)
+        except StoreError:
+            lock.undo()
+            raise
         summary = Summary(store, places.devices, job.batch_size)
         with progress(f"embedding with {encoder.name}", None, show=show) as tick:
             indexing = Indexing(store, pieces, work, tick, options, asked.command)
