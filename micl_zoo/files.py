@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -17,11 +18,13 @@ from collections.abc import Iterator
 from logging import getLogger
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
 
-from .errors import MiclZooError, StoreError
+from .errors import MiclZooError, StoreError, UsageError
 
+LOST_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")  # what pathlib makes of an address; no drive of Windows
 LOCK_FILE = ".lock.tmp"
 OWNER_FILE = ".lock-owner.tmp"  # in its place where the file system has no locks
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # how a file system says that it cannot
@@ -112,6 +115,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(done_with, ignore_errors=True)
 
 
+def local_path(given: str | os.PathLike[str]) -> Path:
+    """Take a path on this machine to write to; UsageError where it is none, and pathlib would make a folder `s3:`."""
+    text = os.fspath(given)
+    if not text:
+        raise UsageError("it is empty, and must be a path (an unset variable of the shell?)")
+    if "://" in text or LOST_SLASH.match(text):
+        raise UsageError(f"{text!r} is an address, and this must be a path on this machine")
+    return Path(text)
+
+
+def to_path(place: str) -> Path:
+    """Return the path of a place on this machine, which may be a file:// URI."""
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(place).path)) if place.lower().startswith("file://") else place)
+
+
 def open_regular(path: Path) -> io.FileIO:
     """Open a file to read; OSError at once where it is a pipe, a socket, a device or a folder."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would be waited for
@@ -146,8 +164,16 @@ class FolderLock:
         self.folder, self.doing, self.error = folder, doing, error
         self._held = contextlib.ExitStack()
         self._file, self._number = Path(), -1  # that stands for it, and its inode
+        self._new = False  # whether there was no such file before
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                what = "is no folder, or lies below a file: give a folder, new or empty"
+                raise error(f"{str(folder)!r} {what}") from None
+            except ValueError:
+                raise error(f"{str(folder)!r} is no path: a NUL is in it") from None
+            self._new = not (folder / LOCK_FILE).exists()
             self._take(folder, "wait for it, stop it, or give another --out")
 
     def __enter__(self) -> FolderLock:
@@ -159,6 +185,12 @@ class FolderLock:
     def close(self) -> None:
         """Release it."""
         self._held.close()
+
+    def undo(self) -> None:
+        """Delete its file, where there was none before: nothing was written to the folder."""
+        if self.folder is not None and self._new:
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK_FILE).unlink()
 
     def check(self) -> None:
         """Take it again where its file was deleted; raise `error` if another process has done so meanwhile."""
@@ -253,21 +285,30 @@ def _no_locks(error: OSError) -> bool:
 
 
 class Folder:
-    """A local folder, or a prefix on a file system of fsspec (s3://bucket/prefix), whose files have names."""
+    """A local folder (a path or file://), or a prefix on a file system of fsspec (s3://bucket/prefix)."""
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.location = os.fspath(location)  # path or URI, as given
-        self.local = None if "://" in self.location else Path(self.location)  # None: on another file system
+        if not self.location:
+            raise StoreError("a folder is named by nothing (an unset variable of the shell?): give a path or a URI")
+        if LOST_SLASH.match(self.location):
+            raise StoreError(f"{self.location!r} has lost a slash of its address: give it as text, and not as a Path")
+        scheme, remote, path = self.location.partition("://")
+        self.local = None if remote and scheme.lower() != "file" else to_path(self.location)
         if self.local is not None:
             return
+        if "//" in path.strip("/"):  # keys of object stores may be so, and no two programs take them for the same
+            raise StoreError(f"{self.location!r} has nothing between two slashes: leave one out")
         import fsspec
 
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.location)
-        except (ImportError, ValueError) as error:
+            self._fs, self._root = fsspec.core.url_to_fs(f"{scheme.lower()}://{path}")
+        except ImportError as error:
             raise StoreError(
-                f"cannot write to {self.location!r}: {error}. For object stores: pip install 'micl-zoo[remote]'"
+                f"cannot use {self.location!r}: {error}. For object stores: pip install 'micl-zoo[remote]'"
             ) from None
+        except Exception as error:  # each kind of file system has its own
+            raise StoreError(f"cannot use {self.location!r}: {str(error) or type(error).__name__}") from None
         self._fs.invalidate_cache()
         self._root = self._root.rstrip("/")
 
@@ -292,8 +333,16 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """True if there is such a file."""
+        if self.local is not None:
+            return (self.local / name).exists()
         with self._own_errors("read", name):
-            return (self.local / name).exists() if self.local is not None else bool(self._fs.exists(self._at(name)))
+            try:
+                self._fs.info(self._at(name))  # its own exists() says False of a server that it cannot reach, too
+            except FileNotFoundError as error:
+                if _unreached(error):
+                    raise
+                return False
+        return True
 
     def read(self, name: str, most: int | None = None) -> bytes:
         """Read a whole file, or so many bytes of it."""
@@ -342,12 +391,17 @@ class Folder:
         """Turn what clients of object stores raise, each its own, into a StoreError; local files raise OSError."""
         try:
             yield
-        except FileNotFoundError:
-            raise
         except Exception as error:
-            if self.local is not None:
+            absent = isinstance(error, FileNotFoundError) and not _unreached(error)
+            if self.local is not None or (absent and doing != "write"):
                 raise
-            raise StoreError(f"cannot {doing} {self.at(name)!r}: {error or type(error).__name__}") from None
+            why = str(error.__cause__ if _unreached(error) else error) or type(error).__name__
+            raise StoreError(f"cannot {doing} {self.at(name)!r}: {why}") from None
+
+
+def _unreached(error: Exception) -> bool:
+    """Whether nobody was reached: fsspec says of a web server that it cannot reach that the file is not there."""
+    return isinstance(error, FileNotFoundError) and isinstance(error.__cause__, OSError)
 
 
 def sum_file(file: Path) -> Path:

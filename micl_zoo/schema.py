@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import math
+import os
 import types
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import MiclZooError
+from .errors import MiclZooError, UsageError
 from .files import read_regular
 
+P = ParamSpec("P")
 T = TypeVar("T")
 MAX_BYTES = 64 << 20  # of a file of facts; the largest, metrics.jsonl of a long run, is read line by line
 SHOWN = 60  # letters of a wrong value in an error
+_NAMES: dict[Any, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
+_NAMES |= {type(None): "null", os.PathLike: "a name or a path", Iterable: "a list", Callable: "a function"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,24 @@ def wrong_fields(made: Any) -> list[str]:
     return wrong
 
 
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Make arguments that are not what the annotations of a function say a UsageError, before anything is done."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*values: P.args, **named: P.kwargs) -> T:
+        for name, found in signature.bind(*values, **named).arguments.items():
+            try:
+                made = _value(_hints(function)[name], found, name, False)
+                if isinstance(found, dict) and not isinstance(made, dict):  # as JSON has a dataclass
+                    raise _Wrong(f"{name} must be a {type(made).__name__}, it is a dict")
+            except _Wrong as problem:
+                raise UsageError(f"{function.__name__}: {problem}") from None
+        return function(*values, **named)
+
+    return call
+
+
 def _tail(cure: str) -> str:
     return f": {cure}" if cure else ""
 
@@ -109,7 +133,7 @@ def _object(kind: type[T], found: Any, at: str, others: bool) -> T:
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
@@ -126,22 +150,39 @@ def _value(kind: Any, found: Any, at: str, others: bool) -> Any:
         return found
     if origin in (Union, types.UnionType):
         return _one_of(args, found, at, others)
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and not isinstance(found, kind):  # type: ignore[arg-type]
         return _object(kind, found, at, others)  # type: ignore[arg-type]
-    if origin in (list, tuple, dict):
+    if origin in (list, tuple, dict, Sequence):
         return _many(origin, args, found, at, others)
     if kind is float and type(found) is int and abs(found) < 2**63:
         found = float(found)
-    if type(found) is not kind or (kind is float and not math.isfinite(found)):
-        names = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
-        raise _Wrong(f"{at} must be {names.get(kind, 'null')}, it is {shown(found)}")
+    if not _is(origin or kind, found):
+        raise _Wrong(f"{at} must be {_NAMES.get(origin or kind, f'a {kind.__name__}')}, it is {shown(found)}")
     return found
+
+
+def _is(kind: type[Any], found: Any) -> bool:
+    if kind is os.PathLike:  # whoever takes a path takes text, too, and some text can be none
+        return isinstance(found, str | os.PathLike) and _is_path(os.fspath(found))
+    if kind is Iterable and isinstance(found, str | bytes):
+        return False
+    exact = kind in (int, float, bool)  # True is an int to Python, and a number of a library is no JSON
+    return (type(found) is kind if exact else isinstance(found, kind)) and (kind is not float or math.isfinite(found))
+
+
+def _is_path(text: str | bytes) -> bool:
+    try:
+        return isinstance(text, str) and bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _one_of(kinds: tuple[Any, ...], found: Any, at: str, others: bool) -> Any:
     if found is None and type(None) in kinds:
         return None
     problems = []
+    if any(get_origin(kind) is os.PathLike for kind in kinds):
+        kinds = tuple(kind for kind in kinds if kind is not str)
     for kind in kinds:
         if kind is not type(None):
             try:
@@ -158,11 +199,12 @@ def _many(origin: Any, args: tuple[Any, ...], found: Any, at: str, others: bool)
         return {name: _value(args[1], one, f"{at}.{shown(name)}", others) for name, one in found.items()}
     if not isinstance(found, list | tuple):
         raise _Wrong(f"{at} must be a list, it is {shown(found)}")
-    kinds = [args[0]] * len(found) if origin is list or args[-1] is ... else args
+    kinds = [args[0]] * len(found) if origin in (list, Sequence) or args[-1] is ... else args
     if len(kinds) != len(found):
         raise _Wrong(f"{at} must have {len(kinds)} values, it has {len(found)}")
     pairs = zip(kinds, found, strict=True)
-    return origin(_value(kind, one, f"{at}[{place}]", others) for place, (kind, one) in enumerate(pairs))
+    values = (_value(kind, one, f"{at}[{place}]", others) for place, (kind, one) in enumerate(pairs))
+    return (tuple if origin is Sequence else origin)(values)
 
 
 def _bounded(found: Any, limits: tuple[Any, ...], at: str) -> Any:

@@ -178,7 +178,7 @@ def bombs() -> Iterator[Damaged]:
     frame = jpeg.index(b"\xff\xc0") + 5
     zeros = zlib.compress(bytes(20_000_000), 9)
     half = 2**31 - 1
-    strip = [(258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8), (278, 4, 1, half), (279, 4, 1, half)]
+    strip = [(258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, half), (278, 4, 1, half), (279, 4, 1, half)]
     many = [(tag, 1, 1_000_000, 8) for tag in range(1000, 6000)]
     for name, (width, height) in {"absurd": (half, half), "large": (60_000, 60_000), "long": (half, 2)}.items():
         yield Damaged(f"png-{name}", png(width, height))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import picture
 import micl_zoo
 from micl_zoo import Store
 from micl_zoo.extraction.extract import extract
+from micl_zoo.stores.manifest import fields_sha256
 
 ODD_NAME = 'a line\nbreak, \u00fc and a "quote".jpg'
 
@@ -60,6 +62,14 @@ def rewrite_part(
     pq.write_table(table, store.part_path(shard))
     if seal:
         store.write_part(shard, store.snapshot(check=False).rows(shard))
+
+
+def edit_manifest(store: Store, *, seal: bool = False, **changes: object) -> None:
+    """Write other facts into manifest.json; with `seal`, its checksum is made right."""
+    file = store.path / "manifest.json"
+    fields = json.loads(file.read_text())
+    sha256, fields = fields.pop("sha256"), fields | changes
+    file.write_text(json.dumps(fields | {"sha256": fields_sha256(fields) if seal else sha256}))
 
 
 def reopened(store: Store) -> Store:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -64,12 +63,11 @@ def test_rows_and_ids_come_back(store: Store, tmp_path: Path, name: str, dtype: 
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
-def test_patch_tokens_keep_their_places(
-    store: Store, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "manifest", dataclasses.replace(store.manifest, shape=[2, 2, 8]))
+def test_patch_tokens_keep_their_places(tmp_path: Path, encoder_folder: Path, name: str) -> None:
+    store = make_store(tmp_path, encoder_folder, count=3, pool="patches")
     _, rows = opened(convert(store, tmp_path / name))
-    np.testing.assert_array_equal(rows, store.embeddings.reshape(10, 2, 2, 8))
+    assert rows.shape[1:] == tuple(store.manifest.shape)
+    np.testing.assert_array_equal(rows, store.embeddings)
 
 
 def test_safetensors_carry_the_manifest_and_are_aligned(store: Store, tmp_path: Path) -> None:

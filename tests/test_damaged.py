@@ -7,8 +7,11 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +20,7 @@ from types import FrameType
 import numpy as np
 import pytest
 from conftest import picture
-from damaged import NO_CHECKSUM, Damaged, bombs, corpus, encoded, png, whole_files
+from damaged import NO_CHECKSUM, Damaged, bombs, chunk, corpus, encoded, png, whole_files
 from PIL import Image
 
 import micl_zoo
@@ -239,6 +242,45 @@ def test_a_progressive_jpeg_without_its_last_scans_is_refused() -> None:
     assert verdict(decode, data) == "decoded"
 
 
+def of_single_scans(planes: list[Image.Image], frame: int = 0xC0) -> list[bytes]:
+    """The head of a JPEG and each of its scans, one per component."""
+    jpegs = [encoded(plane.convert("L"), "JPEG", quality=90) for plane in planes]
+    frames, scans = [jpeg.index(b"\xff\xc0") for jpeg in jpegs], [jpeg.index(b"\xff\xda") for jpeg in jpegs]
+    sizes, number = jpegs[0][frames[0] + 5 : frames[0] + 9], len(planes)
+    header = struct.pack(">BBHB", 0xFF, frame, 8 + 3 * number, 8) + sizes + bytes([number])
+    header += b"".join(bytes([one + 1, 0x11, 0]) for one in range(number))
+    tables = jpegs[0][: frames[0]] + header + jpegs[0][frames[0] + 13 : scans[0]]
+    starts = [b"\xff\xda\0\x08\x01" + bytes([one + 1]) + b"\0\0\x3f\0" for one in range(number)]
+    return [tables, *(start + jpeg[at + 10 : -2] for start, jpeg, at in zip(starts, jpegs, scans, strict=True))]
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_jpeg_of_a_scan_per_component_has_them_all(number: int) -> None:
+    head, *scans = of_single_scans([picture(one, 64, 48) for one in range(number)])
+    assert decode(b"".join([head, *scans, b"\xff\xd9"])).size == (64, 48)
+    for kept in ([0], [0, 1], [1, 2], [0, 0, 0], [0, 2, 2]):
+        ended = b"".join([head, *(scans[one] for one in kept), b"\xff\xd9"])
+        Image.open(io.BytesIO(ended)).load()  # a picture to Pillow, without a colour
+        assert verdict(decode, ended) == "truncated", kept
+
+
+@pytest.mark.parametrize("frame", [0xC2, 0xCA])
+def test_a_progressive_jpeg_has_all_its_components(frame: int) -> None:
+    head, *scans = of_single_scans([picture(0, 64, 48)] * 3, frame)
+    assert verdict(decode, b"".join([head, *scans[:2], b"\xff\xd9"])) == "truncated"
+
+
+def test_a_file_of_restart_marks_takes_no_memory_for_them() -> None:
+    jpeg = encoded(picture(0), "JPEG")
+    start = jpeg.index(b"\xff\xda")
+    marks = bytes(byte for mark in range(0xD0, 0xD8) for byte in (0xFF, mark)) * 500_000
+    data = jpeg[:start] + b"\xff\xdd\0\4\0\1" + jpeg[start : start + 14] + marks + b"\xff\xd9"
+    tracemalloc.start()
+    assert verdict(decode, data) == "damaged"
+    assert tracemalloc.get_traced_memory()[1] < 2 * len(data)
+    tracemalloc.stop()
+
+
 @pytest.mark.skipif(version("pillow") < "10.2", reason="Pillow writes no restart marks before 10.2")
 def test_a_jpeg_that_misses_an_interval_between_restarts_is_refused() -> None:
     data = large_jpeg(restart_marker_rows=1)
@@ -253,6 +295,39 @@ def test_every_changed_byte_of_a_png_is_seen() -> None:
         flipped = bytearray(data)
         flipped[at] ^= 1
         assert verdict(decode, bytes(flipped)) != "decoded", at
+
+
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def png_of_rows(width: int, height: int, bits: int, colours: int, rows: int, interlaced: bool, value: int) -> bytes:
+    """A PNG that has the first rows alone; -1: all of them."""
+    step = bits * {2: 3, 4: 2, 6: 4}.get(colours, 1)
+    found = []
+    for left, top, across, down in PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, lines = -(-(width - left) // across), -(-(height - top) // down)
+        found += [b"\0" + bytes([value]) * -(-columns * step // 8)] * lines if columns > 0 else []
+    packed = zlib.compress(b"".join(found[:rows] if rows >= 0 else found))
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, interlaced)
+    palette = chunk(b"PLTE", bytes(range(6))) if colours == 3 else b""
+    chunks = chunk(b"IHDR", header) + palette + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("bits", "colours"), [(1, 0), (16, 0), (1, 3), (8, 2), (16, 2), (8, 4), (8, 6)])
+def test_a_png_has_all_its_rows(bits: int, colours: int, interlaced: bool) -> None:
+    for width, height in [(2, 2), (2, 3), (3, 2), (9, 8), (8, 9)]:
+        whole = [png_of_rows(width, height, bits, colours, -1, interlaced, value) for value in (0, 0x55)]
+        if colours != 3:
+            assert [verdict(decode, data) for data in whole] == ["decoded", "decoded"]
+        for rows in range(height if not interlaced else height - height // 2):
+            short = png_of_rows(width, height, bits, colours, rows, interlaced, 0)
+            assert verdict(decode, short) == "truncated", (width, height, rows)
+    without = png_of_rows(40, 40, 8, 2, 20, interlaced, 9)
+    start = without.index(b"IDAT")
+    packed = without[start + 4 : -20]  # the end of the stream is missing, too
+    assert verdict(decode, without[: start - 4] + chunk(b"IDAT", packed) + without[-12:]) == "truncated"
 
 
 def test_a_gif_is_whole_to_the_end_of_a_block() -> None:

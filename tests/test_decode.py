@@ -259,6 +259,24 @@ def test_an_exif_block_without_sense_does_not_cost_the_crop(block: bytes) -> Non
     assert asked == [decode(data).size]
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        *(exif_block(kind, 1, b"\6".rjust(width, b"\0")) for kind, width in [(1, 1), (4, 4), (6, 1), (8, 2), (9, 4)]),
+        exif_block(SHORT, 2, b"\0\6\0\6"),
+        exif_block(1, 4, b"\6\6\6\6"),
+        exif_block(SHORT, 1, b"\0\6").replace(b"\0\x08\0\1", b"\0\x08\0\x63"),
+    ],
+    ids=["byte", "long", "signed byte", "signed short", "signed long", "two", "four", "more entries than there are"],
+)
+def test_an_orientation_may_be_of_any_whole_type(block: bytes) -> None:
+    upright = picture(3, 96, 64)
+    stored, _ = stored_as(upright, 6)
+    got = decode(encoded(stored, "JPEG", exif=block, quality=95))
+    assert got.size == upright.size
+    assert apart(np.asarray(got), np.asarray(upright)) <= 8
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr"])
 def test_jpegs_of_other_modes_are_cropped_in_rgb(mode: str, decoded_sizes: list[tuple[int, int]]) -> None:
     small, large = (encoded(picture(2, *size).convert(mode), "JPEG") for size in [(60, 40), (960, 640)])

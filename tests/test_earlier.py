@@ -73,6 +73,11 @@ def test_a_finished_store_is_read_where_its_pictures_are_gone() -> None:
     assert len(search(store, ids=["0.bmp"])[0]) == 4
 
 
+def test_what_parts_say_of_their_store_stays_the_same_in_every_version() -> None:
+    digest = open_store(EARLIER / "finished").manifest.digest
+    assert digest == "a7222b89b793ddc3ea0aac31495dbffad32a33cef7ccd663e9745eb0c50ef1d1"
+
+
 def test_a_finished_store_is_resumed(tmp_path: Path) -> None:
     summary = again("finished", tmp_path)
     assert summary.shards_before == 2

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import copy
 import io
+import os
 import pickle
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import picture
 from damaged import encoded
+from PIL import Image
 from safetensors.torch import load_file
 
 import micl_zoo
@@ -87,6 +89,27 @@ def opened(data: bytes, at: int = 0) -> io.BytesIO:
     return file
 
 
+class Given(NamedTuple):
+    """A file of which read() gives, or raises, anything."""
+
+    data: Any
+
+    def read(self) -> Any:
+        if isinstance(self.data, Exception):
+            raise self.data
+        return self.data
+
+
+class BytePath:
+    """A path in bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = os.fsencode(path)
+
+    def __fspath__(self) -> bytes:
+        return self.path
+
+
 def test_an_image_is_given_as_whatever_it_is_without_a_doubt(encoder: Encoder, tmp_path: Path) -> None:
     image = picture(3)
     pixels = np.asarray(image)
@@ -103,7 +126,8 @@ def test_an_image_is_given_as_whatever_it_is_without_a_doubt(encoder: Encoder, t
     ]
     ways[-1]["path"] = str(tmp_path / "a.png")
     opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
-    ways += [opaque, torch.from_numpy(opaque), pixels[::-1][::-1]]
+    ways += [opaque, torch.from_numpy(opaque), pixels[::-1][::-1], BytePath(tmp_path / "a.png"), Given(bytearray(data))]
+    ways += [torch._neg_view(torch.from_numpy(-pixels))]
     for one in ways:
         np.testing.assert_allclose(encoder.embed(one), expected, atol=1e-6)
         np.testing.assert_allclose(encoder.embed([image, one])[1:], expected, atol=1e-6)
@@ -139,11 +163,53 @@ def test_an_image_is_given_as_whatever_it_is_without_a_doubt(encoder: Encoder, t
         (io.StringIO("text"), "open it in mode 'rb'"),
         ([b""], "empty"),
         ([io.BytesIO()], "empty"),
+        (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "must be uint8, 0 to 255; got bfloat16"),
+        (torch.zeros(2, 8, 8, 3), "images: a tensor must be uint8, 0 to 255; got float32"),
+        (torch.zeros(8, 8, dtype=torch.uint8).to_sparse(), "must be dense.*sparse"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8).to_sparse(), "images: a tensor must be dense.*sparse"),
+        (
+            torch.zeros(8, 8, 3, dtype=torch.uint8, device="meta"),
+            "must be dense, with its pixels in memory; got a meta",
+        ),
+        ([torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device="meta")], "got a meta one"),
+        (np.void(b"abc"), "images: give paths.*got void"),
+        (Given(None), r"image 0 \(Given\): its read\(\) gives NoneType, not bytes"),
+        (Given(5), r"its read\(\) gives int, not bytes"),
+        (Given(MemoryError()), r"image 0 \(Given\): not enough memory"),
+        (Given(KeyError()), r"image 0 \(Given\): KeyError"),
+        (Given(EOFError("it ends early")), "it ends early"),
+        (Image.fromarray(np.full((8, 8), 70_000, np.int32)), "from 0 to 70,000, which have no defined black"),
+        (Image.fromarray(np.full((8, 8), -1, np.int32)), "from -1 to 0, which have no defined black"),
     ],
 )
 def test_what_is_no_image_without_a_doubt_is_refused_by_a_sentence(encoder: Encoder, images: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         encoder.embed(images)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a"), SyntaxError("a"), KeyError("a"), EOFError("a"), MemoryError()])
+def test_an_image_that_another_opened_may_be_damaged(
+    encoder: Encoder, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.open(io.BytesIO(encoded(picture(0), "PNG")))
+
+    def load() -> None:
+        raise error
+
+    monkeypatch.setattr(image, "load", load)
+    with pytest.raises(UsageError, match=r"image 1 \(PngImageFile\): (not enough memory|'?a)"):
+        encoder.embed([picture(0), image])
+
+
+def test_batch_sizes_are_whole_numbers_of_any_type(encoder: Encoder) -> None:
+    expected = encoder.embed([picture(0)] * 3)
+    for size in (np.int64(2), torch.tensor(2), 10**30):
+        np.testing.assert_allclose(encoder.embed([picture(0)] * 3, batch_size=size), expected, atol=1e-6)
+    for wrong in (1.5, None, "8", np.array([1, 2]), torch.tensor(1.5)):
+        with pytest.raises(UsageError, match="batch_size must be a whole number, got"):
+            encoder.embed([picture(0)], batch_size=wrong)
+    with pytest.raises(UsageError, match="batch_size must be at least 1, got -1"):
+        encoder.embed([picture(0)], batch_size=np.int32(-1))
 
 
 def test_an_unknown_pool_lists_the_valid_ones(encoder: Encoder) -> None:
@@ -218,7 +284,7 @@ def test_advice_on_slow_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backends_that_cannot_be(encoder_folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"unknown backend 'openvin'\. Did you mean openvino"):
+    with pytest.raises(UsageError, match="backend must be one of torch, openvino, onnx, it is 'openvin'"):
         micl_zoo.load(weights=encoder_folder, backend="openvin")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="openvino runs on cpu, not on 'cuda'"):
         micl_zoo.load(weights=encoder_folder, backend="openvino", device="cuda")

@@ -14,6 +14,7 @@ import pytest
 from micl_zoo import files
 from micl_zoo.errors import StoreError
 from micl_zoo.files import LOCK_FILE, OWNER_FILE, Folder, atomic_path, write_text
+from micl_zoo.stores.manifest import read_manifest
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -154,10 +155,95 @@ def test_what_a_client_of_an_object_store_raises_names_the_file(monkeypatch: pyt
         ("cat_file", lambda: folder.read("a")),
         ("pipe_file", lambda: folder.write("a", b"")),
         ("open", lambda: folder.open("a")),
-        ("exists", lambda: folder.exists("a")),
+        ("info", lambda: folder.exists("a")),
         ("ls", lambda: folder.names()),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(type(folder._fs), method, fail)
             with pytest.raises(StoreError, match=r"memory://bucket/store/.*slow down"):
                 act()
+
+
+@pytest.mark.parametrize(
+    "uri", ["github://a", "reference://x", "zip://x", "dir://x", "generic://x", "ftp://127.0.0.1:9/x", "foo://x"]
+)
+def test_an_address_that_cannot_be_used_is_one_sentence(uri: str) -> None:
+    with pytest.raises(StoreError, match=rf"^cannot use '{uri}': \S"):
+        Folder(uri)
+
+
+@pytest.mark.parametrize("given", [Path("s3://bucket/store"), "s3:/bucket/store", Path("memory://store")])
+def test_an_address_as_a_path_is_no_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="has lost a slash of its address: give it as text"):
+        Folder(given)
+    assert list(tmp_path.iterdir()) == []
+    assert Folder(tmp_path / "s3:").local == tmp_path / "s3:"
+
+
+def test_schemes_may_be_in_capitals() -> None:
+    Folder("MEMORY://bucket/capitals").write("a", b"1")
+    assert Folder("memory://bucket/capitals").read("a") == b"1"
+    assert Folder("memory://bucket/capitals").exists("a")
+    assert not Folder("memory://bucket/capitals").exists("b")
+
+
+def test_a_server_that_is_not_reached_is_no_missing_file() -> None:
+    pytest.importorskip("aiohttp")
+    folder = Folder("http://127.0.0.1:9/x")
+    for act in (lambda: folder.exists("a"), lambda: folder.read("a"), lambda: read_manifest(folder)):
+        with pytest.raises(StoreError, match=r"^cannot read 'http://127.0.0.1:9/x/.*connect"):
+            act()
+
+
+def test_a_file_uri_is_a_local_folder(tmp_path: Path) -> None:
+    for uri in (f"file://{tmp_path}/a%20b", f"FILE://{tmp_path}/a%20b"):
+        folder = Folder(uri)
+        folder.write("x", b"1")
+        assert (folder.local, (tmp_path / "a b" / "x").read_bytes()) == (tmp_path / "a b", b"1")
+        folder.lock().close()
+
+
+@pytest.mark.parametrize("place", ["", "memory://bucket//store", "memory://bucket/a///b/", "s3://bucket//o"])
+def test_a_folder_without_a_name_is_refused(place: str) -> None:
+    with pytest.raises(StoreError, match=r"named by nothing|has nothing between two slashes"):
+        Folder(place)
+
+
+def test_a_scheme_in_capitals_is_one() -> None:
+    Folder("Memory://bucket/store/").write("a", b"1")
+    assert Folder("memory://bucket/store").read("a") == b"1"
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for place in ("file", "file/below", "link"):
+        with pytest.raises(StoreError, match="is no folder, or lies below a file: give a folder"):
+            Folder(tmp_path / place).lock()
+    with pytest.raises(StoreError, match="is no path: a NUL is in it"):
+        Folder("a\0b").lock()
+
+
+def test_what_cannot_be_written_is_an_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder("memory://bucket/store")
+
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(type(folder._fs), "pipe_file", fail)
+    with pytest.raises(StoreError, match=r"cannot write 'memory://bucket/store/a': The specified bucket"):
+        folder.write("a", b"")
+    with pytest.raises(FileNotFoundError):
+        folder.read("no such file")
+
+
+def test_a_lock_that_is_undone_leaves_no_file(tmp_path: Path) -> None:
+    for _ in range(2):
+        with Folder(tmp_path).lock() as lock:
+            lock.undo()
+        assert not list(tmp_path.iterdir())
+    Folder(tmp_path).lock().close()
+    with Folder(tmp_path).lock() as lock:
+        lock.undo()  # the file of an earlier one stays
+    assert [file.name for file in tmp_path.iterdir()] == [LOCK_FILE]

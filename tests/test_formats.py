@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -73,6 +74,19 @@ OTHERS = {
     "macOS": b"\0\5\x16\7\0\2\0\0" + bytes(90),
     "program": b"\x7fELF" + bytes(90),
     "sound": b"ID3\4" + bytes(90),
+    "HTML without a head": b"<script>location = 'login'</script><p>moved",
+    "HTML of a proxy": b"\n<P>404</P>",
+    "PAM": b"P7\nWIDTH 2\n",
+    "XBM": b"#define it-is_width 9\n",
+    "XBM with a comment": b"/* made by hand */\n#define it_width 9\n",
+    "XPM": b"/* XPM */\nstatic char",
+    "DPX": b"SDPX" + bytes(90),
+    "Cineon": b"\x80\x2a\x5f\xd7" + bytes(90),
+    "MIFF": b"id=ImageMagick  version=1.0",
+    "BLP": b"BLP2" + bytes(90),
+    "XWD": b"\0\0\0\x70\0\0\0\7\0\0\0\2" + bytes(90),
+    "PICT": bytes(522) + b"\0\x11\2\xff" + bytes(90),
+    "cursor": b"\0\0\2\0\1\0" + bytes(90),
 }
 
 
@@ -91,6 +105,49 @@ def test_the_table_of_other_formats_says_nothing_of_text_and_noise() -> None:
     for _ in range(50):
         assert refusal(random.bytes(3000)).reason in ("not_an_image", "unsupported")
     assert refusal(b"<!-- " * 800).reason == "not_an_image"  # and takes no time
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_a_tga_without_a_footer_is_known_by_its_length(mode: str) -> None:
+    data = encoded(picture(1, 61, 40).convert(mode), "TGA")[:-26]
+    assert np.array_equal(
+        np.asarray(decode(data)), np.asarray(decode(encoded(picture(1, 61, 40).convert(mode), "TGA")))
+    )
+    for other in (data[:-1], data + b"\0"):
+        assert refusal(other).reason == "unsupported"
+        assert "TGA" in refusal(other).detail
+
+
+def bmp(bits: int, compression: int = 0, masks: tuple[int, ...] = (), pixels: bytes = bytes(8 * 8 * 8)) -> bytes:
+    """Of 8 x 8 pixels, with a header of version 5 where there is a mask of alpha."""
+    size = 124 if len(masks) == 4 else 40
+    extra = struct.pack(f"<{len(masks)}I", *masks).ljust(size - 40, b"\0")
+    header = struct.pack("<IiiHHIIiiII", size, 8, 8, 1, bits, compression, len(pixels), 0, 0, 0, 0) + extra
+    return b"BM" + struct.pack("<IHHI", 14 + len(header) + len(pixels), 0, 0, 14 + len(header)) + header + pixels
+
+
+def test_kinds_of_bmp_that_are_not_read_are_named() -> None:
+    core = b"BM" + struct.pack("<IHHI", 600, 0, 0, 30) + struct.pack("<IiiHH", 16, 8, 8, 1, 24) + bytes(500)
+    masks = [(0xF00, 0xF0, 0xF), (0x3FF00000, 0xFFC00, 0x3FF)]
+    layouts = [bmp(16, 3, masks[0]), bmp(32, 3, masks[1]), core]
+    for data in [bmp(2), bmp(64), bmp(0, 4), *(bmp(24, one) for one in (4, 5, 6, 11)), *layouts]:
+        refused = refusal(data)
+        assert refused.reason == "unsupported"
+        assert "BMP" in refused.detail
+        assert ": convert it" in refused.detail
+    negative = bytearray(bmp(24))
+    struct.pack_into("<i", negative, 18, -8)
+    assert (refusal(bytes(negative)).reason, "-8 x 8" in refusal(bytes(negative)).detail) == ("damaged", True)
+
+
+def test_transparency_that_a_bmp_loses_is_refused() -> None:
+    masks = (0x7C00, 0x3E0, 0x1F, 0x8000)
+    for words, reads in [([0x801F] * 64, True), ([0x001F] * 64, True), ([0x801F] * 63 + [0x1F], False)]:
+        data = bmp(16, 3, masks, struct.pack("<64H", *words))
+        if reads:
+            assert decode(data).getpixel((7, 0)) == (0, 0, 255)
+        else:
+            assert "transparency" in refusal(data).detail
 
 
 JPEG = encoded(picture(1, 64, 48), "JPEG", quality=90)
@@ -329,6 +386,100 @@ def test_chunks_beside_the_pixels_of_a_webp_do_not_matter(mode: str, options: di
     assert np.array_equal(np.asarray(decode(odd + b"behind it", exif="keep")), plain)
 
 
+@pytest.mark.parametrize("clear", [None, 0, 3])
+@pytest.mark.parametrize("place", [(0, 0), (2, 3), (9, 9)])
+def test_the_first_frame_of_a_gif_is_put_where_it_is_on_its_canvas(clear: int | None, place: tuple[int, int]) -> None:
+    image = picture(1, 20, 10).quantize(8)
+    whole = encoded(image, "GIF", **{} if clear is None else {"transparency": clear})
+    at = next(start for label, start, _ in integrity.gif_blocks(whole) if label == integrity.FRAME)
+    data = bytearray(whole)
+    struct.pack_into("<HH", data, 6, 24, 16)
+    struct.pack_into("<HH", data, at + 1, *place)
+    got, frame = np.asarray(decode(bytes(data))), np.asarray(decode(whole))
+    expected = np.full((max(16, place[1] + 10), max(24, place[0] + 20), 3), 255, np.uint8)
+    expected[place[1] : place[1] + 10, place[0] : place[0] + 20] = frame
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("high", [0, 0xFF00])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_of_a_transparent_level_only_the_bits_of_the_pixels_count(bits: int, high: int) -> None:
+    levels = (np.arange(16) % 2**bits).astype(np.uint8)
+    row = np.packbits((levels[:, None] >> np.arange(bits - 1, -1, -1).astype(np.uint8) & 1).reshape(-1)).tobytes()
+    for clear in range(min(2**bits, 4)):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 2, bits, 0, 0, 0, 0))
+        body = chunk(b"tRNS", struct.pack(">H", high | clear)) + chunk(b"IDAT", zlib.compress((b"\0" + row) * 2))
+        got = decode(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
+        expected = np.where(levels == clear, 255, levels.astype(int) * 255 // (2**bits - 1))
+        assert np.array_equal(np.asarray(got)[0, :, 1], expected)
+
+
+def test_a_transparent_colour_has_8_bits_each() -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0))
+    body = chunk(b"tRNS", b"\1\4\2\5\3\6") + chunk(b"IDAT", zlib.compress(b"\0\1\2\3\4\5\6" * 2))
+    got = decode(b"\x89PNG\r\n\x1a\n" + header + body + chunk(b"IEND", b""))
+    assert np.asarray(got)[0].tolist() == [[1, 2, 3], [255, 255, 255]]
+
+
+def test_a_png_of_colours_has_a_palette() -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 3, 0, 0, 0))
+    refused = refusal(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(6))) + chunk(b"IEND", b""))
+    assert (refused.reason, "palette" in refused.detail) == ("damaged", True)
+
+
+def test_a_jpeg_that_says_its_height_behind_its_picture_is_named() -> None:
+    without = JPEG[: FRAME + 5] + b"\0\0" + JPEG[FRAME + 7 :]
+    assert refusal(without).reason == "damaged"
+    refused = refusal(without[:-2] + b"\xff\xdc\0\4\0\x30\xff\xd9")
+    assert (refused.reason, "DNL" in refused.detail) == ("unsupported", True)
+
+
+def test_zeros_between_the_blocks_of_a_gif_do_not_matter() -> None:
+    data = encoded(picture(1, 20, 10), "GIF")
+    assert np.array_equal(np.asarray(decode(data[:-1] + bytes(5) + b";")), np.asarray(decode(data)))
+    assert refusal(data[:-1] + b"junk").reason == "damaged"
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
+@pytest.mark.parametrize("where", ["COD", "COC", "a tile", "behind an unknown marker"])
+def test_a_jpeg_2000_of_tiny_precincts_is_refused_before_they_are_made(where: str) -> None:
+    small = {"precinct_size": (256, 256), "num_resolutions": 3, "no_jp2": True}
+    data = bytearray(encoded(Image.new("L", (512, 512)), "JPEG2000", **small))
+    assert decode(bytes(data)).size == (512, 512)
+    for at in (8, 24):  # of the picture, of its tile
+        struct.pack_into(">II", data, at, 2000, 2000)
+    place = data.index(b"\xff\x52")
+    style = data[place : place + 14] + b"\0\x11\x11"  # precincts of 1 and 2 pixels
+    if where == "COD":
+        data[place : place + 17] = style
+    elif where == "COC":
+        data[place:place] = b"\xff\x53\0\x0c\0\1" + style[9:17]
+    elif where == "a tile":
+        start = data.index(b"\xff\x90")
+        data[start + 12 : start + 12] = style
+        struct.pack_into(">I", data, start + 6, struct.unpack_from(">I", data, start + 6)[0] + len(style))
+    else:
+        data[place : place + 17] = b"\xff\x30" + style
+    refused = refusal(bytes(data))
+    assert refused.reason == "too_large"
+    assert "parts so small" in refused.detail
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
+def test_a_jpeg_2000_may_be_cut_as_its_encoders_cut_it() -> None:
+    for options in ({"codeblock_size": (4, 4)}, {"precinct_size": (32, 32)}, {"tile_size": (64, 64)}):
+        data = encoded(picture(1, 700, 500), "JPEG2000", **options)
+        assert np.array_equal(np.asarray(decode(data)), np.asarray(picture(1, 700, 500)))
+
+
+def test_a_plain_bitmap_takes_no_memory_for_its_digits() -> None:
+    tracemalloc.start()
+    assert decode(b"P1 1000 1000\n" + b"1 0\n" * 500_000).getpixel((0, 0)) == (0, 0, 0)
+    assert tracemalloc.get_traced_memory()[1] < 12_000_000
+    tracemalloc.stop()
+    assert refusal(b"P1 2 2\n1 0 2 0").reason == "damaged"
+
+
 def test_the_first_frame_of_a_webp_is_put_where_it_is_on_its_canvas() -> None:
     image = picture(4, 20, 10)
     pixels = webp_chunks(image, lossless=True)
@@ -456,7 +607,7 @@ def test_a_limit_above_pillow_s_own_is_heeded(kind: str, monkeypatch: pytest.Mon
 def test_there_is_no_upper_wall() -> None:
     assert Decoding(max_pixels=10**12).max_pixels == 10**12
     data = encoded(Image.new("L", (16_000, 12_000), 120), "JPEG", quality=30)
-    assert "raise it with --max-pixels, in Python max_pixels=" in refusal(data).detail
+    assert "raise it for extract with --max-pixels, in Python max_pixels=" in refusal(data).detail
     transform = Transform(32, 32)
     assert decode_pixels(data, transform, Decoding(fast=True)).mean() == pytest.approx(
         120, abs=2

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import micl_zoo
 from micl_zoo.errors import SourceError
 from micl_zoo.sources.listing import index_source
 from micl_zoo.training.corpora import CORPORA, Corpus
+from micl_zoo.training.evaluation import labelled
 from micl_zoo.training.evaluation.features import embed_labelled
 from micl_zoo.training.evaluation.labelled import LabelledSet, balanced_rows, labels_of, number_classes
 
@@ -88,9 +93,10 @@ def test_labels_from_a_csv(tmp_path: Path) -> None:
     file.write_text("id,label\n0.png,b\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"3 of 4 images have no label, '1.png' the first"):
         LabelledSet.open(tmp_path / "set", labels=file)
-    file.write_text("id,kind\n0.png,b\n", encoding="utf-8")
-    with pytest.raises(SourceError, match="one of labels"):
-        LabelledSet.open(tmp_path / "set", labels=file)
+    for header in ("id,kind,x", "id,label,label", "id,id,label"):
+        file.write_text(f"{header}\n0.png,b,a\n", encoding="utf-8")
+        with pytest.raises(SourceError, match="one of labels"):
+            LabelledSet.open(tmp_path / "set", labels=file)
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -243,3 +249,101 @@ def test_a_test_part_without_rows_is_said(tmp_path: Path) -> None:
         LabelledSet.open(tmp_path)
     with pytest.raises(SourceError, match="has no test image"):
         number_classes([0, 1], [], "here")
+
+
+@pytest.mark.parametrize("name", ["set[1]", "q?x", "st*r", "b{a,b}", "n{1..2}", "[", "a[]b", "[!a]", "{,}"])
+@pytest.mark.parametrize("folder", ["", "data/"])
+def test_a_folder_is_meant_by_its_very_name(name: str, folder: str, tmp_path: Path) -> None:
+    for twin in (name, "set1", "qax", "star", "ba", "bb", "n1", "n2", "b"):
+        labels = [0, 1, 0] if twin == name else [7, 8]
+        for part in ("train", "test"):
+            write_parquet(tmp_path / twin / f"{folder}{part}-0.parquet", labels)
+    found = LabelledSet.open(tmp_path / name)
+    assert (found.name, found.classes, found.train.labels.tolist()) == (name, ("0", "1"), [0, 1, 0])
+    assert found.train.index.ids[0] == "train-0.parquet#0"
+    assert {Path(uri).parents[1 if folder else 0].name for uri in found.test.index.table["uri"].to_pylist()} == {name}
+
+
+def write_tar(file: Path, members: list[str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as archive:
+        for number, name in enumerate(members):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(number))
+            archive.addfile(member, io.BytesIO(png(number)))
+
+
+def test_a_member_of_an_archive_has_the_class_of_its_folder(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for shard in range(2):
+            write_tar(tmp_path / "shards" / part / f"s-{shard}.tar", [f"./cat/{shard}.png", f"dog/a/{shard}.png"])
+        for name in ("ant", "bee"):
+            write_tar(tmp_path / "classes" / part / name / "x.TAR", ["0.png", "1.png"])
+            (tmp_path / "zips" / part).mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(tmp_path / "zips" / part / f"{name}.zip", "w") as archive:
+                archive.writestr(f"{name}#1.tar/0.png", png(1))
+    assert LabelledSet.open(tmp_path / "shards").classes == ("cat", "dog")
+    found = LabelledSet.open(tmp_path / "classes")
+    assert (found.classes, found.train.labels.tolist()) == (("ant", "bee"), [0, 0, 1, 1])
+    assert LabelledSet.open(tmp_path / "zips").classes == ("ant#1.tar", "bee#1.tar")
+    write_tar(tmp_path / "none" / "train" / "x.tar", ["0.png"])
+    with pytest.raises(SourceError, match=r"'x\.tar#0\.png' has no label"):
+        LabelledSet.open(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array([1, 10**8], pa.date32()),
+        pa.array([0, 86_400_000 * 10**8], pa.date64()),
+        pa.array([1, 2], pa.timestamp("us", "Mars/X")),
+        pa.array([1, 2**62], pa.duration("s")),
+        pa.array([1, 10**18], pa.time64("us")),
+        pa.array([[10**8], [1]], pa.list_(pa.date32())),
+        pa.array([{"a": 1}, {"a": 2}], pa.struct([("a", pa.timestamp("s", "Mars/X"))])),
+        pa.array(["a" * 2000, "b"]),
+        pa.array([b"\xff", b"b"]),
+        pa.array([b"a" * 2000, b"b"]).dictionary_encode(),
+    ],
+)
+def test_cells_that_are_no_label_are_told(labels: pa.Array, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", labels)
+    with pytest.raises(SourceError, match=r"has no labels in its column 'label': "):
+        LabelledSet.open(tmp_path)
+
+
+def test_two_columns_of_labels_are_none(tmp_path: Path) -> None:
+    cells = pa.array([png(0), png(1)])
+    for more, found in (("label", None), ("class", ("x", "y"))):
+        table = pa.table([cells, [0, 1], [1, 0], ["x", "y"]], names=["image", "label", "label", more])
+        for part in ("train", "test"):
+            pq.write_table(table, tmp_path / f"{part}.parquet")
+        if found:
+            assert LabelledSet.open(tmp_path).classes == found
+        else:
+            with pytest.raises(SourceError, match="each once, found image, label, label, label"):
+                LabelledSet.open(tmp_path)
+
+
+def test_a_label_that_unpacks_without_end_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array(["x" * 500_000]))
+    image = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array([png(0)])).cast(pa.binary())
+    pq.write_table(
+        pa.table({"image": image, "label": one}), tmp_path / "train.parquet", compression="zstd", store_schema=False
+    )
+    sizes: list[int] = []
+    values = labelled._values
+    monkeypatch.setattr(labelled, "_values", lambda cells: sizes.append(cells.nbytes) or values(cells))
+    with pytest.raises(SourceError, match="has 500,000 letters, 1,000 at most are a name"):
+        LabelledSet.open(tmp_path)
+    assert max(sizes) < 100 << 20
+
+
+def test_a_pipe_of_labels_is_not_waited_for(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", {"a": 1, "b": 1})
+    os.mkfifo(tmp_path / "labels.csv")
+    with pytest.raises(SourceError, match=r"cannot read the labels '.*labels\.csv': .*no regular file"):
+        LabelledSet.open(tmp_path, labels=tmp_path / "labels.csv")
+    (tmp_path / "quote.csv").write_text('id,label\n"a/0.png,x\nb/0.png,y\n')
+    with pytest.raises(SourceError, match=r"cannot read the labels '.*quote\.csv': unexpected end of data"):
+        LabelledSet.open(tmp_path, labels=tmp_path / "quote.csv")

@@ -31,7 +31,7 @@ from damaged import encoded
 
 from micl_zoo.errors import Refused, SourceError, StoreError
 from micl_zoo.extraction.extract import extract
-from micl_zoo.sources import remote
+from micl_zoo.sources import globs, remote
 from micl_zoo.sources.index import Entry
 from micl_zoo.sources.listing import index_source, list_source
 from micl_zoo.sources.reader import Reader
@@ -247,7 +247,7 @@ def test_lists_in_s3_and_of_it(s3: Callable[[str], str], tmp_path: Path) -> None
     [
         ("empty", r"no images in 's3://pictures/empty': .*found 1 other files \(\.md 1\)"),
         ("nothing/here", "no such source: 's3://pictures/nothing/here'"),
-        ("nothing.jpg", r"no such source: 's3://pictures/nothing\.jpg'"),
+        ("nothing.jpg", r"no such source: 's3://pictures/nothing\.jpg' cannot be read \(nothing is there: "),
         ("tars/t-{02..03}.tar", r"the glob 's3://pictures/tars/t-03\.tar', which .* asks for, matches no file"),
         ("photos/*.webp", r"matches no file: looked in 's3://pictures/photos', where it met 3 other files \(\.jpg 2, "),
         ("gone.tar", r"cannot read 's3://pictures/gone\.tar' as a tar"),
@@ -317,7 +317,7 @@ def test_a_failing_server_is_asked_three_times(serve: Callable[..., str], monkey
     assert Reader().read(entry) == jpeg(0)
     assert waits == [0.5, 2.0]
     Ranges.failures = 3
-    with pytest.raises(Refused, match=r"unreadable: ClientResponseError at the third try: 503.*photos/b\.jpg"):
+    with pytest.raises(Refused, match=r"unreadable: .*photos/b\.jpg: answer 503 Service Unavailable, at the third try"):
         Reader().read(entry)
     assert not Ranges.failures
     waits.clear()
@@ -478,3 +478,107 @@ def test_extract_from_and_to_an_object_store(
         extract(s3("photos"), out, pool="mean", **options)
     extract(s3("photos"), out, pool="mean", overwrite=True, **options)
     assert open_store(out).manifest.pool == "mean"
+
+
+def test_a_key_is_meant_where_it_looks_like_a_glob(s3: Callable[[str], str]) -> None:
+    import s3fs
+
+    keys = ["a[1].png", "a*.png", "b?.png", "{x,y}.png", "d[0]/c.png", "t{1..2}.csv"]
+    twins = ["a1.png", "ab.png", "bc.png", "x.png", "y.png", "d0/c.png", "d0/e.png"]
+    data = {name: b"path\na1.png\n" if name.endswith(".csv") else jpeg(n) for n, name in enumerate(keys + twins)}
+    for name, content in data.items():
+        s3fs.S3FileSystem().pipe_file(f"{BUCKET}/odd/{name}", content)
+    for name in keys[:4]:
+        assert listed(s3(f"odd/{name}")) == [(name, data[name])]
+        assert listed(s3(f"odd/{globs.escape(name)}")) == [(name, data[name])]
+    assert listed(s3("odd/d[0]")) == listed(s3("odd/d[0]/")) == [("c.png", data["d[0]/c.png"])]
+    assert listed(s3("odd/d[[]0]/*.png")) == [("c.png", data["d[0]/c.png"])]
+    assert listed(s3("odd/t{1..2}.csv")) == [("a1.png", data["a1.png"])]
+    assert [name for name, _ in listed(s3("odd/a[2-9b].png"))] == ["ab.png"]
+    with pytest.raises(SourceError, match=r"matches no file.*a \*, \?, \[ or \{ of a name is written \[\*\]"):
+        index_source(s3("odd/a[2].png"))
+
+
+def test_keys_that_no_path_leads_to_are_counted(s3: Callable[[str], str]) -> None:
+    import s3fs
+
+    keys = ["d//b.png", "d/e.png", "?q.png", "sub/x.png", "z.png/", "z.png/i.png", "a///b.png", "b?c.png", "m/m.png"]
+    for key in keys:
+        s3fs.S3FileSystem().pipe_file(f"{BUCKET}/keys/{key}", jpeg(1))
+    s3fs.S3FileSystem().pipe_file(f"{BUCKET}/keys/m/", b"")
+    for source in ("keys", "keys/**/*"):
+        index = index_source(s3(source))
+        assert sorted(index.ids) == ["?q.png", "b?c.png", "d/e.png", "m/m.png", "sub/x.png", "z.png/i.png"]
+        assert index.notes.skipped == {"keys that end in / or have nothing between two": 3}
+        assert {data for _, data in listed(s3(source))} == {jpeg(1)}
+    s3fs.S3FileSystem().mkdir("lead")
+    s3fs.S3FileSystem().pipe_file("lead//a.png", jpeg(1))
+    s3fs.S3FileSystem().pipe_file("lead/b.png", jpeg(1))
+    index = index_source("s3://lead")
+    assert (index.ids, sum(index.notes.skipped.values()), index.notes.problems) == (["b.png"], 1, [])
+
+
+class Odd(http.server.BaseHTTPRequestHandler):
+    """Answers with the status that the name says, or with a picture or a list of one."""
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        status = int(name[:3]) if name[:3].isdigit() else 200
+        data = b"a.png\n./b.png\n" if name.endswith(".txt") else jpeg(3)
+        self.send_response(status, "Nope" if status == 403 else None)
+        self.send_header("Content-Length", str(len(data)))
+        if status == 302:
+            self.send_header("Location", self.path)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("403", "answer 403 Nope"),
+        ("404", "answer 404 Not Found"),
+        ("410", "answer 410 Gone"),
+        ("302", "TooManyRedirects"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["png", "tar", "zip", "parquet", "txt"])
+def test_a_web_server_s_refusal_is_told(
+    serve: Callable[..., str], status: str, said: str, ending: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=lambda _: None))
+    web = serve(Odd, folder=False)
+    with pytest.raises(SourceError, match=rf"/{status}\.{ending}'.*{said}") as caught:
+        index_source(f"{web}/{status}.{ending}")
+    assert "again" not in str(caught.value)
+    if ending == "png":
+        (tmp_path / "list.txt").write_text(f"{web}/{status}.png")
+        with pytest.raises(Refused, match=f"unreadable: .*{said}"):
+            listed(tmp_path / "list.txt")
+        with pytest.raises(SourceError, match="Cannot connect to host"):
+            index_source("http://127.0.0.1:1/x.png")
+
+
+def test_addresses_with_capitals_and_slashes_in_their_query(
+    serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web = serve(Odd, folder=False)
+    capitals = web.replace("http", "HttP")
+    assert remote.is_web(capitals)
+    monkeypatch.setattr(remote, "BLOCK", 1 << 10)
+    for address in (web, capitals):
+        assert listed(f"{address}/list.txt?token=a/b") == [("a.png", jpeg(3)), ("./b.png", jpeg(3))]
+        assert listed(f"{address}/a.png?x=1&y=/b") == [("a.png?x=1&y=/b", jpeg(3))]
+        with pytest.raises(Refused, match="too_large"):
+            remote.read_file(f"{address}/a.png", 0, 100)
+
+
+def test_a_scheme_in_capitals_is_an_object_store_s(s3: Callable[[str], str]) -> None:
+    assert listed("S" + s3("photos")[1:]) == listed(s3("photos"))
+    assert listed("S" + s3("photos/*/*.jpg")[1:]) == listed(s3("photos/*/*.jpg"))

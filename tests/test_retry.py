@@ -17,7 +17,7 @@ from test_extract import files, ledger
 import micl_zoo
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import Refused, StoreError, UsageError
-from micl_zoo.extraction import decoders, retry
+from micl_zoo.extraction import decoders, indexing, retry
 from micl_zoo.extraction.extract import Summary, extract
 from micl_zoo.extraction.options import ExtractOptions
 from micl_zoo.images.decode import decode_pixels
@@ -33,8 +33,8 @@ def run(encoder_folder: Path, tmp_path: Path) -> Run:
     options: dict[str, Any] = {"weights": encoder_folder, "devices": "cpu", "precision": "fp32", "backend": "torch"}
     options |= {"shard_rows": 4, "workers": 0, "batch_size": 2}
 
-    def go(out: str = "s", **changes: Any) -> Summary:
-        return extract(tmp_path / "images", tmp_path / out, **(options | changes))
+    def go(out: str = "s", *, source: str = "images", **changes: Any) -> Summary:
+        return extract(tmp_path / source, tmp_path / out, **(options | changes))
 
     return go
 
@@ -249,6 +249,43 @@ def test_only_missing_and_then_the_plain_command(image_folder: Callable[..., Pat
         run()
 
 
+def test_only_missing_counts_other_images_of_equal_names(
+    image_folder: Callable[..., Path], run: Run, tmp_path: Path
+) -> None:
+    folder = image_folder(5)
+    run()
+    for name in ("000.jpg", "002.jpg"):
+        picture(60, 50).save(folder / name)
+    picture(61).save(folder / "new.jpg")
+    summary = run(only_missing=True)
+    assert (summary.computed, summary.embedded, summary.notes.skipped) == (1, 6, {indexing.CHANGED: 2})
+    assert "left out: 2 images whose names the store has for others, of another size" in summary.text()
+    shutil.copytree(folder, tmp_path / "copy")
+    elsewhere = run(source="copy", only_missing=True).notes.skipped
+    assert elsewhere == {indexing.CHANGED: 2, indexing.ELSEWHERE: 4}
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_repaired_image_is_tried_again_behind_what_only_missing_added(
+    image_folder: Callable[..., Path], run: Run, tmp_path: Path, processes: int
+) -> None:
+    folder = image_folder(6)
+    data = (folder / "002.jpg").read_bytes()
+    (folder / "002.jpg").write_bytes(data[:400])
+    assert run().refused == 1
+    (folder / "002.jpg").write_bytes(data)
+    picture(20).save(folder / "001-new.jpg")
+    added = run(only_missing=True)
+    assert (added.computed, added.refused, added.notes.skipped) == (1, 1, {indexing.CHANGED: 1})
+    summary = run(processes=processes)
+    assert (summary.tried_again, summary.recovered, summary.refused, summary.embedded) == (1, 1, 0, 7)
+    assert verify(summary.store, sample=0).problems == []
+    assert run().computed == 0
+    (folder / "000.jpg").write_bytes(data)  # one that has a row is another image
+    with pytest.raises(StoreError, match=r"'000\.jpg' has another size"):
+        run()
+
+
 def test_a_lost_or_damaged_file_of_the_index_is_written_anew(
     image_folder: Callable[..., Path], run: Run, tmp_path: Path
 ) -> None:
@@ -315,3 +352,24 @@ def test_the_option_of_the_command_line(
     result = CliRunner().invoke(main, [*words, "--retry", "timeout", "--retry", "unreadable"])
     assert "1 tried again and 1 of them embedded" in result.output, result.output
     assert "Valid: " in CliRunner().invoke(main, [*words, "--retry", "never"]).output
+
+
+def test_a_folder_that_is_no_store_is_left_as_it_was(image_folder: Callable[..., Path], run: Run) -> None:
+    folder = image_folder(2)
+    before = sorted(folder.rglob("*"))
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(StoreError, match="exists and is no store of embeddings"):
+            run("images", **options)
+        assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("junk", ["index/part-00009.parquet", "part-00009.parquet", "index/part-00001.parquet"])
+def test_a_stray_file_of_a_whole_store_is_named(image_folder: Callable[..., Path], run: Run, junk: str) -> None:
+    image_folder(3)
+    store = run().store
+    (store.path / junk).write_bytes(b"x")
+    for options in ({}, {"only_missing": True}):
+        with pytest.raises(StoreError, match=rf"{junk}' is no part of this store: .* Move it away or delete it"):
+            run(**options)
+    (store.path / junk).unlink()
+    assert run().computed == 0

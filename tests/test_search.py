@@ -128,13 +128,13 @@ def test_what_cannot_be_searched_for(made: Store, encoder_folder: Path, tmp_path
     bad = tmp_path / "bad.jpg"
     bad.write_text("no picture")
     for images, options, text in (
-        ((), {}, "got k=10 and 0 to search for"),
+        ((), {}, "needs an image or an id, got 0 to search for"),
         ((), {"ids": ["nowhere.jpg"]}, "has the id 'nowhere.jpg'; .*store.ids"),
         ((), {"ids": ["bad.jpg"]}, r"it could not be embedded: .* \[empty\]"),
         (bad, {}, r"image 0 \(bad.jpg\): .* \[not_an_image\]"),
         (tmp_path / "none.jpg", {}, "image 0 .* cannot be read: No such file"),
         (bad, {"picture": "x.txt"}, "a picture's name ends in .png, .jpg"),
-        (bad, {"k": 0}, "got k=0"),
+        (bad, {"k": 0}, "search: k is 0, and must be at least 1"),
     ):
         with pytest.raises(UsageError, match=text):
             search(made, images, weights=encoder_folder, device="cpu", **options)  # type: ignore[arg-type]

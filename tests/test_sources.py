@@ -31,7 +31,7 @@ from micl_zoo.errors import Refused, SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import Summary, extract
 from micl_zoo.images.decode import decode
 from micl_zoo.images.formats import FORMATS, SUFFIXES, readable
-from micl_zoo.sources import archives, globs
+from micl_zoo.sources import archives, footer, globs
 from micl_zoo.sources import listing as sources
 from micl_zoo.sources import parquet as tables
 from micl_zoo.sources.footer import read_footer, unpacked_dictionary
@@ -514,7 +514,9 @@ def test_lists_with_columns(tmp_path: Path) -> None:
         ("a.csv", "label,id\n1,2\n", "no column of paths: looked for path, file, .*, found label, id"),
         ("a.csv", "path,id\n,2\n", "line 2 of the list .* has no path: ''"),
         ("a.csv", "id,path\n1\n", "line 2 of the list .* has no path: None"),
-        ("a.csv", "path\n", "is empty"),
+        ("a.csv", "path,path\na.png,b.png\n", "its header has 'path' 2 times"),
+        ("a.tsv", "id\tpath\tid\n1\ta.png\t2\n", "its header has 'id' 2 times"),
+        ("a.csv", "path\n", "it has a header and no row"),
         ("a.csv", "", "is empty"),
         ("a.jsonl", '\n{"path": ', "line 2 of the list .* is no JSON object: Expecting"),
         ("a.jsonl", '["a.jpg"]', r"line 1 of the list .* is no JSON object: \[.a\.jpg.\]"),
@@ -1166,3 +1168,203 @@ def test_a_changed_footer_ends_no_process(tmp_path: Path) -> None:
                 for entry in index_source(tmp_path / "b.parquet").entries():
                     with contextlib.suppress(Refused):
                         Reader().read(entry)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "good", "problems"),
+    [
+        ("a.tsv", 'path\tcaption\n0.png\t"hello\n1.png\tworld\n2.png\tx\n', "0 1 2", []),
+        ("a.tsv", 'path\tcaption\n0.png\t"hello\n1.png\tbye"\n2.png\tx\n', "0 1 2", []),
+        ("a.tsv", 'path\tcaption\n0.png\t"of two\nlines"\n1.png\t"a" b\n"2.png"\t"\n', "0 1 2", []),
+        ("a.tsv", 'path\n0.png\n"1.png\n2.png\n', '0 "1 2', []),
+        ("a.csv", "path\n0.png\n" + '"1.png\n' + "2.png\n3.png\n4.png\n", "0 2 3 4", [3]),
+        ("a.csv", 'path,caption\n0.png,"a\n1.png,"b\n2.png,c\n', "2", [2, 3]),
+        ("a.csv", 'path,caption\n0.png,"of two\n""lines"""\n1.png,"a" b\n2.png,c\n', "0 2", [4]),
+    ],
+)
+def test_a_quote_that_does_not_end_costs_its_own_row(
+    tmp_path: Path, name: str, text: str, good: str, problems: list[int]
+) -> None:
+    (tmp_path / name).write_text(text)
+    index = index_source(tmp_path / name)
+    assert [name.removesuffix(".png") for name in index.ids] == good.split()
+    assert [problem.id for problem in index.notes.problems] == [f"{name}#{line}" for line in problems]
+    assert all("a cell that begins with a quote must end with it" in one.detail for one in index.notes.problems)
+
+
+def test_a_cell_beyond_the_limit_of_csv_costs_its_own_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('path,caption\n0.png,"' + "x\n" * 70_000 + "1.png,y\n")
+    index = index_source(tmp_path / "a.csv")
+    assert (len(index), index.ids[-1], [one.id for one in index.notes.problems]) == (70_000, "1.png", ["a.csv#2"])
+    (tmp_path / "a.csv").write_text('"path\n0.png\n')
+    with pytest.raises(SourceError, match=r"line 1 of the list .* is no row"):
+        index_source(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("kind", ["list.txt", "list.csv", "-"])
+def test_blanks_at_the_ends_of_a_path_are_part_of_a_name_that_is_there(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [" lead.png", "trail.png ", "both.png", "\tt.png\t"]
+    for name in names:
+        (tmp_path / name).write_bytes(jpeg(1))
+    text = "\r\n".join(["\ufeff" + ("path" if kind == "list.csv" else "both.png"), *names[:2], " both.png ", names[3]])
+    if kind == "-":
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        index = index_source(["-"])
+    else:
+        (tmp_path / kind).write_bytes(text.encode())
+        index = index_source(tmp_path / kind)
+    taken = [Path(uri).name for uri in index.table["uri"].to_pylist()]
+    assert taken == ["both.png"] * (kind != "list.csv") + [*names[:2], "both.png", names[3]]
+    assert min(index.table["length"].to_pylist()) == len(jpeg(1))
+
+
+@pytest.mark.parametrize(
+    ("start", "called"), [("utf-16", "UTF-16, as"), ("utf-32", "UTF-32:"), ("utf-32-be", "UTF-32:")]
+)
+def test_a_list_of_wide_letters_is_called_by_its_name(tmp_path: Path, start: str, called: str) -> None:
+    (tmp_path / "a.txt").write_bytes(("\ufeff" * start.endswith("be") + "a.png\n").encode(start))
+    with pytest.raises(SourceError, match=f"it is not UTF-8 text but {called}"):
+        index_source(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["raw/tmp", "raw/tmp/", "./raw/tmp", "./raw/tmp/", "tmp", "tmp/", "raw/tmp/*", "*/tm?"]
+)
+def test_an_exclusion_holds_in_every_kind_of_source(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {"raw/tmp/below/a.png": jpeg(1), "raw/tmp/a.png": jpeg(2), "b.png": jpeg(3), "raw/tmpx/c.png": jpeg(4)}
+    for name, data in members.items():
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_bytes(data)
+    (tmp_path / "f/l.txt").write_text("".join(f"./{name}\n" for name in members))
+    (tmp_path / "f/m.txt").write_text("".join(f"{tmp_path}/f/{name}\n" for name in members))
+    (tmp_path / "f/l.csv").write_text("id,path\n" + "".join(f"{n},{name}\n" for n, name in enumerate(members)))
+    tar(tmp_path / "a.tar", members)
+    zipped(tmp_path / "a.zip", members)
+    monkeypatch.chdir(tmp_path / "f")
+    for source in ("f", "f/**/*.png", "f/l.txt", "f/m.txt", "f/l.csv", "a.tar", "a.zip", "-"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("".join(f"./{n}\n" for n in members).encode())))
+        index = index_source(source if source == "-" else f"{tmp_path}/{source}", exclude=[pattern, "nothing"])
+        assert len(index) == 2, (source, index.ids)
+        assert index.notes.skipped["excluded"] == (1 if source in ("f", "f/**/*.png") and "/*" not in pattern else 2)
+
+
+def test_an_exclusion_is_of_ids_and_of_paths(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("id,path\n1,a.png\n2,a_small.png\nthird_small.png,c.png\n")
+    index = index_source(tmp_path / "l.csv", exclude=["*_small.png"])
+    assert (index.ids, index.notes.skipped) == (["1"], {"excluded": 2})
+
+
+def test_each_source_that_fails_is_told_and_counted_once(tmp_path: Path, image_folder: Callable[..., Path]) -> None:
+    folder = image_folder(2)
+    (tmp_path / "bad.tar").write_bytes(b"xxxx" * 1000)
+    (tmp_path / "worse.zip").write_bytes(b"x" * 100)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "void.txt").touch()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "zero.parquet")
+    tar(tmp_path / "none.tar", {"a.md": b""})
+    wrong = ["bad.tar", "nothing", "worse.zip", "void.txt", "zero.parquet", "none.tar", "nothing/*.webp"]
+    for order in ([*wrong, "images"], ["images", *wrong], [*wrong[:3], "images", *wrong[3:]]):
+        notes = notes_of([tmp_path / name for name in order])
+        assert [problem.uri for problem in notes.problems] == [str(tmp_path / name) for name in wrong]
+        assert notes.others == {".md": 1}
+    with pytest.raises(SourceError, match=r"bad\.tar' as a tar.*; 5 more could not be listed"):
+        index_source([tmp_path / name for name in wrong[:6]])
+    assert folder.is_dir()
+
+
+def test_files_without_images_are_counted_where_others_are_taken(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "zero.parquet")
+    tar(tmp_path / "a.tar", {"a.jpg": jpeg(1)})
+    zipped(tmp_path / "a.zip", {"a.jpg": jpeg(1)})
+    notes = notes_of(tmp_path)
+    assert (notes.problems, notes.others) == ([], {".parquet": 1, ".zip": 1})
+    (tmp_path / "zero.parquet").write_bytes(b"PAR1")
+    notes = notes_of(tmp_path)
+    assert (len(notes.problems), notes.others) == (1, {".zip": 1})
+
+
+def test_folders_that_a_glob_matches_are_told(tmp_path: Path) -> None:
+    for name in ("2020.png", "2020-01/a.png", "2020-02/b.png", "other/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(1))
+    index = index_source(f"{tmp_path}/2020*")
+    assert (index.ids, index.notes.skipped) == (["2020.png"], {globs.FOLDERS: 2})
+    with pytest.raises(SourceError, match=r"matches no file: looked in .*, where it met .*2 folders that the glob"):
+        index_source(f"{tmp_path}/2020-*")
+    (tmp_path / "2020-01" / "up").symlink_to("..")
+    assert index_source(f"{tmp_path}/**/*").notes.skipped == {"links that loop": 1}
+    (tmp_path / "2020-01" / "up").unlink()
+    for whole in ("**", "**/*", "2020*/*", "2020-0[12]/**"):
+        assert not index_source(f"{tmp_path}/{whole}").notes.skipped
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.date32(), 10**8),
+        (pa.timestamp("us"), 2**62),
+        (pa.timestamp("us", "Mars/X"), 1),
+        (pa.duration("s"), 2**62),
+        (pa.time64("us"), 10**18),
+        (pa.list_(pa.string()), ["x.jpg"]),
+        (pa.string(), ""),
+        (pa.string(), None),
+    ],
+)
+def test_a_path_beside_no_bytes_that_is_no_text_is_none(tmp_path: Path, kind: pa.DataType, value: Any) -> None:
+    cells = pa.StructArray.from_arrays([pa.array([None, jpeg(1)]), pa.array([value, None], kind)], ["bytes", "path"])
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    index = index_source(tmp_path / "a.parquet")
+    with pytest.raises(Refused, match="empty: the parquet cell is null"):
+        Reader().read(index[0])
+    assert Reader().read(index[1]) == jpeg(1)
+
+
+def test_a_path_beside_no_bytes_is_text_of_every_kind(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(jpeg(2))
+    texts = [pa.array(["x.jpg"]), pa.array(["x.jpg"], pa.large_string()), pa.array(["x.jpg"]).dictionary_encode()]
+    for text in texts:
+        cells = pa.StructArray.from_arrays([pa.array([None], pa.binary()), text], ["bytes", "path"])
+        pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+        assert read_all(tmp_path / "a.parquet") == [jpeg(2)]
+    odd = pa.StringArray.from_buffers(1, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe"))
+    cells = pa.StructArray.from_arrays([pa.array([None], pa.binary()), odd], ["bytes", "path"])
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    with pytest.raises(Refused, match=r"unreadable: .*No such file.*\\xff\\\\xfe"):
+        read_all(tmp_path / "a.parquet")
+
+
+def test_ids_of_an_unknown_time_zone_are_of_utc(tmp_path: Path) -> None:
+    for zone, first in (("Mars/X", "1970-01-01 00:00:01.000"), ("Europe/Berlin", "1970-01-01 01:00:01.000+0100")):
+        write_columns(tmp_path / "a.parquet", id=pa.array([1, 2], pa.timestamp("s", zone)), image=[jpeg(0), jpeg(1)])
+        assert ids(tmp_path / "a.parquet")[0] == first
+
+
+def test_a_footer_of_many_row_groups_and_columns_is_read(tmp_path: Path) -> None:
+    columns = {f"column-{number}": list(range(300)) for number in range(40)}
+    pq.write_table(pa.table({"image": [b"x"] * 300, **columns}), tmp_path / "a.parquet", row_group_size=1)
+    groups = read_footer(str(tmp_path / "a.parquet")).groups
+    assert [(group.rows, len(group.chunks), group.chunks[40].column) for group in groups] == [
+        (1, 41, "column-39")
+    ] * 300
+
+
+def test_a_footer_of_other_types_is_damaged() -> None:
+    for found in ({3: [5]}, {3: [b"a"], 11: b"x"}, {3: [b"a"], 6: [1]}):
+        with pytest.raises(TypeError):
+            footer._chunk({3: found})
+    for odd in (b"\x19\xfc" + b"\xff" * 9 + b"\x7f", b"\x19\xf0\xff\xff\x7f", b"\x18\xff\xff\x7f", b"\x1b\x7f\xdd"):
+        with pytest.raises(IndexError):
+            footer._struct(odd + b"\x01" * 20, 0, footer._WANTED)
+
+
+def test_a_zip_whose_names_are_not_what_they_are_said_to_be(tmp_path: Path) -> None:
+    data = zipped(tmp_path / "a.zip", {"caf\u00e9.jpg": jpeg(1), "b.jpg": jpeg(2)}).read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace("\u00e9".encode(), b"\xff\xff"))
+    with pytest.raises(SourceError, match=r"a\.zip' has a name that is said to be UTF-8 text and is none: unpack it"):
+        index_source(tmp_path / "a.zip")

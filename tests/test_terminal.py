@@ -27,6 +27,7 @@ from micl_zoo.cli import main
 from micl_zoo.errors import MiclZooError
 from micl_zoo.limits import refused_by_system
 from micl_zoo.printing import Output, json_line, printable
+from micl_zoo.sources.reader import Reader
 from micl_zoo.stores.contact_sheet import Tile, write_contact_sheet
 from micl_zoo.training.evaluation.tables import Markdown, code, markdown, plain
 
@@ -157,7 +158,7 @@ def test_markdown_shows_a_name_as_it_is(name: str) -> None:
     "name", ["x" * 100_000, "🙂" * 50, "\u05d0\u05d1\u05d2 abc", "e" + "\u0301" * 5000, "", HOSTILE]
 )
 def test_captions_of_any_name(name: str, tmp_path: Path) -> None:
-    write_contact_sheet(tmp_path / "a.png", [(Tile("query", name, b""), [Tile("1", name, b"")])])
+    write_contact_sheet(tmp_path / "a.png", [(Tile("query", name, b""), [Tile("1", name, b"")])], Reader().read)
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.width > 100
 

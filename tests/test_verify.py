@@ -15,15 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from conftest import picture
-from stores import ODD_NAME, make_store, reopened, rewrite_part
+from safetensors.torch import load_file, save_file
+from stores import ODD_NAME, edit_manifest, make_store, reopened, rewrite_part
 
 import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.encoders.zoo import DEFAULT, RECORDS
 from micl_zoo.errors import StoreError, UsageError, WeightsError
+from micl_zoo.extraction.extract import extract
+from micl_zoo.stores import parts
 from micl_zoo.stores.convert import convert
-from micl_zoo.stores.parts import LEDGER_KEY, MADE_KEY
+from micl_zoo.stores.parts import LEDGER_KEY, MADE_KEY, STORE_KEY
 from micl_zoo.stores.search import search
 from micl_zoo.stores.verify import account, verify
 
@@ -220,11 +223,134 @@ def test_a_store_whose_images_are_still_being_listed(store: Store) -> None:
     assert "3 of an unknown number of parts" in found.summary()
 
 
-def test_a_decoding_that_is_not_known(store: Store, encoder_folder: Path) -> None:
-    file = store.path / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"decoding": "sharp-upright-max9"}))
-    with pytest.raises(UsageError, match="unknown decoding 'sharp-upright-max9': it was made by a newer version"):
-        verify(reopened(store), weights=encoder_folder, device="cpu")
+def test_a_decoding_that_is_not_known_is_a_problem_among_others(store: Store, encoder_folder: Path) -> None:
+    edit_manifest(store, seal=True, decoding="sharp-upright-max9")
+    (store.path / "errors.jsonl").unlink()
+    problems = "\n".join(verify(store.path, weights=encoder_folder, device="cpu").problems)
+    assert "'sharp-upright-max9', which this micl-zoo does not know: it is damaged, or a newer version" in problems
+    assert "errors.jsonl is missing" in problems
+    with pytest.raises(StoreError, match="does not know"):
+        search(reopened(store), b"", weights=encoder_folder, device="cpu")
+
+
+def test_a_shape_that_the_encoder_does_not_have(store: Store, encoder_folder: Path) -> None:
+    edit_manifest(store, seal=True, pool="cls+mean")
+    text = r"it says that rows are of shape \[32\], and with pool cls\+mean those of .* are of \[64\]"
+    with pytest.raises(StoreError, match=text):
+        search(reopened(store), b"", weights=encoder_folder, device="cpu")
+    assert "with pool cls+mean" in "".join(verify(store.path, weights=encoder_folder, device="cpu").problems)
+
+
+CHANGES = [{"shards": 0}, {"shards": 2}, {"shards": None}, {"rows": 3}, {"pool": "mean"}, {"normalized": False}]
+CHANGES += [{"precision": "bf16"}, {"decoding": "fast-upright"}, {"command": "rm"}, {"versions": {}}, {"model": "x"}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_a_manifest_that_is_not_as_it_was_written(store: Store, tmp_path: Path, changes: dict[str, object]) -> None:
+    edit_manifest(store, **changes)
+    for act in (micl_zoo.open_store, search, lambda path: convert(path, tmp_path / "x.npy")):
+        with pytest.raises(StoreError, match=r"manifest\.json' is damaged, it is not as it was written .its sha256"):
+            act(store.path)
+    assert not (tmp_path / "x.npy").exists()
+    assert "manifest.json is not as it was written" in "".join(verify(store.path, sample=0).problems)
+    result = CliRunner().invoke(main, ["verify", str(store.path), "--sample", "0"])
+    assert (result.exit_code, "Traceback" in result.output) == (1, False)
+
+
+def again(store: Store, images: Path, encoder_folder: Path, **options: object) -> None:
+    given = {"weights": encoder_folder, "devices": "cpu", "precision": "fp32", "shard_rows": 4, "workers": 0, **options}
+    extract(images, store.path, **given)  # type: ignore[arg-type]
+
+
+def files(store: Store) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in store.path.rglob("*.parquet")}
+
+
+@pytest.mark.parametrize("changes", [*CHANGES[:4], {"command": "rm"}, {"versions": {}}], ids=str)
+@pytest.mark.parametrize("seal", [False, True])
+def test_extract_mends_the_counts_of_a_manifest(
+    sound: Store, store: Store, encoder_folder: Path, changes: dict[str, object], seal: bool
+) -> None:
+    before = files(store)
+    edit_manifest(store, seal=seal, **changes)
+    again(store, sound.path.parent / "images", encoder_folder)
+    assert files(store) == before
+    assert verify(store.path, sample=0).problems == []
+    for name in ("rows", "shards", "index_sha256"):
+        assert getattr(reopened(store).manifest, name) == getattr(sound.manifest, name)
+
+
+def test_extract_says_that_a_manifest_may_be_damaged(sound: Store, store: Store, encoder_folder: Path) -> None:
+    edit_manifest(store, pool="mean")
+    with pytest.raises(StoreError, match=r"or its manifest is damaged, for its sha256 differs; pool: 'mean'"):
+        again(store, sound.path.parent / "images", encoder_folder)
+
+
+def test_files_beyond_the_shards_are_named(store: Store, tmp_path: Path) -> None:
+    edit_manifest(store, seal=True, shards=1)
+    names = [f"{below}part-0000{number}.parquet" for below in ("", "index/") for number in (1, 2)]
+    assert reopened(store).strays() == names
+    assert all(name in wrong(store) for name in names)
+    with pytest.raises(StoreError, match=r"part-00001\.parquet' is no part of this store"):
+        convert(store.path, tmp_path / "x.npy")
+
+
+@pytest.fixture(scope="module")
+def others(sound: Store, tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> dict[str, Store]:
+    """Stores of the same images by other weights, and with other settings."""
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "images").symlink_to(sound.path.parent / "images")
+    tensors = load_file(encoder_folder / "model.safetensors")
+    shutil.copytree(encoder_folder, folder / "encoder")
+    save_file({name: one * 1.1 for name, one in tensors.items()}, folder / "encoder" / "model.safetensors")
+    made = {"weights": {"weights": folder / "encoder"}, "exif": {"exif": "keep"}, "plain": {"normalize": False}}
+    made |= {"mean": {"pool": "mean"}}
+    settings = {"weights": encoder_folder, "devices": "cpu", "precision": "fp32", "shard_rows": 4, "workers": 0}
+    return {
+        name: extract(folder / "images", folder / name, **{**settings, **options}).store  # type: ignore[arg-type]
+        for name, options in made.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["weights", "exif", "plain", "mean"])
+def test_a_part_of_another_encoder_or_other_settings(
+    sound: Store, store: Store, others: dict[str, Store], encoder_folder: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copy(others[name].part_path(1), store.part_path(1))
+    text = r"part-00001\.parquet' is damaged \(its rows were made by another encoder or with other settings"
+    for check in (True, False):
+        opened = micl_zoo.open_store(store.path, check=check)
+        for act in (len, Store.to_arrow, lambda one: search(one, ids=[ODD_NAME]), lambda one: list(one.refused())):
+            with pytest.raises(StoreError, match=text):
+                act(opened)
+        with pytest.raises(StoreError, match=text):
+            convert(opened, tmp_path / "x.npy")
+    assert "by another encoder" in wrong(store)
+    with pytest.raises(StoreError, match=text):
+        again(store, sound.path.parent / "images", encoder_folder)
+    store.part_path(1).unlink()
+    again(store, sound.path.parent / "images", encoder_folder)
+    assert files(reopened(store)).keys() == files(store).keys()
+    assert store.part_path(1).read_bytes() == sound.part_path(1).read_bytes()
+
+
+def test_a_beginning_of_another_encoder_is_not_gone_on_with(
+    sound: Store, store: Store, others: dict[str, Store], encoder_folder: Path
+) -> None:
+    store.part_path(1).unlink()
+    shutil.copy(others["weights"].part_path(1), store.path / ".beginning-00001.parquet")
+    again(store, sound.path.parent / "images", encoder_folder)
+    assert store.part_path(1).read_bytes() == sound.part_path(1).read_bytes()
+
+
+def test_a_part_of_an_earlier_version_says_not_of_which_store_it_is(store: Store) -> None:
+    for file in store.path.glob("part-*.parquet"):
+        table = pq.read_table(file)
+        metadata = {key: value for key, value in table.schema.metadata.items() if key != STORE_KEY}
+        file.write_bytes(parts._parquet(table.replace_schema_metadata(metadata)))
+    assert STORE_KEY not in pq.read_metadata(store.part_path(0)).metadata
+    assert wrong(store) == ""
+    assert len(search(reopened(store), ids=[ODD_NAME])[0]) == 9
 
 
 def test_a_part_of_no_shard(store: Store) -> None:
@@ -250,7 +376,7 @@ def test_weights_are_asked_for_and_checked(sound: Store, encoder_folder: Path, t
     published = Path(micl_zoo.__file__).parent / "embedded" / "vit_ti16.tin200.safetensors"
     with pytest.raises(WeightsError, match=rf"but vit_ti16\.tin200 .* has {str(RECORDS[DEFAULT].sha256)[:10]}"):
         verify(sound, weights=published)
-    with pytest.raises(UsageError, match="got -1"):
+    with pytest.raises(UsageError, match="verify: sample is -1, and must be at least 0"):
         verify(sound, sample=-1)
     assert verify(sound, sample=0).problems == []
 

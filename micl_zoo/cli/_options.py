@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from ..encoders.zoo import find_record
+from ..errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 LARGEST = 1e9  # of a number; as seconds, 30 years
@@ -52,11 +53,12 @@ class LocalPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         """Refuse what is an address, or nothing."""
-        if "://" in str(value):
-            self.fail(f"{str(value)!r} is an address, and this must be a path on this machine", param, context)
-        if not str(value):
-            self.fail("it is empty, and must be a path (an unset variable of the shell?)", param, context)
-        return super().convert(value, param, context)
+        from ..files import local_path  # it imports pyarrow, which help does without
+
+        try:
+            return super().convert(local_path(value), param, context)
+        except UsageError as error:
+            self.fail(str(error), param, context)
 
 
 def value(*words: str, **settings: Any) -> Callable[[F], F]:
@@ -93,6 +95,7 @@ AS_JSON = flag("--json", "as_json", "Print one JSON object.")
 DEVICE = value("--device", "Device of the model: auto, cpu, cuda, cuda:N or mps.", default="auto")
 TRAINING_DEVICE = value("--device", "Device of the model: auto, cpu, cuda or cuda:N.", default="auto")
 STORE_WEIGHTS = path("--weights", "Weights of the store's encoder, where they are not published.")
+REMOTE = flag("--remote", "Read images from all servers that the store names, not only from its own.")
 UNCHECKED = value("--check/--no-check", "Compare the checksum of each part that is read.", default=True)
 SOURCE = "any source that extract takes."
 OVERRIDES = value("--set", "overrides", "Change to one number of the recipe.", multiple=True, metavar="KEY=VALUE")

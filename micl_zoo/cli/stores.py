@@ -22,6 +22,7 @@ from . import _options as opt
 @opt.DEVICE
 @opt.flag("--exact", "Without effect: every search is exact.")
 @opt.path("--picture", "Contact sheet to write too, a name that ends in .png, .jpg or .webp.")
+@opt.REMOTE
 @opt.UNCHECKED
 @opt.flag("--json", "as_json", "Print one JSON object per hit and line.")
 def search(
@@ -63,6 +64,7 @@ def search(
 @click.argument("store")
 @opt.count("--sample", "Number of images to read again, embed and compare; 0 needs no encoder.", least=0, default=32)
 @opt.value("--seed", "Seed of the sample.", type=int, default=0)
+@opt.REMOTE
 @opt.STORE_WEIGHTS
 @opt.DEVICE
 @opt.AS_JSON
@@ -75,12 +77,12 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
     Examples:
       micl-zoo verify embeddings
       micl-zoo verify embeddings --sample 200 --weights runs/first/encoder
+      micl-zoo verify embeddings --remote
       micl-zoo verify embeddings --sample 0 --json
     """
-    from ..stores.store import open_store
     from ..stores.verify import verify as run
 
-    found = run(open_store(store), **options)
+    found = run(store, **options)
     lines = [f"Problem: {line}" for line in found.problems] + [f"Not compared: {line}" for line in found.gone]
     if lines and not as_json:
         click.echo("\n".join(lines), err=True)

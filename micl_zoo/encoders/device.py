@@ -6,6 +6,7 @@ torch is imported inside the functions, because the processes that decode images
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -87,6 +88,8 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         has_mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    if not re.fullmatch(r"(cpu|mps)(:0)?|cuda(:\d+)?", device):
+        raise UsageError(f"unknown device {device!r}. Valid: auto, cpu, cuda, cuda:N, mps.")
     try:
         target = torch.device(device)
         torch.empty(0, device=target)

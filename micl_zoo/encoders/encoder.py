@@ -5,7 +5,9 @@ Shapes: B images, S the transform's side in pixels, h x w patches, D numbers per
 
 from __future__ import annotations
 
+import operator
 import os
+import sys
 from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import Refused, UsageError, unknown
 from ..files import read_regular
-from ..images.decode import MIN_SIDE, decode, to_rgb
+from ..images.decode import MIN_SIDE, Exif, decode, refusal_of, to_rgb
 from ..images.transform import Transform
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
 from .weights import EncoderConfig
@@ -241,15 +243,13 @@ class Encoder(nn.Module):
             (images, *row_shape(pool)) float32, in the order given.
 
         Raises:
-            UsageError: batch_size is below 1, or an image cannot be read; the text has its place. `extract` goes on
-                past such images.
+            UsageError: batch_size is no whole number of at least 1, or an image cannot be read; the text has its place.
+                `extract` goes on past such images.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, got {batch_size!r}")
-        many = [images] if _is_one(images) else _iterated(images)
-        pixels = (self.transform.pixels(_open(image, place)) for place, image in enumerate(many))
+        size, many = _whole(batch_size), one_or_many(images)
+        pixels = (self.transform.pixels(open_image(image, place)) for place, image in enumerate(many))
         rows = [np.empty((0, *self.row_shape(pool)), np.float32)]
-        while batch := list(islice(pixels, batch_size)):
+        while batch := list(islice(pixels, size)):
             rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
         return np.concatenate(rows)
 
@@ -283,6 +283,22 @@ class Encoder(nn.Module):
         return F.normalize(rows, dim=-1) if normalize else rows
 
 
+def _whole(batch_size: Any) -> int:
+    """Return a size of whatever type as one that Python can count to."""
+    try:
+        size = min(operator.index(batch_size), sys.maxsize)
+    except TypeError:
+        raise UsageError(f"batch_size must be a whole number, got {batch_size!r}") from None
+    if size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {size}")
+    return size
+
+
+def one_or_many(images: Any) -> Iterable[Any]:
+    """Go through what `Encoder.embed` takes image by image."""
+    return [images] if _is_one(images) else _iterated(images)
+
+
 def _is_one(images: Any) -> bool:
     """Tell one image from many: an array of three axes is one, for (N, H, W) and (3, H, W) cannot be told apart."""
     if isinstance(images, np.ndarray | Tensor):
@@ -291,50 +307,85 @@ def _is_one(images: Any) -> bool:
 
 
 def _iterated(images: Any) -> Iterable[Any]:
-    if isinstance(images, Tensor):  # one by one they would be copied from their device one by one
-        images = images.detach().cpu()
     try:
+        if isinstance(images, Tensor):  # one by one they would be copied from their device one by one
+            images = _on_host(images)
+        if isinstance(images, np.generic):  # some iterate over nothing
+            raise TypeError
         return iter(images)
+    except Refused as refused:
+        raise UsageError(f"images: {refused.detail}") from None
     except TypeError:  # not iterable, an array without axes
         raise UsageError(f"images: {_WANTED}; got {_shown(images)}") from None
 
 
-def _open(image: Any, place: int) -> Image.Image:
+def open_image(image: Any, place: int, exif: Exif = "upright") -> Image.Image:
+    """Decode or convert whatever is an image to RGB; UsageError, which has its place, where that cannot be."""
     try:
         found = _decoded(image)
         if min(found.size) < MIN_SIDE:
             raise Refused("too_small", f"{found.size}")
-        return to_rgb(found)
-    except Refused as refused:
-        raise UsageError(f"image {place} ({_shown(image)}): {refused.detail} [{refused.reason}]") from None
-    except (OSError, ValueError, MemoryError) as error:
-        raise UsageError(f"image {place} ({_shown(image)}): {error or type(error).__name__}") from None
+        return to_rgb(found, exif=exif)
+    except Exception as error:  # images and files that others opened raise whatever damage makes them raise
+        refused = error if isinstance(error, Refused) else refusal_of(error)
+        why = f"{refused.detail} [{refused.reason}]" if refused else str(error) or type(error).__name__
+        raise UsageError(f"image {place} ({_shown(image)}): {why}") from None
 
 
 def _decoded(image: Any) -> Image.Image:
     """Decode or convert whatever is an image without a doubt."""
-    if isinstance(image, dict):  # as data sets have it: bytes, else the path of a file
-        image = next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
+    if (data := encoded(image)) is not None:
+        return decode(data)
+    image = _of_dict(image)
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, Bytes):
-        return decode(bytes(image))
-    if isinstance(image, str | os.PathLike):
-        if "://" in os.fspath(image) and not Path(image).exists():
-            raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
-        return decode(read_regular(Path(image)))
     if isinstance(image, Tensor):
-        image = image.detach().cpu().numpy()
+        image = _on_host(image).numpy()
     if isinstance(image, np.ndarray):
         return _from_array(image)
-    if hasattr(image, "read"):
-        if getattr(image, "seekable", bool)():  # from its start, as Pillow reads it
-            image.seek(0)
-        data = image.read()
-        if not isinstance(data, Bytes):
-            raise Refused("unsupported", "the file is open as text: open it in mode 'rb'")
-        return decode(bytes(data))
     raise Refused("unsupported", _WANTED)
+
+
+def encoded(image: Any) -> bytes | None:
+    """Return the bytes of an image that is encoded, be it in a file; None of one that is pixels already."""
+    image = _of_dict(image)
+    if isinstance(image, Bytes):
+        return bytes(image)
+    if isinstance(image, str | os.PathLike):
+        path = os.fsdecode(image)
+        if "://" in path and not Path(path).exists():
+            raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
+        return read_regular(Path(path))
+    return None if isinstance(image, Image.Image) or not hasattr(image, "read") else _read(image)
+
+
+def _of_dict(image: Any) -> Any:
+    """Take what a dictionary, as data sets have it, holds: bytes, else the path of a file."""
+    if isinstance(image, dict):
+        return next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
+    return image
+
+
+def _read(file: BinaryIO) -> bytes:
+    if getattr(file, "seekable", bool)():  # from its start, as Pillow reads it
+        file.seek(0)
+    data: object = file.read()
+    if isinstance(data, Bytes):
+        return bytes(data)
+    if isinstance(data, str):
+        raise Refused("unsupported", "the file is open as text: open it in mode 'rb'")
+    raise Refused("unreadable", f"its read() gives {type(data).__name__}, not bytes")
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor of pixels from wherever it is."""
+    if tensor.dtype != torch.uint8:
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise Refused("unsupported", f"a tensor must be uint8, 0 to 255; got {got}: scale and convert it")
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout)
+        raise Refused("unsupported", f"a tensor must be dense, with its pixels in memory; got a {kind} one")
+    return tensor.detach().cpu().resolve_neg()
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from ..errors import UsageError, unknown
+from ..schema import Between, checked
 from ..telemetry import no_telemetry
 from .device import DTYPES, Backend, find_backend, resolve_device
 from .encoder import Encoder
@@ -18,6 +20,7 @@ from .weights import EncoderConfig, Weights, local_weights
 from .zoo import ARCHS, DEFAULT, Record, find_record, is_name, record_of, timm_architecture
 
 
+@checked
 def load(
     name: str | os.PathLike[str] = DEFAULT,
     *,
@@ -26,7 +29,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
-    providers: Sequence[str] | None = None,
+    providers: Annotated[Sequence[str], Between(1)] | None = None,
 ) -> Encoder:
     """Load an encoder, ready to embed.
 

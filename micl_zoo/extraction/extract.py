@@ -21,9 +21,10 @@ from .._version import package_versions
 from ..encoders.device import BACKENDS, Backend, choose_backend, default_workers, precision_advice
 from ..encoders.encoder import Encoder
 from ..encoders.load import load
-from ..errors import Interrupted, MiclZooError, UsageError
+from ..errors import Interrupted, MiclZooError, StoreError, UsageError, unknown
 from ..files import Folder
 from ..progress import progress
+from ..schema import checked, shown
 from ..sources.index import ImageIndex
 from ..sources.listing import SourceLike, list_source
 from ..sources.notes import Notes
@@ -111,6 +112,7 @@ class Summary:
         }
 
 
+@checked
 def extract(
     source: SourceLike,
     out: str | os.PathLike[str],
@@ -137,6 +139,9 @@ def extract(
         MiclZooError: not one image of the source could be embedded; errors.jsonl says why.
     """
     started = time.monotonic()
+    for name in changes:
+        if name not in (known := [field.name for field in dataclasses.fields(ExtractOptions)]):
+            raise UsageError(unknown("option", name, known))
     options, encoder = _named(replace(options or ExtractOptions(), **changes))
     places = _places(options)
     job = _job(options, places)
@@ -159,7 +164,11 @@ def extract(
     work, folder = Work(), Folder(out)
     with folder.lock() as lock, StopRequest(wake=work.stop) as stop:
         asked = _manifest(encoder, job, source)
-        store = Store.create(folder, asked, overwrite=options.overwrite)
+        try:
+            store = Store.create(folder, asked, overwrite=options.overwrite)
+        except StoreError:
+            lock.undo()
+            raise
         summary = Summary(store, places.devices, job.batch_size)
         with progress(f"embedding with {encoder.name}", None, show=show) as tick:
             indexing = Indexing(store, pieces, work, tick, options, asked.command)
@@ -225,6 +234,8 @@ def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
     """Options whose model is a name; and the encoder if one was given, which decides the others itself."""
     encoder = options.model
     if not isinstance(encoder, Encoder):
+        if not isinstance(encoder, str):
+            raise UsageError(f"model must be a name or an Encoder, it is {shown(encoder)}")
         weights = None if options.weights is None else Path(options.weights).absolute()
         of_file = choose_backend(options.backend, weights=weights)
         backend = of_file if of_file == "onnx" else options.backend

@@ -14,12 +14,16 @@ import pyarrow.compute as pc
 
 from ..errors import StoreError
 from ..progress import Tick
-from ..sources.index import Fingerprint, ImageIndex
+from ..sources.index import Entry, Fingerprint, ImageIndex, Row, table_of
 from ..sources.notes import Notes
 from ..stores.store import Store
 from .options import ExtractOptions
 from .retry import check_part_fits, mark_changed, part_tried_again
 from .work import Work
+
+# What --only-missing leaves out besides the images that the store has, in the words of Notes.skipped.
+CHANGED = "images whose names the store has for others, of another size or content"
+ELSEWHERE = "images whose names the store has from another place"
 
 
 class Indexing:
@@ -60,15 +64,14 @@ class Indexing:
     def _list(self, pieces: Iterator[ImageIndex]) -> None:
         there = self.store.indexed()
         before = there[-1] + 1 if there else 0  # shards, some of whose index files may be lost
-        fingerprint, known, first = Fingerprint(), set[str](), 0
+        fingerprint, known, first = Fingerprint(), dict[str, Entry](), 0
         if self.options.only_missing:
             for first, index in enumerate(map(self.store.shard, range(before)), start=1):
-                known.update(index.ids)
+                known.update((entry.id, entry) for entry in index.entries())
                 self._announce(first - 1, index, fingerprint)
         pieces = _limited(self._noting(pieces), self.options.limit)
         if known:
-            fresh = ((piece.table, pa.array([name not in known for name in piece.ids], pa.bool_())) for piece in pieces)
-            pieces = (ImageIndex(table.filter(mask)) for table, mask in fresh)
+            pieces = self._missing(pieces, known)
         rows = _cut(pieces, self.store.manifest.shard_rows)
         for number, index in zip(count(first), rows):
             if self.work.stopped:
@@ -84,7 +87,8 @@ class Indexing:
             self._announce(number, index, fingerprint)
             first = number + 1
         if first < before:
-            raise self._fewer() or _other(self.store, first, 0, self.store.shard(first)[0].id, None)
+            more = next(number for number in there if number >= first)
+            raise self._fewer() or _other(self.store, more, 0, self.store.shard(more)[0].id, None)
         sha256 = fingerprint.hexdigest()
         finished = dataclasses.replace(self.store.manifest, rows=self.images, shards=first, index_sha256=sha256)
         if finished != self.store.manifest:
@@ -96,6 +100,19 @@ class Indexing:
         for piece in pieces:
             self.notes.add(piece.notes)
             yield piece
+
+    def _missing(self, pieces: Iterator[ImageIndex], known: dict[str, Entry]) -> Iterator[ImageIndex]:
+        """Leave out the images whose ids the store has, and count those that may be others."""
+        for piece in pieces:
+            fresh = list[Row]()
+            for entry in piece.entries():
+                if (before := known.get(entry.id)) is None:
+                    fresh.append(entry)
+                elif not before.is_same(entry):
+                    self.notes.skipped[CHANGED] += 1
+                elif before.uri != entry.uri:
+                    self.notes.skipped[ELSEWHERE] += 1
+            yield ImageIndex(table_of(fresh))
 
     def _announce(self, number: int, index: ImageIndex, fingerprint: Fingerprint) -> None:
         fingerprint.update(index)
@@ -169,16 +186,20 @@ class Indexing:
 
     def _check_same_images(self, number: int, before: int, rest: Iterator[ImageIndex], differs: StoreError) -> None:
         """Raise unless the rest of the source is the rest of the index, in the order that --only-missing has left."""
-        left = {entry.id: entry for shard in range(number, before) for entry in self.store.shard(shard).entries()}
+        shards = [self.store.shard(shard).ids for shard in range(number, before)]
+        left = dict.fromkeys(chain.from_iterable(shards))
+        found = dict[str, Entry]()
         for entry in (entry for index in rest for entry in index.entries()):
-            known = left.pop(entry.id, None)
-            if known is None or not known.is_same(entry):
-                what = "has another size" if known else "is in the source and not in the store"
+            if entry.id not in left:
                 first = repr(entry.id) in str(differs)  # which says where, too
-                raise differs if first else _unlike(self.store, f"{entry.id!r} {what}")
-        if left:
-            missing = _unlike(self.store, f"{next(iter(left))!r} is in the store and not in the source")
-            raise self._fewer() or missing
+                raise differs if first else _unlike(self.store, f"{entry.id!r} is in the source and not in the store")
+            found[entry.id] = entry
+        if missing := next((name for name in left if name not in found), None):
+            raise self._fewer() or _unlike(self.store, f"{missing!r} is in the store and not in the source")
+        for shard, ids in enumerate(shards, number):
+            in_order = ImageIndex(table_of([found[name] for name in ids]))
+            if other := self._compare(shard, in_order, last=False):
+                raise other
 
 
 def _limited(pieces: Iterator[ImageIndex], limit: int | None) -> Iterator[ImageIndex]:

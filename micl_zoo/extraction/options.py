@@ -6,17 +6,21 @@ import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from ..encoders.device import Backend, Pool, Precision
 from ..encoders.zoo import DEFAULT
 from ..errors import Reason, UsageError, unknown
 from ..images.decode import MAX_PIXELS, Decoding, Exif
+from ..schema import Between, wrong_fields
 from ..sources.selection import Selection
 
-if TYPE_CHECKING:  # they import torch, which a command line that only shows its help does without
+if TYPE_CHECKING:  # it imports torch, which a command line that only shows its help does without
     from ..encoders.encoder import Encoder
+else:
+    Encoder = Any  # `extract` itself sees what it is
 
+Count = Annotated[int, Between(1)]
 Dtype = Literal["float16", "float32"]
 EngineName = Literal["local", "ray"]
 RETRY_WORDS = ("passing", "all", "none", *get_args(Reason))
@@ -76,40 +80,34 @@ class ExtractOptions:
     normalize: bool = True
     dtype: Dtype = "float32"
     precision: Precision = "auto"
-    backend: Backend | Literal["auto"] = "auto"
+    backend: Literal["auto", Backend] = "auto"
     providers: Sequence[str] | None = None
     compile: bool = False
     devices: str = "auto"
-    processes: int | None = None
+    processes: Count | None = None
     engine: EngineName = "local"
     address: str | None = None
-    batch_size: int | None = None
-    shard_rows: int | None = None
-    workers: int | None = None
+    batch_size: Count | None = None
+    shard_rows: Count | None = None
+    workers: Annotated[int, Between(0)] | None = None
     fast_decode: bool = False
     exif: Exif = "upright"
-    max_pixels: int = MAX_PIXELS
-    image_timeout: float = 120.0
+    max_pixels: Count = MAX_PIXELS
+    image_timeout: Annotated[float, Between(0.001)] = 120.0
     column: str | None = None
     id_column: str | None = None
     exclude: Sequence[str] = ()
     default_exclude: bool = True
-    limit: int | None = None
+    limit: Count | None = None
     retry: str | Sequence[str] = "passing"
     only_missing: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "shard_rows", "limit", "processes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, got {value}")
-        for name, valid in (("dtype", get_args(Dtype)), ("engine", get_args(EngineName))):
-            if getattr(self, name) not in valid:
-                raise UsageError(unknown(name, getattr(self, name), valid))
+        if wrong := wrong_fields(self):
+            raise UsageError("; ".join(wrong))
         for word in self.retried - set(RETRY_WORDS):
             raise UsageError(unknown("reason to retry", word, RETRY_WORDS))
-        _ = self.decoding  # checks exif and max_pixels
 
     @property
     def retried(self) -> frozenset[str]:

@@ -27,6 +27,11 @@ _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _KEYS = _RAW_EXIF, _XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
 _UNKNOWN_CHUNK = {b"CgBI": "a PNG as Apple packs it for iPhones (CgBI): convert it, with sips or pngcrush for example"}
 _ORIENTATION_OF_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)([0-9])")
+# Markers of JPEG 2000: begin of a tile's part and of its data, styles of coding; those that have a length to OpenJPEG.
+_SOT, _SOD, _COD, _COC = 0xFF90, 0xFF93, 0xFF52, 0xFF53
+_WITH_LENGTH = b"\x50\x51\x52\x53\x55\x57\x58\x59\x5c\x5d\x5e\x5f\x60\x61\x63\x64\x74\x75\x77\x78\x90"
+# Bytes that the parts of a JPEG 2000 may always take, and per sample: blocks of 4 x 4, the smallest, take 25 of them.
+_LEAST_BOOKS, _BOOKS = 64 << 20, 48
 _JP2_NEEDED = (b"ihdr", b"bpcc", b"colr", b"pclr", b"cmap", b"cdef")
 
 
@@ -39,7 +44,8 @@ class Contents(NamedTuple):
     exif: bytes = b""  # a block of tags
     xmp: bytes = b""
     orientation: int = 1  # where it is not in a block
-    clear: int | None = None  # level of grey that is transparent, where the decoder would take the number for another
+    # Level of grey or colour that is transparent, where the decoder would take the numbers for others.
+    clear: int | tuple[int, ...] | None = None
     reads_tags_itself: bool = False  # the decoder does, which turns the picture by other means, too
     bytes_per_pixel: float = 8  # of memory that decoding takes at its peak; a picture of RGB alone is 4 of them
     kind: str = ""  # where it is another format's than the file
@@ -58,7 +64,7 @@ def _turn(exif: bytes, xmp: bytes, otherwise: int) -> int:
     block = exif.removeprefix(b"Exif\0\0")
     if block.startswith(tiff.STARTS):
         try:
-            found = tiff.read_directory(block)
+            found = tiff.read_directory(block, cut=True)
         except Refused:
             return 1  # a broken EXIF block says nothing of the pixels, which decode
         if tiff.ORIENTATION in found.entries:
@@ -87,12 +93,14 @@ def _png(data: bytes) -> Contents:
     """Leave out all chunks but those for pixels: their number, size and checksums say nothing about these."""
     if data[12:16] not in (b"IHDR", b"CgBI"):
         raise Refused("damaged", "the PNG does not begin with its size")
-    texts, exif, clear, others, pieces = dict[bytes, bytes](), b"", None, 0, 0
+    texts, exif, clear, others, pieces, has_palette = dict[bytes, bytes](), b"", b"", 0, 0, False
     for kind, start, stop in integrity.png_chunks(data):
         if kind == b"IDAT":
             pieces += 1
         elif kind == b"tRNS":
             clear = data[start:stop]
+        elif kind == b"PLTE":
+            has_palette = True
         elif kind not in _PNG_NEEDED:
             others += 1
         if kind == b"eXIf":
@@ -104,13 +112,21 @@ def _png(data: bytes) -> Contents:
     if raw := _text(texts.get(_RAW_EXIF)):  # how ImageMagick writes it: hexadecimal, after three lines
         exif = _unhex(raw) or exif
     width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
+    if colours == 3 and not has_palette:
+        raise Refused("damaged", "the PNG has no palette for its colours")
     if clear and bits == 16 and colours == 2:
         raise Refused("unsupported", "a PNG of 16-bit RGB with one transparent colour: convert it to 8 bits or to RGBA")
-    level = (
-        int.from_bytes(clear[:2], "big") * 255 // (2**bits - 1) if clear and colours == 0 and bits in (2, 4) else None
-    )
     pixels = _png_of_pixels(data) if others or pieces > integrity.MAX_TABLES else data
-    return Contents(pixels, width, height, exif, _text(texts.get(_XMP_TEXT)), clear=level)
+    return Contents(pixels, width, height, exif, _text(texts.get(_XMP_TEXT)), clear=_clear(clear, bits, colours))
+
+
+def _clear(chunk: bytes, bits: int, colours: int) -> int | tuple[int, ...] | None:
+    """Return the transparent level or colour of a PNG of up to 8 bits; of each number only its lowest bits count."""
+    count = {0: 1, 2: 3}.get(colours, 0)
+    if not count or bits > 8 or len(chunk) < 2 * count:
+        return None
+    numbers = [(one & 2**bits - 1) * 255 // (2**bits - 1) for one in struct.unpack_from(f">{count}H", chunk)]
+    return numbers[0] if count == 1 else tuple(numbers)
 
 
 def _png_of_pixels(data: bytes) -> bytes:
@@ -147,15 +163,24 @@ def _unhex(text: bytes) -> bytes:
 
 
 def _gif(data: bytes) -> Contents:
-    """Keep the first frame, with what says which of its colours is transparent."""
-    width, height = struct.unpack_from("<HH", data, 6)
+    """Keep the first frame, with what says which of its colours is transparent, as a file of its own size."""
+    canvas: tuple[int, int] = struct.unpack_from("<HH", data, 6)
     control = b""
     for label, start, stop in integrity.gif_blocks(data):
         if label == 0x21F9:
             control = data[start:stop]
         elif label == integrity.FRAME:
-            pixels = data[: 13 + integrity.colour_table(data[10])] + control + data[start:stop] + b";"
-            return Contents(pixels, width, height, bytes_per_pixel=6)
+            left, top, width, height = struct.unpack_from("<4H", data, start + 1)
+            if not (width and height):
+                raise Refused("damaged", f"the first frame of the GIF is {width} x {height} pixels")
+            colours = data[10 : 13 + integrity.colour_table(data[10])]
+            head, frame = struct.pack("<HH", width, height), struct.pack("<B4H", integrity.FRAME, 0, 0, width, height)
+            pixels = b"".join([data[:6], head, colours, control, frame, data[start + 9 : stop], b";"])
+            if (left, top, width, height) == (0, 0, *canvas):
+                return Contents(pixels, width, height, bytes_per_pixel=6)
+            whole = max(canvas[0], left + width), max(canvas[1], top + height)  # frames may reach over the canvas
+            cost = 4 + 6 * width * height / (whole[0] * whole[1])
+            return Contents(pixels, *whole, bytes_per_pixel=cost, canvas=(*whole, left, top))
     raise Refused("truncated", f"the GIF stops at byte {len(data):,} before its first frame")
 
 
@@ -236,6 +261,26 @@ def _riff(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
 
 def _three(data: bytes, at: int) -> int:
     return int.from_bytes(data[at : at + 3], "little")
+
+
+def _bmp(data: bytes) -> Contents:
+    size, core = struct.unpack_from("<I", data, 14)[0], data[14] == 12
+    width, height = struct.unpack_from("<HH" if core else "<ii", data, 18)
+    if width < 1 or not height:
+        raise Refused("damaged", f"the BMP says that it is {width} x {abs(height)} pixels")
+    if size >= 56 and struct.unpack_from("<HI", data, 28) == (16, 3):
+        _check_opaque(data, width, abs(height))
+    return Contents(data, width, abs(height), reads_tags_itself=True)
+
+
+def _check_opaque(data: bytes, width: int, height: int) -> None:
+    """Refuse a BMP of 16 bits with transparency, which its plug-in leaves out; one value all over means none."""
+    (alpha,), (start,) = struct.unpack_from("<I", data, 66), struct.unpack_from("<I", data, 10)
+    row = width + width % 2
+    words = np.frombuffer(data, "<u2", min(row * height, max(len(data) - start, 0) // 2), min(start, len(data)))
+    levels = words[: len(words) // row * row].reshape(-1, row)[:, :width] & alpha
+    if levels.min(initial=alpha) != levels.max(initial=0) and alpha:
+        raise Refused("unsupported", "a BMP of 16 bits with transparency: convert it to PNG")
 
 
 def _tiff(data: bytes) -> Contents:
@@ -341,11 +386,12 @@ def _ppm_head(data: bytes, count: int) -> tuple[list[int], int]:
 def _plain_numbers(data: bytes, at: int, count: int, *, single: bool) -> np.ndarray:
     """Read numbers written as text, of P1 digits that may stand without space."""
     text = re.sub(rb"#[^\r\n]*", b"", data[at:]) if b"#" in data[at:] else data[at:]
-    if single:
-        text = re.sub(rb"([01])", rb"\1 ", text)
-    if not re.fullmatch(rb"[0-9\s]*", text):
+    if text.translate(None, b"01 \t\n\v\f\r" if single else b"0123456789 \t\n\v\f\r"):
         raise Refused("damaged", "the PPM has letters among its numbers")
-    values = np.fromstring(text.strip() or b"0", np.int64, sep=" ")
+    if single:
+        values = np.frombuffer(text.translate(None, b" \t\n\v\f\r"), np.uint8) - ord("0")
+    else:
+        values = np.fromstring(text.strip() or b"0", np.int64, sep=" ")
     if len(values) < count:
         raise Refused("truncated", f"the PPM has {len(values):,} of {count:,} numbers")
     return np.clip(values[:count], 0, 65535)
@@ -381,8 +427,53 @@ def _codestream(data: bytes, picture: bytes) -> Contents:
         raise Refused("damaged", "the JPEG 2000 has no size")
     tiles = -(-right // tile_width) * -(-bottom // tile_height)
     too_many(tiles * 80, "JPEG 2000")  # 65,535 by the standard, and kilobytes of memory each
-    share = min(1.0, tile_width * tile_height / (width * height))
-    return Contents(data, width, height, bytes_per_pixel=4 + 5 * count * share)
+    tile = min(tile_width, width), min(tile_height, height)
+    one = count * max((_bookkeeping(style, *tile) for style in _styles(picture, count)), default=0)  # bytes of a tile
+    if one * tiles > max(_LEAST_BOOKS, _BOOKS * count * width * height):
+        what = f"a JPEG 2000 in parts so small that they take {one * tiles >> 20:,} MiB"
+        raise Refused("too_large", f"{what}: a file made to keep a decoder busy")
+    share = tile[0] * tile[1] / (width * height)
+    return Contents(data, width, height, bytes_per_pixel=4 + 5 * count * share + one / (width * height))
+
+
+def _styles(picture: bytes, count: int) -> Iterator[bytes]:
+    """Yield what each COD and COC of a codestream says, from its levels on; found as OpenJPEG finds them."""
+    at, end, parts = 2, len(picture), 0
+    while at + 4 <= len(picture):
+        marker, length = struct.unpack_from(">HH", picture, at)
+        parts += 1
+        too_many(parts, "JPEG 2000")
+        if marker == _SOT:
+            size = int.from_bytes(picture[at + 6 : at + 10], "big")
+            end = at + size if size else len(picture)
+        elif marker in (_COD, _COC):
+            start = at + (9 if marker == _COD else 6 + (count > 256))
+            has_precincts = picture[at + 4 if marker == _COD else start - 1] & 1
+            yield picture[start : at + 2 + length if has_precincts else start + 5]
+        elif marker == _SOD and end > at:
+            at = end
+            continue
+        elif marker < 0xFF00 or marker == _SOD:
+            return
+        at += 2 + length if marker & 255 in _WITH_LENGTH else 2
+
+
+def _bookkeeping(style: bytes, width: int, height: int) -> int:
+    """Estimate the bytes that OpenJPEG takes to keep the precincts and blocks of one component of a tile."""
+    if len(style) < 5:
+        return 0  # which it refuses
+    found, levels = 0, min(style[0], 32)
+    for level, size in enumerate((style[5:] or b"\xff" * (levels + 1))[: levels + 1]):
+        precincts = blocks = 3 if level else 1  # one of each per band
+        for length, precinct, block in ((width, size & 15, style[1] + 2), (height, size >> 4, style[2] + 2)):
+            across = -(-length >> levels - level)
+            parts = -(-across >> precinct)
+            precincts *= parts
+            if level:  # of each band, half as long
+                across, precinct = (across + 1) // 2, max(precinct - 1, 0)
+            blocks *= max(parts, -(-across >> min(block, precinct)))
+        found += 200 * precincts + 400 * blocks  # as measured
+    return found
 
 
 def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:
@@ -406,6 +497,7 @@ _READERS: dict[str, Callable[[bytes], Contents]] = {
     "PNG": _png,
     "WEBP": _webp,
     "GIF": _gif,
+    "BMP": _bmp,
     "TIFF": _tiff,
     "JPEG2000": _jpeg2000,
     "PPM": _ppm,

@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 from ..errors import Refused, UsageError, unknown
 from . import formats, tiff
 from .containers import Contents, contents
-from .integrity import Jpeg, check_gif, check_tags, jpeg_pieces
+from .integrity import Jpeg, check_gif, check_png_rows, check_tags, check_tiff, jpeg_pieces
 from .transform import Filter, Transform, resized_part
 
 Exif = Literal["upright", "keep"]
@@ -37,7 +37,7 @@ _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTA
 _UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(_TURNS, 2)}
 _BAND = 1 << 22  # pixels that are put on white at a time: what a whole picture of the size would take is 16 bytes each
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-_RAISE = "raise it with --max-pixels, in Python max_pixels="
+_RAISE = "raise it for extract with --max-pixels, in Python max_pixels="
 
 
 @dataclass(frozen=True)
@@ -237,21 +237,29 @@ def _loaded(opened: _Opened, data: bytes, exif: Exif) -> Image.Image:
 
 def _pixels(opened: _Opened, data: bytes) -> Image.Image:
     found, image = opened.contents, opened.image
-    if image is None:
-        assert found.tiff is not None
-        return tiff.through_tifffile(found.tiff)
+    if found.tiff:
+        check_tiff(found.tiff)
+        return _load_tiff(image, found.tiff) if image else tiff.through_tifffile(found.tiff)
+    assert image
     if opened.kind == "GIF":
         check_gif(data)
     if found.jpeg:
         _load_jpeg(image, found.jpeg, jpeg_pieces(data, found.jpeg))
-    elif found.tiff:
-        return _load_tiff(image, found.tiff)
-    elif opened.kind == "WEBP":
-        return _load_webp(image, found)
-    image.load()
+    if opened.kind == "WEBP":
+        _load_webp(image)
+    else:
+        image.load()
+    if opened.kind == "PNG" and _is_zero(image, found.height):
+        check_png_rows(found.data)
     if found.clear is not None:
         image.info["transparency"] = found.clear
-    return image
+    return _on_canvas(image, *found.canvas) if found.canvas else image
+
+
+def _is_zero(image: Image.Image, height: int) -> bool:
+    """Tell whether the row that a PNG has last is zero, as its decoder leaves it where there is none: it is odd."""
+    last = height - 1 - height % 2
+    return not any(image.crop((0, last, image.width, last + 1)).tobytes())
 
 
 def _load_jpeg(image: ImageFile.ImageFile, head: Jpeg, pieces: list[bytes]) -> None:
@@ -275,12 +283,12 @@ def _load_tiff(image: ImageFile.ImageFile, found: tiff.Tiff) -> Image.Image:
     try:
         image.load()
     except OSError as error:
-        raise tiff.undecoded(found.layout, error) from None
+        missing = not tiff.pillow_unpacks(found.layout.compression)
+        raise tiff.undecoded(found.layout, error, missing=missing) from None
     return image
 
 
-def _load_webp(image: ImageFile.ImageFile, found: Contents) -> Image.Image:
-    """Decode a WebP; of an animation the first frame, which is put on its canvas."""
+def _load_webp(image: ImageFile.ImageFile) -> None:
     prepare = image.load_prepare
 
     def without_decoder() -> None:
@@ -292,11 +300,11 @@ def _load_webp(image: ImageFile.ImageFile, found: Contents) -> Image.Image:
         image.load()
     finally:
         del image.load_prepare  # it refers to the image, which would keep the pixels until the next collection
-    if not found.canvas:
-        return image
-    width, height, left, top = found.canvas
+
+
+def _on_canvas(frame: Image.Image, width: int, height: int, left: int, top: int) -> Image.Image:
     whole = Image.new("RGB", (width, height), "white")
-    whole.paste(to_rgb(image, exif="keep"), (left, top))
+    whole.paste(to_rgb(frame, exif="keep"), (left, top))
     return whole
 
 
@@ -340,6 +348,8 @@ def _refusals(data: bytes, max_pixels: int) -> Iterator[None]:
 
 def _damaged(error: Exception) -> Refused:
     text = str(error) or type(error).__name__
+    if text.startswith("Unsupported"):  # as Pillow says of kinds of BMP
+        return Refused("unsupported", f"{text}: {formats.CONVERT}")
     return Refused("truncated" if "truncated" in text.lower() else "damaged", text)
 
 
@@ -384,8 +394,10 @@ def to_rgb(image: Image.Image, *, exif: Exif = "upright", orientation: int | Non
 
 def _cut_to_8_bits(image: Image.Image) -> Image.Image:
     numbers = np.asarray(image)
-    if image.mode == "I":
-        numbers = np.clip(numbers, 0, 65535)
+    least, most = numbers.min(initial=0), numbers.max(initial=0)
+    if least < 0 or most > 65535:
+        what = f"32-bit numbers from {least:,} to {most:,}, which have no defined black and white"
+        raise Refused("unsupported", f"{what}: convert it to 8 or 16 bits")
     tiff.check_visible(numbers, 16)
     levels, clear = tiff.scaled(numbers, 16), image.info.get("transparency")
     if isinstance(clear, int):

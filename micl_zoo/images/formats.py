@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import struct
 from typing import NamedTuple
 
 from ..errors import Refused
@@ -42,7 +43,7 @@ _TGA_END = b"TRUEVISION-XFILE.\0"
 _BRANDS = 256  # bytes at the start of an AVIF or HEIC in which it says what it is compatible with
 
 _PICTURES = "save it as PNG or JPEG"
-_CONVERT = "convert it to PNG or JPEG, with ImageMagick for example"
+CONVERT = "convert it to PNG or JPEG, with ImageMagick for example"
 _FRAMES = "take pictures out of it, with ffmpeg for example"
 _UNPACK = "unpack it, or give tar or zip archives of images as sources"
 _PAGES = "convert its pages to PNG, with pdftoppm for example"
@@ -52,7 +53,7 @@ _PAGE = "the address or the download gave a page in place of a picture"
 # fmt: off
 _OTHERS = (
     ("a JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n", "convert it to PNG or JPEG, with djxl for example"),
-    ("a JPEG XR", rb"II\xbc[\0\x01]", _CONVERT),
+    ("a JPEG XR", rb"II\xbc[\0\x01]", CONVERT),
     ("a Photoshop document (PSD)", rb"8BPS", _PICTURES),
     ("a GIMP picture (XCF)", rb"gimp xcf", _PICTURES),
     ("a PDF", rb"%PDF-", _PAGES),
@@ -60,8 +61,8 @@ _OTHERS = (
     ("a DjVu document", rb"AT&TFORM", _PAGES),
     ("an SVG drawing", rb"(?i)[\xef\xbb\xbf\s]*<(?:svg\b|[?!][^\0]*?<svg\b)",
      "convert it to PNG, with rsvg-convert for example"),
-    ("a web page (HTML)", rb"(?i)[\xef\xbb\xbf\s]*<(?:!doctype html|html\b|head\b|body\b|title\b|[?!][^\0]*?<html\b)",
-     _PAGE),
+    ("a web page (HTML)", rb"(?i)[\xef\xbb\xbf\s]*<(?:!doctype html|(?:html|head|body|title|script|style|meta|link|"
+     rb"div|span|p|a|h[1-6]|center|table|br|pre|iframe|img|form)(?=[\s/>])|[?!][^\0]*?<html\b)", _PAGE),
     ("an XML document", rb"[\xef\xbb\xbf\s]*<\?xml\b", _PAGE),
     ("a JSON document", rb"\s*(?:\{\s*[\"}]|\[\s*[\"{\[])", _PAGE),
     ("a Git LFS pointer", rb"version https://git-lfs", "fetch the file with `git lfs pull`"),
@@ -82,14 +83,22 @@ _OTHERS = (
      "convert it to 8 bits, with a white of your choice"),
     ("a DICOM file", rb".{128}DICM", "export its frames as PNG: which values are black and white is yours to choose"),
     ("a FITS file", rb"SIMPLE  =", "export it as PNG: which values are black and white is yours to choose"),
-    ("an icon of macOS (ICNS)", rb"icns", _CONVERT),
-    ("a cursor of Windows (CUR, ANI)", rb"\0\0\x02\0.\0|RIFF.{4}ACON", _CONVERT),
-    ("a DirectDraw, KTX or PVR texture", rb"DDS |\xabKTX |PVR\x03", _CONVERT),
+    ("an icon of macOS (ICNS)", rb"icns", CONVERT),
+    ("a cursor of Windows (CUR, ANI)", rb"\0\0\x02\0[^\0]\0|RIFF.{4}ACON", CONVERT),
+    ("a DirectDraw, KTX or PVR texture", rb"DDS |\xabKTX |PVR\x03", CONVERT),
     ("a picture in a rare format (QOI, PCX, FLIF, BPG, SGI, Sun)",
-     rb"qoif|\x0a[\0\x02\x03\x05]\x01[\x01\x02\x04\x08]|FLIF|BPG\xfb|\x01\xda[\0\x01]|\x59\xa6\x6a\x95", _CONVERT),
-    ("a Windows metafile (WMF, EMF)", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", _CONVERT),
+     rb"qoif|\x0a[\0\x02\x03\x05]\x01[\x01\x02\x04\x08]|FLIF|BPG\xfb|\x01\xda[\0\x01]|\x59\xa6\x6a\x95", CONVERT),
+    ("a PAM", rb"P7\n", CONVERT),
+    ("an X bitmap or pixmap (XBM, XPM)", rb"/\* XPM \*/|(?:/\*[^\0]*?\*/)?\s*#define\s+\S+_width\s+\d", CONVERT),
+    ("a film scan (DPX, Cineon)", rb"SDPX|XPDS|\x80\x2a\x5f\xd7|\xd7\x5f\x2a\x80", CONVERT),
+    ("a picture of another program (MIFF, VICAR, VIFF, farbfeld, BLP, IM, MSP)",
+     rb"id=ImageMagick|LBLSIZE=|\xab\x01\x01|farbfeld|BLP[12]|Image type: |DanM|LinS", CONVERT),
+    ("a screenshot of X (XWD)", rb"\0\0\0[\x64-\xff]\0\0\0\x07\0\0\0[\0-\x02]", CONVERT),
+    ("a picture of old Macs (PICT)", rb".{522}\0\x11\x02\xff", CONVERT),
+    ("a Windows metafile (WMF, EMF)", rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF", CONVERT),
     ("an array of NumPy", rb"\x93NUMPY", _PICTURES),
-    ("a table (parquet, Arrow)", rb"PAR1|ARROW1", "give it as a source of its own"),
+    ("a parquet table", rb"PAR1", "give it as a source of its own"),
+    ("an Arrow table", rb"ARROW1", "write it as parquet, with pyarrow for example, and give that as a source"),
     ("a HDF5, MATLAB or SQLite file", rb"\x89HDF\r\n|MATLAB 5|SQLite format 3", "take the pictures out of it"),
     ("an old Office document or thumbnails of Windows (OLE)", rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", _PICTURES),
     ("a companion file that macOS writes (AppleDouble)", rb"\0\x05\x16[\0\x07]",
@@ -104,7 +113,7 @@ def kind_of(data: bytes) -> str | None:
     """Return the name in FORMATS, None where no format that is read begins so."""
     match = _START.match(data)
     if match is None:
-        return "TGA" if data.endswith(_TGA_END) else None
+        return "TGA" if data.endswith(_TGA_END) or _tga_size(data) == len(data) else None
     if match.lastgroup == "HEIF":  # in AVIF the brand that comes first may be one for both
         size = int.from_bytes(data[:4], "big")
         return "AVIF" if re.search(rb"avi[fs]", data[16 : min(size, _BRANDS)]) else "HEIF"
@@ -118,7 +127,9 @@ def unknown_format(data: bytes) -> Refused:
             return Refused("unsupported", f"{name}: {cure}")
     if _is_tga(data):
         return Refused(
-            "unsupported", "a TGA without the footer of version 2 cannot be told from other bytes: convert it to PNG"
+            "unsupported",
+            "a TGA without the footer of version 2, whose length is not that of its pixels, cannot be told from other "
+            "bytes: convert it to PNG",
         )
     return Refused("not_an_image", f"no known image format in {len(data):,} bytes")
 
@@ -136,6 +147,14 @@ def _is_tga(data: bytes) -> bool:
         and any(size[:2])
         and any(size[2:])
     )
+
+
+def _tga_size(data: bytes) -> int:
+    """Compute how many bytes a TGA has that is neither compressed nor has a footer; 0: it is none."""
+    if not _is_tga(data) or data[2] > 3:
+        return 0
+    colours, bits, width, height, depth = struct.unpack_from("<HB4xHHB", data, 5)
+    return 18 + data[0] + colours * (bits + 7 >> 3) + width * height * (depth + 7 >> 3)
 
 
 @functools.cache

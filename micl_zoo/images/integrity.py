@@ -1,13 +1,15 @@
 """Detects damaged image files that decoders accept silently, filling the gap with grey.
 
 JPEG   is whole to its end mark; one scan of Huffman codes takes exactly the bytes there are; restart marks are in
-       order; a progressive file has all its precision. A changed bit that leaves the length of the codes is not seen.
-PNG    every chunk that pixels depend on fits its checksum, to the end mark.
+       order; every component has its scans, a progressive one all its precision. A changed bit that leaves the length
+       of the codes is not seen.
+PNG    every chunk that pixels depend on fits its checksum, to the end mark; all rows are there.
 GIF    every block is there, to the end mark or, as some writers omit it, to the end of a block. It has no checksums.
+TIFF   every strip or tile was written; one of deflate or LZMA unpacks to all its pixels, to its end and checksum; one
+       of JPEG is whole as a JPEG is, but for the length of its codes. Of LZW, PackBits and fax a lost byte may pass.
 
-The decoders of WebP, AVIF, HEIC, BMP, TIFF, JPEG 2000 and PPM refuse a file that is cut off (TIFF's also a wrong
-checksum of deflate), and nothing in these files tells a changed pixel from another picture. A TGA is read if it has the
-footer of version 2; without it nothing tells a TGA from other bytes.
+The decoders of WebP, AVIF, HEIC, BMP, JPEG 2000 and PPM refuse a file that is cut off, and nothing in these files tells
+a changed pixel from another picture.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import Refused
 from . import tiff
+
+if TYPE_CHECKING:
+    from zlib import _Decompress as Unpacker
 
 MAX_PARTS, MAX_BLOCKS = 1_000_000, 5_000_000  # chunks or segments of a file; blocks of a GIF: 1 GB has 4 million
 MAX_TABLES = 512  # segments of a JPEG that its decoder needs; encoders write 10 or so
@@ -31,11 +36,16 @@ _SPARE_BYTES = 8  # unread ones that a JPEG may have before its end mark: some c
 _PADDING = b"\xff\x00" * 8
 _MARK, _MARK_OR_RESTART = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]"), re.compile(rb"\xff[^\x00\xff]")
 _RESTART = re.compile(rb"\xff([\xd0-\xd7])")
-_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), (0xC2,)  # start of a frame of Huffman codes; others are rare
+_SEQUENTIAL = (0xC0, 0xC1)  # start of a frame of Huffman codes that is not progressive
+_PROGRESSIVE = (0xC2, 0xCA)  # of Huffman codes, of arithmetic ones
 _SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xEE
 _NEEDED = (0xC4, 0xCC, 0xDB, _DRI)  # tables of codes and of quantisation, arithmetic coding
+_UNPACKED = 1 << 20  # bytes that are unpacked at a time, where they are only counted
+# Of each pass of an interlaced PNG: left, top and the steps across and down.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _PNG_CHECKED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _CONVERT = "convert it to an ordinary JPEG or to PNG, with ImageMagick for example"
+_REVERSED = bytes(int(f"{one:08b}"[::-1], 2) for one in range(256))  # the bits of each byte
 FRAME = 0x2C  # label of the frames of a GIF
 
 
@@ -73,6 +83,27 @@ def _is_checked(kind: bytes) -> bool:
     return any(sum(map(int.__ne__, kind, one)) < 2 for one in _PNG_CHECKED)
 
 
+def check_png_rows(data: bytes) -> None:
+    """Refuse a PNG that packs fewer rows than it has; its decoder leaves the rest black without a word."""
+    width, height, bits, colours = struct.unpack_from(">IIBB", data, 16)
+    step = bits * {2: 3, 4: 2, 6: 4}.get(colours, 1)
+    passes = _ADAM7 if data[28] else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - left) // across), -(-(height - top) // down)) for left, top, across, down in passes]
+    needs = sum(rows * (1 + -(-columns * step // 8)) for columns, rows in sizes if columns > 0)
+    pixels = b"".join(data[start:stop] for kind, start, stop in png_chunks(data) if kind == b"IDAT")
+    if _unpacked(zlib.decompressobj(-15), pixels[2:], needs) < needs:  # without its checksum: each chunk has its own
+        raise Refused("truncated", "the PNG has fewer rows of pixels than its size says: the rest was never written")
+
+
+def _unpacked(unpacker: Unpacker, packed: bytes, most: int) -> int:
+    """Count the bytes that deflate unpacks to, and stop where they are more than `most`."""
+    size = 0
+    while not unpacker.eof and size <= most and (part := unpacker.decompress(packed, min(most - size + 1, _UNPACKED))):
+        size += len(part)
+        packed = unpacker.unconsumed_tail
+    return size
+
+
 def check_gif(data: bytes) -> None:
     """Refuse a GIF that is cut off within a block."""
     if not sum(label == FRAME for label, _, _ in gif_blocks(data)):
@@ -84,6 +115,11 @@ def gif_blocks(data: bytes) -> Iterator[tuple[int, int, int]]:
     at, count = 13 + colour_table(data[10]), 0
     while at < len(data) and data[at] != 0x3B:
         start, label = at, data[at]
+        if not label:  # some writers leave zeros between blocks
+            at += 1
+            count += 1
+            too_many(count, "GIF", MAX_BLOCKS)
+            continue
         if label == 0x21 and at + 1 < len(data):  # extension: its label, then its blocks
             label, at = 0x2100 | data[at + 1], at + 2
         elif label == FRAME and at + 10 < len(data):  # frame: place, size, flags, colours, width of the first code
@@ -120,6 +156,7 @@ class Jpeg(NamedTuple):
     exif: bytes  # several blocks count as one
     xmp: bytes
     scan: int  # where the header of the first scan begins
+    components: bytes  # their numbers
 
     @property
     def is_arithmetic(self) -> bool:
@@ -127,8 +164,8 @@ class Jpeg(NamedTuple):
         return self.frame in (0xC9, 0xCA)
 
 
-def jpeg_head(data: bytes) -> Jpeg:
-    """Read a JPEG up to its first scan.
+def jpeg_head(data: bytes, *, alone: bool = True) -> Jpeg:
+    """Read a JPEG up to its first scan; not `alone`: it is in a TIFF, which may have any number of samples.
 
     Raises:
         Refused: a kind of JPEG that cannot be decoded, or none.
@@ -153,15 +190,19 @@ def jpeg_head(data: bytes) -> Jpeg:
                 raise Refused("damaged", "the JPEG has two frames")
             frame, sizes = marker, data[start + 2 : end]
             _check_kind(frame, sizes)
+            if alone and sizes[5] not in (1, 3, 4):
+                raise Refused("unsupported", f"a JPEG of {sizes[5]} components: {_CONVERT}")
             kept.append(data[start - 2 : end])
         elif marker == _SOS:
             if not frame:
                 raise Refused("damaged", "the JPEG has a scan before its frame")
             joined = b"".join([*kept[:1], adobe, *kept[1:], data[start - 2 : end]])
             height, width = struct.unpack_from(">HH", sizes, 1)
+            if not height and data.find(b"\xff\xdc\0\x04", end) > 0:
+                raise Refused("unsupported", f"a JPEG that says its height behind its picture (DNL): {_CONVERT}")
             at_once = frame in _SEQUENTIAL and data[start + 2] == sizes[5]
             kept_back = 0.0 if at_once else _coefficients(sizes)
-            return Jpeg(joined, frame, interval, width, height, kept_back, b"".join(exif), xmp, start - 2)
+            return Jpeg(joined, frame, interval, width, height, kept_back, b"".join(exif), xmp, start - 2, sizes[6::3])
         elif marker < 0xC0 or 0xD0 <= marker <= 0xD7:
             raise Refused("damaged", f"the marker {marker:02x} at byte {start - 2:,} of the JPEG has no place there")
         if len(kept) > MAX_TABLES:
@@ -178,8 +219,6 @@ def _check_kind(frame: int, sizes: bytes) -> None:
         raise Refused("damaged", "the frame of the JPEG has a header of the wrong length")
     if sizes[0] != 8:
         raise Refused("unsupported", f"a JPEG of {sizes[0]} bits: {_CONVERT}")
-    if sizes[5] not in (1, 3, 4):
-        raise Refused("unsupported", f"a JPEG of {sizes[5]} components: {_CONVERT}")
 
 
 def _coefficients(sizes: bytes) -> float:
@@ -203,9 +242,7 @@ def jpeg_pieces(data: bytes, head: Jpeg) -> list[bytes]:
     A decoder must want the second piece after the first, and no more after the second: libjpeg decodes codes that went
     astray to the end of the data or to the end of the picture, whichever comes first, and neither is an error for it.
     """
-    found = _scans(data, head)
-    _check_restarts(data, found, head.interval)
-    _check_precision(found, head.frame)
+    found = _checked_scans(data, head, head.width * head.height)
     if head.frame not in _SEQUENTIAL or len(found.starts) != 1:
         return [head.data + data[found.starts[0] :]]  # decoded once all scans are in: nothing shows how far each came
     start, stop = found.starts[0], found.stops[0]
@@ -214,9 +251,17 @@ def jpeg_pieces(data: bytes, head: Jpeg) -> list[bytes]:
     return [b"".join((head.data, memoryview(data)[start:cut])), data[cut:stop] + _PADDING]
 
 
-def _scans(data: bytes, head: Jpeg) -> JpegScans:
+def _checked_scans(data: bytes, head: Jpeg, pixels: int) -> JpegScans:
+    """Find the scans; `pixels`: of the whole picture, of which a JPEG in a TIFF may be a part."""
+    found = _scans(data, head, pixels)
+    _check_restarts(data, found, head)
+    _check_precision(found, head)
+    return found
+
+
+def _scans(data: bytes, head: Jpeg, pixels: int) -> JpegScans:
     headers, starts, stops = list[bytes](), list[int](), list[int]()
-    scans = min(MAX_SCANS, max(MAX_SCANNED // max(head.width * head.height, 1), LEAST_SCANS))
+    scans = min(MAX_SCANS, max(MAX_SCANNED // max(pixels, 1), LEAST_SCANS))
     for marker, start, end in _segments(data, head.scan, restarts=head.interval > 0):
         if len(stops) < len(starts):
             stops.append(start - 2)
@@ -252,31 +297,55 @@ def _segments(data: bytes, at: int = 2, *, restarts: bool = False) -> Iterator[t
             return
 
 
-def _check_restarts(data: bytes, found: JpegScans, interval: int) -> None:
-    if not interval:
+def _check_restarts(data: bytes, found: JpegScans, head: Jpeg) -> None:
+    if not head.interval:
         return
+    most = -(-head.width // 8) * -(-head.height // 8)  # blocks of a component
     for start, stop in zip(found.starts, found.stops, strict=True):
-        marks = b"".join(_RESTART.findall(data, start, stop))
-        expected = bytes(range(0xD0, 0xD8)) * (len(marks) // 8 + 1)
-        if not expected.startswith(marks):
-            raise Refused("damaged", "the restart marks of the JPEG are not in order: part of it is missing")
+        for number, mark in enumerate(_RESTART.finditer(data, start, stop)):
+            if data[mark.start() + 1] != 0xD0 + number % 8 or number > most:
+                raise Refused("damaged", "the restart marks of the JPEG are not in order: part of it is missing")
 
 
-def _check_precision(found: JpegScans, frame: int) -> None:
-    """A progressive JPEG sends every coefficient in several scans, down to its last bit: bit 0."""
-    if frame not in _PROGRESSIVE:
-        return
-    missing: dict[int, set[int]] = {}
+def _check_precision(found: JpegScans, head: Jpeg) -> None:
+    """Each component has its scan; a progressive one sends every coefficient in several, down to its last bit: bit 0.
+
+    Without them the decoder takes nought, which is grey.
+    """
+    missing = {component: set(range(64)) for component in head.components}
     for header in found.headers:
         if len(header) < 1 or len(header) != 4 + 2 * header[0]:
             raise Refused("damaged", "a scan of the JPEG has a header of the wrong length")
-        first, last, bits = header[-3:]
+        first, last, bits = header[-3:] if head.frame in _PROGRESSIVE else (0, 63, 0)
         for component in header[1:-3:2]:
-            left = missing.setdefault(component, set(range(64)))
             if not bits & 15:
-                left.difference_update(range(first, last + 1))
+                missing.get(component, set()).difference_update(range(first, last + 1))
     if any(missing.values()):
         raise Refused("truncated", "the JPEG stops before the scans that complete its picture")
+
+
+def check_tiff(found: tiff.Tiff) -> None:
+    """Refuse a TIFF of which a strip or tile is not whole, where its decoder would take what there is for all."""
+    one, view, most = found.layout, memoryview(found.data), max(found.needs)
+    is_jpeg = one.compression == tiff.JPEG and one.bits == 8
+    tables = [found.jpeg_tables[start:end] for mark, start, end in _segments(found.jpeg_tables) if mark == _DRI]
+    for place, length, needs in zip(found.places, found.lengths, found.needs, strict=True):
+        piece = view[place : place + length]
+        if one.compression in tiff.DEFLATE and found.through_pillow:
+            _check_deflated(bytes(piece).translate(_REVERSED) if one.fill_order == 2 else bytes(piece), needs, most)
+        elif is_jpeg:
+            head = jpeg_head(bytes(piece), alone=False)
+            if tables and not head.interval:
+                head = head._replace(interval=int.from_bytes(tables[-1][2:], "big"))
+            _checked_scans(bytes(piece), head, one.width * one.height)
+
+
+def _check_deflated(piece: bytes, needs: int, most: int) -> None:
+    unpacker = zlib.decompressobj()
+    size = _unpacked(unpacker, piece, most)  # some writers fill the last strip up
+    whole = unpacker.eof or (size == needs and not unpacker.unconsumed_tail)  # and some omit the checksum
+    if size < needs or not whole:
+        raise Refused("damaged", "a strip or tile of the TIFF unpacks to other bytes than its pixels")
 
 
 def check_tags(data: bytes) -> None:  # a block of EXIF, or an AVIF or HEIC that has one somewhere
@@ -290,7 +359,7 @@ def check_tags(data: bytes) -> None:  # a block of EXIF, or an AVIF or HEIC that
 def _tag_bytes(block: bytes) -> int:
     """Count the bytes that the tags of the first directory point at, each as far as the block goes."""
     try:
-        entries = tiff.read_directory(block).entries.values()
+        entries = tiff.read_directory(block, cut=True).entries.values()
     except Refused:
         return 0
     return sum(min(tiff.TYPE_BYTES.get(entry.kind, 0) * entry.length, len(block)) for entry in entries)

@@ -28,19 +28,21 @@ MAX_PIECES = 1 << 20  # strips or tiles: 89 million pixels in tiles of 16 x 16 a
 ORIENTATION = 274
 _MAX_PASSED = 1 << 20  # bytes of a tag that the decoder gets: the palette of 16 bits has 393,216
 _WHOLE = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # types of whole numbers without a sign
+_SIGNED = (6, 8, 9, 17)  # and with one
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _SUBTYPE, _OLD_SUBTYPE, _MAKE, _DIRECTORIES, _DNG, _FILL_ORDER = 254, 255, 271, 330, 50706, 266
+_COLOURS, _JPEG_TABLES = 320, 347
 # What else a decoder needs: options of fax, the palette, inks, tables of JPEG (of the old kind, too), YCbCr.
 _PASSED = (
     _FILL_ORDER,
     292,
     293,
     _PREDICTOR,
-    320,
+    _COLOURS,
     332,
-    347,
+    _JPEG_TABLES,
     512,
     513,
     514,
@@ -57,11 +59,14 @@ _PASSED = (
 )
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _CAMERA = (32803, 34892)  # photometric: one colour per pixel behind a filter, or the camera's own colours
-_RAW, _JPEG, _OLD_JPEG = 1, 7, 6
+_RAW, JPEG, _OLD_JPEG, _WEBP, DEFLATE = 1, 7, 6, 50001, (8, 32946)
 # Compressions of libtiff wherever it is; fax, LZW, JPEG, deflate, PackBits. Others it may lack.
-_ALWAYS = (_RAW, 2, 3, 4, 5, _JPEG, 8, 32946, 32773)
-_SOMETIMES = (_OLD_JPEG, 34925, 50000, 50001)  # LZMA, zstd, WebP
-_TIFFFILE = (_RAW, 5, _JPEG, 8, 32946, 32773, 34925, 50000, 50001, 34712, 33005)  # and JPEG 2000
+_ALWAYS = (_RAW, 2, 3, 4, 5, JPEG, *DEFLATE, 32773)
+_SOMETIMES = {_OLD_JPEG: "", 34925: "lzma", 50000: "zstd", _WEBP: "webp"}  # nobody writes JPEG of the old kind
+_TIFFFILE = (_RAW, 5, JPEG, *DEFLATE, 32773, 34925, 50000, _WEBP, 34712, 33005)  # and JPEG 2000
+
+
+Tags = dict[int, tuple[int, Sequence[int]]]  # type and numbers of each
 
 
 class Entry(NamedTuple):
@@ -96,8 +101,10 @@ class Directory(NamedTuple):
         return self.numbers(tag, (default,), most=1)[0]
 
 
-def read_directory(data: bytes, at: int | None = None) -> Directory:
+def read_directory(data: bytes, at: int | None = None, *, cut: bool = False) -> Directory:
     """Read the tags at a place of a TIFF, by default the first ones; values are cut to what the file has of them.
+
+    `cut`: the tags may be, too, as many read them in EXIF.
 
     Raises:
         Refused: there are none at this place.
@@ -108,8 +115,10 @@ def read_directory(data: bytes, at: int | None = None) -> Directory:
         start: int = struct.unpack_from(order + word, data, room)[0] if at is None else at
         (count,) = struct.unpack_from(order + head, data, start)
         start += struct.calcsize(order + head)
-        if count > max(len(data) - start, 0) // step:
+        there = max(len(data) - start, 0) // step
+        if count > there and not cut:
             raise Refused("truncated", "the TIFF ends within its tags")
+        count = min(count, there)
         found = (struct.unpack_from(f"{order}HH{word}", data, start + number * step) for number in range(count))
         places = range(start + step - room, start + count * step, step)
         entries = {
@@ -156,6 +165,10 @@ class Tiff(NamedTuple):
     layout: Layout
     orientation: int
     through_pillow: bool
+    places: Sequence[int]  # of each strip or tile
+    lengths: Sequence[int]  # bytes of each
+    needs: Sequence[int]  # bytes of each without compression
+    jpeg_tables: bytes  # for strips or tiles that are JPEGs without
 
 
 def read_tiff(data: bytes) -> Tiff:
@@ -168,17 +181,23 @@ def read_tiff(data: bytes) -> Tiff:
     _check_camera(data, found)
     layout = _layout(found)
     through_pillow = _pillow_is_right(layout)
+    if layout.compression == _WEBP and _tifffile_is_right(layout) and has_tifffile():
+        through_pillow = False  # whose libtiff is mostly built without
     if not through_pillow:
         _check_tifffile(layout)
-    return Tiff(_pared(data, found, layout), layout, orientation_of(found), through_pillow)
+    shape, pieces = _pieces(data, found, layout)
+    tables = found.entries.get(_JPEG_TABLES)
+    pared = _pared(data, found, layout, shape)
+    return Tiff(pared, layout, orientation_of(found), through_pillow, *pieces, bytes(tables.value if tables else b""))
 
 
 def orientation_of(found: Directory) -> int:
-    """Return the orientation, 1 where there is none that makes sense."""
+    """Return the orientation, 1 where there is none; a number that makes no sense turns nothing."""
     entry = found.entries.get(ORIENTATION)
-    if entry is None or entry.length != 1 or entry.kind not in _WHOLE or len(entry.value) < TYPE_BYTES[entry.kind]:
+    if entry is None or not entry.length or entry.kind not in (*_WHOLE, *_SIGNED):
         return 1
-    return found.number(ORIENTATION, 1)
+    value = entry.value[: TYPE_BYTES[entry.kind]]  # of several the first
+    return int.from_bytes(value, "little" if found.order == "<" else "big")
 
 
 def _check_camera(data: bytes, found: Directory) -> None:
@@ -231,7 +250,7 @@ def _layout(found: Directory) -> Layout:
     width, height, compression = found.number(_WIDTH, 0), found.number(_HEIGHT, 0), found.number(_COMPRESSION, _RAW)
     photometric = _YCBCR if compression == _OLD_JPEG else found.number(_PHOTOMETRIC, _WHITE_IS_ZERO)
     colours = {_RGB: 3, _CMYK: 4, _YCBCR: 3, 8: 3, 9: 3, 10: 3}.get(photometric, 1)
-    samples = found.number(_SAMPLES, 3 if compression in (_JPEG, _OLD_JPEG) and colours == 3 else 1)
+    samples = found.number(_SAMPLES, 3 if compression in (JPEG, _OLD_JPEG) and colours == 3 else 1)
     bits, numbers = (set(found.numbers(tag, (1,))) for tag in (_BITS, _FORMAT))
     if not 1 <= samples <= 16 or len(bits) > 1 or len(numbers) > 1:
         raise Refused("unsupported", f"a TIFF of {samples} samples per pixel of {sorted(bits)} bits: {_CURE}")
@@ -306,20 +325,31 @@ def _tifffile_is_right(one: Layout) -> bool:
         and one.bits in (1, 2, 4, 8, 12, 16, 24, 32)
         and one.planar in (1, 2)
         and one.fill_order in (1, 2)
-        and not (one.compression == _JPEG and one.colours > 1)  # in colours of its own
+        and not (one.compression == JPEG and one.colours > 1)  # in colours of its own
         and not (one.photometric == _CMYK and alpha)
         and not (one.photometric == _PALETTE and (one.bits > 16 or one.extra[:1] == (1,)))
         and not (one.photometric == _WHITE_IS_ZERO and one.extra[:1] == (1,))
     )
 
 
-def undecoded(one: Layout, error: Exception) -> Exception:
+def undecoded(one: Layout, error: Exception, *, missing: bool) -> Exception:
     """Say why a layout was not decoded: what unpacks it may be missing."""
-    if one.compression not in _ALWAYS and not isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or one.compression in _ALWAYS:
+        return error
+    if missing:
         return Refused(
             "unsupported", f"a TIFF of compression {one.compression}, which could not be read ({error}): {_CURE}"
         )
-    return error
+    return Refused("damaged", f"strips or tiles of the TIFF do not unpack ({error})")
+
+
+def pillow_unpacks(compression: int) -> bool:
+    """Tell whether the libtiff of this Pillow has a compression; it says of a missing one what it says of damage."""
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), "TIFF", compression=_SOMETIMES[compression])
+    except Exception:  # whatever its encoder raises
+        return False
+    return True
 
 
 def has_tifffile() -> bool:
@@ -332,9 +362,9 @@ def has_tifffile() -> bool:
     return True
 
 
-def _pared(data: bytes, found: Directory, one: Layout) -> bytes:
+def _pared(data: bytes, found: Directory, one: Layout, shape: Tags) -> bytes:
     """Write the tags that a decoder needs behind the file, and point at them: strips and tiles stay where they are."""
-    tags: dict[int, tuple[int, Sequence[int]]] = {
+    tags: Tags = {
         _WIDTH: (4, [one.width]),
         _HEIGHT: (4, [one.height]),
         _BITS: (3, [one.bits] * one.samples),
@@ -344,8 +374,8 @@ def _pared(data: bytes, found: Directory, one: Layout) -> bytes:
         _PLANAR: (3, [one.planar]),
         _FORMAT: (3, [one.numbers] * one.samples),
         **({_EXTRA: (3, one.extra)} if one.extra else {}),
+        **shape,
     }
-    tags |= _pieces(data, found, one)
     letter, room = ("Q", 8) if found.large else ("I", 4)
     values = {
         tag: (kind, len(numbers), struct.pack(f"{found.order}{len(numbers)}{_WHOLE[kind]}", *numbers))
@@ -355,6 +385,8 @@ def _pared(data: bytes, found: Directory, one: Layout) -> bytes:
     values |= {
         tag: (entry.kind, entry.length, bytes(entry.value)) for tag, entry in found.entries.items() if tag in _PASSED
     }
+    if _COLOURS in values and one.photometric == _PALETTE:
+        values[_COLOURS] = _palette(found.order, *values[_COLOURS])
     tail = io.BytesIO()
     start = len(data) + len(data) % 2
     entries = b""
@@ -372,6 +404,14 @@ def _pared(data: bytes, found: Directory, one: Layout) -> bytes:
     )
 
 
+def _palette(order: str, kind: int, count: int, value: bytes) -> tuple[int, int, bytes]:
+    """Bring colours of 8 bits, which some writers put where 16 belong, to 16: as libtiff does."""
+    colours = np.frombuffer(value[: len(value) // 2 * 2], order + "u2")
+    if kind == 3 and colours.max(initial=0) < 256:
+        value = (colours * np.array(257, order + "u2")).tobytes()
+    return kind, count, value
+
+
 def _check_whole(found: Directory) -> None:
     for tag, entry in found.entries.items():
         length = TYPE_BYTES.get(entry.kind, 0) * entry.length
@@ -381,7 +421,9 @@ def _check_whole(found: Directory) -> None:
             raise Refused("truncated", f"the TIFF ends within its tag {tag}")
 
 
-def _pieces(data: bytes, found: Directory, one: Layout) -> dict[int, tuple[int, Sequence[int]]]:
+def _pieces(
+    data: bytes, found: Directory, one: Layout
+) -> tuple[Tags, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
     """Check where the strips or tiles are; more than the picture needs are left out."""
     planes = one.samples if one.planar == 2 else 1
     if min(one.width, one.height) < 1 or one.planar not in (1, 2):
@@ -404,18 +446,29 @@ def _pieces(data: bytes, found: Directory, one: Layout) -> dict[int, tuple[int, 
     if count > MAX_PIECES:
         raise Refused("too_large", f"the TIFF is in {count:,} strips or tiles; the limit is {MAX_PIECES:,}")
     places = found.numbers(starts, most=count)
-    needs = _raw_lengths(one, across, down, count, tiled=tiled)
-    lengths = found.numbers(sizes, needs, most=count)
+    needs: Sequence[int] = _raw_lengths(one, across, down, count, tiled=tiled)
+    lengths: Sequence[int] = found.numbers(sizes, needs, most=count)
     if len(places) < count or len(lengths) < count:
         raise Refused("damaged", f"the TIFF has {min(len(places), len(lengths)):,} of {count:,} strips or tiles")
-    if any(place + length > len(data) for place, length in zip(places, lengths, strict=True)):
-        raise Refused("truncated", f"strips or tiles of the TIFF lie behind its end at byte {len(data):,}")
-    if sum(lengths) > 2 * len(data) + (1 << 20):
+    if one.compression == _RAW:
+        lengths = needs if all(places) and not any(lengths) else tuple(map(min, lengths, needs))
+    _check_places(len(data), one, places, lengths, needs)
+    kind = 16 if found.large else 4
+    return {**shape, starts: (kind, places), sizes: (kind, lengths)}, (places, lengths, needs)
+
+
+def _check_places(size: int, one: Layout, places: Sequence[int], lengths: Sequence[int], needs: Sequence[int]) -> None:
+    unwritten = sum(not (place and length) for place, length in zip(places, lengths, strict=True))
+    if unwritten and one.compression != _OLD_JPEG:  # which may lie elsewhere
+        raise Refused(
+            "damaged", f"{unwritten:,} of {len(places):,} strips or tiles of the TIFF were never written: it is sparse"
+        )
+    if any(place + length > size for place, length in zip(places, lengths, strict=True)):
+        raise Refused("truncated", f"strips or tiles of the TIFF lie behind its end at byte {size:,}")
+    if sum(lengths) > 2 * size + (1 << 20):
         raise Refused("damaged", "strips or tiles of the TIFF lie in one another")
     if one.compression == _RAW and any(need > length for need, length in zip(needs, lengths, strict=True)):
         raise Refused("truncated", "strips or tiles of the TIFF have fewer bytes than their pixels")
-    kind = 16 if found.large else 4
-    return {**shape, starts: (kind, places), sizes: (kind, lengths)}
 
 
 def _raw_lengths(one: Layout, across: int, down: int, count: int, *, tiled: bool) -> list[int]:
@@ -435,7 +488,8 @@ def through_tifffile(found: Tiff) -> Image.Image:
             palette = file.pages[0].colormap
             array: np.ndarray[Any, Any] = file.pages[0].asarray(maxworkers=1)
     except Exception as error:  # its decoders raise each their own
-        raise undecoded(one, error) from None
+        missing = isinstance(error, ImportError) or "requires the 'imagecodecs' package" in str(error)
+        raise undecoded(one, error, missing=missing) from None
     if one.planar == 1:
         array = np.moveaxis(array.reshape(one.height, one.width, one.samples), -1, 0)  # a view: samples come first
     check_visible(array, one.bits)

@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Iterable
 from typing import BinaryIO
 
-from ..errors import Refused
+from ..errors import Refused, SourceError
+from ..files import to_path
 from ..images.formats import SUFFIXES
 from .index import Entry
-from .places import File, OpenFiles, check_bytes, check_length, open_binary, read_whole, to_path
+from .places import File, OpenFiles, check_bytes, check_length, open_binary, read_whole
 from .selection import Selection, member_is_image
 
 ZIP_HEADER = struct.Struct("<4s2xHH4xI4xIHH")  # signature, flags, method, CRC, bytes unpacked, lengths of name, extra
@@ -107,7 +108,7 @@ def read_member(files: OpenFiles, entry: Entry) -> bytes:
 
 def list_zip(file: File, selection: Selection) -> Members:
     """List the images in a zip; ids are `name#member`."""
-    with open_binary(file.place) as data, zipfile.ZipFile(data) as archive:
+    with open_binary(file.place) as data, _open_zip(file.place, data) as archive:
         members, end = archive.infolist(), data.seek(0, os.SEEK_END)
         if any(member.header_offset < 0 for member in members):
             raise zipfile.BadZipFile("its directory points before its start")
@@ -115,6 +116,15 @@ def list_zip(file: File, selection: Selection) -> Members:
             inside = member.filename.removeprefix("./")
             if _zip_image(file, member, inside, archive, selection, end):
                 yield f"{file.name}#{inside}", "zip", member.header_offset, member.compress_size
+
+
+def _open_zip(place: str, data: BinaryIO) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(data)
+    except UnicodeDecodeError:  # zipfile reads all names or none
+        raise SourceError(
+            f"{place!r} has a name that is said to be UTF-8 text and is none: unpack it into a folder, or pack it again"
+        ) from None
 
 
 def _zip_image(

@@ -16,7 +16,11 @@ from .notes import counted
 from .places import File, absolute, join
 from .selection import Selection
 
-BRACES = re.compile(r"\{(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{},/]*(?:,[^{},/]*)+))\}")  # {000..009} or {train,val}
+# {000..009} or {train,val}
+BRACES = re.compile(r"\{(?!\])(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{},/]*(?:,[^{},/]*)+))\}")
+ESCAPED = re.compile(r"\[([*?[{])\]")  # a letter of a name that has a meaning in globs
+HINT = "a *, ?, [ or { of a name is written [*], [?], [[] or [{]"
+FOLDERS = "folders that the glob matches, where FOLDER/** takes what is in them"
 MOST_NAMES = 200_000  # that the braces of one pattern may stand for
 MOST_BRACES = 50
 MOST_WILD = 1000  # different globs that names of one folder are compared with
@@ -111,6 +115,8 @@ def _opened(place: str, prefix: str, selection: Selection) -> remote.Listing | N
     """List a folder of a walk; None, and a note, where it cannot be read or is a store."""
     with selection.telling(prefix.rstrip("/") or Path(place).name, place):
         listing = _scan(place)
+        if listing.nameless:
+            selection.notes.skipped["keys that end in / or have nothing between two"] += listing.nameless
         if not prefix or not _is_store(place, listing):
             return listing
         selection.notes.skipped["stores of embeddings"] += 1
@@ -135,6 +141,11 @@ def has_magic(place: str) -> bool:
     """Tell whether a place is a glob or has braces. A web address may have a "?" of its own."""
     text = place.replace("?", "") if remote.is_web(place) else place
     return glob.has_magic(text) or BRACES.search(text) is not None
+
+
+def escape(place: str) -> str:
+    """Write a place so that a glob which begins with it means the thing of that very name."""
+    return re.sub(r"[*?[{]", r"[\g<0>]", place)
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
@@ -174,8 +185,9 @@ def glob_files(pattern: str, selection: Selection) -> Iterator[File]:
 def glob_base(pattern: str) -> tuple[str, int]:
     """Find the folder that a glob's names are relative to, and how many of its parts lead there."""
     root, parts = _parts(pattern)
-    fixed = next((i for i, part in enumerate(parts) if has_magic(root + part)), len(parts))
-    return absolute(root + "/".join(parts[:fixed]) or "."), fixed
+    magic = (i for i, part in enumerate(parts) if has_magic(root + ESCAPED.sub("", part)))
+    fixed = next(magic, len(parts) - 1)
+    return absolute(root + ESCAPED.sub(r"\1", "/".join(parts[:fixed])) or "."), fixed
 
 
 def _parts(pattern: str) -> tuple[str, tuple[str, ...]]:
@@ -227,10 +239,10 @@ class _Glob:
                     levels.append(self._level(*found, links))
         for names, one in self.patterns.items():
             if names not in self.matched:
-                met = counted(self.selection.notes.others)
+                met = self.selection.notes.left_out() or counted(self.selection.notes.others)
                 problems = self.selection.notes.problems
                 why = f"; {problems[0].detail}" if problems else ""
-                raise _no_match(self.pattern, one, f": looked in {base!r}, where it met {met}{why}")
+                raise _no_match(self.pattern, one, f": looked in {base!r}, where it met {met}{why} ({HINT})")
 
     def _level(
         self, folder: str, prefix: str, at: set[Position], links: _Links
@@ -259,6 +271,8 @@ class _Glob:
                 self.selection.notes.other(name)
             elif below := self._below(inside + name, fit, listing.folders[name], links):
                 yield inside + name, f"{prefix}{name}/", below
+            elif ends and not any(rest[0] == "**" for _, rest in fit):
+                self.selection.notes.skipped[FOLDERS] += 1
 
     def _below(self, place: str, fit: list[Position], linked: bool, links: _Links) -> set[Position]:
         """Positions in a folder; "**" follows no link that loops, a name that is asked for is followed."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ..errors import SourceError
 from ..images.formats import SUFFIXES
-from . import archives, parquet
+from . import archives, parquet, remote
 from .archives import Members
 from .index import Entry, Row
 from .notes import Notes
@@ -29,6 +29,10 @@ UNREADABLE = (
     *(AttributeError, TypeError, EOFError, struct.error, TarError, BadZipFile, ZlibError, pa.ArrowException),
 )
 WANTED = ", ".join(sorted(SUFFIXES))  # the suffixes of images, for people
+
+
+class Told(SourceError):
+    """A source of which nothing could be listed, as its notes say entry by entry."""
 
 
 class Kind(NamedTuple):
@@ -89,8 +93,6 @@ def list_files(files: Iterable[tuple[Kind, File]], selection: Selection) -> Iter
         return
     if notes.problems:
         raise nothing(notes)
-    for file, _ in without:
-        notes.other(file.name)
     if without:
         raise NoImages(without[0][1] + (f", as {len(without) - 1} more" if len(without) > 1 else ""))
     where = repr(first) + (f" and {count - 1} more" if count > 1 else "")
@@ -98,10 +100,10 @@ def list_files(files: Iterable[tuple[Kind, File]], selection: Selection) -> Iter
     raise NoImages(f"no images in {where}: looked for members ending in {WANTED}, found {left}")
 
 
-def nothing(notes: Notes) -> SourceError:
+def nothing(notes: Notes) -> Told:
     """Make the error of a source of which nothing could be listed."""
     first, more = notes.problems[0].detail, notes.unlisted - 1
-    return SourceError(f"{first.rstrip('.')}; {more:,} more could not be listed" if more else first)
+    return Told(f"{first.rstrip('.')}; {more:,} more could not be listed" if more else first)
 
 
 def _unreadable(uri: str, kind: Kind, error: BaseException) -> str:
@@ -113,6 +115,8 @@ def _unreadable(uri: str, kind: Kind, error: BaseException) -> str:
                 "a folder, or decompress it to a .tar (images are compressed already)"
             )
     why = str(error) or type(error).__name__
+    if remote.is_remote(uri) and isinstance(error, OSError):  # of the way there, not of the content
+        return f"cannot read {uri!r} as {kind.called}: {why}"
     if isinstance(error, RecursionError | MemoryError):
         why = "it is nested too deep" if isinstance(error, RecursionError) else "it needs more memory than there is"
     return f"cannot read {uri!r} as {kind.called}: {why}. Copy or pack it again."

@@ -16,15 +16,16 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import SourceError, UsageError
+from ..files import to_path
 from ..images.formats import SUFFIXES, unknown_format
 from . import remote
 from .globs import glob_base, glob_files, has_magic, walk
 from .index import ImageIndex, Row, table_of
-from .kinds import KINDS, WANTED, Kind, kind_of, list_files, nothing
+from .kinds import KINDS, WANTED, Kind, Told, kind_of, list_files, nothing
 from .lists import LISTS, read_list, read_standard_input
 from .notes import Notes, counted
 from .parquet import NoImages
-from .places import File, absolute, bare, suffix_of, to_path
+from .places import File, absolute, bare, split, suffix_of
 from .selection import Selection, read_start, starts_as_image
 
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -134,7 +135,7 @@ def list_source(
             notes = Notes()
         if failed and len(many) == 1:
             raise failed
-        if failed and not notes.problems:
+        if failed and not isinstance(failed, Told):
             notes.problem(os.fspath(one), absolute(os.fspath(one)), str(failed))
     if not found:
         raise nothing(notes)
@@ -217,14 +218,14 @@ def _list_one(source: str, selection: Selection) -> _Listed:
         rows = list_files(_as_images(read_standard_input(selection)), selection)
         return _Listed(rows, str(Path.cwd()), False)
     place = str(to_path(source)) if source.lower().startswith("file://") else source
-    is_folder = None if remote.is_remote(place) and has_magic(place) else _is_folder(place)
+    is_folder = _is_folder(place)
     if is_folder:
         return _Listed(_list_folder(place, selection), absolute(place), True)
     if is_folder is None:
         if has_magic(place):
             return _Listed(_list_glob(place, selection), glob_base(place)[0], False)
         raise SourceError(f"no such source: {source[:500]!r} is not a file, a folder or a glob that matches anything")
-    base = place.rpartition("/")[0] if remote.is_remote(place) else str(Path(absolute(place)).parent)
+    base, name = split(place)
     if suffix_of(place) in LISTS:
         return _Listed(list_files(_as_images(read_list(place, selection)), selection), base, False)
     kind, size = kind_of(bare(place)) or KINDS[0], None
@@ -235,22 +236,27 @@ def _list_one(source: str, selection: Selection) -> _Listed:
             raise SourceError(f"no such source: {place!r} cannot be read ({error})") from None
     if kind == KINDS[0] and not bare(place).lower().endswith(SUFFIXES):
         _check_start(place)
-    name = place.rpartition("/")[2] if remote.is_remote(place) else Path(place).name
     return _Listed(list_files([(kind, File(absolute(place), name, size))], selection), base, True)
 
 
 def _is_folder(place: str) -> bool | None:
-    """None where nothing is there. Web servers have no folders, but pages that end in a slash may list files."""
+    """None where nothing is there. Web servers have no folders, but pages that end in a slash may list files.
+
+    What looks like a glob is a name where a thing of that very name is there.
+    """
     if not remote.is_remote(place):
         return _is_local_folder(place)
     named = kind_of(place) is not None or suffix_of(place) in LISTS
-    if place.endswith("/") or remote.is_web(place) or named:
+    web, magic = remote.is_web(place), has_magic(place)
+    if (place.endswith("/") or web or named) and not magic:
         return place.endswith("/")
     try:
-        return remote.describe(place).is_folder
+        return remote.describe(place).is_folder or (web and place.endswith("/"))
     except FileNotFoundError:
         return None
     except OSError as error:
+        if magic:  # the glob tells why
+            return None
         raise SourceError(f"cannot look at {place!r}: {error}") from None
 
 
@@ -318,11 +324,14 @@ def _list_folder(folder: str, selection: Selection) -> Iterator[Row]:
     for name in dict.fromkeys(kind.name for kind in KINDS):
         if name in held:
             try:
-                yield from list_files(held.pop(name), selection)
+                yield from list_files(held[name], selection)
+                del held[name]
                 _leave_out(held.values(), selection)
                 return
             except SourceError as error:  # none of them has an image
                 errors.append(error)
+                if isinstance(error, Told):
+                    del held[name]
     if selection.notes.problems:
         raise nothing(selection.notes)
     wanted = ", ".join([WANTED, *(kind.suffixes[0] for kind in KINDS[1:])])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import io
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from ..errors import Refused, SourceError
+from ..files import to_path
 from . import remote
-from .places import File, join, open_binary, read_whole, suffix_of, to_path
+from .places import File, join, open_binary, read_whole, split, suffix_of
 from .selection import Selection
 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "uri", "url")  # the first that is there
@@ -39,28 +42,77 @@ def _bounded(text: TextIO) -> Iterator[str]:
 
 
 def _lines(text: TextIO) -> Rows:
-    return ((number, {"path": path}) for number, line in enumerate(_bounded(text), 1) if (path := line.strip()))
+    lines = (line.removesuffix("\n").removesuffix("\r") for line in _bounded(text))
+    return ((number, {"path": line}) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _csv(text: TextIO, delimiter: str = ",") -> Rows:
-    lines = csv.reader(_bounded(text), delimiter=delimiter)
-    header: list[str] | None = None
+class _Lines(Iterator[str]):
+    """The lines of a table. Those of a row that is none are read again, each as the beginning of another."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines, self.again, self.number = lines, deque[str](), 0  # number of the lines that were taken
+        self.row: list[str] = []  # lines of the row that is being read
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.lines)
+        self.row.append(line)
+        self.number += 1
+        return line
+
+    def back(self) -> str:
+        """Keep the first line of the row alone."""
+        first, *rest = self.row
+        self.again.extendleft(reversed(rest))
+        self.number -= len(rest)
+        return first
+
+
+def _cells(text: TextIO, delimiter: str) -> Iterator[tuple[int, list[str] | _Odd]]:
+    """Read the rows of a table. A quote that does not end costs its own line, where csv would take all that follow.
+
+    In a .tsv a quote is a letter like any other, unless it is around a whole cell.
+    """
+    lines, columns = _Lines(_bounded(text)), 0
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
+        lines.row, row, why = [], list[str](), ""
         try:
-            row = next(lines)
+            row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            yield lines.line_num, _Odd(str(error))
-            continue
-        if header is None:
-            header = row
-            wanted = {name: header.index(name) for name in (*PATH_COLUMNS, "id") if name in header}
-            if not wanted.keys() - {"id"}:
+            why = f"is no row ({error}): a cell that begins with a quote must end with it"
+        alone = delimiter == "\t" and all(line.count(delimiter) + 1 == columns for line in lines.row)
+        if why or (len(lines.row) > 1 and alone):
+            line = lines.back()
+            if delimiter == "\t":
+                row, why = [_unquoted(cell) for cell in line.rstrip("\r\n").split(delimiter)], ""
+        columns = columns or len(row)
+        yield lines.number, _Odd(why) if why else row
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
+
+
+def _csv(text: TextIO, delimiter: str = ",") -> Rows:
+    wanted, any_row = dict[str, int](), False
+    for number, row in _cells(text, delimiter):
+        if isinstance(row, _Odd):
+            yield number, row
+        elif not wanted:
+            column = next((name for name in PATH_COLUMNS if name in row), "")
+            if twice := [name for name in (column, "id") if row.count(name) > 1]:
+                raise SourceError(f"its header has {twice[0]!r} {row.count(twice[0])} times")
+            if not column:
                 yield 1, dict.fromkeys(row[:1000])
                 return
+            wanted = {name: row.index(name) for name in (*PATH_COLUMNS, "id") if name in row}
         elif row:
-            yield lines.line_num, {name: row[at] if at < len(row) else None for name, at in wanted.items()}
+            any_row = True
+            yield number, {name: row[at] if at < len(row) else None for name, at in wanted.items()}
+    if wanted and not any_row:
+        raise SourceError("it has a header and no row")
 
 
 def _tsv(text: TextIO) -> Rows:
@@ -107,15 +159,14 @@ def read_list(place: str, selection: Selection) -> Iterator[File]:
 
     A line that names no file is a problem of the notes.
     """
-    base = place.rpartition("/")[0] if remote.is_remote(place) else str(Path(place).absolute().parent)
-    name = place.rpartition("/")[2] if remote.is_remote(place) else Path(place).name
+    base, name = split(place)
     try:
         with _text_of(place) as text:
             for number, file in _read_rows(LISTS[suffix_of(place)](text), base):
                 if isinstance(file, _Odd):
                     said = f"line {number} of the list {place!r} {file}"
                     selection.notes.problem(f"{name}#{number}", place, said)
-                elif not selection.asked_out(file.name):
+                elif not _out(file, base, selection):
                     yield file
     except SourceError as error:
         raise SourceError(f"cannot read the list {place!r}: {error}") from None
@@ -127,11 +178,14 @@ def _text_of(place: str) -> TextIO:
     """Open a list; bytes that are not UTF-8 become surrogates, so that they spoil their own line alone."""
     there = remote.is_remote(place)
     file: BinaryIO = io.BytesIO(read_whole(place, 0, LIST_BYTES)) if there else open_binary(place)
-    start = file.read(2)
+    start = file.read(4)
     file.seek(0)
-    if start in (b"\xff\xfe", b"\xfe\xff"):
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or start == b"\0\0\xfe\xff":
         file.close()
-        raise SourceError("it is not UTF-8 text but UTF-16, as PowerShell's > writes: save it as UTF-8")
+        wide = b"\0\0" in start
+        raise SourceError(
+            f"it is not UTF-8 text but UTF-{'32' if wide else '16, as PowerShell writes by >'}: save it as UTF-8"
+        )
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -159,6 +213,7 @@ def _file_of(row: Any, column: str, base: str) -> File:
         looked, had = ", ".join(PATH_COLUMNS), ", ".join(map(str, list(row)[:20]))
         raise _Odd(f"has no column of paths: looked for {looked}, found {had[:1000]}")
     path = row.get(column)
+    path = _trimmed(base, path) if isinstance(path, str) else path
     if not isinstance(path, str) or not path:
         raise _Odd(f"has no {column}: {str(path)[:60] if path else repr(path)}")
     name = row.get("id", path)
@@ -175,6 +230,18 @@ def _file_of(row: Any, column: str, base: str) -> File:
         raise _Odd(f"has no path that can be used ({error}): {path[:60]!r}") from None
 
 
+def _trimmed(base: str, path: str) -> str:
+    """Drop blanks at the ends of a path, unless there is a file of that very name."""
+    bare = path.strip()
+    return path if bare != path and os.path.lexists(Path(base, path)) else bare
+
+
+def _out(file: File, base: str, selection: Selection) -> bool:
+    """Tell whether a file is excluded, by its id or its path below the list's folder; count it if so."""
+    inside = file.place.removeprefix(join(base, "")).replace(os.sep, "/")
+    return selection.asked_out(inside, inside if Path(file.name).is_absolute() else file.name)
+
+
 def _is_text(text: str) -> bool:
     with contextlib.suppress(UnicodeEncodeError):
         text.encode()
@@ -189,15 +256,17 @@ def read_standard_input(selection: Selection) -> Iterator[File]:
         raise SourceError("the standard input is closed: one path per line is expected")
     lines: Iterable[bytes] = iter(lambda: sys.stdin.buffer.readline(LINE), b"")
     for number, line in enumerate(lines, 1):
-        if path := os.fsdecode(line).strip():
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        path = os.fsdecode(line).removesuffix("\n").removesuffix("\r")
+        if path := _trimmed(base, path):
             found = True
             if "\0" in path or len(path) >= LINE:
                 said = (
                     f"line {number} of the standard input holds what no path has, a NUL, or is too long: {path[:60]!r}"
                 )
                 selection.notes.problem(f"-#{number}", "-", f"{said}. Of find, take -print, not -print0.")
-            elif not selection.asked_out(path):
-                yield _file(base, path, path)
+            elif not _out(file := _file(base, path, path), base, selection):
+                yield file
     if not found:
         raise SourceError("the standard input is empty: one path per line is expected")
 

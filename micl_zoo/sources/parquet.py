@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -17,7 +18,7 @@ from . import remote
 from .archives import Members
 from .footer import Footer, Group, read_footer, unpacked_dictionary
 from .index import Entry
-from .places import File, OpenFiles, check_bytes, join, open_arrow, open_binary, read_whole
+from .places import File, OpenFiles, check_bytes, join, open_arrow, open_binary, read_whole, split
 from .selection import Selection
 
 IMAGE_NAMES = (
@@ -86,15 +87,23 @@ def id_column(schema: pa.Schema, uri: str, asked: str | None) -> str | None:
 def _own_ids(parquet: pq.ParquetFile, end: Footer, column: str, file: File) -> Iterator[str]:
     """Read a column of ids; `name#row` stands where a cell is empty, or far too long."""
     first = 0
-    for batch in _batches(parquet, file.place, dict(enumerate(end.groups)), column):
-        cells = batch.column(batch.schema.get_field_index(column))
-        cells = cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
+    for cells in _batches(parquet, file.place, dict(enumerate(end.groups)), column):
         for row, text in enumerate(_texts(cells), first):
             yield text if text and len(text) <= MOST_ID else f"{file.name}#{row}"
         first += len(cells)
 
 
+def read_column(uri: str, column: str) -> Iterator[pa.Array]:
+    """Read a column, in arrays that take little memory one by one."""
+    return _batches(open_parquet(uri), uri, dict(enumerate(read_footer(uri).groups)), column)
+
+
 def _texts(cells: pa.Array) -> list[str | None]:
+    cells = cells.dictionary_decode() if pa.types.is_dictionary(cells.type) else cells
+    if pa.types.is_timestamp(cells.type) and cells.type.tz:
+        with contextlib.suppress(pa.ArrowInvalid):  # the zone is unknown
+            return list(cells.cast(pa.string()).to_pylist())
+        cells = cells.cast(pa.timestamp(cells.type.unit))
     try:
         return list(cells.cast(pa.string()).to_pylist())
     except (UnicodeDecodeError, pa.ArrowInvalid):  # bytes that are not UTF-8
@@ -125,7 +134,7 @@ class _Cells:
         self.group, self.first = -1, 0  # of the cells at hand: their row group, their first row in it
         self.cells: list[tuple[pa.Array, pa.Array | None]] = []  # their bytes, and their paths if there are any
         self.ends: list[int] = []  # of each array of cells, counted from the first
-        self.rest: Iterator[pa.RecordBatch] = iter(())  # of the row group, behind the cells
+        self.rest: Iterator[pa.Array] = iter(())  # of the row group, behind the cells
 
     def read(self, row: int, most: int) -> bytes:
         """Return the bytes of a cell, `most` at most."""
@@ -170,9 +179,8 @@ class _Cells:
 
     def take(self) -> None:
         size = 0
-        for batch in self.rest:
-            cells, paths = batch.column(batch.schema.get_field_index(self.column)), None
-            cells, size = getattr(cells, "storage", cells), size + cells.nbytes  # of an extension type
+        for found in self.rest:
+            cells, paths, size = getattr(found, "storage", found), None, size + found.nbytes  # of an extension type
             if pa.types.is_struct(cells.type):
                 paths = cells.field("path") if cells.type.get_field_index("path") >= 0 else None
                 cells = cells.field("bytes")
@@ -197,8 +205,8 @@ class _Cells:
             return found
         if found is not None:
             raise Refused("not_an_image", f"the parquet cell has {cells.type} where the bytes of an image should be")
-        path = None if paths is None else paths[at].as_py()
-        if not isinstance(path, str) or not path:
+        path = None if paths is None or not _is_text(paths.type) else _texts(paths.slice(at, 1))[0]
+        if not path:
             raise Refused("empty", "the parquet cell is null")
         return self.beside(path, most)
 
@@ -209,7 +217,7 @@ class _Cells:
                 "unreadable", f"the parquet cell has no bytes, and names {path!r}: give such addresses as a list"
             )
         try:
-            return read_whole(join(self.uri.rpartition("/")[0], path), 0, most)
+            return read_whole(join(split(self.uri)[0], path), 0, most)
         except ValueError as error:
             raise Refused("unreadable", f"the parquet cell has no bytes, and names {path!r}: {error}") from None
 
@@ -225,7 +233,7 @@ def open_parquet(uri: str) -> pq.ParquetFile:
     return pq.ParquetFile(source, page_checksum_verification=True)
 
 
-def _batches(file: pq.ParquetFile, uri: str, groups: dict[int, Group], column: str) -> Iterator[pa.RecordBatch]:
+def _batches(file: pq.ParquetFile, uri: str, groups: dict[int, Group], column: str) -> Iterator[pa.Array]:
     """Read a column in slices of so few rows that none takes much memory, whatever is in them."""
     for number, group in groups.items():
         chunks, rows = group.of(column), max(1, group.rows)
@@ -234,7 +242,8 @@ def _batches(file: pq.ParquetFile, uri: str, groups: dict[int, Group], column: s
         if rows * unpacked > GROUP_BYTES:  # all rows may be the one value of a page that they are looked up in
             each = max([each, *(unpacked_dictionary(uri, one) for one in chunks)])
         size = max(1, min(BATCH_ROWS, BATCH_BYTES // each))
-        yield from file.iter_batches(size, row_groups=[number], columns=[column], use_threads=False)
+        for batch in file.iter_batches(size, row_groups=[number], columns=[column], use_threads=False):
+            yield batch.column(batch.schema.get_field_index(column))
 
 
 def _first_column(schema: pa.Schema) -> str:
@@ -244,6 +253,13 @@ def _first_column(schema: pa.Schema) -> str:
         if of_datasets or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             return str(name)
     return ""
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    view = getattr(pa.types, "is_string_view", lambda _: False)(kind)
+    return view or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _is_numbers(kind: pa.DataType) -> bool:

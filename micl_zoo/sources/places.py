@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
-from urllib.parse import unquote_to_bytes, urlsplit
 
 import pyarrow as pa
 
@@ -34,6 +33,14 @@ class File(NamedTuple):
 def bare(uri: str) -> str:
     """Drop the query of a web address; other places stay as they are."""
     return uri.partition("?")[0] if remote.is_web(uri) else uri
+
+
+def split(place: str) -> tuple[str, str]:
+    """Split a place into the folder that it lies in and its name, which keeps the query of a web address."""
+    if remote.SCHEME.match(place):
+        folder = bare(place).rpartition("/")[0]
+        return folder, place[len(folder) + 1 :]
+    return str(Path(place).absolute().parent), Path(place).name
 
 
 def suffix_of(place: str) -> str:
@@ -71,14 +78,9 @@ def to_uri(path: str) -> str:
     return path
 
 
-def to_path(uri: str) -> Path:
-    """Return the path of a local place."""
-    return Path(os.fsdecode(unquote_to_bytes(urlsplit(uri).path)) if uri.lower().startswith("file://") else uri)
-
-
 def open_regular(place: str) -> io.FileIO:
     """Open a file of this machine; OSError at once where it is a pipe, a socket, a device or a folder."""
-    return files.open_regular(to_path(place))
+    return files.open_regular(files.to_path(place))
 
 
 class _Archive(io.BufferedReader):
@@ -135,7 +137,7 @@ def check_length(data: bytes, length: int, uri: str) -> None:
 
 def open_arrow(uri: str) -> pa.OSFile:
     """Open a regular file of this machine for pyarrow."""
-    return files.open_arrow(to_path(uri))
+    return files.open_arrow(files.to_path(uri))
 
 
 class OpenFiles:

@@ -23,7 +23,7 @@ BLOCK = 1 << 20  # bytes per request of an archive that is being listed: some te
 SILENCE_SECONDS = 15.0  # of a web server, after which an answer is given up; not asked again, for it costs as long
 SLOW_SECONDS, SLOW_BYTES = 30.0, 20_000  # an answer may take so long, and a second more per so many bytes
 # no use to ask again
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, MiclZooError, Refused)
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LATE = (TimeoutError, asyncio.TimeoutError)  # two classes before Python 3.11
 
 Answer = TypeVar("Answer")
@@ -34,6 +34,7 @@ class Listing(NamedTuple):
 
     files: dict[str, int | None]  # name -> bytes, None where nobody told them
     folders: dict[str, bool]  # name -> whether it is reached through a link
+    nameless: int = 0  # what no path leads to: keys that end in "/" and have bytes, and folders of keys as a//b
 
 
 class Found(NamedTuple):
@@ -51,7 +52,8 @@ def is_remote(place: str) -> bool:
 
 def is_web(place: str) -> bool:
     """Tell whether a place is a web address, which may have a query; web servers have no folders."""
-    return place.startswith(("http://", "https://"))
+    match = SCHEME.match(place)
+    return match is not None and match[1].lower() in ("http", "https")
 
 
 def list_folder(uri: str) -> Listing:
@@ -59,16 +61,19 @@ def list_folder(uri: str) -> Listing:
     filesystem, path = _filesystem(uri)
     items = _retried(lambda: filesystem.ls(path, detail=True))
     filesystem.invalidate_cache(path)  # it would keep every listing of a walk over millions of files
-    listing, above = Listing({}, {}), path.rstrip("/") + "/"
+    files, folders, nameless, above = dict[str, int | None](), dict[str, bool](), 0, path.rstrip("/") + "/"
     for item in items:
-        name = item["name"].rstrip("/").removeprefix(above)
-        if not name or "/" in name or name[0] == "?":  # the folder itself; an index page's links to elsewhere, to sort
+        size, is_folder = item.get("size") or 0, item["type"] == "directory"
+        name = item["name"].removeprefix(above).rstrip("/")
+        if item["name"] == above and not is_web(uri):  # or the mark that consoles make of a folder, without bytes
+            nameless += is_folder or size > 0
+        elif not name or "/" in name or (is_web(uri) and name[0] == "?"):  # an index page's links to elsewhere, to sort
             continue
-        if item["type"] == "directory":
-            listing.folders[name] = False
+        elif is_folder:
+            folders[name] = False
         else:
-            listing.files[name] = item.get("size") or 0
-    return listing
+            files[name] = size
+    return Listing(files, folders, nameless)
 
 
 def describe(uri: str) -> Found:
@@ -172,6 +177,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     scheme = SCHEME.match(uri)
     assert scheme is not None, uri
     protocol = scheme[1].lower()
+    uri = protocol + uri[scheme.end(1) :]  # fsspec knows no capitals
     try:
         kind = fsspec.get_filesystem_class(protocol)
         options = kind._get_kwargs_from_urls(uri)
@@ -207,14 +213,31 @@ def _retried(action: Callable[[], Answer]) -> Answer:
     for wait in (*WAITS, None):
         try:
             return action()
+        except (MiclZooError, Refused):
+            raise
         except FINAL as error:
             unreached = isinstance(error.__cause__, OSError)  # how fsspec says that it cannot reach a web server
             if wait is None or not unreached:
-                raise
+                raise next(kind for kind in FINAL if isinstance(error, kind))(_why(error)) from error
         except LATE as error:
-            raise OSError(f"{type(error).__name__}: {str(error) or 'no answer'}") from error
+            raise OSError(_why(error)) from error
         except Exception as error:
             if wait is None:
-                raise OSError(f"{type(error).__name__} at the third try: {error}") from error
+                raise OSError(f"{_why(error)}, at the third try") from error
         time.sleep(wait)
     raise AssertionError
+
+
+def _why(error: BaseException) -> str:
+    """Say in words why a call failed: of a web server fsspec gives the address alone, and the reason as the cause."""
+    bare = isinstance(error, FileNotFoundError) and SCHEME.match(str(error)) is not None
+    if bare and error.__cause__ is not None:
+        return _why(error.__cause__)
+    if (status := getattr(error, "status", None)) is not None:  # of aiohttp, whose text has the address and all headers
+        first = next(iter(str(getattr(error, "message", "")).splitlines()), "")
+        return f"answer {status} {first}".rstrip(" :") if status else f"{type(error).__name__} {first}".rstrip()
+    if isinstance(error, FileNotFoundError):
+        return "answer 404 Not Found" if bare else f"nothing is there: {error}"
+    if isinstance(error, LATE):
+        return f"{type(error).__name__}: {str(error) or 'no answer'}"
+    return str(error) if isinstance(error, FINAL) else f"{type(error).__name__}: {error}"

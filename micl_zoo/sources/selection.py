@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ class Selection:
     ) -> None:
         self.column, self.id_column = column, id_column
         self.notes = Notes()
-        self._asked = re.compile("|".join(map(fnmatch.translate, exclude))) if exclude else None
+        patterns = [fnmatch.translate(one.removeprefix("./").rstrip("/")) for one in exclude]
+        self._asked = re.compile("|".join(patterns)) if patterns else None
         usual = "|".join(map(fnmatch.translate, EXCLUDED if default_exclude else ()))
         self._usual = re.compile(usual or r"(?!)", re.IGNORECASE)
         self._starts = 0  # of remote files that were looked at
@@ -49,9 +51,9 @@ class Selection:
         notes, self.notes = self.notes, Notes()
         return notes
 
-    def asked_out(self, path: str) -> bool:
-        """Tell whether a pattern that was given excludes a path below the source, or a name in it; count it if so."""
-        if self._asked is None or not any(map(self._asked.match, (path, *path.split("/")))):
+    def asked_out(self, *paths: str) -> bool:
+        """Tell whether a pattern that was given fits one of an entry's paths, or a folder or a name in it; count it."""
+        if self._asked is None or not any(map(self._asked.match, itertools.chain.from_iterable(map(_parts, paths)))):
             return False
         self.notes.skipped["excluded"] += 1
         return True
@@ -103,6 +105,13 @@ class Selection:
             yield
         except SourceError as error:
             self.notes.problem(name, place, str(error))
+
+
+def _parts(path: str) -> Iterator[str]:
+    """Give each name of a path, and the path up to it."""
+    names = path.split("/")
+    yield from names
+    yield from itertools.accumulate(names, "{}/{}".format)
 
 
 def read_start(place: str, size: int = START) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from ..files import atomic_path
 from ..images.decode import decode
 from ..printing import printable
 from ..sources.index import Entry
-from ..sources.reader import Reader
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 TILE, QUERY_TILE, GAP = 168, 224, 16  # pixels
@@ -24,16 +23,18 @@ MOST_LETTERS = 250  # of a name that are looked at from either end: more than tw
 LINE, LABEL_LINES = 17, 3  # below a tile: its head, and two lines of its name
 PAPER, MOUNT, GREY, INK, SOFT, RULE = "#ffffff", "#f3f3f1", "#c9c9c5", "#1c1c1a", "#6a6a66", "#dcdcd8"
 
+Read = Callable[[Entry], bytes]  # an image of the store to its bytes, or raises Refused
+
 
 class Tile(NamedTuple):
     """One image of the sheet."""
 
     head: str  # first line below it
     name: str  # its id or file, on the lines after that
-    source: bytes | Entry  # the encoded image, or where it is
+    source: bytes | Image.Image | Entry  # the image, encoded or not, or where it is
 
 
-def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]]) -> None:
+def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]], read: Read) -> None:
     """Draw a band for each query, at the left, with its hits at the right; `out` ends in one of PICTURE_FORMATS."""
     cell = TILE + LINE * LABEL_LINES + GAP
     most = max(1, *(len(hits) for _, hits in bands))
@@ -42,29 +43,30 @@ def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]])
     heights = [max(QUERY_TILE + LINE * LABEL_LINES + GAP, count * cell) + GAP for count in lines]
     width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP)
     sheet = Image.new("RGB", (width, sum(heights)), PAPER)
-    reader, top = Reader(), 0
+    top = 0
     for (query, hits), height in zip(bands, heights, strict=True):
         if top:
             ImageDraw.Draw(sheet).line((GAP, top, width - GAP, top), RULE)
-        _draw(sheet, (GAP, top + GAP), QUERY_TILE, query, reader)
+        _draw(sheet, (GAP, top + GAP), QUERY_TILE, query, read)
         for place, hit in enumerate(hits):
             row, column = divmod(place, columns)
-            _draw(sheet, (QUERY_TILE + 3 * GAP + column * (TILE + GAP), top + GAP + row * cell), TILE, hit, reader)
+            _draw(sheet, (QUERY_TILE + 3 * GAP + column * (TILE + GAP), top + GAP + row * cell), TILE, hit, read)
         top += height
     with atomic_path(out) as temporary:
         sheet.save(temporary, PICTURE_FORMATS[out.suffix.lower()])
 
 
-def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, reader: Reader) -> None:
+def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, read: Read) -> None:
     draw, (left, top) = ImageDraw.Draw(sheet), corner
     bold, font = ImageFont.load_default(15), ImageFont.load_default(13)
     try:
-        data = tile.source if isinstance(tile.source, bytes) else reader.read(tile.source)
-        image = ImageOps.contain(decode(data), (side, side), Image.Resampling.LANCZOS)
+        found = read(tile.source) if isinstance(tile.source, Entry) else tile.source
+        opened = decode(found) if isinstance(found, bytes) else found
+        image = ImageOps.contain(opened, (side, side), Image.Resampling.LANCZOS)
         draw.rectangle((left, top, left + side - 1, top + side - 1), MOUNT)
         sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
     except Refused as refused:
-        what = "source is gone" if refused.reason == "unreadable" else refused.reason.replace("_", " ")
+        what = "cannot be read" if refused.reason == "unreadable" else refused.reason.replace("_", " ")
         draw.rectangle((left, top, left + side - 1, top + side - 1), GREY)
         draw.text((left + side / 2, top + side / 2), what, INK, font, "mm")
     draw.text((left, top + side + 4), tile.head, INK, bold)

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import StoreError, UsageError
-from ..files import atomic_folder, atomic_path
+from ..files import atomic_folder, atomic_path, local_path
 from ..printing import json_line
 from ..progress import Tick, progress
+from ..schema import checked
 from .parts import ID
 from .store import Store, open_store, parts_of
 
@@ -36,6 +37,7 @@ class Converted:
     opens_with: str  # one line of Python that opens it, as rows and ids or as a table
 
 
+@checked
 def convert(
     store: Store | str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -60,13 +62,12 @@ def convert(
         StoreError: an incomplete store, a damaged part, a number that does not fit the dtype, or no LanceDB.
     """
     store = open_store(store)
-    path, kind = Path(out), np.dtype(dtype or store.manifest.dtype)
+    path, kind = local_path(out), np.dtype(dtype or store.manifest.dtype)
     if path.suffix not in ENDINGS:
         raise UsageError(f"cannot tell what to write to {str(path)!r}: its name must end in {', '.join(ENDINGS)}")
     if path.suffix == ".lancedb":
         path = path / f"{DEFAULT_TABLE}.lance"
-    if path.exists() and not overwrite:
-        raise UsageError(f"{str(path)!r} exists: give another name, or --overwrite (from Python overwrite=True)")
+    _check_free(path, overwrite)
     store.refuse_strays()
     view = store.snapshot()
     if not view.complete and not incomplete:
@@ -80,6 +81,22 @@ def convert(
     with progress(f"writing {path.name}", shape[0], unit="rows") as tick:
         size, opens_with = writers[path.suffix](view, path, shape, kind, tick)
     return Converted(path, shape, kind.name, size, opens_with)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Raise a UsageError where writing would replace what is there and should not, or cannot, be replaced."""
+    is_folder = path.suffix == ".lance"
+    for out in (path, _ids_file(path)) if path.suffix == ".npy" else (path,):
+        if not out.exists():
+            continue
+        if out.is_dir() != is_folder:
+            raise UsageError(f"{str(out)!r} is a {'file' if is_folder else 'folder'}: give another name")
+        if not overwrite:
+            raise UsageError(f"{str(out)!r} exists: give another name, or --overwrite (from Python overwrite=True)")
+
+
+def _ids_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.ids.json")
 
 
 def _batches(store: Store, dtype: np.dtype, tick: Tick) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -107,7 +124,7 @@ def _write_ids(store: Store, file: BinaryIO) -> None:
 
 def _write_npy(store: Store, path: Path, shape: tuple[int, ...], dtype: np.dtype, tick: Tick) -> tuple[int, str]:
     # Written and not memory-mapped: a full disk is an error of write(), and ends a process that writes to a map.
-    names = path.with_name(f"{path.name}.ids.json")
+    names = _ids_file(path)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with atomic_path(path) as array, atomic_path(names) as listing:  # renamed last first: never rows without ids
         with array.open("wb") as file:

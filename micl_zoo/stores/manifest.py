@@ -65,6 +65,14 @@ class Manifest:
         unlike = [name for name in mine if mine[name] != theirs[name]]
         return [f"{name}: {mine[name]!r} in the store, {theirs[name]!r} asked for" for name in unlike]
 
+    @property
+    def digest(self) -> str:
+        """Hash what resuming needs to agree; each part carries it, so that a part of another store is told.
+
+        A field that a later version adds must be left out where it has its default, lest the parts of before differ.
+        """
+        return fields_sha256(self._identity())
+
     def _identity(self) -> dict[str, Any]:
         found = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE_FIELDS}
         found["decoding"] = re.sub(r"-max\d+$", "", self.decoding)  # a limit changes no accepted pixel
@@ -87,10 +95,10 @@ def read_manifest(folder: Folder) -> tuple[Manifest, bool | None]:
         StoreError: it is missing, damaged, or of another version.
     """
     where = folder.at(MANIFEST_FILE)
-    if not folder.exists(MANIFEST_FILE):
-        raise StoreError(f"{str(folder)!r} is no store of embeddings: it has no {MANIFEST_FILE}")
     try:
         data = folder.read(MANIFEST_FILE, MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{str(folder)!r} is no store of embeddings: it has no {MANIFEST_FILE}") from None
     except OSError as error:
         raise StoreError(f"cannot read {where!r}: {error.strerror or error}") from None
     fields = parse_json(data, repr(where), StoreError, CURE)
@@ -104,5 +112,5 @@ def read_manifest(folder: Folder) -> tuple[Manifest, bool | None]:
 
 
 def fields_sha256(fields: dict[str, Any]) -> str:
-    """Hash all fields of a manifest but the hash itself."""
+    """Hash fields of a manifest; its own hash is over all the others."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -25,6 +25,7 @@ from .manifest import Manifest, Runtime
 ID, EMBEDDING = "id", "embedding"  # columns of a part, see `part_schema`; those of the ledger are RefusedRow's
 LEDGER_KEY = b"micl_zoo.refused"  # in a part's metadata: its ledger lines, so that both exist or neither does
 MADE_KEY = b"micl_zoo.made"  # in a part's metadata: `Made`
+STORE_KEY = b"micl_zoo.store"  # in a part's metadata: `Manifest.digest`; earlier versions wrote none
 SHA256_KEY = b"micl_zoo.sha256"  # in a part's metadata: `Rows.sha256`
 FILE_KEY = b"micl_zoo.file_sha256"  # in the metadata of every file: see `is_whole`
 UNSEALED = b"0" * 64
@@ -87,9 +88,9 @@ class Rows(NamedTuple):
 
 
 def part_schema(manifest: Manifest, metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
-    """Columns of a part: id, and embedding, a list of `dim` numbers."""
+    """Columns of a part: id, and embedding, a list of `dim` numbers; the metadata say of which store it is."""
     kind = pa.list_(pa.from_numpy_dtype(np.dtype(manifest.dtype)), manifest.dim)
-    return pa.schema([(ID, pa.string()), (EMBEDDING, kind)], metadata)
+    return pa.schema([(ID, pa.string()), (EMBEDDING, kind)], {STORE_KEY: manifest.digest.encode(), **(metadata or {})})
 
 
 def encode_part(rows: Rows, manifest: Manifest) -> bytes:
@@ -166,6 +167,9 @@ def check_metadata(found: pq.FileMetaData, schemas: Sequence[pa.Schema], most: i
     if have not in valid:
         shown = [", ".join(f"{name}: {kind}" for name, kind in one)[:300] for one in (have, valid[0])]
         raise ValueError(f"its columns are {shown[0]}, expected are {shown[1]}")
+    expected = (schemas[0].metadata or {}).get(STORE_KEY)
+    if expected is not None and (found.metadata or {}).get(STORE_KEY, expected) != expected:
+        raise ValueError("its rows were made by another encoder or with other settings than the manifest says")
     groups = sum(found.row_group(group).num_rows for group in range(found.num_row_groups))
     if not 0 <= found.num_rows <= most or groups != found.num_rows:
         raise ValueError(f"it has {found.num_rows:,} rows, {groups:,} in its groups, at most {most:,} are read")

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from ..encoders.zoo import RECORDS
-from ..errors import WeightsError
+from ..errors import StoreError, UsageError, WeightsError
 from ..images.decode import Decoding, decode_pixels
-from .manifest import Manifest
+from .manifest import MANIFEST_FILE, Manifest
 from .store import Store
 
 if TYPE_CHECKING:
@@ -30,9 +31,11 @@ class StoreEncoder:
     autocast: TorchDtype | None  # data type of the arithmetic, or None for float32
     decoding: Decoding  # how bytes become pixels
 
-    def pixels(self, data: bytes) -> np.ndarray:
-        """Decode one encoded image as for the store, to (size, size, 3) uint8."""
-        return decode_pixels(data, self.encoder.transform, self.decoding)
+    def pixels(self, image: bytes | Image.Image) -> np.ndarray:
+        """Decode one encoded image as for the store, or take a picture in RGB, to (size, size, 3) uint8."""
+        if isinstance(image, Image.Image):
+            return self.encoder.transform.pixels(image)
+        return decode_pixels(image, self.encoder.transform, self.decoding)
 
     def rows(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Embed B results of `pixels` to (B, dim) float32, as the store would hold them."""
@@ -45,7 +48,14 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
     from ..encoders.device import autocast_dtype, backend_again
     from ..encoders.load import load
 
-    manifest = store.manifest
+    manifest, where = store.manifest, repr(store.folder.at(MANIFEST_FILE))
+    try:
+        decoding = Decoding.from_id(manifest.decoding)
+    except UsageError:
+        raise StoreError(
+            f"{where} has a decoding {manifest.decoding!r}, which this micl-zoo does not know: it is damaged, or a "
+            "newer version made the store, and an upgrade reads it"
+        ) from None
     record = RECORDS.get(manifest.model)
     published = record and (record.onnx and record.onnx.sha256 if manifest.runtime == "onnx" else record.sha256)
     if weights is None and published != manifest.weights_sha256:
@@ -65,6 +75,10 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
                 f"the store was made by {manifest.model} with {what} {mine}, but {encoder.name} "
                 f"({weights or 'published'}) has {theirs}: give the weights that made it with --weights"
             )
-    decoding = Decoding.from_id(manifest.decoding)
+    if (shape := list(encoder.row_shape(manifest.pool))) != manifest.shape:
+        raise StoreError(
+            f"{where} is damaged: it says that rows are of shape {manifest.shape}, and with pool {manifest.pool} those "
+            f"of {encoder.name} are of {shape}"
+        )
     decoding = replace(decoding, max_pixels=store.max_pixels(decoding.max_pixels))
     return StoreEncoder(encoder, manifest, autocast_dtype(manifest.precision), decoding)

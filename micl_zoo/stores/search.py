@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from ..errors import Refused, StoreError, UsageError
-from ..files import read_regular
+from ..files import local_path
 from ..progress import progress
+from ..schema import Between, checked
 from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
+from .originals import Originals
 from .parts import ID
-from .reembed import StoreEncoder, store_encoder
+from .reembed import store_encoder
 from .store import Store, open_store, part_name
 
-ImageFile = str | os.PathLike[str] | bytes
+if TYPE_CHECKING:  # it imports torch, which a search for ids does without
+    from ..encoders.encoder import ImageLike
+else:
+    ImageLike = Any
+logger = getLogger(__name__)
 BLOCK = 1024  # queries per matrix product: with a part of 10,000 rows, 41 MB of cosines
 
 
@@ -47,16 +56,18 @@ class _Found(NamedTuple):
     id: str
 
 
+@checked
 def search(
     store: Store | str | os.PathLike[str],
-    images: ImageFile | Iterable[ImageFile] = (),
-    k: int = 10,
+    images: ImageLike | Iterable[ImageLike] = (),
+    k: Annotated[int, Between(1)] = 10,
     *,
-    ids: Sequence[str] = (),
+    ids: Iterable[str] = (),
     weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
     exact: bool = True,
     picture: str | os.PathLike[str] | None = None,
+    remote: bool = False,
 ) -> list[list[Hit]]:
     """Find the k rows of a store with the largest cosine to each image.
 
@@ -65,13 +76,14 @@ def search(
 
     Args:
         store: see `open_store`.
-        images: one or many files or encoded images, embedded with the store's encoder at its settings.
+        images: one or many images, as `Encoder.embed` takes them, embedded with the store's encoder at its settings.
         k: hits per image, fewer where the store has fewer rows.
         ids: rows of the store to search for, too; they need no encoder, and a row does not find itself.
         weights: file or folder of the store's weights, where they are not published.
         device: see `load`.
         exact: without effect, every search is exact.
         picture: contact sheet to write: .png, .jpg or .webp.
+        remote: draw images of all servers that the index names, too, and not only of the one that the store is at.
 
     Returns:
         A list of hits for each image, then for each id.
@@ -82,11 +94,11 @@ def search(
         StoreError: a part is damaged.
     """
     store = open_store(store)
-    many = [images] if isinstance(images, str | bytes | os.PathLike) else list(images)
-    _check(store, k, len(many) + len(ids), picture)
+    many, ids = _many(images), list(ids)
+    _check(store, many, ids)
+    out = None if picture is None else _picture(picture)
     store = store.snapshot()
-    data = [_read(image, place) for place, image in enumerate(many)]
-    rows = _embedded(store_encoder(store, weights, device), many, data) if many else []
+    data, rows = _embedded(store, many, weights, device) if many else ([], [])
     own = _own(store, ids)
     found = _nearest(store, np.stack([*rows, *(own[name][1] for name in ids)]), k + bool(ids))
     for place, name in enumerate(ids, len(many)):
@@ -95,48 +107,81 @@ def search(
     wanted = {(hit.shard, hit.id) for line in found for hit in line} | {(own[i][0], i) for i in ids if picture}
     entries = _entries(store, wanted)
     hits = [[Hit(rank, one.cosine, *entries[one.shard, one.id]) for rank, one in enumerate(line, 1)] for line in found]
-    if picture is not None:
+    if out is not None:
         queries = [Tile("query", _label(image), one) for image, one in zip(many, data, strict=True)]
         queries += [Tile("query", name, entries[own[name][0], name]) for name in ids]
         tiles = [[Tile(f"{hit.rank}   {hit.cosine:.4f}", hit.id, hit.entry) for hit in line] for line in hits]
-        write_contact_sheet(Path(picture), list(zip(queries, tiles, strict=True)))
+        originals = Originals(store, remote=remote)
+        write_contact_sheet(out, list(zip(queries, tiles, strict=True)), originals.read)
+        if unasked := originals.unasked():
+            logger.warning("not drawn: %s", unasked)
     return hits
 
 
-def _check(store: Store, k: int, queries: int, picture: str | os.PathLike[str] | None) -> None:
-    if k < 1 or not queries:
-        raise UsageError(f"search needs k of at least 1 and an image or an id, got k={k} and {queries} to search for")
+def _many(images: Any) -> list[Any]:
+    if isinstance(images, tuple | list):
+        return list(images)
+    from ..encoders.encoder import one_or_many
+
+    return list(one_or_many(images))
+
+
+def _check(store: Store, images: Sequence[Any], ids: Sequence[str]) -> None:
+    for name in ids:
+        if not isinstance(name, str):
+            raise UsageError(f"ids must be texts, got {name!r}")
+    if not images and not ids:
+        raise UsageError("search needs an image or an id, got 0 to search for")
     if len(store.manifest.shape) > 1:
         raise UsageError(
             f"{str(store.folder)!r} holds all patch tokens of each image (pool {store.manifest.pool!r}), and "
             "search compares one vector an image: extract once more with --pool cls, mean or cls+mean"
         )
-    if picture is not None and Path(picture).suffix.lower() not in PICTURE_FORMATS:
-        raise UsageError(f"a picture's name ends in {', '.join(PICTURE_FORMATS)}; got {os.fspath(picture)!r}")
 
 
-def _label(image: ImageFile) -> str:
-    return f"{len(image):,} bytes" if isinstance(image, bytes) else Path(image).name
+def _picture(given: str | os.PathLike[str]) -> Path:
+    path = local_path(given)
+    if path.suffix.lower() not in PICTURE_FORMATS:
+        raise UsageError(f"a picture's name ends in {', '.join(PICTURE_FORMATS)}; got {os.fspath(given)!r}")
+    if path.is_dir():
+        raise UsageError(f"{os.fspath(given)!r} is a folder: give another name for the picture")
+    return path
 
 
-def _read(image: ImageFile, place: int) -> bytes:
-    if isinstance(image, bytes):
-        return image
+def _label(image: Any) -> str:
+    if isinstance(image, str | os.PathLike):
+        return Path(os.fsdecode(image)).name
+    return f"{len(image):,} bytes" if isinstance(image, bytes) else type(image).__name__
+
+
+def _embedded(
+    store: Store, images: Sequence[Any], weights: str | os.PathLike[str] | None, device: str
+) -> tuple[list[bytes | Image.Image], list[np.ndarray]]:
+    """Embed each image as a (dim,) float64 row, alone, so that no other changes it; also its bytes or its pixels."""
+    from ..encoders.encoder import encoded, open_image
+
+    read, data, pixels = [], list[bytes | Image.Image](), []
+    for place, image in enumerate(images):  # before a model is loaded
+        with _own_errors(image, place):
+            read.append(encoded(image))
+    encoder = store_encoder(store, weights, device)
+    for place, (image, one) in enumerate(zip(images, read, strict=True)):
+        data.append(open_image(image, place, encoder.decoding.exif) if one is None else one)
+        with _own_errors(image, place):
+            pixels.append(encoder.pixels(data[-1]))
+    return data, [encoder.rows([one])[0].astype(np.float64) for one in pixels]
+
+
+@contextlib.contextmanager
+def _own_errors(image: Any, place: int) -> Iterator[None]:
     try:
-        return read_regular(Path(image))
-    except OSError as error:
-        raise UsageError(f"image {place} ({os.fspath(image)!r}) cannot be read: {error.strerror or error}") from None
-
-
-def _embedded(encoder: StoreEncoder, images: Sequence[ImageFile], data: Sequence[bytes]) -> list[np.ndarray]:
-    """Embed each image as a (dim,) float64 row."""
-    pixels = []
-    for place, (image, one) in enumerate(zip(images, data, strict=True)):
-        try:
-            pixels.append(encoder.pixels(one))
-        except Refused as refused:
-            raise UsageError(f"image {place} ({_label(image)}): {refused.detail} [{refused.reason}]") from None
-    return [encoder.rows([one])[0].astype(np.float64) for one in pixels]  # each alone, so that no other changes it
+        yield
+    except Refused as refused:
+        raise UsageError(f"image {place} ({_label(image)}): {refused.detail} [{refused.reason}]") from None
+    except Exception as error:  # files that others opened raise whatever damage makes them raise
+        name = repr(os.fsdecode(image)) if isinstance(image, str | os.PathLike) else _label(image)
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UsageError(f"image {place} ({name}) cannot be read: {why}") from None
 
 
 def _own(store: Store, ids: Sequence[str]) -> dict[str, tuple[int, np.ndarray]]:

@@ -20,6 +20,7 @@ from ..errors import StoreError
 from ..files import LOCK_FILE, OWNER_FILE, Folder
 from ..images.decode import MAX_PIXELS
 from ..printing import json_line
+from ..schema import checked
 from ..sources.index import ImageIndex
 from .manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from .parts import (
@@ -83,13 +84,20 @@ class Store:
             _clear(folder, names)
             names = []
         if MANIFEST_FILE in names:
-            store = open_store(folder)
-            store.refuse_strays()
-            if differences := store.manifest.differences(manifest):
+            found, whole = read_manifest(folder)
+            store = cls(folder, found)
+            if differences := found.differences(manifest):
+                damage = ", or its manifest is damaged, for its sha256 differs" if whole is False else ""
                 raise StoreError(
-                    f"{str(folder)!r} holds other embeddings; " + "; ".join(differences) + ". Give another output "
-                    "folder, or --overwrite to lose these."
+                    f"{str(folder)!r} holds other embeddings{damage}; " + "; ".join(differences) + ". Give another "
+                    "output folder, or --overwrite to lose these."
                 )
+            there = store.indexed()
+            longer = found.shards is not None and there == list(range(len(there))) and len(there) > found.shards
+            if whole is False or longer:  # the counts in it say nothing, and are made again
+                store.manifest = manifest
+                store.write_manifest()
+            store.refuse_strays()
         elif not all(name.endswith(".tmp") for name in names):  # a run killed before its manifest leaves such files
             raise StoreError(f"{str(folder)!r} exists and is no store of embeddings: give a new or empty folder")
         else:
@@ -124,21 +132,23 @@ class Store:
         return _numbers(self.folder.names("index"))
 
     def strays(self) -> list[str]:
-        """List the files that look like parts and are none: copies, other numbers, or of no shard of the index."""
-        index, names = self.folder.names("index"), self.folder.names()
-        numbers = _numbers(index)
-        shards = max(self.manifest.shards or 0, *(number + 1 for number in numbers), 0)
-        parts = {part_name(number) for number in _numbers(names) if number < shards}
-        strays = [name for name in names if name.startswith(PART) and name not in parts]
-        known = {part_name(number) for number in numbers}
-        return strays + [f"index/{name}" for name in index if name.startswith(PART) and name not in known]
+        """List the files that look like parts and are none: copies, other numbers, or beyond the manifest's shards."""
+        index, names, shards = self.folder.names("index"), self.folder.names(), self.manifest.shards
+        if shards is None:
+            shards = max(_numbers(index), default=-1) + 1
+
+        def strange(found: list[str]) -> list[str]:
+            known = {part_name(number) for number in _numbers(found) if number < shards}
+            return [name for name in found if name.startswith(PART) and name not in known]
+
+        return strange(names) + [f"index/{name}" for name in strange(index)]
 
     def refuse_strays(self) -> None:
         """Raise a StoreError that names the first of `strays`."""
         for name in self.strays():
             raise StoreError(
-                f"{self.folder.at(name)!r} is no part of this store: its name or number is none of the index's. Move "
-                "it away or delete it"
+                f"{self.folder.at(name)!r} is no part of this store: its name or number is none that the index and "
+                "the manifest have. Move it away or delete it"
             )
 
     def write_index(self, number: int, index: ImageIndex) -> None:
@@ -282,7 +292,7 @@ class Store:
     def to_arrow(self) -> pa.Table:
         """Return all rows as a table with the columns id and embedding."""
         tables = list(map(self._table, self.done()))
-        return pa.concat_tables(tables) if tables else self.schema().empty_table()
+        return pa.concat_tables(tables) if tables else self.schema().remove_metadata().empty_table()
 
     def to_pandas(self) -> pd.DataFrame:
         """Return all rows as a frame indexed by id, with one column per dimension; needs pandas."""
@@ -294,7 +304,7 @@ class Store:
         return pd.DataFrame(view.embeddings.reshape(-1, self.manifest.dim), index=pd.Index(view.ids, name=ID))
 
     def schema(self) -> pa.Schema:
-        """Columns of a part: id, and embedding, a list of `dim` numbers."""
+        """Columns of a part of this store, see `part_schema`."""
         return part_schema(self.manifest)
 
     def _table(self, number: int) -> pa.Table:
@@ -356,13 +366,14 @@ class Store:
             raise StoreError(f"{where!r} is damaged ({error}): {CURE}") from None
 
 
-def open_store(path: Store | str | os.PathLike[str] | Folder, *, check: bool = True) -> Store:
+@checked
+def open_store(path: Store | Folder | str | os.PathLike[str], *, check: bool = True) -> Store:
     """Open a folder of embeddings. Of one that is still being written, the finished parts are seen.
 
     Args:
         path: a local folder, or a URI such as s3://bucket/embeddings; an open store is returned as it is.
         check: compare the checksum of each part when it is first read, so that changed bytes are an error and no wrong
-            rows; costs about as much as reading it.
+            rows; costs about as much as reading it. That of the manifest is always compared.
 
     Raises:
         StoreError: there is no store, its manifest is damaged, or its layout is of another version.
@@ -370,7 +381,13 @@ def open_store(path: Store | str | os.PathLike[str] | Folder, *, check: bool = T
     if isinstance(path, Store):
         return path
     folder = path if isinstance(path, Folder) else Folder(path)
-    return Store(folder, read_manifest(folder)[0], check=check)
+    manifest, whole = read_manifest(folder)
+    if whole is False:
+        raise StoreError(
+            f"{folder.at(MANIFEST_FILE)!r} is damaged, it is not as it was written (its sha256 differs): run the same "
+            "extract command again, which mends it where its counts were changed and else says what was"
+        )
+    return Store(folder, manifest, check=check)
 
 
 def part_name(number: int, start: str = PART) -> str:

@@ -11,17 +11,19 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 
-from ..errors import Refused, StoreError, UsageError
+from ..errors import Refused, StoreError
+from ..files import Folder
 from ..progress import progress
-from ..schema import parse_json
+from ..schema import Between, checked, parse_json
 from ..sources.index import Entry, Fingerprint
-from ..sources.reader import Reader
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
+from .originals import Originals
 from .reembed import StoreEncoder, store_encoder
-from .store import LEDGER_FILE, Store, open_store, part_name, parts_of
+from .store import LEDGER_FILE, Store, part_name, parts_of
 
 MIN_COSINE = 0.9999  # between a row and its image embedded again: other batch sizes and kernels stay above it
 UNIT_SLACK = 2e-3  # float16 rounds each number by 2^-11 = 5e-4 of it at most, and bfloat16 models end in float32
@@ -40,6 +42,7 @@ class Verification:
     sampled: int = 0  # images embedded again and compared
     worst_cosine: float | None = None  # of these; None where no image was compared
     gone: list[str] = field(default_factory=list)  # sampled images not readable again, and why; not the store's fault
+    unasked: str = ""  # how many sampled images are on which servers that were not asked for them
     unchecked: list[str] = field(default_factory=list)  # files without a checksum, of earlier versions
     problems: list[str] = field(default_factory=list)  # all that is wrong, one sentence each; empty for a sound store
 
@@ -50,6 +53,8 @@ class Verification:
             said += f"; {self.sampled} embedded again, worst cosine {self.worst_cosine:.6f}"
         if self.gone:
             said += f", {len(self.gone)} no longer readable"
+        if self.unasked:
+            said += f"; not compared: {self.unasked}"
         if self.parts != self.shards:
             said += "; the store is not complete, and the missing parts were not checked"
         if self.unchecked:
@@ -57,13 +62,15 @@ class Verification:
         return said + (f". {len(self.problems)} problems." if self.problems else ". No problem found.")
 
 
+@checked
 def verify(
     store: Store | str | os.PathLike[str],
     *,
-    sample: int = 32,
+    sample: Annotated[int, Between(0)] = 32,
     seed: int = 0,
     weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
+    remote: bool = False,
 ) -> Verification:
     """Check a store, or what there is of one that is still being written.
 
@@ -77,6 +84,8 @@ def verify(
         seed: seed of the sample.
         weights: file or folder of the store's weights, where they are not published.
         device: see `load`.
+        remote: read the sample from all servers that the index names, too, and not only from the one that the store is
+            at: requests are made for what you name, and somebody else may have made the store.
 
     Returns:
         What was found; all problems, not only the first.
@@ -85,13 +94,16 @@ def verify(
         UsageError: a negative sample.
         WeightsError: see `store_encoder`.
     """
-    store = open_store(store)
-    if sample < 0:
-        raise UsageError(f"sample must be 0 or more images, got {sample}")
-    encoder = store_encoder(store, weights, device) if sample else None
+    if not isinstance(store, Store):  # by `open_store` a wrong checksum would be an error, and here is one problem
+        store = Store(folder := Folder(store), read_manifest(folder)[0])
+    problems, encoder = list[str](), None
+    try:
+        encoder = store_encoder(store, weights, device) if sample else None
+    except StoreError as error:
+        problems.append(str(error))
     store = store.snapshot(check=False)  # what a damaged part holds is looked at all the same
     shards = store.done()
-    found = Verification(parts=len(shards), shards=store.manifest.shards)
+    found = Verification(parts=len(shards), shards=store.manifest.shards, problems=problems)
     _check_files(store, found)
     _check_index(store, found)
     counts: list[tuple[int, int]] = []  # (shard, rows) of the parts a sample can be taken from
@@ -102,7 +114,7 @@ def verify(
     if len(shards) == found.shards:
         found.problems += _ledger_problems(store)
     if encoder is not None:
-        _embed_again(encoder, list(_sample(store, counts, sample, seed)), found)
+        _embed_again(encoder, list(_sample(store, counts, sample, seed)), Originals(store, remote=remote), found)
     return found
 
 
@@ -244,15 +256,18 @@ def _sample(
         yield from ((entries[ids[row]], rows[row].copy()) for row in inside if ids[row] in entries)
 
 
-def _embed_again(encoder: StoreEncoder, sample: Sequence[tuple[Entry, np.ndarray]], found: Verification) -> None:
+def _embed_again(
+    encoder: StoreEncoder, sample: Sequence[tuple[Entry, np.ndarray]], originals: Originals, found: Verification
+) -> None:
     """Add the sample's cosines to `found`."""
-    reader = Reader()
     with progress("embedding again", len(sample)) as tick:
         for start in range(0, len(sample), BATCH):
             there, pixels = [], []
             for entry, row in sample[start : start + BATCH]:
+                if not originals.may_read(entry):
+                    continue
                 try:
-                    pixels.append(encoder.pixels(reader.read(entry)))
+                    pixels.append(encoder.pixels(originals.read(entry)))
                     there.append((entry.id, row))
                 except Refused as refused:
                     gone = refused.reason in ("unreadable", "too_large", "memory")  # the limit is not the store's
@@ -261,8 +276,10 @@ def _embed_again(encoder: StoreEncoder, sample: Sequence[tuple[Entry, np.ndarray
             if there:
                 _compare(there, encoder.rows(pixels), encoder.manifest.shape[-1], found)
             tick(min(BATCH, len(sample) - start))
+    found.unasked = originals.unasked()
     if sample and not found.sampled:
-        found.problems.append("no image of the sample could be embedded again, so no number was checked")
+        why = f": {found.unasked}" if found.unasked else ""
+        found.problems.append("no image of the sample could be embedded again, so no number was checked" + why)
 
 
 def _compare(stored: Sequence[tuple[str, np.ndarray]], again: np.ndarray, width: int, found: Verification) -> None:

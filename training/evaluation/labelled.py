@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +15,19 @@ import numpy as np
 import pyarrow as pa
 
 from micl_zoo.errors import SourceError
-from micl_zoo.files import file_sha256
+from micl_zoo.files import file_sha256, open_regular
 from micl_zoo.schema import parse_json, shown
+from micl_zoo.sources.globs import escape
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
-from micl_zoo.sources.parquet import open_parquet
+from micl_zoo.sources.parquet import open_parquet, read_column
 
 from ..corpora import CORPORA
 
 Label = str | int
 
 TEST_NAMES = ("test", "val", "valid", "validation")  # the first that has labels
+MOST_LABEL = 1000  # letters
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 ID_COLUMNS = ("id", "path", "file", "filename", "file_name", "image")
 
@@ -115,10 +119,11 @@ def _open_part(where: str, names: Sequence[str], given: dict[str, str] | None) -
 
 def _listed(where: str, name: str, said: list[str]) -> Iterator[ImageIndex]:
     folders = ("", "data/", "*/") if where.startswith("hf://") else ("", "data/")
-    for source in [*(f"{where}/{folder}{name}*.parquet" for folder in folders), f"{where}/{name}/"]:
-        if "://" in source or any(Path(where).glob(os.path.relpath(source, where))):
+    inside = [*(f"{folder}{name}*.parquet" for folder in folders), f"{name}/"]
+    for pattern in inside:
+        if "://" in where or any(Path(where).glob(pattern.rstrip("/"))):
             try:
-                yield index_source(source)
+                yield index_source(f"{where if pattern is inside[-1] else escape(where)}/{pattern}")
             except SourceError as error:
                 said.append(str(error))
 
@@ -148,14 +153,17 @@ def _known(name: str, facts: dict[str, Any]) -> str:
 def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
     """Read labels by id from a .csv with a column label (or class) and one of ids or paths."""
     try:
-        with Path(file).open(encoding="utf-8-sig", newline="") as text:
-            lines = csv.DictReader(text)
+        opened = io.BufferedReader(open_regular(Path(file)))
+        with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text:
+            lines = csv.DictReader(text, strict=True)  # else a quote without end takes all that follows
             columns = lines.fieldnames or []
-            ids, label = (next((c for c in wanted if c in columns), None) for wanted in (ID_COLUMNS, LABEL_COLUMNS))
+            ids, label = (
+                next((c for c in wanted if columns.count(c) == 1), None) for wanted in (ID_COLUMNS, LABEL_COLUMNS)
+            )
             if ids is None or label is None:
                 raise SourceError(
                     f"the labels {os.fspath(file)!r} need a column of ids ({', '.join(ID_COLUMNS)}) and one of labels "
-                    f"({', '.join(LABEL_COLUMNS)}); found {', '.join(columns) or 'none'}"
+                    f"({', '.join(LABEL_COLUMNS)}), each once; found {', '.join(columns) or 'none'}"
                 )
             found: dict[str, str] = {}
             for row in lines:  # a short row has None for what it lacks
@@ -221,8 +229,10 @@ def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offs
         if not 0 <= offset < len(columns[uri]):
             raise SourceError(f"{uri!r} has {len(columns[uri]):,} rows, and an image was row {offset}: it has changed")
         return columns[uri][offset]
-    folder, slash, _ = name.partition("/")
-    if not slash:
+    # in an archive it is the folder of the member; where that has none, the archive's
+    *archive, inside = re.split(r"(?i)\.(?:tar|zip)#", name, maxsplit=1) if kind in ("tar", "zip") else [name]
+    folder = next((part.partition("/")[0] for part in (inside, *archive) if "/" in part), "")
+    if not folder:
         raise SourceError(
             f"{name!r} has no label: put images into a folder per class, have a column `label` in parquet files, or "
             "give --labels with a csv of id and label"
@@ -232,25 +242,38 @@ def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offs
 
 def _label_column(uri: str) -> list[Label]:
     file = open_parquet(uri)
-    column = next((name for name in LABEL_COLUMNS if name in file.schema_arrow.names), None)
+    names = file.schema_arrow.names
+    column = next((name for name in LABEL_COLUMNS if names.count(name) == 1), None)
     if column is None:
         raise SourceError(
-            f"{uri!r} has no column of labels: looked for {', '.join(LABEL_COLUMNS)}, found "
-            f"{', '.join(file.schema_arrow.names)}"
+            f"{uri!r} has no column of labels: looked for {', '.join(LABEL_COLUMNS)}, each once, found "
+            f"{', '.join(names)}"
         )
     try:
-        cells = file.read(columns=[column])[column].to_pylist()
-        cleaned = [clean_label(cell) for cell in cells]
+        cleaned = [clean_label(cell) for cells in read_column(uri, column) for cell in _values(cells)]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise SourceError(f"{uri!r} has no labels in its column {column!r}: {error}") from None
     labels = [label for label in cleaned if label is not None]
-    if none := len(cells) - len(labels):
+    if none := len(cleaned) - len(labels):
         raise SourceError(
-            f"{uri!r} has no label for {none:,} of {len(cells):,} images: its column {column!r} is empty or -1 there, "
-            "which is how parts without labels are kept"
+            f"{uri!r} has no label for {none:,} of {len(cleaned):,} images: its column {column!r} is empty or -1 "
+            "there, which is how parts without labels are kept"
         )
-    names = _class_names(file.schema_arrow, column, uri)
-    return [_named(label, names, uri) for label in labels] if names else labels
+    classes = _class_names(file.schema_arrow, column, uri)
+    return [_named(label, classes, uri) for label in labels] if classes else labels
+
+
+def _values(cells: pa.Array) -> list[Any]:
+    """Turn cells into Python's values, of which dates can have none, and text that is too long for a name is none."""
+    if pa.types.is_temporal(cells.type):
+        raise ValueError(f"{cells.type} is neither a name nor a whole number")
+    try:
+        values: list[Any] = cells.to_pylist()
+    except (KeyError, OverflowError) as error:  # a date inside of something
+        raise ValueError(str(error)) from None
+    if long := next((one for one in values if isinstance(one, str | bytes) and len(one) > MOST_LABEL), None):
+        raise ValueError(f"{shown(long)} has {len(long):,} letters, {MOST_LABEL:,} at most are a name")
+    return values
 
 
 def _named(label: Label, names: list[str], uri: str) -> Label:
