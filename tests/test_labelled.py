@@ -258,6 +258,7 @@ def test_a_folder_is_meant_by_its_very_name(name: str, folder: str, tmp_path: Pa
         labels = [0, 1, 0] if twin == name else [7, 8]
         for part in ("train", "test"):
             write_parquet(tmp_path / twin / f"{folder}{part}-0.parquet", labels)
+    assert LabelledSet.open((tmp_path / name).as_uri()).classes == ("0", "1")
     found = LabelledSet.open(tmp_path / name)
     assert (found.name, found.classes, found.train.labels.tolist()) == (name, ("0", "1"), [0, 1, 0])
     assert found.train.index.ids[0] == "train-0.parquet#0"
@@ -347,3 +348,8 @@ def test_a_pipe_of_labels_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "quote.csv").write_text('id,label\n"a/0.png,x\nb/0.png,y\n')
     with pytest.raises(SourceError, match=r"cannot read the labels '.*quote\.csv': unexpected end of data"):
         LabelledSet.open(tmp_path, labels=tmp_path / "quote.csv")
+
+
+def test_a_set_that_is_named_by_nothing_is_none() -> None:
+    with pytest.raises(SourceError, match="no data set at ''"):
+        LabelledSet.open("")

@@ -63,6 +63,7 @@ def index_source(
             loop; the images in it, by their endings or, where these say nothing, by their first bytes; or if there are
             none its parquet files, or else its tars, or else its zips. On a web server it ends in "/".
             One image. A glob ("photos/**/*.jpg"), also with braces: "train-{0000..0099}.tar", "{train,val}/*.png".
+            What looks like one is a name where a thing of that very name is there; "[*]" is a letter of a name.
             A list: .txt or .lst with one path per line; .csv or .tsv with a header, .jsonl, or .json (a list, or as in
             COCO a list `images`), with a column of paths (the first of path, file, filename, file_name, image,
             image_path, uri, url) and an optional column `id`. Paths are relative to the list's folder. "-": paths on

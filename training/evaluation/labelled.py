@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from micl_zoo.errors import SourceError
-from micl_zoo.files import file_sha256, open_regular
+from micl_zoo.files import file_sha256, open_regular, to_path
 from micl_zoo.schema import parse_json, shown
 from micl_zoo.sources.globs import escape
 from micl_zoo.sources.index import ImageIndex
@@ -91,9 +91,11 @@ class LabelledSet:
 
 def _where(place: str) -> tuple[str, str]:
     """Find what to list, and the set's name."""
-    path = Path(place)
-    if path.exists() or "://" in place:
-        return place.rstrip("/"), path.resolve().name if path.exists() else place.rstrip("/").rpartition("/")[2]
+    path = to_path(place)
+    if place and path.exists():
+        return str(path), path.resolve().name
+    if "://" in place:
+        return place.rstrip("/"), place.rstrip("/").rpartition("/")[2]
     if place.count("/") == 1 and not place.startswith((".", "~")):
         return f"hf://datasets/{place}", place
     raise SourceError(
