@@ -344,7 +344,7 @@ class Folder:
         except Exception as error:
             if self.local is not None:
                 raise
-            raise StoreError(f"cannot {doing} {self.at(name)!r}: {error or type(error).__name__}") from None
+            raise StoreError(f"cannot {doing} {self.at(name)!r}: {str(error) or type(error).__name__}") from None
 
 
 def sum_file(file: Path) -> Path:
