@@ -451,7 +451,7 @@ def _codestream(data: bytes, picture: bytes) -> Contents:
 
 def _styles(picture: bytes, count: int) -> Iterator[bytes]:
     """Yield what each COD and COC of a codestream says, from its levels on; found as OpenJPEG finds them."""
-    at, end, parts = 2, len(picture), 0
+    at, end, parts, has_data = 2, len(picture), 0, False
     while at + 4 <= len(picture):
         marker, length = struct.unpack_from(">HH", picture, at)
         parts += 1
@@ -464,11 +464,13 @@ def _styles(picture: bytes, count: int) -> Iterator[bytes]:
             has_precincts = picture[at + 4 if marker == _COD else start - 1] & 1
             yield picture[start : at + 2 + length if has_precincts else start + 5]
         elif marker == _SOD and end > at:
-            at = end
+            at, has_data = end, True
             continue
         elif marker < 0xFF00 or marker == _SOD:
             return
         at += 2 + length if marker & 255 in _WITH_LENGTH else 2
+    if not has_data:  # to OpenJPEG a picture of one grey
+        raise Refused("truncated", f"the JPEG 2000 stops at byte {len(picture):,} within its head")
 
 
 def _bookkeeping(style: bytes, width: int, height: int) -> int:
