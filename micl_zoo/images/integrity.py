@@ -5,8 +5,8 @@ JPEG   is whole to its end mark; one scan of Huffman codes takes exactly the byt
        of the codes is not seen.
 PNG    every chunk that pixels depend on fits its checksum, to the end mark; all rows are there.
 GIF    every block is there, to the end mark or, as some writers omit it, to the end of a block. It has no checksums.
-TIFF   every strip or tile was written; one of deflate or LZMA unpacks to all its pixels, to its end and checksum; one
-       of JPEG is whole as a JPEG is, but for the length of its codes. Of LZW, PackBits and fax a lost byte may pass.
+TIFF   every strip or tile was written; one of deflate unpacks to all its pixels and to its end; one of JPEG is whole as
+       a JPEG is, but for the length of its codes. LZMA and zstd have checksums, of which their decoders take care.
 
 The decoders of WebP, AVIF, HEIC, BMP, JPEG 2000 and PPM refuse a file that is cut off, and nothing in these files tells
 a changed pixel from another picture.
@@ -335,6 +335,10 @@ def check_tiff(found: tiff.Tiff) -> None:
             _check_deflated(bytes(piece).translate(_REVERSED) if one.fill_order == 2 else bytes(piece), needs, most)
         elif is_jpeg:
             head = jpeg_head(bytes(piece), alone=False)
+            if head.width * head.height > 2 * most:
+                raise Refused(
+                    "damaged", f"a strip or tile of the TIFF is a JPEG of {head.width} x {head.height} pixels"
+                )
             if tables and not head.interval:
                 head = head._replace(interval=int.from_bytes(tables[-1][2:], "big"))
             _checked_scans(bytes(piece), head, one.width * one.height)
