@@ -64,9 +64,13 @@ class Interrupted(MiclZooError):
 def unknown(kind: str, name: str, valid: Iterable[str]) -> str:
     """Write the text for a name that does not exist: what was asked, the nearest names, and the valid ones."""
     names = sorted(valid)
-    near = difflib.get_close_matches(str(name), names, n=2, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(names)}."
+    return " ".join(filter(None, [f"unknown {kind} {name!r}.", nearest(name, names), f"Valid: {', '.join(names)}."]))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Ask whether a name that is like this one was meant; "" where none is."""
+    near = difflib.get_close_matches(str(name), list(names), n=2, cutoff=0.6)
+    return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
 class Refused(Exception):

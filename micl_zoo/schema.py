@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import MiclZooError, UsageError
+import numpy as np
+
+from .errors import MiclZooError, UsageError, nearest
 from .files import read_regular
 
 P = ParamSpec("P")
 T = TypeVar("T")
 MAX_BYTES = 64 << 20  # of a file of facts; the largest, metrics.jsonl of a long run, is read line by line
+NUMPY = np.number | np.bool_  # scalars of arrays, which people have at hand
 SHOWN = 60  # letters of a wrong value in an error
 _NAMES: dict[Any, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
 _NAMES |= {type(None): "null", os.PathLike: "a name or a path", Iterable: "a list", Callable: "a function"}
@@ -83,11 +86,14 @@ def read(kind: type[T], found: Any, what: str, error: type[MiclZooError], cure: 
 
 
 def wrong_fields(made: Any) -> list[str]:
-    """Say what of a dataclass that is made already is not what its annotations say."""
+    """Say what of a dataclass that is made already is not what its annotations say; NumPy's numbers become Python's."""
     wrong = []
     for name, kind in _hints(made.__class__).items():
+        found = getattr(made, name)
         try:
-            _value(kind, getattr(made, name), name, False)
+            value = _value(kind, found, name, False)
+            if isinstance(found, NUMPY):
+                object.__setattr__(made, name, value)
         except _Wrong as problem:
             wrong.append(str(problem))
     return wrong
@@ -99,14 +105,17 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*values: P.args, **named: P.kwargs) -> T:
-        for name, found in signature.bind(*values, **named).arguments.items():
+        bound = signature.bind(*values, **named)
+        for name, found in bound.arguments.items():
             try:
                 made = _value(_hints(function)[name], found, name, False)
                 if isinstance(found, dict) and not isinstance(made, dict):  # as JSON has a dataclass
                     raise _Wrong(f"{name} must be a {type(made).__name__}, it is a dict")
+                if isinstance(found, NUMPY):
+                    bound.arguments[name] = made
             except _Wrong as problem:
                 raise UsageError(f"{function.__name__}: {problem}") from None
-        return function(*values, **named)
+        return function(*bound.args, **bound.kwargs)
 
     return call
 
@@ -146,7 +155,9 @@ def _value(kind: Any, found: Any, at: str, others: bool) -> Any:
         return _bounded(_value(args[0], found, at, others), args[1:], at)
     if origin is Literal:
         if not any(found == one and type(found) is type(one) for one in args):
-            raise _Wrong(f"{at} must be one of {', '.join(map(str, args))}, it is {shown(found)}")
+            near = nearest(str(found), map(str, args))
+            hint = f" ({near})" if near else ""
+            raise _Wrong(f"{at} must be one of {', '.join(map(str, args))}, it is {shown(found)}{hint}")
         return found
     if origin in (Union, types.UnionType):
         return _one_of(args, found, at, others)
@@ -154,6 +165,8 @@ def _value(kind: Any, found: Any, at: str, others: bool) -> Any:
         return _object(kind, found, at, others)  # type: ignore[arg-type]
     if origin in (list, tuple, dict, Sequence):
         return _many(origin, args, found, at, others)
+    if isinstance(found, NUMPY):
+        found = found.item()
     if kind is float and type(found) is int and abs(found) < 2**63:
         found = float(found)
     if not _is(origin or kind, found):

@@ -32,7 +32,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, list[Any]]]] = [
             "name": NOT_PATHS,
             "weights": NOT_PATHS[1:],
             "pretrained": ["no", None, 0],
-            "device": [None, 0, b"cpu", torch.device("cpu")],
+            "device": [None, 0, b"cpu"],
             "dtype": [torch.float16, None],
             "backend": ["tf", None, []],
             "providers": [[5], [], "cpu", 5, {"cpu"}],
@@ -106,6 +106,19 @@ def test_an_option_that_cannot_be(tmp_path: Path, name: str, value: Any) -> None
     with pytest.raises(UsageError, match=rf"^{name}(\[0\])? (must be|is|has) "):
         micl_zoo.extract(tmp_path, tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy_are_numbers(made: Store, encoder_folder: Path, tmp_path: Path) -> None:
+    assert len(micl_zoo.search(made, ids=made.ids[:1], k=np.int64(2))[0]) == 2  # type: ignore[arg-type]
+    options: dict[str, Any] = {"limit": np.int32(3), "shard_rows": np.int64(2), "image_timeout": np.float32(60)}
+    options |= {"workers": np.uint8(0), "weights": encoder_folder, "devices": "cpu"}
+    assert micl_zoo.extract(made.path.parent / "images", tmp_path / "out", **options).images == 3
+    assert micl_zoo.load(weights=encoder_folder, device=torch.device("cpu")).device.type == "cpu"
+
+
+def test_a_choice_that_is_nearly_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"it is 'torhc' \(Did you mean torch\?\)"):
+        micl_zoo.extract(tmp_path, tmp_path / "out", backend="torhc")
 
 
 def test_an_option_that_does_not_exist(tmp_path: Path) -> None:

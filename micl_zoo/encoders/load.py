@@ -26,7 +26,7 @@ def load(
     *,
     weights: str | os.PathLike[str] | None = None,
     pretrained: bool = True,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
     providers: Annotated[Sequence[str], Between(1)] | None = None,
@@ -56,6 +56,7 @@ def load(
     name, path = _name_and_path(name, weights)
     if path is not None and not pretrained:
         raise UsageError("weights= and pretrained=False contradict each other: give one")
+    device = str(device)
     _check(backend, device, dtype, providers)
     if backend == "onnx":
         if not pretrained:
