@@ -585,7 +585,7 @@ def test_whatever_happens_wakes_the_one_that_waits(how: str) -> None:
         "shard": lambda: work.put(5),
         "end": work.end,
         "error": lambda: work.end(SourceError("gone")),
-        "stop": lambda: signal.raise_signal(signal.SIGTERM),
+        "stop": lambda: os.kill(os.getpid(), signal.SIGTERM),  # to the process, as from outside
         "message": lambda: work.tell("hello"),
     }
     timer = threading.Timer(0.2, act[how])

@@ -113,7 +113,7 @@ def kind_of(data: bytes) -> str | None:
     """Return the name in FORMATS, None where no format that is read begins so."""
     match = _START.match(data)
     if match is None:
-        return "TGA" if data.endswith(_TGA_END) or _tga_size(data) == len(data) else None
+        return "TGA" if data.endswith(_TGA_END) or 0 < len(data) == _tga_size(data) else None
     if match.lastgroup == "HEIF":  # in AVIF the brand that comes first may be one for both
         size = int.from_bytes(data[:4], "big")
         return "AVIF" if re.search(rb"avi[fs]", data[16 : min(size, _BRANDS)]) else "HEIF"
