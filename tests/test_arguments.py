@@ -96,7 +96,8 @@ OPTIONS: dict[str, list[Any]] = {
     "devices": [None, 0],
     "normalize": ["no"],
     "retry": [5, [5]],
-    "shard_rows": [0],
+    "shard_rows": [0, 10**20],
+    "batch_size": [0, 10**12, 10**20],
     "only_missing": [None],
 }
 
@@ -106,6 +107,11 @@ def test_an_option_that_cannot_be(tmp_path: Path, name: str, value: Any) -> None
     with pytest.raises(UsageError, match=rf"^{name}(\[0\])? (must be|is|has) "):
         micl_zoo.extract(tmp_path, tmp_path / "out", **{name: value})
     assert not (tmp_path / "out").exists()
+
+
+def test_options_that_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give one of them"):
+        micl_zoo.extract(tmp_path, tmp_path / "out", only_missing=True, overwrite=True)
 
 
 def test_numbers_of_numpy_are_numbers(made: Store, encoder_folder: Path, tmp_path: Path) -> None:

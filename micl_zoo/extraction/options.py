@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # it imports torch, which a command line that only shows its 
 else:
     Encoder = Any  # `extract` itself sees what it is
 
-Count = Annotated[int, Between(1)]
+Count = Annotated[int, Between(1, 2**53)]
 Dtype = Literal["float16", "float32"]
 EngineName = Literal["local", "ray"]
 RETRY_WORDS = ("passing", "all", "none", *get_args(Reason))
@@ -87,7 +87,7 @@ class ExtractOptions:
     processes: Count | None = None
     engine: EngineName = "local"
     address: str | None = None
-    batch_size: Count | None = None
+    batch_size: Annotated[int, Between(1, 2**20)] | None = None
     shard_rows: Count | None = None
     workers: Annotated[int, Between(0)] | None = None
     fast_decode: bool = False
@@ -106,6 +106,8 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         if wrong := wrong_fields(self):
             raise UsageError("; ".join(wrong))
+        if self.only_missing and self.overwrite:
+            raise UsageError("only_missing keeps what is there, and overwrite deletes it: give one of them")
         for word in self.retried - set(RETRY_WORDS):
             raise UsageError(unknown("reason to retry", word, RETRY_WORDS))
 
