@@ -23,7 +23,7 @@ from micl_zoo.sources.listing import index_source
 from micl_zoo.training.corpora import CORPORA, Corpus
 from micl_zoo.training.evaluation import labelled
 from micl_zoo.training.evaluation.features import embed_labelled
-from micl_zoo.training.evaluation.labelled import LabelledSet, balanced_rows, labels_of, number_classes
+from micl_zoo.training.evaluation.labelled import LabelledSet, balanced_rows, labels_of, number_classes, read_label_file
 
 
 def png(seed: int) -> bytes:
@@ -230,7 +230,7 @@ def test_a_number_without_a_name_is_said(tmp_path: Path) -> None:
         (b"0.png,a\n1.png,b\n2.png,a\n3.png,b\n0.png,b\n", "two for '0.png', 'a' and, in line 6, 'b'"),
         (b"0.png,a\n,b\n", "no id in line 3"),
         (b"\xff,a\n", "cannot read the labels"),
-        (b'0.png,"' + b"a" * 200_000, "cannot read the labels"),
+        (b'0.png,"' + b"a" * 200_000, "line 2 of the labels"),
     ],
 )
 def test_a_csv_with_holes_is_said(text: bytes, said: str, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_member_of_an_archive_has_the_class_of_its_folder(tmp_path: Path) -> N
         for shard in range(2):
             write_tar(tmp_path / "shards" / part / f"s-{shard}.tar", [f"./cat/{shard}.png", f"dog/a/{shard}.png"])
         for name in ("ant", "bee"):
-            write_tar(tmp_path / "classes" / part / name / "x.TAR", ["0.png", "1.png"])
+            write_tar(tmp_path / "classes" / part / name / "x.TAR", ["0.png", "batch/1.png"])
             (tmp_path / "zips" / part).mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(tmp_path / "zips" / part / f"{name}.zip", "w") as archive:
                 archive.writestr(f"{name}#1.tar/0.png", png(1))
@@ -346,8 +346,10 @@ def test_a_pipe_of_labels_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"cannot read the labels '.*labels\.csv': .*no regular file"):
         LabelledSet.open(tmp_path, labels=tmp_path / "labels.csv")
     (tmp_path / "quote.csv").write_text('id,label\n"a/0.png,x\nb/0.png,y\n')
-    with pytest.raises(SourceError, match=r"cannot read the labels '.*quote\.csv': unexpected end of data"):
+    with pytest.raises(SourceError, match=r"line 2 of the labels '.*quote\.csv' is no row \(unexpected end of data"):
         LabelledSet.open(tmp_path, labels=tmp_path / "quote.csv")
+    (tmp_path / "quote.csv").write_text('id,label,said\na,x,"he \\"said\\" no"\n\nb,y\n')
+    assert read_label_file(tmp_path / "quote.csv") == {"a": "x", "b": "y"}
 
 
 def test_a_set_that_is_named_by_nothing_is_none() -> None:

@@ -243,16 +243,19 @@ def _list_one(source: str, selection: Selection) -> _Listed:
 def _is_folder(place: str) -> bool | None:
     """None where nothing is there. Web servers have no folders, but pages that end in a slash may list files.
 
-    What looks like a glob is a name where a thing of that very name is there.
+    What looks like a glob is a name where a thing of that very name is there; not on a web server, which may answer
+    whatever is asked.
     """
     if not remote.is_remote(place):
         return _is_local_folder(place)
     named = kind_of(place) is not None or suffix_of(place) in LISTS
     web, magic = remote.is_web(place), has_magic(place)
+    if magic and web:
+        return None
     if (place.endswith("/") or web or named) and not magic:
         return place.endswith("/")
     try:
-        return remote.describe(place).is_folder or (web and place.endswith("/"))
+        return remote.describe(place).is_folder
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -27,7 +27,7 @@ LIST_BYTES = 256 << 20  # of a list that is fetched, or is one piece of JSON
 Rows = Iterator[tuple[int, Any]]  # number of a line, and its columns, or what is wrong with it
 
 
-class _Odd(ValueError):
+class Odd(ValueError):
     """What is wrong with one row of a list."""
 
 
@@ -67,8 +67,8 @@ class _Lines(Iterator[str]):
         return first
 
 
-def _cells(text: TextIO, delimiter: str) -> Iterator[tuple[int, list[str] | _Odd]]:
-    """Read the rows of a table. A quote that does not end costs its own line, where csv would take all that follow.
+def table_rows(text: TextIO, delimiter: str) -> Iterator[tuple[int, list[str] | Odd]]:
+    """Read the rows of a table with their lines. A quote that does not end costs its own line and no others.
 
     In a .tsv a quote is a letter like any other, unless it is around a whole cell.
     """
@@ -81,14 +81,24 @@ def _cells(text: TextIO, delimiter: str) -> Iterator[tuple[int, list[str] | _Odd
         except StopIteration:
             return
         except csv.Error as error:
-            why = f"is no row ({error}): a cell that begins with a quote must end with it"
+            why = f"is no row ({error})"
         alone = delimiter == "\t" and all(line.count(delimiter) + 1 == columns for line in lines.row)
         if why or (len(lines.row) > 1 and alone):
             line = lines.back()
-            if delimiter == "\t":
-                row, why = [_unquoted(cell) for cell in line.rstrip("\r\n").split(delimiter)], ""
+            with contextlib.suppress(csv.Error):  # a cell that is too large
+                row = _row_alone(line, delimiter)
+            why = "" if row else why
         columns = columns or len(row)
-        yield lines.number, _Odd(why) if why else row
+        yield lines.number, Odd(why) if why else row
+
+
+def _row_alone(line: str, delimiter: str) -> list[str]:
+    """Read a line with quotes that are none to the letter, as of one written \\"; without a cell that does not end."""
+    if delimiter == "\t":
+        return [_unquoted(cell) for cell in line.rstrip("\r\n").split(delimiter)]
+    rows = csv.reader([line, ""], delimiter=delimiter)
+    row = next(rows)
+    return row[:-1] if rows.line_num > 1 else row
 
 
 def _unquoted(cell: str) -> str:
@@ -97,8 +107,9 @@ def _unquoted(cell: str) -> str:
 
 def _csv(text: TextIO, delimiter: str = ",") -> Rows:
     wanted, any_row = dict[str, int](), False
-    for number, row in _cells(text, delimiter):
-        if isinstance(row, _Odd):
+    for number, row in table_rows(text, delimiter):
+        if isinstance(row, Odd):
+            any_row = True
             yield number, row
         elif not wanted:
             column = next((name for name in PATH_COLUMNS if name in row), "")
@@ -122,13 +133,13 @@ def _tsv(text: TextIO) -> Rows:
 def _json_lines(text: TextIO) -> Rows:
     for number, line in enumerate(_bounded(text), 1):
         if line.endswith("\0"):
-            yield number, _Odd(f"is longer than {LINE:,} letters")
+            yield number, Odd(f"is longer than {LINE:,} letters")
         elif line.strip():
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 deep = isinstance(error, RecursionError)
-                yield number, _Odd(f"is no JSON object: {'it is nested too deep' if deep else error}")
+                yield number, Odd(f"is no JSON object: {'it is nested too deep' if deep else error}")
 
 
 def _json(text: TextIO) -> Rows:
@@ -163,7 +174,7 @@ def read_list(place: str, selection: Selection) -> Iterator[File]:
     try:
         with _text_of(place) as text:
             for number, file in _read_rows(LISTS[suffix_of(place)](text), base):
-                if isinstance(file, _Odd):
+                if isinstance(file, Odd):
                     said = f"line {number} of the list {place!r} {file}"
                     selection.notes.problem(f"{name}#{number}", place, said)
                 elif not _out(file, base, selection):
@@ -189,7 +200,7 @@ def _text_of(place: str) -> TextIO:
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _read_rows(rows: Rows, base: str) -> Iterator[tuple[int, File | _Odd]]:
+def _read_rows(rows: Rows, base: str) -> Iterator[tuple[int, File | Odd]]:
     column, any_row = "", False
     for number, row in rows:
         any_row = True
@@ -197,37 +208,37 @@ def _read_rows(rows: Rows, base: str) -> Iterator[tuple[int, File | _Odd]]:
             column = column or next((name for name in PATH_COLUMNS if name in row), "")
         try:
             yield number, _file_of(row, column, base)
-        except _Odd as error:
+        except Odd as error:
             yield number, error
     if not any_row:
         raise SourceError("it is empty: one path per line is expected")
 
 
 def _file_of(row: Any, column: str, base: str) -> File:
-    """Find the file that a row means; _Odd where it means none."""
-    if isinstance(row, _Odd):
+    """Find the file that a row means; Odd where it means none."""
+    if isinstance(row, Odd):
         raise row
     if not isinstance(row, dict):
-        raise _Odd(f"is no JSON object: {str(row)[:60]}")
+        raise Odd(f"is no JSON object: {str(row)[:60]}")
     if not column:
         looked, had = ", ".join(PATH_COLUMNS), ", ".join(map(str, list(row)[:20]))
-        raise _Odd(f"has no column of paths: looked for {looked}, found {had[:1000]}")
+        raise Odd(f"has no column of paths: looked for {looked}, found {had[:1000]}")
     path = row.get(column)
     path = _trimmed(base, path) if isinstance(path, str) else path
     if not isinstance(path, str) or not path:
-        raise _Odd(f"has no {column}: {str(path)[:60] if path else repr(path)}")
+        raise Odd(f"has no {column}: {str(path)[:60] if path else repr(path)}")
     name = row.get("id", path)
     if type(name) not in (str, int) or name == "" or (type(name) is int and abs(name) >> 64):
-        raise _Odd(f"has no id: {str(name)[:60]}")
+        raise Odd(f"has no id: {str(name)[:60]}")
     for text in (path, str(name)):
         if not _is_text(text):
-            raise _Odd(f"is not UTF-8 text: {text[:60]!r}")
+            raise Odd(f"is not UTF-8 text: {text[:60]!r}")
         if "\0" in text:
-            raise _Odd(f"holds what no path has, a NUL, or is too long: {text[:60]!r}")
+            raise Odd(f"holds what no path has, a NUL, or is too long: {text[:60]!r}")
     try:
         return _file(base, path, str(name))
     except ValueError as error:
-        raise _Odd(f"has no path that can be used ({error}): {path[:60]!r}") from None
+        raise Odd(f"has no path that can be used ({error}): {path[:60]!r}") from None
 
 
 def _trimmed(base: str, path: str) -> str:
@@ -239,7 +250,7 @@ def _trimmed(base: str, path: str) -> str:
 def _out(file: File, base: str, selection: Selection) -> bool:
     """Tell whether a file is excluded, by its id or its path below the list's folder; count it if so."""
     inside = file.place.removeprefix(join(base, "")).replace(os.sep, "/")
-    return selection.asked_out(inside, inside if Path(file.name).is_absolute() else file.name)
+    return selection.asked_out(inside, inside if "://" in file.name or Path(file.name).is_absolute() else file.name)
 
 
 def _is_text(text: str) -> bool:

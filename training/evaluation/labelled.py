@@ -20,6 +20,7 @@ from micl_zoo.schema import parse_json, shown
 from micl_zoo.sources.globs import escape
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
+from micl_zoo.sources.lists import Odd, table_rows
 from micl_zoo.sources.parquet import open_parquet, read_column
 
 from ..corpora import CORPORA
@@ -157,10 +158,11 @@ def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
     try:
         opened = io.BufferedReader(open_regular(Path(file)))
         with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as text:
-            lines = csv.DictReader(text, strict=True)  # else a quote without end takes all that follows
-            columns = lines.fieldnames or []
+            rows = table_rows(text, ",")
+            columns = row if isinstance(row := next(rows, (1, []))[1], list) else []
             ids, label = (
-                next((c for c in wanted if columns.count(c) == 1), None) for wanted in (ID_COLUMNS, LABEL_COLUMNS)
+                next((columns.index(c) for c in wanted if columns.count(c) == 1), None)
+                for wanted in (ID_COLUMNS, LABEL_COLUMNS)
             )
             if ids is None or label is None:
                 raise SourceError(
@@ -168,14 +170,18 @@ def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
                     f"({', '.join(LABEL_COLUMNS)}), each once; found {', '.join(columns) or 'none'}"
                 )
             found: dict[str, str] = {}
-            for row in lines:  # a short row has None for what it lacks
-                name, given = row[ids], row[label] or ""
+            for number, row in rows:
+                if isinstance(row, Odd):
+                    raise SourceError(f"line {number} of the labels {os.fspath(file)!r} {row}")
+                name, given = (row[at] if at < len(row) else "" for at in (ids, label))
+                if not row:
+                    continue
                 if not name:
-                    raise SourceError(f"the labels {os.fspath(file)!r} have no {ids} in line {lines.line_num}")
+                    raise SourceError(f"the labels {os.fspath(file)!r} have no {columns[ids]} in line {number}")
                 if found.setdefault(name, given) != given:
                     raise SourceError(
                         f"the labels {os.fspath(file)!r} have two for {name!r}, {found[name]!r} and, in line "
-                        f"{lines.line_num}, {given!r}: keep one"
+                        f"{number}, {given!r}: keep one"
                     )
             return found
     except (OSError, ValueError, csv.Error) as error:
@@ -231,9 +237,9 @@ def _label(columns: dict[str, list[Label]], name: str, uri: str, kind: str, offs
         if not 0 <= offset < len(columns[uri]):
             raise SourceError(f"{uri!r} has {len(columns[uri]):,} rows, and an image was row {offset}: it has changed")
         return columns[uri][offset]
-    # in an archive it is the folder of the member; where that has none, the archive's
+    # the archive's folder; where it has none, that of the member
     *archive, inside = re.split(r"(?i)\.(?:tar|zip)#", name, maxsplit=1) if kind in ("tar", "zip") else [name]
-    folder = next((part.partition("/")[0] for part in (inside, *archive) if "/" in part), "")
+    folder = next((part.partition("/")[0] for part in (*archive, inside) if "/" in part), "")
     if not folder:
         raise SourceError(
             f"{name!r} has no label: put images into a folder per class, have a column `label` in parquet files, or "
