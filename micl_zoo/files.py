@@ -120,7 +120,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     text = os.fspath(given)
     if not text:
         raise UsageError("it is empty, and must be a path (an unset variable of the shell?)")
-    if "://" in text or LOST_SLASH.match(text):
+    if "://" in text or _lost_slash(text):
         raise UsageError(f"{text!r} is an address, and this must be a path on this machine")
     return Path(text)
 
@@ -128,6 +128,11 @@ def local_path(given: str | os.PathLike[str]) -> Path:
 def to_path(place: str) -> Path:
     """Return the path of a place on this machine, which may be a file:// URI."""
     return Path(os.fsdecode(unquote_to_bytes(urlsplit(place).path)) if place.lower().startswith("file://") else place)
+
+
+def _lost_slash(text: str) -> bool:
+    """Tell whether a path is what pathlib makes of an address, and no folder is there that has such a name."""
+    return LOST_SLASH.match(text) is not None and not Path(text.partition("/")[0]).exists()
 
 
 def open_regular(path: Path) -> io.FileIO:
@@ -291,7 +296,7 @@ class Folder:
         self.location = os.fspath(location)  # path or URI, as given
         if not self.location:
             raise StoreError("a folder is named by nothing (an unset variable of the shell?): give a path or a URI")
-        if LOST_SLASH.match(self.location):
+        if _lost_slash(self.location):
             raise StoreError(f"{self.location!r} has lost a slash of its address: give it as text, and not as a Path")
         scheme, remote, path = self.location.partition("://")
         self.local = None if remote and scheme.lower() != "file" else to_path(self.location)

@@ -86,13 +86,16 @@ def read(kind: type[T], found: Any, what: str, error: type[MiclZooError], cure: 
 
 
 def wrong_fields(made: Any) -> list[str]:
-    """Say what of a dataclass that is made already is not what its annotations say; NumPy's numbers become Python's."""
+    """Say what of a dataclass that is made already is not what its annotations say; what is, becomes that.
+
+    NumPy's numbers become Python's, and what can be gone through once a tuple; whole numbers stay.
+    """
     wrong = []
     for name, kind in _hints(made.__class__).items():
         found = getattr(made, name)
         try:
             value = _value(kind, found, name, False)
-            if isinstance(found, NUMPY):
+            if isinstance(found, NUMPY) or not isinstance(found, int):
                 object.__setattr__(made, name, value)
         except _Wrong as problem:
             wrong.append(str(problem))
@@ -111,8 +114,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 made = _value(_hints(function)[name], found, name, False)
                 if isinstance(found, dict) and not isinstance(made, dict):  # as JSON has a dataclass
                     raise _Wrong(f"{name} must be a {type(made).__name__}, it is a dict")
-                if isinstance(found, NUMPY):
-                    bound.arguments[name] = made
+                bound.arguments[name] = made
             except _Wrong as problem:
                 raise UsageError(f"{function.__name__}: {problem}") from None
         return function(*bound.args, **bound.kwargs)
@@ -154,11 +156,12 @@ def _value(kind: Any, found: Any, at: str, others: bool) -> Any:
     if origin is Annotated:
         return _bounded(_value(args[0], found, at, others), args[1:], at)
     if origin is Literal:
-        if not any(found == one and type(found) is type(one) for one in args):
-            near = nearest(str(found), map(str, args))
-            hint = f" ({near})" if near else ""
-            raise _Wrong(f"{at} must be one of {', '.join(map(str, args))}, it is {shown(found)}{hint}")
-        return found
+        for one in args:
+            if (type(found) is type(one) or isinstance(found, str)) and found == one:
+                return one
+        near = nearest(str(found), map(str, args))
+        hint = f" ({near})" if near else ""
+        raise _Wrong(f"{at} must be one of {', '.join(map(str, args))}, it is {shown(found)}{hint}")
     if origin in (Union, types.UnionType):
         return _one_of(args, found, at, others)
     if dataclasses.is_dataclass(kind) and not isinstance(found, kind):  # type: ignore[arg-type]
@@ -179,8 +182,9 @@ def _is(kind: type[Any], found: Any) -> bool:
         return isinstance(found, str | os.PathLike) and _is_path(os.fspath(found))
     if kind is Iterable and isinstance(found, str | bytes):
         return False
-    exact = kind in (int, float, bool)  # True is an int to Python, and a number of a library is no JSON
-    return (type(found) is kind if exact else isinstance(found, kind)) and (kind is not float or math.isfinite(found))
+    if isinstance(found, bool) and kind is not bool:  # True is an int to Python
+        return False
+    return isinstance(found, kind) and (kind is not float or math.isfinite(found))
 
 
 def _is_path(text: str | bytes) -> bool:
@@ -202,7 +206,8 @@ def _one_of(kinds: tuple[Any, ...], found: Any, at: str, others: bool) -> Any:
                 return _value(kind, found, at, others)
             except _Wrong as problem:
                 problems.append(str(problem))
-    raise _Wrong(problems[-1])
+    names_first = get_origin(kinds[0]) is os.PathLike and not isinstance(found, list | tuple)
+    raise _Wrong(problems[0 if names_first else -1])
 
 
 def _many(origin: Any, args: tuple[Any, ...], found: Any, at: str, others: bool) -> Any:
@@ -210,6 +215,8 @@ def _many(origin: Any, args: tuple[Any, ...], found: Any, at: str, others: bool)
         if not isinstance(found, dict):
             raise _Wrong(f"{at} must be an object, it is {shown(found)}")
         return {name: _value(args[1], one, f"{at}.{shown(name)}", others) for name, one in found.items()}
+    if origin is Sequence and isinstance(found, Iterable) and not isinstance(found, str | bytes | dict):
+        found = list(found)
     if not isinstance(found, list | tuple):
         raise _Wrong(f"{at} must be a list, it is {shown(found)}")
     kinds = [args[0]] * len(found) if origin in (list, Sequence) or args[-1] is ... else args

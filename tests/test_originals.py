@@ -80,7 +80,8 @@ def test_no_server_of_an_index_is_asked_unless_the_user_says_so(
     told = f"10 images are at '{server}', which is not asked for them without --remote"
     assert (found.sampled, found.gone) == (0, [])
     assert told in found.summary()
-    assert told in "".join(found.problems)
+    assert (found.problems, found.sampled) == ([], 0)
+    assert told in found.summary()
     search(store, ids=[ODD_NAME], picture=tmp_path / "x.png")
     assert told in caplog.text
     assert asked == []

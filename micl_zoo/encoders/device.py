@@ -11,12 +11,16 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
     import torch
+
+    Device = str | torch.device
+else:
+    Device = Any  # `resolve_device` says what is none
 
 MAX_WORKERS = 16  # processes that decode
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
@@ -88,7 +92,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         has_mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    if not re.fullmatch(r"(cpu|mps)(:0)?|cuda(:\d+)?", device):
+    if not re.fullmatch(r"(?!meta)[a-z]+(:\d+)?", device):
         raise UsageError(f"unknown device {device!r}. Valid: auto, cpu, cuda, cuda:N, mps.")
     try:
         target = torch.device(device)

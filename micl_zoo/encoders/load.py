@@ -12,7 +12,7 @@ import torch
 from ..errors import UsageError, unknown
 from ..schema import Between, checked
 from ..telemetry import no_telemetry
-from .device import DTYPES, Backend, find_backend, resolve_device
+from .device import DTYPES, Backend, Device, find_backend, resolve_device
 from .encoder import Encoder
 from .hub import record_onnx, record_weights
 from .torch_model import TorchModel, build_vit
@@ -26,7 +26,7 @@ def load(
     *,
     weights: str | os.PathLike[str] | None = None,
     pretrained: bool = True,
-    device: str | torch.device = "auto",
+    device: Device = "auto",
     dtype: str = "auto",
     backend: Backend = "torch",
     providers: Annotated[Sequence[str], Between(1)] | None = None,

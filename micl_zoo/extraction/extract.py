@@ -36,6 +36,7 @@ from .cluster import Cluster
 from .engines import Job, Local
 from .indexing import Indexing
 from .options import ExtractOptions
+from .retry import check_part_fits
 from .runner import Event, Runner, Times, runtime_name
 from .work import Work
 
@@ -223,7 +224,10 @@ def _finish(summary: Summary) -> None:
     store.remove_leftovers()
     unlisted = [RefusedRow(one.id, one.uri, "listing", one.detail) for one in summary.notes.problems]
     summary.refused, summary.embedded = store.write_ledger(unlisted), len(store)
-    assert summary.failed or summary.embedded + summary.refused == summary.images, summary
+    if not summary.failed and summary.embedded + summary.refused != summary.images:
+        for number in store.done():
+            check_part_fits(store, number, store.shard(number), store.rows(number))
+        raise AssertionError(summary)
     if not summary.embedded and summary.refused == summary.images:
         raise MiclZooError(
             f"none of the {summary.refused} images could be embedded: see {store.folder.location}/errors.jsonl"

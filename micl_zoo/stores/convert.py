@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +18,12 @@ from ..errors import StoreError, UsageError
 from ..files import atomic_folder, atomic_path, local_path
 from ..printing import json_line
 from ..progress import Tick, progress
-from ..schema import checked
+from ..schema import checked, shown
 from .parts import ID
 from .store import Store, open_store, parts_of
 
 ENDINGS = (".npy", ".safetensors", ".lance", ".lancedb")
+DTYPES = ("float16", "float32")
 DEFAULT_TABLE = "embeddings"  # where OUT names a LanceDB database and no table
 LANCE_ROWS = 4096  # rows per record batch
 
@@ -42,7 +44,7 @@ def convert(
     store: Store | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    dtype: Literal["float16", "float32"] | None = None,
+    dtype: Any = None,
     overwrite: bool = False,
     incomplete: bool = False,
 ) -> Converted:
@@ -53,7 +55,7 @@ def convert(
         out: X.npy, with the ids beside it in X.npy.ids.json, a JSON list; X.safetensors, with tensors `embeddings` and
             `ids` (uint8, the bytes of such a list) and the manifest in its header; DATABASE/X.lance, a LanceDB table
             with columns id and vector; DATABASE.lancedb, the same with a table named embeddings.
-        dtype: data type of the rows; the store's own by default.
+        dtype: data type of the rows, "float16" or "float32", by name or as NumPy has it; the store's own by default.
         overwrite: replace `out` if it exists. It stays until the new file is whole.
         incomplete: accept a store with missing parts and write the others.
 
@@ -61,13 +63,16 @@ def convert(
         UsageError: another ending, or `out` exists.
         StoreError: an incomplete store, a damaged part, a number that does not fit the dtype, or no LanceDB.
     """
+    path, kind = local_path(out), None if dtype is None else _dtype(dtype)
     store = open_store(store)
-    path, kind = local_path(out), np.dtype(dtype or store.manifest.dtype)
+    kind = kind or _dtype(store.manifest.dtype)
     if path.suffix not in ENDINGS:
         raise UsageError(f"cannot tell what to write to {str(path)!r}: its name must end in {', '.join(ENDINGS)}")
     if path.suffix == ".lancedb":
         path = path / f"{DEFAULT_TABLE}.lance"
     _check_free(path, overwrite)
+    if store.folder.local is not None and path.absolute().is_relative_to(store.folder.local.absolute()):
+        raise UsageError(f"{str(path)!r} is inside the store, whose files have names of their own: give another folder")
     store.refuse_strays()
     view = store.snapshot()
     if not view.complete and not incomplete:
@@ -81,6 +86,14 @@ def convert(
     with progress(f"writing {path.name}", shape[0], unit="rows") as tick:
         size, opens_with = writers[path.suffix](view, path, shape, kind, tick)
     return Converted(path, shape, kind.name, size, opens_with)
+
+
+def _dtype(asked: Any) -> np.dtype:
+    """Take a data type by its name, or as NumPy has it."""
+    with contextlib.suppress(TypeError):
+        if (kind := np.dtype(asked)).name in DTYPES:
+            return kind
+    raise UsageError(f"convert: dtype must be one of {', '.join(DTYPES)}, it is {shown(asked)}")
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

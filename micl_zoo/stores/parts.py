@@ -25,7 +25,7 @@ from .manifest import Manifest, Runtime
 ID, EMBEDDING = "id", "embedding"  # columns of a part, see `part_schema`; those of the ledger are RefusedRow's
 LEDGER_KEY = b"micl_zoo.refused"  # in a part's metadata: its ledger lines, so that both exist or neither does
 MADE_KEY = b"micl_zoo.made"  # in a part's metadata: `Made`
-STORE_KEY = b"micl_zoo.store"  # in a part's metadata: `Manifest.digest`; earlier versions wrote none
+STORE_KEY = b"micl_zoo.store"  # in a part's metadata: `Manifest.digest`, its number; earlier versions wrote none
 SHA256_KEY = b"micl_zoo.sha256"  # in a part's metadata: `Rows.sha256`
 FILE_KEY = b"micl_zoo.file_sha256"  # in the metadata of every file: see `is_whole`
 UNSEALED = b"0" * 64
@@ -87,13 +87,14 @@ class Rows(NamedTuple):
         return digest.hexdigest()
 
 
-def part_schema(manifest: Manifest, metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
-    """Columns of a part: id, and embedding, a list of `dim` numbers; the metadata say of which store it is."""
+def part_schema(manifest: Manifest, number: int, metadata: dict[bytes, bytes] | None = None) -> pa.Schema:
+    """Columns of a part: id, and embedding, a list of `dim` numbers; the metadata say of which store and which part."""
     kind = pa.list_(pa.from_numpy_dtype(np.dtype(manifest.dtype)), manifest.dim)
-    return pa.schema([(ID, pa.string()), (EMBEDDING, kind)], {STORE_KEY: manifest.digest.encode(), **(metadata or {})})
+    of = {STORE_KEY: f"{manifest.digest} {number}".encode()}
+    return pa.schema([(ID, pa.string()), (EMBEDDING, kind)], of | (metadata or {}))
 
 
-def encode_part(rows: Rows, manifest: Manifest) -> bytes:
+def encode_part(rows: Rows, manifest: Manifest, number: int) -> bytes:
     """Make the file of a part."""
     embeddings = np.ascontiguousarray(rows.embeddings, manifest.dtype)
     assert embeddings.shape == (len(rows.ids), manifest.dim), (embeddings.shape, len(rows.ids))
@@ -101,7 +102,7 @@ def encode_part(rows: Rows, manifest: Manifest) -> bytes:
     metadata = {LEDGER_KEY: json.dumps([dataclasses.asdict(row) for row in rows.refused]).encode()}
     if rows.made is not None:
         metadata[MADE_KEY] = json.dumps(dataclasses.asdict(rows.made)).encode()
-    schema = part_schema(manifest, {**metadata, SHA256_KEY: rows.sha256().encode()})
+    schema = part_schema(manifest, number, {**metadata, SHA256_KEY: rows.sha256().encode()})
     flat = pa.array(embeddings.reshape(-1), schema.field(EMBEDDING).type.value_type)
     columns = [pa.array(rows.ids, pa.string()), pa.FixedSizeListArray.from_arrays(flat, manifest.dim)]
     return _parquet(pa.table(columns, schema=schema))
@@ -167,8 +168,12 @@ def check_metadata(found: pq.FileMetaData, schemas: Sequence[pa.Schema], most: i
     if have not in valid:
         shown = [", ".join(f"{name}: {kind}" for name, kind in one)[:300] for one in (have, valid[0])]
         raise ValueError(f"its columns are {shown[0]}, expected are {shown[1]}")
-    expected = (schemas[0].metadata or {}).get(STORE_KEY)
-    if expected is not None and (found.metadata or {}).get(STORE_KEY, expected) != expected:
+    expected = (schemas[0].metadata or {}).get(STORE_KEY, b"")
+    of = (found.metadata or {}).get(STORE_KEY, expected)
+    if expected and of.split() != expected.split():
+        store, _, number = of.decode("ascii", "replace").partition(" ")
+        if store == expected.split()[0].decode():
+            raise ValueError(f"it is part {number[:20]} of this store, under the name of another")
         raise ValueError("its rows were made by another encoder or with other settings than the manifest says")
     groups = sum(found.row_group(group).num_rows for group in range(found.num_row_groups))
     if not 0 <= found.num_rows <= most or groups != found.num_rows:

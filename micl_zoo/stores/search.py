@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from ..encoders.device import Device
 from ..errors import Refused, StoreError, UsageError
 from ..files import local_path
 from ..progress import progress
@@ -64,7 +65,7 @@ def search(
     *,
     ids: Iterable[str] = (),
     weights: str | os.PathLike[str] | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     exact: bool = True,
     picture: str | os.PathLike[str] | None = None,
     remote: bool = False,
@@ -98,7 +99,7 @@ def search(
     _check(store, many, ids)
     out = None if picture is None else _picture(picture)
     store = store.snapshot()
-    data, rows = _embedded(store, many, weights, device) if many else ([], [])
+    data, rows = _embedded(store, many, weights, str(device)) if many else ([], [])
     own = _own(store, ids)
     found = _nearest(store, np.stack([*rows, *(own[name][1] for name in ids)]), k + bool(ids))
     for place, name in enumerate(ids, len(many)):

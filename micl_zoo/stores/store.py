@@ -186,19 +186,19 @@ class Store:
 
     def write_part(self, number: int, rows: Rows) -> None:
         """Write one finished shard, rows and ledger lines in one file, and remove the file of its beginning."""
-        self.folder.write(part_name(number), encode_part(rows, self.manifest))
+        self.folder.write(part_name(number), encode_part(rows, self.manifest, number))
         self._checked.discard(number)
         self.folder.remove(part_name(number, BEGINNING))
 
     def write_beginning(self, number: int, rows: Rows) -> None:
         """Keep the first rows of an unfinished shard."""
-        self.folder.write(part_name(number, BEGINNING), encode_part(rows, self.manifest))
+        self.folder.write(part_name(number, BEGINNING), encode_part(rows, self.manifest, number))
 
     def beginning(self, number: int) -> Rows | None:
         """Read what is kept of an unfinished shard; None where nothing is kept or it is damaged."""
         if self.folder.exists(part_name(number, BEGINNING)):
             with contextlib.suppress(StoreError):
-                return self._checked_rows(part_name(number, BEGINNING))
+                return self._checked_rows(number, BEGINNING)
         return None
 
     def unfinish(self, number: int) -> None:
@@ -214,7 +214,7 @@ class Store:
 
     def check_part(self, number: int) -> Rows:
         """Read one finished shard and hash it again; StoreError where its part is not what was written."""
-        return self._checked_rows(part_name(number))
+        return self._checked_rows(number)
 
     def refused(self) -> Iterator[RefusedRow]:
         """Iterate over the ledger lines of the parts, in index order."""
@@ -303,9 +303,9 @@ class Store:
         view = self.snapshot()
         return pd.DataFrame(view.embeddings.reshape(-1, self.manifest.dim), index=pd.Index(view.ids, name=ID))
 
-    def schema(self) -> pa.Schema:
+    def schema(self, number: int = 0) -> pa.Schema:
         """Columns of a part of this store, see `part_schema`."""
-        return part_schema(self.manifest)
+        return part_schema(self.manifest, number)
 
     def _table(self, number: int) -> pa.Table:
         with self._damage(part_name(number)):
@@ -315,20 +315,21 @@ class Store:
         """Read columns of a part; the first time, all its bytes are hashed."""
         name = part_name(number)
         if not self.check or number in self._checked:
-            return read_table(self.folder.open(name), [self.schema()], self._most_rows, columns)
+            return read_table(self.folder.open(name), [self.schema(number)], self._most_rows, columns)
         data = self.folder.read(name)
         if (whole := is_whole(data)) is None:
-            self._checked_rows(name)  # an earlier version has hashed the rows only
+            self._checked_rows(number)  # an earlier version has hashed the rows only
         elif not whole:
             raise ValueError("its sha256 differs from that of its bytes")
-        table = read_table(pa.BufferReader(data), [self.schema()], self._most_rows, columns)
+        table = read_table(pa.BufferReader(data), [self.schema(number)], self._most_rows, columns)
         self._checked.add(number)
         return table
 
-    def _checked_rows(self, name: str) -> Rows:
+    def _checked_rows(self, number: int, kind: str = PART) -> Rows:
+        name = part_name(number, kind)
         with self._damage(name):
             whole = is_whole(data := self.folder.read(name))
-            table = read_table(pa.BufferReader(data), [self.schema()], self._most_rows)
+            table = read_table(pa.BufferReader(data), [self.schema(number)], self._most_rows)
             rows = decode_part(table, repr(self.folder.at(name)))
             sha256 = (table.schema.metadata or {}).get(SHA256_KEY, b"")
             if (found := rows.sha256()).encode() != sha256:
@@ -345,7 +346,7 @@ class Store:
     def _metadata(self, number: int) -> pq.FileMetaData:
         with self._damage(part_name(number)):
             found = pq.read_metadata(self.folder.open(part_name(number)))
-            check_metadata(found, [self.schema()], self._most_rows)
+            check_metadata(found, [self.schema(number)], self._most_rows)
             return found
 
     @contextlib.contextmanager

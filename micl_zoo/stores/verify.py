@@ -15,6 +15,7 @@ from typing import Annotated
 
 import numpy as np
 
+from ..encoders.device import Device
 from ..errors import Refused, StoreError
 from ..files import Folder
 from ..progress import progress
@@ -67,9 +68,9 @@ def verify(
     store: Store | str | os.PathLike[str],
     *,
     sample: Annotated[int, Between(0)] = 32,
-    seed: int = 0,
+    seed: int | None = 0,
     weights: str | os.PathLike[str] | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     remote: bool = False,
 ) -> Verification:
     """Check a store, or what there is of one that is still being written.
@@ -98,7 +99,7 @@ def verify(
         store = Store(folder := Folder(store), read_manifest(folder)[0])
     problems, encoder = list[str](), None
     try:
-        encoder = store_encoder(store, weights, device) if sample else None
+        encoder = store_encoder(store, weights, str(device)) if sample else None
     except StoreError as error:
         problems.append(str(error))
     store = store.snapshot(check=False)  # what a damaged part holds is looked at all the same
@@ -243,7 +244,7 @@ def _ledger_problems(store: Store) -> list[str]:
 
 
 def _sample(
-    store: Store, counts: Sequence[tuple[int, int]], size: int, seed: int
+    store: Store, counts: Sequence[tuple[int, int]], size: int, seed: int | None
 ) -> Iterator[tuple[Entry, np.ndarray]]:
     """Draw (image, its row) for `size` of all rows, in index order; each part is read once."""
     starts = list(itertools.accumulate((rows for _, rows in counts), initial=0))
@@ -277,9 +278,8 @@ def _embed_again(
                 _compare(there, encoder.rows(pixels), encoder.manifest.shape[-1], found)
             tick(min(BATCH, len(sample) - start))
     found.unasked = originals.unasked()
-    if sample and not found.sampled:
-        why = f": {found.unasked}" if found.unasked else ""
-        found.problems.append("no image of the sample could be embedded again, so no number was checked" + why)
+    if sample and not found.sampled and not found.unasked:
+        found.problems.append("no image of the sample could be embedded again, so no number was checked")
 
 
 def _compare(stored: Sequence[tuple[str, np.ndarray]], again: np.ndarray, width: int, found: Verification) -> None:

@@ -6,6 +6,7 @@ import argparse
 import math
 import mmap
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -138,7 +139,9 @@ def _load(checkpoint: Path) -> Any:
                 raise ValueError("compressed")  # torch compresses nothing, and what unpacks has no bounds
             if _names_bytearray(checkpoint):
                 raise ValueError("GLOBAL builtins.bytearray")  # torch would make one of any size
-            return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of kinds of pickles: what cannot be read is said below
+                return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # the unpickler raises whatever a damaged file makes it raise
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             raise WeightsError(
