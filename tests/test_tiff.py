@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import picture
 from damaged import encoded
-from PIL import features
+from PIL import Image, features
 from tiffs import (
     ALPHA,
     BLACK_IS_ZERO,
@@ -144,6 +144,7 @@ PLAIN: Tags = {
     277: (SHORT, [1]),
     278: (LONG, [16]),
 }
+YCBCR = PLAIN | {277: (SHORT, [3]), 258: (SHORT, [8] * 3), 262: (SHORT, [6]), 259: (SHORT, [DEFLATE])}
 PIXELS = bytes(range(256))
 
 
@@ -301,6 +302,30 @@ def test_a_last_strip_may_be_filled_up() -> None:
     assert np.asarray(decode(data))[..., 0].tobytes() == PIXELS[:208]
     short = with_tags(tags, [zlib.compress(PIXELS[:120]), zlib.compress(PIXELS[128:])])
     assert reason(short) in ("damaged", "truncated")
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 1), (2, 2), (4, 2), None])
+@pytest.mark.parametrize(("width", "height", "rows"), [(16, 16, 16), (19, 13, 13), (19, 13, 8)])
+def test_colours_in_deflate_may_be_of_several_pixels(
+    block: tuple[int, int] | None, width: int, height: int, rows: int
+) -> None:
+    across, down = block or (2, 2)  # as it is without the tag
+    one = bytes(range(60, 60 + across * down)) + bytes([90, 160])  # some grey and the same two colours
+    strips = [one * (-(-width // across) * -(-min(rows, height - top) // down)) for top in range(0, height, rows)]
+    tags = YCBCR | {256: (LONG, [width]), 257: (LONG, [height]), 278: (LONG, [rows])}
+    tags |= {530: (SHORT, block)} if block else {}
+    got = decode(with_tags(tags, [zlib.compress(strip) for strip in strips]))
+    assert got.size == (width, height)
+    whole = np.asarray(Image.new("YCbCr", (1, 1), (60, 90, 160)).convert("RGB"), int)
+    assert np.abs(np.asarray(got, int)[0, 0] - whole[0, 0]).max() <= 2
+    for short in (strips[-1][:-1], strips[-1][: -len(one)]):
+        data = with_tags(tags, [zlib.compress(strip) for strip in [*strips[:-1], short]])
+        assert reason(data) in ("damaged", "truncated")
+
+
+@pytest.mark.parametrize("block", [(0, 2), (2, 0), (2,)])
+def test_no_colours_are_of_no_pixels(block: tuple[int, ...]) -> None:
+    assert reason(with_tags(YCBCR | {530: (SHORT, block)}, [zlib.compress(PIXELS * 3)])) == "damaged"
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "CMYK"])

@@ -33,7 +33,7 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _SUBTYPE, _OLD_SUBTYPE, _MAKE, _DIRECTORIES, _DNG, _FILL_ORDER = 254, 255, 271, 330, 50706, 266
-_COLOURS, _JPEG_TABLES = 320, 347
+_COLOURS, _JPEG_TABLES, _SUBSAMPLING = 320, 347, 530
 # What else a decoder needs: options of fax, the palette, inks, tables of JPEG (of the old kind, too), YCbCr.
 _PASSED = (
     _FILL_ORDER,
@@ -53,7 +53,7 @@ _PASSED = (
     520,
     521,
     529,
-    530,
+    _SUBSAMPLING,
     531,
     532,
 )
@@ -151,6 +151,7 @@ class Layout(NamedTuple):
     extra: tuple[int, ...]  # of the samples beyond the colours: 0 nothing known, 1 premultiplied alpha, 2 alpha
     fill_order: int
     large_endian: bool  # a big-endian BigTIFF
+    block: tuple[int, int]  # pixels across and down that share their colour: more than one in YCbCr
 
     @property
     def colours(self) -> int:
@@ -264,7 +265,16 @@ def _layout(found: Directory) -> Layout:
     planar = found.number(_PLANAR, 1) if samples > 1 else 1
     order = found.number(_FILL_ORDER, 1)
     first = (width, height, bits.pop(), samples, photometric, planar, compression, numbers.pop())
-    return Layout(*first, extra, order, found.large and found.order == ">")
+    return Layout(*first, extra, order, found.large and found.order == ">", _block(found, photometric, compression))
+
+
+def _block(found: Directory, photometric: int, compression: int) -> tuple[int, int]:
+    if photometric != _YCBCR or compression in (JPEG, _OLD_JPEG):  # which say it themselves
+        return 1, 1
+    numbers = found.numbers(_SUBSAMPLING, (2, 2), most=2)
+    if len(numbers) < 2 or not all(numbers):
+        raise Refused("damaged", f"tag {_SUBSAMPLING} of the TIFF has no number where it should")
+    return numbers[0], numbers[1]
 
 
 _CURE = "convert it to 8 bits of grey or RGB"
@@ -473,11 +483,16 @@ def _check_places(size: int, one: Layout, places: Sequence[int], lengths: Sequen
 
 def _raw_lengths(one: Layout, across: int, down: int, count: int, *, tiled: bool) -> list[int]:
     """Compute how many bytes each strip or tile has without compression."""
-    samples = 1 if one.planar == 2 else one.samples
-    row, planes = -(-across * samples * one.bits // 8), one.samples // samples
+    planes = one.samples if one.planar == 2 else 1
     last = down if tiled else one.height - (-(-one.height // down) - 1) * down  # strips end with the picture
-    whole = row * down
-    return [*[whole] * (count // planes - 1), row * last] * planes
+    whole, end = (_raw_length(one, across, rows) for rows in (down, last))
+    return [*[whole] * (count // planes - 1), end] * planes
+
+
+def _raw_length(one: Layout, across: int, rows: int) -> int:
+    width, height = one.block
+    samples = 1 if one.planar == 2 else one.samples + width * height - 1  # of a block
+    return -(-rows // height) * -(-(-(-across // width) * samples * one.bits) // 8)
 
 
 def through_tifffile(found: Tiff) -> Image.Image:
