@@ -40,7 +40,7 @@ _SEQUENTIAL = (0xC0, 0xC1)  # start of a frame of Huffman codes that is not prog
 _PROGRESSIVE = (0xC2, 0xCA)  # of Huffman codes, of arithmetic ones
 _SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xEE
 _NEEDED = (0xC4, 0xCC, 0xDB, _DRI)  # tables of codes and of quantisation, arithmetic coding
-_UNPACKED = 1 << 20  # bytes that are unpacked at a time, where they are only counted
+_FED, _UNPACKED = 1 << 16, 1 << 20  # bytes that are unpacked at a time and that come of it, where they are counted
 # Of each pass of an interlaced PNG: left, top and the steps across and down.
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _PNG_CHECKED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -95,13 +95,15 @@ def check_png_rows(data: bytes) -> None:
         raise Refused("truncated", "the PNG has fewer rows of pixels than its size says: the rest was never written")
 
 
-def _unpacked(unpacker: Unpacker, packed: bytes, most: int) -> int:
+def _unpacked(unpacker: Unpacker, packed: bytes | memoryview, most: int) -> int:
     """Count the bytes that deflate unpacks to, and stop where they are more than `most`."""
-    size = 0
-    while not unpacker.eof and size <= most and (part := unpacker.decompress(packed, min(most - size + 1, _UNPACKED))):
-        size += len(part)
-        packed = unpacker.unconsumed_tail
-    return size
+    view, room = memoryview(packed), most + 1
+    for start in range(0, len(view), _FED):  # what is left over of each is copied at each step
+        rest: bytes | memoryview = view[start : start + _FED]
+        while room and not unpacker.eof and (part := unpacker.decompress(rest, min(room, _UNPACKED))):
+            room -= len(part)
+            rest = unpacker.unconsumed_tail
+    return most + 1 - room
 
 
 def check_gif(data: bytes) -> None:
