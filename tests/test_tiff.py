@@ -296,12 +296,20 @@ def test_deflate_unpacks_to_its_end(fill_order: int, tiled: bool) -> None:
     assert reason(data[: place + count - 4] + b"\0\1\2\3" + data[place + count :]) == "damaged"
 
 
-def test_a_last_strip_may_be_filled_up() -> None:
-    tags = PLAIN | {257: (LONG, [13]), 278: (LONG, [8]), 259: (SHORT, [DEFLATE])}
-    data = with_tags(tags, [zlib.compress(PIXELS[:128]), zlib.compress(PIXELS[128:])])
+@pytest.mark.parametrize("rows", [5, 8, 15, 16])
+def test_a_last_strip_may_be_filled_up(rows: int) -> None:
+    tags = PLAIN | {257: (LONG, [13]), 278: (LONG, [rows]), 259: (SHORT, [DEFLATE])}
+    strips = [PIXELS[start : start + 16 * rows].ljust(16 * rows, b"x") for start in range(0, 208, 16 * rows)]
+    data = with_tags(tags, [zlib.compress(strip) for strip in strips])
     assert np.asarray(decode(data))[..., 0].tobytes() == PIXELS[:208]
-    short = with_tags(tags, [zlib.compress(PIXELS[:120]), zlib.compress(PIXELS[128:])])
+    short = with_tags(tags, [zlib.compress(strips[0][: 16 * min(rows, 13) - 8]), *map(zlib.compress, strips[1:])])
     assert reason(short) in ("damaged", "truncated")
+
+
+def test_a_strip_of_many_rows_is_not_unpacked_without_end() -> None:
+    tags = PLAIN | {259: (SHORT, [DEFLATE]), 278: (LONG, [2**32 - 1])}
+    assert reason(with_tags(tags, [zlib.compress(PIXELS)])) == "decoded"
+    assert reason(with_tags(tags, [zlib.compress(PIXELS + bytes(20_000_000))])) == "damaged"
 
 
 @pytest.mark.parametrize("block", [(1, 1), (2, 1), (2, 2), (4, 2), None])

@@ -328,16 +328,17 @@ def _check_precision(found: JpegScans, head: Jpeg) -> None:
 
 def check_tiff(found: tiff.Tiff) -> None:
     """Refuse a TIFF of which a strip or tile is not whole, where its decoder would take what there is for all."""
-    one, view, most = found.layout, memoryview(found.data), max(found.needs)
+    one, view, largest = found.layout, memoryview(found.data), max(found.needs)
     is_jpeg = one.compression == tiff.JPEG and one.bits == 8
     tables = [found.jpeg_tables[start:end] for mark, start, end in _segments(found.jpeg_tables) if mark == _DRI]
     for place, length, needs in zip(found.places, found.lengths, found.needs, strict=True):
         piece = view[place : place + length]
         if one.compression in tiff.DEFLATE and found.through_pillow:
-            _check_deflated(bytes(piece).translate(_REVERSED) if one.fill_order == 2 else bytes(piece), needs, most)
+            packed = bytes(piece).translate(_REVERSED) if one.fill_order == 2 else piece
+            _check_unpacked(zlib.decompressobj(), packed, needs, found.most)
         elif is_jpeg:
             head = jpeg_head(bytes(piece), alone=False)
-            if head.width * head.height > 2 * most:
+            if head.width * head.height > 2 * largest:
                 raise Refused(
                     "damaged", f"a strip or tile of the TIFF is a JPEG of {head.width} x {head.height} pixels"
                 )
@@ -346,11 +347,9 @@ def check_tiff(found: tiff.Tiff) -> None:
             _checked_scans(bytes(piece), head, one.width * one.height)
 
 
-def _check_deflated(piece: bytes, needs: int, most: int) -> None:
-    unpacker = zlib.decompressobj()
-    size = _unpacked(unpacker, piece, most)  # some writers fill the last strip up
-    whole = unpacker.eof or (size == needs and not unpacker.unconsumed_tail)  # and some omit the checksum
-    if size < needs or not whole:
+def _check_unpacked(unpacker: Unpacker, packed: bytes | memoryview, needs: int, most: int) -> None:
+    size = _unpacked(unpacker, packed, most)
+    if size < needs or not (unpacker.eof or size == needs):  # some writers omit the checksum
         raise Refused("damaged", "a strip or tile of the TIFF unpacks to other bytes than its pixels")
 
 

@@ -26,6 +26,7 @@ STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TYPE_BYTES = {2: 1, 1: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 MAX_PIECES = 1 << 20  # strips or tiles: 89 million pixels in tiles of 16 x 16 are 350,000
 ORIENTATION = 274
+_FILLED = 1 << 24  # bytes by which a strip may be filled up, be it of 4 billion rows
 _MAX_PASSED = 1 << 20  # bytes of a tag that the decoder gets: the palette of 16 bits has 393,216
 _WHOLE = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # types of whole numbers without a sign
 _SIGNED = (6, 8, 9, 17)  # and with one
@@ -169,6 +170,7 @@ class Tiff(NamedTuple):
     places: Sequence[int]  # of each strip or tile
     lengths: Sequence[int]  # bytes of each
     needs: Sequence[int]  # bytes of each without compression
+    most: int  # bytes that one may unpack to: some writers fill the last strip up, of several or of one
     jpeg_tables: bytes  # for strips or tiles that are JPEGs without
 
 
@@ -433,18 +435,20 @@ def _check_whole(found: Directory) -> None:
 
 def _pieces(
     data: bytes, found: Directory, one: Layout
-) -> tuple[Tags, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
+) -> tuple[Tags, tuple[Sequence[int], Sequence[int], Sequence[int], int]]:
     """Check where the strips or tiles are; more than the picture needs are left out."""
     planes = one.samples if one.planar == 2 else 1
     if min(one.width, one.height) < 1 or one.planar not in (1, 2):
         raise Refused("damaged", f"the TIFF says that it is {one.width} x {one.height} pixels in {one.planar} planes")
     tiled = _TILES in found.entries
     if tiled:
-        across, down = found.number(_TILE_WIDTH, 0), found.number(_TILE_HEIGHT, 0)
+        across, rows = found.number(_TILE_WIDTH, 0), found.number(_TILE_HEIGHT, 0)
+        down = rows
         limits, starts, sizes = (one.width + 4096, one.height + 4096), _TILES, _TILE_BYTES
         shape = {_TILE_WIDTH: (4, [across]), _TILE_HEIGHT: (4, [down])}
     else:
-        across, down = one.width, min(found.number(_ROWS, one.height), one.height)
+        across, rows = one.width, found.number(_ROWS, one.height)
+        down = min(rows, one.height)
         limits, starts, sizes = (one.width, one.height), _STRIPS, _STRIP_BYTES
         shape = {_ROWS: (4, [down])}
     if not (1 <= across <= limits[0] and 1 <= down <= limits[1]):
@@ -464,7 +468,8 @@ def _pieces(
         lengths = needs if all(places) and not any(lengths) else tuple(map(min, lengths, needs))
     _check_places(len(data), one, places, lengths, needs)
     kind = 16 if found.large else 4
-    return {**shape, starts: (kind, places), sizes: (kind, lengths)}, (places, lengths, needs)
+    most = min(_raw_length(one, across, rows), max(needs) + _FILLED)
+    return {**shape, starts: (kind, places), sizes: (kind, lengths)}, (places, lengths, needs, most)
 
 
 def _check_places(size: int, one: Layout, places: Sequence[int], lengths: Sequence[int], needs: Sequence[int]) -> None:
