@@ -5,8 +5,10 @@ JPEG   is whole to its end mark; one scan of Huffman codes takes exactly the byt
        of the codes is not seen.
 PNG    every chunk that pixels depend on fits its checksum, to the end mark; all rows are there.
 GIF    every block is there, to the end mark or, as some writers omit it, to the end of a block. It has no checksums.
-TIFF   every strip or tile was written; one of deflate unpacks to all its pixels and to its end; one of JPEG is whole as
-       a JPEG is, but for the length of its codes. LZMA and zstd have checksums, of which their decoders take care.
+TIFF   every strip or tile was written; one of deflate or LZMA unpacks to all its pixels and to its end, where deflate
+       has a checksum and LZMA one by some writers, not by libtiff; one of JPEG is whole as a JPEG is, but for the
+       length of its codes. Of zstd, LZW, PackBits and fax, and of LZMA where Python was built without it, only what
+       stops their decoders is seen: a changed byte often is not.
 
 The decoders of WebP, AVIF, HEIC, BMP, JPEG 2000 and PPM refuse a file that is cut off, and nothing in these files tells
 a changed pixel from another picture.
@@ -14,18 +16,23 @@ a changed pixel from another picture.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import Refused
 from . import tiff
 
 if TYPE_CHECKING:
-    from zlib import _Decompress as Unpacker
+    from lzma import LZMADecompressor
+    from zlib import _Decompress
+
+    Unpacker = _Decompress | LZMADecompressor
 
 MAX_PARTS, MAX_BLOCKS = 1_000_000, 5_000_000  # chunks or segments of a file; blocks of a GIF: 1 GB has 4 million
 MAX_TABLES = 512  # segments of a JPEG that its decoder needs; encoders write 10 or so
@@ -96,13 +103,13 @@ def check_png_rows(data: bytes) -> None:
 
 
 def _unpacked(unpacker: Unpacker, packed: bytes | memoryview, most: int) -> int:
-    """Count the bytes that deflate unpacks to, and stop where they are more than `most`."""
+    """Count the bytes that deflate or LZMA unpacks to, and stop where they are more than `most`."""
     view, room = memoryview(packed), most + 1
     for start in range(0, len(view), _FED):  # what is left over of each is copied at each step
         rest: bytes | memoryview = view[start : start + _FED]
         while room and not unpacker.eof and (part := unpacker.decompress(rest, min(room, _UNPACKED))):
             room -= len(part)
-            rest = unpacker.unconsumed_tail
+            rest = getattr(unpacker, "unconsumed_tail", b"")  # LZMA's keeps it
     return most + 1 - room
 
 
@@ -330,12 +337,13 @@ def check_tiff(found: tiff.Tiff) -> None:
     """Refuse a TIFF of which a strip or tile is not whole, where its decoder would take what there is for all."""
     one, view, largest = found.layout, memoryview(found.data), max(found.needs)
     is_jpeg = one.compression == tiff.JPEG and one.bits == 8
+    new_unpacker = _unpacker(one.compression) if found.through_pillow else None  # tifffile goes to the end
     tables = [found.jpeg_tables[start:end] for mark, start, end in _segments(found.jpeg_tables) if mark == _DRI]
     for place, length, needs in zip(found.places, found.lengths, found.needs, strict=True):
         piece = view[place : place + length]
-        if one.compression in tiff.DEFLATE and found.through_pillow:
+        if new_unpacker:
             packed = bytes(piece).translate(_REVERSED) if one.fill_order == 2 else piece
-            _check_unpacked(zlib.decompressobj(), packed, needs, found.most)
+            _check_unpacked(new_unpacker(), packed, needs, found.most)
         elif is_jpeg:
             head = jpeg_head(bytes(piece), alone=False)
             if head.width * head.height > 2 * largest:
@@ -345,6 +353,17 @@ def check_tiff(found: tiff.Tiff) -> None:
             if tables and not head.interval:
                 head = head._replace(interval=int.from_bytes(tables[-1][2:], "big"))
             _checked_scans(bytes(piece), head, one.width * one.height)
+
+
+def _unpacker(compression: int) -> Callable[[], Unpacker] | None:
+    """Find what unpacks strips or tiles, for their end, to which libtiff does not go."""
+    if compression in tiff.DEFLATE:
+        return zlib.decompressobj
+    if compression == tiff.LZMA and tiff.pillow_unpacks(compression):
+        with contextlib.suppress(ImportError):  # a Python may be built without
+            found: Callable[[], Unpacker] = importlib.import_module("lzma").LZMADecompressor
+            return found
+    return None
 
 
 def _check_unpacked(unpacker: Unpacker, packed: bytes | memoryview, needs: int, most: int) -> None:

@@ -60,11 +60,11 @@ _PASSED = (
 )
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _CAMERA = (32803, 34892)  # photometric: one colour per pixel behind a filter, or the camera's own colours
-_RAW, JPEG, _OLD_JPEG, _WEBP, DEFLATE = 1, 7, 6, 50001, (8, 32946)
+_RAW, JPEG, _OLD_JPEG, _WEBP, LZMA, DEFLATE = 1, 7, 6, 50001, 34925, (8, 32946)
 # Compressions of libtiff wherever it is; fax, LZW, JPEG, deflate, PackBits. Others it may lack.
 _ALWAYS = (_RAW, 2, 3, 4, 5, JPEG, *DEFLATE, 32773)
-_SOMETIMES = {_OLD_JPEG: "", 34925: "lzma", 50000: "zstd", _WEBP: "webp"}  # nobody writes JPEG of the old kind
-_TIFFFILE = (_RAW, 5, JPEG, *DEFLATE, 32773, 34925, 50000, _WEBP, 34712, 33005)  # and JPEG 2000
+_SOMETIMES = {_OLD_JPEG: "", LZMA: "lzma", 50000: "zstd", _WEBP: "webp"}  # nobody writes JPEG of the old kind
+_TIFFFILE = (_RAW, 5, JPEG, *DEFLATE, 32773, LZMA, 50000, _WEBP, 34712, 33005)  # and JPEG 2000
 
 
 Tags = dict[int, tuple[int, Sequence[int]]]  # type and numbers of each
