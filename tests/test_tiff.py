@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import picture
 from damaged import encoded
-from PIL import features
+from PIL import Image, features
 from tiffs import (
     ALPHA,
     BLACK_IS_ZERO,
@@ -144,6 +144,7 @@ PLAIN: Tags = {
     277: (SHORT, [1]),
     278: (LONG, [16]),
 }
+YCBCR = PLAIN | {277: (SHORT, [3]), 258: (SHORT, [8] * 3), 262: (SHORT, [6]), 259: (SHORT, [DEFLATE])}
 PIXELS = bytes(range(256))
 
 
@@ -281,11 +282,14 @@ def test_counts_do_not_matter_where_all_pixels_are_there() -> None:
     assert reason(patched(data, 279, lambda number, count: count - 1)) == "truncated"
 
 
+@pytest.mark.parametrize("compression", [DEFLATE, LZMA])
 @pytest.mark.parametrize("fill_order", [1, 2])
 @pytest.mark.parametrize("tiled", TILED)
-def test_deflate_unpacks_to_its_end(fill_order: int, tiled: bool) -> None:
+def test_a_strip_or_tile_unpacks_to_its_end(compression: int, fill_order: int, tiled: bool) -> None:
+    if compression == LZMA and not tiff.pillow_unpacks(LZMA):
+        pytest.skip("nothing here reads it")
     noise = np.random.default_rng(0).integers(0, 64, (48, 48, 1)) * 4
-    data = encoded_tiff(noise, Layout(8, BLACK_IS_ZERO, compression=DEFLATE, tiled=tiled, fill_order=fill_order))
+    data = encoded_tiff(noise, Layout(8, BLACK_IS_ZERO, compression=compression, tiled=tiled, fill_order=fill_order))
     assert np.array_equal(np.asarray(decode(data))[..., 0], noise[..., 0])
     found = tiff.read_directory(data)
     place, count = (found.numbers(tag, most=2)[1] for tag in ((324, 325) if tiled else (273, 279)))
@@ -295,12 +299,44 @@ def test_deflate_unpacks_to_its_end(fill_order: int, tiled: bool) -> None:
     assert reason(data[: place + count - 4] + b"\0\1\2\3" + data[place + count :]) == "damaged"
 
 
-def test_a_last_strip_may_be_filled_up() -> None:
-    tags = PLAIN | {257: (LONG, [13]), 278: (LONG, [8]), 259: (SHORT, [DEFLATE])}
-    data = with_tags(tags, [zlib.compress(PIXELS[:128]), zlib.compress(PIXELS[128:])])
+@pytest.mark.parametrize("rows", [5, 8, 15, 16])
+def test_a_last_strip_may_be_filled_up(rows: int) -> None:
+    tags = PLAIN | {257: (LONG, [13]), 278: (LONG, [rows]), 259: (SHORT, [DEFLATE])}
+    strips = [PIXELS[start : start + 16 * rows].ljust(16 * rows, b"x") for start in range(0, 208, 16 * rows)]
+    data = with_tags(tags, [zlib.compress(strip) for strip in strips])
     assert np.asarray(decode(data))[..., 0].tobytes() == PIXELS[:208]
-    short = with_tags(tags, [zlib.compress(PIXELS[:120]), zlib.compress(PIXELS[128:])])
+    short = with_tags(tags, [zlib.compress(strips[0][: 16 * min(rows, 13) - 8]), *map(zlib.compress, strips[1:])])
     assert reason(short) in ("damaged", "truncated")
+
+
+def test_a_strip_of_many_rows_is_not_unpacked_without_end() -> None:
+    tags = PLAIN | {259: (SHORT, [DEFLATE]), 278: (LONG, [2**32 - 1])}
+    assert reason(with_tags(tags, [zlib.compress(PIXELS)])) == "decoded"
+    assert reason(with_tags(tags, [zlib.compress(PIXELS + bytes(20_000_000))])) == "damaged"
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 1), (2, 2), (4, 2), None])
+@pytest.mark.parametrize(("width", "height", "rows"), [(16, 16, 16), (19, 13, 13), (19, 13, 8)])
+def test_colours_in_deflate_may_be_of_several_pixels(
+    block: tuple[int, int] | None, width: int, height: int, rows: int
+) -> None:
+    across, down = block or (2, 2)  # as it is without the tag
+    one = bytes(range(60, 60 + across * down)) + bytes([90, 160])  # some grey and the same two colours
+    strips = [one * (-(-width // across) * -(-min(rows, height - top) // down)) for top in range(0, height, rows)]
+    tags = YCBCR | {256: (LONG, [width]), 257: (LONG, [height]), 278: (LONG, [rows])}
+    tags |= {530: (SHORT, block)} if block else {}
+    got = decode(with_tags(tags, [zlib.compress(strip) for strip in strips]))
+    assert got.size == (width, height)
+    whole = np.asarray(Image.new("YCbCr", (1, 1), (60, 90, 160)).convert("RGB"), int)
+    assert np.abs(np.asarray(got, int)[0, 0] - whole[0, 0]).max() <= 2
+    for short in (strips[-1][:-1], strips[-1][: -len(one)]):
+        data = with_tags(tags, [zlib.compress(strip) for strip in [*strips[:-1], short]])
+        assert reason(data) in ("damaged", "truncated")
+
+
+@pytest.mark.parametrize("block", [(0, 2), (2, 0), (2,)])
+def test_no_colours_are_of_no_pixels(block: tuple[int, ...]) -> None:
+    assert reason(with_tags(YCBCR | {530: (SHORT, block)}, [zlib.compress(PIXELS * 3)])) == "damaged"
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "CMYK"])

@@ -249,16 +249,17 @@ def _pixels(opened: _Opened, data: bytes) -> Image.Image:
         _load_webp(image)
     else:
         image.load()
-    if opened.kind == "PNG" and _is_zero(image, found.height):
+    if opened.kind == "PNG" and _is_zero(image, found):
         check_png_rows(found.data)
     if found.clear is not None:
         image.info["transparency"] = found.clear
     return _on_canvas(image, *found.canvas) if found.canvas else image
 
 
-def _is_zero(image: Image.Image, height: int) -> bool:
-    """Tell whether the row that a PNG has last is zero, as its decoder leaves it where there is none: it is odd."""
-    last = height - 1 - height % 2
+def _is_zero(image: Image.Image, found: Contents) -> bool:
+    """Tell whether the row that a PNG packs last is zero, as its decoder leaves it where there is none."""
+    interlaced = found.data[28]  # then rows of odd numbers come last
+    last = found.height - 1 - (found.height % 2 if interlaced else 0)
     return not any(image.crop((0, last, image.width, last + 1)).tobytes())
 
 

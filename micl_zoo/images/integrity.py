@@ -5,8 +5,10 @@ JPEG   is whole to its end mark; one scan of Huffman codes takes exactly the byt
        of the codes is not seen.
 PNG    every chunk that pixels depend on fits its checksum, to the end mark; all rows are there.
 GIF    every block is there, to the end mark or, as some writers omit it, to the end of a block. It has no checksums.
-TIFF   every strip or tile was written; one of deflate unpacks to all its pixels and to its end; one of JPEG is whole as
-       a JPEG is, but for the length of its codes. LZMA and zstd have checksums, of which their decoders take care.
+TIFF   every strip or tile was written; one of deflate or LZMA unpacks to all its pixels and to its end, where deflate
+       has a checksum and LZMA one by some writers, not by libtiff; one of JPEG is whole as a JPEG is, but for the
+       length of its codes. Of zstd, LZW, PackBits and fax, and of LZMA where Python was built without it, only what
+       stops their decoders is seen: a changed byte often is not.
 
 The decoders of WebP, AVIF, HEIC, BMP, JPEG 2000 and PPM refuse a file that is cut off, and nothing in these files tells
 a changed pixel from another picture.
@@ -14,18 +16,23 @@ a changed pixel from another picture.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import Refused
 from . import tiff
 
 if TYPE_CHECKING:
-    from zlib import _Decompress as Unpacker
+    from lzma import LZMADecompressor
+    from zlib import _Decompress
+
+    Unpacker = _Decompress | LZMADecompressor
 
 MAX_PARTS, MAX_BLOCKS = 1_000_000, 5_000_000  # chunks or segments of a file; blocks of a GIF: 1 GB has 4 million
 MAX_TABLES = 512  # segments of a JPEG that its decoder needs; encoders write 10 or so
@@ -40,7 +47,7 @@ _SEQUENTIAL = (0xC0, 0xC1)  # start of a frame of Huffman codes that is not prog
 _PROGRESSIVE = (0xC2, 0xCA)  # of Huffman codes, of arithmetic ones
 _SOI, _EOI, _SOS, _DRI, _APP0, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xDD, 0xE0, 0xE1, 0xEE
 _NEEDED = (0xC4, 0xCC, 0xDB, _DRI)  # tables of codes and of quantisation, arithmetic coding
-_UNPACKED = 1 << 20  # bytes that are unpacked at a time, where they are only counted
+_FED, _UNPACKED = 1 << 16, 1 << 20  # bytes that are unpacked at a time and that come of it, where they are counted
 # Of each pass of an interlaced PNG: left, top and the steps across and down.
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _PNG_CHECKED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
@@ -95,13 +102,15 @@ def check_png_rows(data: bytes) -> None:
         raise Refused("truncated", "the PNG has fewer rows of pixels than its size says: the rest was never written")
 
 
-def _unpacked(unpacker: Unpacker, packed: bytes, most: int) -> int:
-    """Count the bytes that deflate unpacks to, and stop where they are more than `most`."""
-    size = 0
-    while not unpacker.eof and size <= most and (part := unpacker.decompress(packed, min(most - size + 1, _UNPACKED))):
-        size += len(part)
-        packed = unpacker.unconsumed_tail
-    return size
+def _unpacked(unpacker: Unpacker, packed: bytes | memoryview, most: int) -> int:
+    """Count the bytes that deflate or LZMA unpacks to, and stop where they are more than `most`."""
+    view, room = memoryview(packed), most + 1
+    for start in range(0, len(view), _FED):  # what is left over of each is copied at each step
+        rest: bytes | memoryview = view[start : start + _FED]
+        while room and not unpacker.eof and (part := unpacker.decompress(rest, min(room, _UNPACKED))):
+            room -= len(part)
+            rest = getattr(unpacker, "unconsumed_tail", b"")  # LZMA's keeps it
+    return most + 1 - room
 
 
 def check_gif(data: bytes) -> None:
@@ -326,16 +335,18 @@ def _check_precision(found: JpegScans, head: Jpeg) -> None:
 
 def check_tiff(found: tiff.Tiff) -> None:
     """Refuse a TIFF of which a strip or tile is not whole, where its decoder would take what there is for all."""
-    one, view, most = found.layout, memoryview(found.data), max(found.needs)
+    one, view, largest = found.layout, memoryview(found.data), max(found.needs)
     is_jpeg = one.compression == tiff.JPEG and one.bits == 8
+    new_unpacker = _unpacker(one.compression) if found.through_pillow else None  # tifffile goes to the end
     tables = [found.jpeg_tables[start:end] for mark, start, end in _segments(found.jpeg_tables) if mark == _DRI]
     for place, length, needs in zip(found.places, found.lengths, found.needs, strict=True):
         piece = view[place : place + length]
-        if one.compression in tiff.DEFLATE and found.through_pillow:
-            _check_deflated(bytes(piece).translate(_REVERSED) if one.fill_order == 2 else bytes(piece), needs, most)
+        if new_unpacker:
+            packed = bytes(piece).translate(_REVERSED) if one.fill_order == 2 else piece
+            _check_unpacked(new_unpacker(), packed, needs, found.most)
         elif is_jpeg:
             head = jpeg_head(bytes(piece), alone=False)
-            if head.width * head.height > 2 * most:
+            if head.width * head.height > 2 * largest:
                 raise Refused(
                     "damaged", f"a strip or tile of the TIFF is a JPEG of {head.width} x {head.height} pixels"
                 )
@@ -344,11 +355,20 @@ def check_tiff(found: tiff.Tiff) -> None:
             _checked_scans(bytes(piece), head, one.width * one.height)
 
 
-def _check_deflated(piece: bytes, needs: int, most: int) -> None:
-    unpacker = zlib.decompressobj()
-    size = _unpacked(unpacker, piece, most)  # some writers fill the last strip up
-    whole = unpacker.eof or (size == needs and not unpacker.unconsumed_tail)  # and some omit the checksum
-    if size < needs or not whole:
+def _unpacker(compression: int) -> Callable[[], Unpacker] | None:
+    """Find what unpacks strips or tiles, for their end, to which libtiff does not go."""
+    if compression in tiff.DEFLATE:
+        return zlib.decompressobj
+    if compression == tiff.LZMA and tiff.pillow_unpacks(compression):
+        with contextlib.suppress(ImportError):  # a Python may be built without
+            found: Callable[[], Unpacker] = importlib.import_module("lzma").LZMADecompressor
+            return found
+    return None
+
+
+def _check_unpacked(unpacker: Unpacker, packed: bytes | memoryview, needs: int, most: int) -> None:
+    size = _unpacked(unpacker, packed, most)
+    if size < needs or not (unpacker.eof or size == needs):  # some writers omit the checksum
         raise Refused("damaged", "a strip or tile of the TIFF unpacks to other bytes than its pixels")
 
 

@@ -26,6 +26,7 @@ STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TYPE_BYTES = {2: 1, 1: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 MAX_PIECES = 1 << 20  # strips or tiles: 89 million pixels in tiles of 16 x 16 are 350,000
 ORIENTATION = 274
+_FILLED = 1 << 24  # bytes by which a strip may be filled up, be it of 4 billion rows
 _MAX_PASSED = 1 << 20  # bytes of a tag that the decoder gets: the palette of 16 bits has 393,216
 _WHOLE = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}  # types of whole numbers without a sign
 _SIGNED = (6, 8, 9, 17)  # and with one
@@ -33,7 +34,7 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR = 273, 277, 278, 279, 284, 317
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _EXTRA, _FORMAT = 322, 323, 324, 325, 338, 339
 _SUBTYPE, _OLD_SUBTYPE, _MAKE, _DIRECTORIES, _DNG, _FILL_ORDER = 254, 255, 271, 330, 50706, 266
-_COLOURS, _JPEG_TABLES = 320, 347
+_COLOURS, _JPEG_TABLES, _SUBSAMPLING = 320, 347, 530
 # What else a decoder needs: options of fax, the palette, inks, tables of JPEG (of the old kind, too), YCbCr.
 _PASSED = (
     _FILL_ORDER,
@@ -53,17 +54,17 @@ _PASSED = (
     520,
     521,
     529,
-    530,
+    _SUBSAMPLING,
     531,
     532,
 )
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _CAMERA = (32803, 34892)  # photometric: one colour per pixel behind a filter, or the camera's own colours
-_RAW, JPEG, _OLD_JPEG, _WEBP, DEFLATE = 1, 7, 6, 50001, (8, 32946)
+_RAW, JPEG, _OLD_JPEG, _WEBP, LZMA, DEFLATE = 1, 7, 6, 50001, 34925, (8, 32946)
 # Compressions of libtiff wherever it is; fax, LZW, JPEG, deflate, PackBits. Others it may lack.
 _ALWAYS = (_RAW, 2, 3, 4, 5, JPEG, *DEFLATE, 32773)
-_SOMETIMES = {_OLD_JPEG: "", 34925: "lzma", 50000: "zstd", _WEBP: "webp"}  # nobody writes JPEG of the old kind
-_TIFFFILE = (_RAW, 5, JPEG, *DEFLATE, 32773, 34925, 50000, _WEBP, 34712, 33005)  # and JPEG 2000
+_SOMETIMES = {_OLD_JPEG: "", LZMA: "lzma", 50000: "zstd", _WEBP: "webp"}  # nobody writes JPEG of the old kind
+_TIFFFILE = (_RAW, 5, JPEG, *DEFLATE, 32773, LZMA, 50000, _WEBP, 34712, 33005)  # and JPEG 2000
 
 
 Tags = dict[int, tuple[int, Sequence[int]]]  # type and numbers of each
@@ -151,6 +152,7 @@ class Layout(NamedTuple):
     extra: tuple[int, ...]  # of the samples beyond the colours: 0 nothing known, 1 premultiplied alpha, 2 alpha
     fill_order: int
     large_endian: bool  # a big-endian BigTIFF
+    block: tuple[int, int]  # pixels across and down that share their colour: more than one in YCbCr
 
     @property
     def colours(self) -> int:
@@ -168,6 +170,7 @@ class Tiff(NamedTuple):
     places: Sequence[int]  # of each strip or tile
     lengths: Sequence[int]  # bytes of each
     needs: Sequence[int]  # bytes of each without compression
+    most: int  # bytes that one may unpack to: some writers fill the last strip up, of several or of one
     jpeg_tables: bytes  # for strips or tiles that are JPEGs without
 
 
@@ -264,7 +267,16 @@ def _layout(found: Directory) -> Layout:
     planar = found.number(_PLANAR, 1) if samples > 1 else 1
     order = found.number(_FILL_ORDER, 1)
     first = (width, height, bits.pop(), samples, photometric, planar, compression, numbers.pop())
-    return Layout(*first, extra, order, found.large and found.order == ">")
+    return Layout(*first, extra, order, found.large and found.order == ">", _block(found, photometric, compression))
+
+
+def _block(found: Directory, photometric: int, compression: int) -> tuple[int, int]:
+    if photometric != _YCBCR or compression in (JPEG, _OLD_JPEG):  # which say it themselves
+        return 1, 1
+    numbers = found.numbers(_SUBSAMPLING, (2, 2), most=2)
+    if len(numbers) < 2 or not all(numbers):
+        raise Refused("damaged", f"tag {_SUBSAMPLING} of the TIFF has no number where it should")
+    return numbers[0], numbers[1]
 
 
 _CURE = "convert it to 8 bits of grey or RGB"
@@ -423,18 +435,20 @@ def _check_whole(found: Directory) -> None:
 
 def _pieces(
     data: bytes, found: Directory, one: Layout
-) -> tuple[Tags, tuple[Sequence[int], Sequence[int], Sequence[int]]]:
+) -> tuple[Tags, tuple[Sequence[int], Sequence[int], Sequence[int], int]]:
     """Check where the strips or tiles are; more than the picture needs are left out."""
     planes = one.samples if one.planar == 2 else 1
     if min(one.width, one.height) < 1 or one.planar not in (1, 2):
         raise Refused("damaged", f"the TIFF says that it is {one.width} x {one.height} pixels in {one.planar} planes")
     tiled = _TILES in found.entries
     if tiled:
-        across, down = found.number(_TILE_WIDTH, 0), found.number(_TILE_HEIGHT, 0)
+        across, rows = found.number(_TILE_WIDTH, 0), found.number(_TILE_HEIGHT, 0)
+        down = rows
         limits, starts, sizes = (one.width + 4096, one.height + 4096), _TILES, _TILE_BYTES
         shape = {_TILE_WIDTH: (4, [across]), _TILE_HEIGHT: (4, [down])}
     else:
-        across, down = one.width, min(found.number(_ROWS, one.height), one.height)
+        across, rows = one.width, found.number(_ROWS, one.height)
+        down = min(rows, one.height)
         limits, starts, sizes = (one.width, one.height), _STRIPS, _STRIP_BYTES
         shape = {_ROWS: (4, [down])}
     if not (1 <= across <= limits[0] and 1 <= down <= limits[1]):
@@ -454,7 +468,8 @@ def _pieces(
         lengths = needs if all(places) and not any(lengths) else tuple(map(min, lengths, needs))
     _check_places(len(data), one, places, lengths, needs)
     kind = 16 if found.large else 4
-    return {**shape, starts: (kind, places), sizes: (kind, lengths)}, (places, lengths, needs)
+    most = min(_raw_length(one, across, rows), max(needs) + _FILLED)
+    return {**shape, starts: (kind, places), sizes: (kind, lengths)}, (places, lengths, needs, most)
 
 
 def _check_places(size: int, one: Layout, places: Sequence[int], lengths: Sequence[int], needs: Sequence[int]) -> None:
@@ -473,11 +488,16 @@ def _check_places(size: int, one: Layout, places: Sequence[int], lengths: Sequen
 
 def _raw_lengths(one: Layout, across: int, down: int, count: int, *, tiled: bool) -> list[int]:
     """Compute how many bytes each strip or tile has without compression."""
-    samples = 1 if one.planar == 2 else one.samples
-    row, planes = -(-across * samples * one.bits // 8), one.samples // samples
+    planes = one.samples if one.planar == 2 else 1
     last = down if tiled else one.height - (-(-one.height // down) - 1) * down  # strips end with the picture
-    whole = row * down
-    return [*[whole] * (count // planes - 1), row * last] * planes
+    whole, end = (_raw_length(one, across, rows) for rows in (down, last))
+    return [*[whole] * (count // planes - 1), end] * planes
+
+
+def _raw_length(one: Layout, across: int, rows: int) -> int:
+    width, height = one.block
+    samples = 1 if one.planar == 2 else one.samples + width * height - 1  # of a block
+    return -(-rows // height) * -(-(-(-across // width) * samples * one.bits) // 8)
 
 
 def through_tifffile(found: Tiff) -> Image.Image:
