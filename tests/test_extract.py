@@ -664,11 +664,11 @@ def test_a_loaded_encoder_keeps_its_backend(
 @pytest.mark.parametrize(
     ("option", "text"),
     [
-        ({"limit": 0}, "limit is 0, and must be at least 1"),
+        ({"limit": 0}, "limit is 0, and must be 1 to "),
         ({"dtype": "float64"}, "dtype must be one of float16, float32, it is 'float64'"),
         ({"engine": "spark"}, "engine must be one of local, ray, it is 'spark'"),
         ({"exif": "sideways"}, "exif must be one of upright, keep, it is 'sideways'"),
-        ({"max_pixels": 0}, "max_pixels is 0, and must be at least 1"),
+        ({"max_pixels": 0}, "max_pixels is 0, and must be 1 to "),
     ],
 )
 def test_options_that_mean_nothing(option: dict[str, Any], text: str) -> None:

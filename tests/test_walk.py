@@ -392,7 +392,9 @@ def test_only_our_own_errors_come_out(
             wrong.append(f"{name}: exit code {found.code}: {found.said[-200:]!r}")
         elif found.code in (1, 2) and not found.said.strip():
             wrong.append(f"{name}: exit code {found.code} without a word")
-        _remove(bad)
+        for left in (bad, Path(given) if isinstance(given, str) and given.startswith(str(bad)) else bad):
+            with contextlib.suppress(OSError, ValueError):
+                _remove(left)  # an output by such a name, too: the next command would find it
     assert not wrong, f"{' '.join(filled(house, command, **{slot: 'BAD'}))}\n" + "\n".join(wrong)
 
 
