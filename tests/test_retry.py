@@ -373,3 +373,16 @@ def test_a_stray_file_of_a_whole_store_is_named(image_folder: Callable[..., Path
             run(**options)
     (store.path / junk).unlink()
     assert run().computed == 0
+
+
+def test_a_part_in_the_place_of_another_is_named(image_folder: Callable[..., Path], run: Run, tmp_path: Path) -> None:
+    image_folder(8)
+    whole, few = run().store.path, run("few", limit=2).store.path
+    part = (whole / "part-00001.parquet").read_bytes()
+    shutil.copy(whole / "part-00000.parquet", whole / "part-00001.parquet")
+    with pytest.raises(StoreError, match=r"part-00001\.parquet.*it is part 0 of this store, under the name of another"):
+        _ = micl_zoo.open_store(whole).embeddings
+    (whole / "part-00001.parquet").write_bytes(part)
+    shutil.copy(few / "part-00000.parquet", whole / "part-00000.parquet")
+    with pytest.raises(StoreError, match=r"part-00000\.parquet' has other images than its shard of the index"):
+        run()

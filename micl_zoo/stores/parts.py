@@ -170,10 +170,11 @@ def check_metadata(found: pq.FileMetaData, schemas: Sequence[pa.Schema], most: i
         raise ValueError(f"its columns are {shown[0]}, expected are {shown[1]}")
     expected = (schemas[0].metadata or {}).get(STORE_KEY, b"")
     of = (found.metadata or {}).get(STORE_KEY, expected)
-    if expected and of.split() != expected.split():
-        store, _, number = of.decode("ascii", "replace").partition(" ")
-        if store == expected.split()[0].decode():
-            raise ValueError(f"it is part {number[:20]} of this store, under the name of another")
+    if expected and of != expected:
+        store, _, number = of.partition(b" ")
+        if store == expected.partition(b" ")[0]:
+            what = number[:20].decode("ascii", "replace")
+            raise ValueError(f"it is part {what} of this store, under the name of another")
         raise ValueError("its rows were made by another encoder or with other settings than the manifest says")
     groups = sum(found.row_group(group).num_rows for group in range(found.num_row_groups))
     if not 0 <= found.num_rows <= most or groups != found.num_rows:

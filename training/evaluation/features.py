@@ -83,10 +83,11 @@ def store_features(store: Store, numbers: Mapping[str, int], pools: Sequence[Poo
             "extract again with --pool cls+mean"
         )
     rows = split_pools(store.embeddings.astype(np.float32, copy=False), stored, pools)
-    if lost := [name for name in store.ids if name not in numbers]:
+    ids = store.ids  # reads every part
+    if lost := [name for name in ids if name not in numbers]:
         raise StoreError(
             f"{len(lost):,} images of {str(store.folder)!r} are not in its index, of which a part is missing: "
             f"{lost[0]!r} first. The same extract command makes it again"
         )
-    labels = np.array([numbers[name] for name in store.ids], np.int64)
+    labels = np.array([numbers[name] for name in ids], np.int64)
     return Features(rows, labels, tuple(row.id for row in store.refused()))

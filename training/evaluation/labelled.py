@@ -173,9 +173,9 @@ def read_label_file(file: str | os.PathLike[str]) -> dict[str, str]:
             for number, row in rows:
                 if isinstance(row, Odd):
                     raise SourceError(f"line {number} of the labels {os.fspath(file)!r} {row}")
-                name, given = (row[at] if at < len(row) else "" for at in (ids, label))
                 if not row:
                     continue
+                name, given = (row[at] if at < len(row) else "" for at in (ids, label))
                 if not name:
                     raise SourceError(f"the labels {os.fspath(file)!r} have no {columns[ids]} in line {number}")
                 if found.setdefault(name, given) != given:
