@@ -127,6 +127,9 @@ def test_a_pin_takes_one_request_and_its_files_are_those(
     assert caplog.messages == [f"licence of {REPO}: apache-2.0, see {hub.url}/{REPO}"]
     with pytest.raises(WeightsError, match=rf"@{FIRST} has no file 'other': see {hub.url}/{REPO}/tree/{FIRST}"):
         made.fetch("other")
+    untold = Pin(REPO, FIRST, None, {WEIGHTS: PinnedFile(len(CONTENT), None)})
+    with pytest.raises(WeightsError, match=f"no checksum of {WEIGHTS} of {made.source} was told"):
+        untold.fetch(WEIGHTS)
 
 
 def test_a_branch_that_moved_a_tag_and_a_short_commit(hub: Hub) -> None:

@@ -57,10 +57,8 @@ class PinnedFile:
             return f"{size:,} bytes, expected {self.bytes:,}"
         if self.sha256 is not None:
             found, expected, what = file_sha256(file), self.sha256, "sha256"
-        elif self.git_oid is not None:
-            found, expected, what = _git_oid(file), self.git_oid, "git's sha1"
         else:
-            return ""
+            found, expected, what = _git_oid(file), str(self.git_oid), "git's sha1"
         return "" if found == expected else f"{what} {found}, expected {expected}"
 
 
@@ -113,6 +111,9 @@ class Pin:
         """
         if name not in self.files:
             raise WeightsError(f"{self.source} has no file {name!r}: see {_page(self.repo)}/tree/{self.commit}")
+        if self.files[name].sha256 is self.files[name].git_oid is None:
+            way_on = "see whether HF_ENDPOINT names a hub, or download the files into a folder and give that"
+            raise WeightsError(f"no checksum of {name} of {self.source} was told, so it could be anything: {way_on}")
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         if name.endswith(".safetensors") and not try_to_load_from_cache(self.repo, name, revision=self.commit):
@@ -311,9 +312,7 @@ def _git_oid(file: Path) -> str:
 
 
 def _key(repo: str, revision: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repo}@{revision}"
+    return f"{_page(repo)}@{revision}"
 
 
 def _note_file(key: str) -> Path:
@@ -360,7 +359,7 @@ def _why(error: Exception, repo: str, revision: str) -> _Why:
         if isinstance(one, OSError) and one.errno in FULL_DISK:
             return _Why(f"the disk of {constants.HF_HOME} is full: make room, or set HF_HOME to another", False)
         if isinstance(one, OSError) and one.errno in NO_ACCESS and one.filename:
-            return _Why(f"{one.filename!r} cannot be written ({one.strerror}): set HF_HOME to a place that can", False)
+            return _Why(f"{one.filename!r} cannot be used ({one.strerror}): set HF_HOME to a place that can", False)
     if constants.HF_HUB_OFFLINE:
         return _Why("HF_HUB_OFFLINE is set", True)
     said = _public(" ".join(str(chain[-1]).split()))[:200] or type(chain[-1]).__name__
