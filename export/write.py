@@ -51,9 +51,9 @@ class Export:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON holds it."""
-        return {"file": self.path.name} | {
-            key: value for key, value in dataclasses.asdict(self).items() if key != "path"
-        }
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "path"}
+        fields["card"]["config"]["transform"] = self.card.config.transform.to_dict()
+        return {"file": self.path.name} | fields
 
 
 def to_onnx(
@@ -98,7 +98,7 @@ def to_onnx(
     runtime()  # before any work
     try:
         from .check import BATCHES, measure, photographs
-        from .graph import encoder_graph
+        from .graph import encoder_graph, resize_text
         from .quantize import CONVERSIONS
     except ImportError as error:
         raise UsageError(f"an export needs {error.name}: {INSTALL}") from None
@@ -106,6 +106,8 @@ def to_onnx(
     if encoder.backend != "torch":
         raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
     encoder = _at_size(encoder, image_size).cpu().float()
+    if with_preprocess:
+        resize_text(encoder.transform)  # raises
     row = CONVERSIONS[precision]
     bounds = (with_preprocess and row.inside) or row.bounds
     pictures = photographs(images)
@@ -146,14 +148,13 @@ def _check(precision: str, outputs: Sequence[str], opset: int) -> None:
 def _at_size(encoder: Encoder, side: int | None) -> Encoder:
     """Return the encoder for another size of image: the crop's share kept, the position embedding resampled."""
     config, patch = encoder.config, encoder.vit.patch_embed.patch_size[0]
-    if side is None or side == config.transform.size:
+    if side is None or (side, side) == config.transform.size:
         return encoder
     if side < patch or side % patch:
         raise UsageError(f"image_size must be a multiple of the patch size, {patch}; got {side}")
     vit = copy.deepcopy(encoder.vit)
     vit.set_input_size(img_size=side)
-    resize = round(config.transform.resize * side / config.transform.size)
-    transform = dataclasses.replace(config.transform, size=side, resize=resize)
+    transform = config.transform.at_size((side, side))
     config = dataclasses.replace(config, transform=transform, model_args=config.model_args | {"img_size": side})
     return Encoder(TorchModel(vit), config, record=encoder.record, weights_sha256=encoder.weights_sha256)
 

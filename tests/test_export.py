@@ -150,7 +150,7 @@ def test_images_of_any_size_go_in_where_the_transform_is_inside(encoder: Encoder
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(224, 224), (299, 224), (500, 375), (375, 500), (640, 427), (40, 1000), (3000, 200)])
 def test_the_graph_s_transform_is_pillow_s(size: tuple[int, int], interpolation: Any) -> None:
-    transform = Transform(224, 256, interpolation)
+    transform = Transform.square(224, 256, interpolation)
     model = onnx.parser.parse_model(preprocess_text(transform, 18, 8))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     image = picture(size[0], *size)
@@ -210,7 +210,7 @@ def test_another_size_of_image(encoder: Encoder, tmp_path: Path) -> None:
     made = to_onnx(encoder, tmp_path, image_size=48)
     assert run(made.path, pixel_values=np.zeros((3, 3, 48, 48), np.float32))["embedding"].shape == (3, 32)
     opened = micl_zoo.load(weights=made.path, backend="onnx")
-    assert opened.transform.size == 48
+    assert opened.transform.size == (48, 48)
     assert opened.embed([picture(1)]).shape == (1, 32)
 
 

@@ -187,9 +187,9 @@ class Encoder(nn.Module):
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute at least the outputs wanted: "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
-        side = self.transform.size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
-            wanted_shape = f"(B, 3, {side}, {side}), normalised as encoder.transform does it"
+        height, width = self.transform.size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, height, width):
+            wanted_shape = f"(B, 3, {height}, {width}), normalised as encoder.transform does it"
             raise UsageError(f"pixel_values must be {wanted_shape}; got {tuple(pixel_values.shape)}")
         return self.runtime.outputs(pixel_values, wanted)
 

@@ -119,7 +119,7 @@ def _check_fit(config: EncoderConfig, weights: Weights, where: str) -> None:
 
 def _check_shape(vit: VisionTransformer, config: EncoderConfig, where: str) -> None:
     """Refuse a model that is none of ours, or is not what its configuration says elsewhere."""
-    size, grid = (config.transform.size,) * 2, vit.patch_embed.grid_size
+    size, grid = config.transform.size, vit.patch_embed.grid_size
     problem = ""
     if vit.cls_token is None:
         problem = f"{config.architecture} has no class token, which the embeddings are made of"

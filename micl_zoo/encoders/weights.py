@@ -94,8 +94,8 @@ def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
     """Return how to build the encoder that a pre-training recipe trains, from the recipe's fields, see run.json."""
     architecture, model_args = timm_architecture(**vit_sizes(recipe))
     size, record = recipe["image_size"], RECORDS.get(recipe["name"])
-    transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
-    if record and record.transform.size == size:
+    transform = Transform.square(size, size, mean=tuple(recipe["pixel_mean"]), std=tuple(recipe["pixel_std"]))
+    if record and record.transform.size == (size, size):
         transform = record.transform
     return EncoderConfig(recipe["name"], architecture, model_args, recipe["embed_dim"], transform)
 
