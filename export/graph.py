@@ -115,8 +115,9 @@ def preprocess_text(transform: Transform, opset: int, ir_version: int) -> str:
     (down, across), (height, width) = transform.resize, transform.size
     is_short = transform.mode == "border" or down < height or across < width
     body = f"""
-  pre_planes = Transpose<perm = [0, 3, 1, 2]>(images)
-  pre_sides = Shape<start = 2>(pre_planes)
+  pre_transposed = Transpose<perm = [0, 3, 1, 2]>(images)
+  pre_planes = Reshape(pre_transposed, pre_as_it_is)
+  pre_sides = Shape<start = 1, end = 3>(images)
 {_STRIP if transform.mode == "center" else _WHOLE}
 {_resized_text(transform)}
   pre_image = Resize<{resize_text(transform)}>(pre_strip, , , pre_resized)
@@ -138,6 +139,7 @@ def preprocess_text(transform: Transform, opset: int, ir_version: int) -> str:
         "int64[2] pre_size": f"{height}, {width}",
         "int64[1] pre_max_aspect": f"{MAX_ASPECT}",
         "int64[2] pre_axes": "2, 3",
+        "int64[4] pre_as_it_is": "0, 0, 0, 0",  # or ONNX Runtime transposes behind the resize, of wrong axes
         "int64[1] pre_none": "0",
         "int64[1] pre_one": "1",
         "int64[1] pre_int_two": "2",
