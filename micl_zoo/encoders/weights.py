@@ -53,12 +53,11 @@ class EncoderConfig:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images, in pixels."""
-        return self.transform.size, self.transform.size
+        return self.transform.size
 
     def at_size(self, side: int, *, resampled: bool) -> EncoderConfig:
         """Return it for square images of another side; `resampled` if the model's positions are for its images."""
-        resize = round(self.transform.resize * side / self.transform.size)
-        transform = dataclasses.replace(self.transform, size=side, resize=resize)
+        transform = self.transform.at_size((side, side))
         model_args = self.model_args | ({"img_size": side} if resampled else {})
         return dataclasses.replace(self, transform=transform, model_args=model_args)
 
@@ -131,8 +130,8 @@ def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
     """Return how to build the encoder that a pre-training recipe trains, from the recipe's fields, see run.json."""
     architecture, model_args = timm_architecture(**vit_sizes(recipe))
     size, record = recipe["image_size"], RECORDS.get(recipe["name"])
-    transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
-    if record and record.transform.size == size:
+    transform = Transform.square(size, size, mean=tuple(recipe["pixel_mean"]), std=tuple(recipe["pixel_std"]))
+    if record and record.transform.size == (size, size):
         transform = record.transform
     return EncoderConfig(recipe["name"], architecture, model_args, recipe["embed_dim"], transform)
 
