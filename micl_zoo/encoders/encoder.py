@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args, overload
 
 import numpy as np
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, unknown
 from ..images.transform import Transform
+from ..progress import progress as progress_bar
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
-from .inputs import ImageLike, one_or_many, open_image
+from .inputs import ImageLike, Skipped, each_made, one_or_many
 from .weights import EncoderConfig
 from .zoo import Record
 
 if TYPE_CHECKING:
     from .onnx_session import OnnxCard
+
+Images = ImageLike | Iterable[ImageLike]
 
 
 class Features(NamedTuple):
@@ -38,6 +42,20 @@ class Features(NamedTuple):
 
     cls: Tensor
     patches: Tensor
+
+
+class Embedded(NamedTuple):
+    """Embeddings of the images that can be read, and what is known of the others.
+
+    Attributes:
+        rows: (N, *row_shape(pool)) float32.
+        kept: (N,) int64, the place of each row's image among those given.
+        skipped: the images left out: `place`, `name`, `reason` (one word, see `Refused`), `detail`.
+    """
+
+    rows: np.ndarray
+    kept: np.ndarray
+    skipped: list[Skipped]
 
 
 class Runtime(Protocol):
@@ -198,37 +216,73 @@ class Encoder(nn.Module):
         if self._compiled_size is not None:
             self._compiled_size = min(self._compiled_size, batch_size)
 
+    @overload
+    def embed(
+        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool = ..., workers: int = ...,
+        progress: bool = ..., skip_bad: Literal[False] = ...,
+    ) -> np.ndarray: ...  # fmt: skip
+
+    @overload
+    def embed(
+        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool = ..., workers: int = ...,
+        progress: bool = ..., skip_bad: Literal[True],
+    ) -> Embedded: ...  # fmt: skip
+
     def embed(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
         *,
         batch_size: int = 64,
         normalize: bool = True,
         pool: Pool = "cls",
-    ) -> np.ndarray:
+        skip_bad: bool = False,
+        workers: int = 0,
+        progress: bool = False,
+    ) -> np.ndarray | Embedded:
         """Embed images through this encoder's own transform.
 
         Args:
-            images: one or many of: paths, encoded bytes, files open in binary mode, PIL images, dictionaries of data
-                sets (`{"bytes": …, "path": …}`), uint8 arrays or tensors (H, W) or (H, W, 1, 3 or 4), of which four
-                are RGB and alpha. An array or tensor of four axes is many.
+            images: one or many of: paths, encoded bytes, files open in binary mode, PIL images, images and rows of
+                `datasets` (`{"bytes": …, "path": …}`, `{"image": …}`), arrays or tensors (H, W) or (H, W, 1, 3 or 4),
+                of which four are RGB and alpha; tensors also (1, 3 or 4, H, W). White is 255 in uint8, 65,535 in
+                uint16, 1 in floats, True in booleans. An array or tensor of four axes is many.
             batch_size: images per forward pass.
             normalize: scale to unit length, so that a dot product is the cosine: each row, with "patches" each token.
             pool: see `forward`.
+            skip_bad: leave out images that cannot be read, and say which.
+            workers: number of threads that read paths and decode, beside the one that runs the model.
+            progress: show a progress bar, on a terminal.
 
         Returns:
-            (images, *row_shape(pool)) float32, in the order given.
+            (images, *row_shape(pool)) float32, in the order given; with skip_bad an `Embedded` of those that can be
+            read.
 
         Raises:
-            UsageError: batch_size is no whole number of at least 1, or an image cannot be read; the text has its place.
-                `extract` goes on past such images.
+            UsageError: batch_size or workers is no such number, or an image cannot be read; the text has its place.
         """
-        size, many = _whole(batch_size), one_or_many(images)
-        pixels = (self.transform.pixels(open_image(image, place)) for place, image in enumerate(many))
-        rows = [np.empty((0, *self.row_shape(pool)), np.float32)]
-        while batch := list(islice(pixels, size)):
-            rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
-        return np.concatenate(rows)
+        size, threads, many = _whole("batch_size", batch_size, 1), _whole("workers", workers, 0), one_or_many(images)
+        kept, skipped, rows = list[int](), list[Skipped](), [np.empty((0, *self.row_shape(pool)), np.float32)]
+        made = each_made(many, self.transform.pixels, threads)
+        total = operator.length_hint(many) or None
+
+        def readable() -> Iterator[np.ndarray]:
+            for place, one in enumerate(made):
+                if not isinstance(one, Skipped):
+                    kept.append(place)
+                    yield one
+                elif not skip_bad:
+                    raise UsageError(str(one))
+                else:
+                    skipped.append(one)
+                    tick(1, f"{len(skipped):,} left out")
+
+        with progress_bar(f"embedding with {self.name}", total, show=progress) as tick, closing(made):
+            pixels = readable()
+            while batch := list(islice(pixels, size)):
+                rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
+                tick(len(batch))
+        found = np.concatenate(rows)
+        return Embedded(found, np.array(kept, np.int64), skipped) if skip_bad else found
 
     def embed_pixels(
         self, pixels: np.ndarray, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
@@ -260,12 +314,12 @@ class Encoder(nn.Module):
         return F.normalize(rows, dim=-1) if normalize else rows
 
 
-def _whole(batch_size: Any) -> int:
-    """Return a size of whatever type as one that Python can count to."""
+def _whole(name: str, value: Any, least: int) -> int:
+    """Return a number of whatever type as one that Python can count to."""
     try:
-        size = min(operator.index(batch_size), sys.maxsize)
+        number = min(operator.index(value), sys.maxsize)
     except TypeError:
-        raise UsageError(f"batch_size must be a whole number, got {batch_size!r}") from None
-    if size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {size}")
-    return size
+        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
+    if number < least:
+        raise UsageError(f"{name} must be at least {least}, got {number}")
+    return number
