@@ -6,10 +6,14 @@ Shapes: B images, S the transform's side in pixels, h x w patches, D numbers per
 from __future__ import annotations
 
 import operator
+import os
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args, overload
 
 import numpy as np
@@ -19,16 +23,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UsageError, unknown
+from ..files import file_sha256, local_path
 from ..images.transform import Transform
 from ..progress import progress as progress_bar
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
 from .inputs import ImageLike, Skipped, each_made, one_or_many
-from .weights import EncoderConfig
+from .torch_model import fingerprint
+from .weights import CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
 from .zoo import Record
 
 if TYPE_CHECKING:
     from .onnx_session import OnnxCard
 
+CHANGED = "-changed"  # at the end of the name of weights that are no longer those of the file they came from
 Images = ImageLike | Iterable[ImageLike]
 
 
@@ -89,7 +96,6 @@ class Encoder(nn.Module):
         transform: from an image to pixel_values; the only right one for these weights.
         record: its row of the table, found by the sha256 of a file; None for weights that are in none.
         name: `arch.tag`.
-        weights_sha256: of the file it came from, or None for random weights.
         embed_dim: D, numbers per embedding.
         card: what an ONNX file says of itself; None on the other backends.
     """
@@ -107,9 +113,10 @@ class Encoder(nn.Module):
         self.transform: Transform = config.transform
         self.record = record
         self.name = config.name
-        self.weights_sha256 = weights_sha256
         self.embed_dim = config.embed_dim
         self.card: OnnxCard | None = getattr(runtime, "card", None)
+        self._file_sha256 = weights_sha256
+        self._loaded = self._fingerprint() if weights_sha256 else ""  # of the weights as they came from that file
         self._compiled_size: int | None = None  # images per compiled batch
         self.eval()
 
@@ -125,6 +132,72 @@ class Encoder(nn.Module):
             if name != "vit":
                 raise
             raise AttributeError("an exported file has no torch model: load with backend='torch' for one") from None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        """Do as torch does for `.to()` and the like: in another data type the weights are still those of the file."""
+        before, as_loaded = self._dtype(), not self.changed
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if as_loaded and self._file_sha256 and self._dtype() != before:
+            self._loaded = self._fingerprint()
+        return self
+
+    def _dtype(self) -> torch.dtype | None:
+        return next((one.dtype for one in self.parameters()), None)
+
+    def _fingerprint(self) -> str:
+        return fingerprint(self.runtime.vit) if self.runtime.vit is not None else ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weights have been changed, as by fine-tuning, since they were loaded from a file."""
+        return self._file_sha256 is not None and self._fingerprint() != self._loaded
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """The sha256 of the file that the weights came from; None for random weights and where they were changed."""
+        return None if self.changed else self._file_sha256
+
+    def identity(self) -> tuple[str, str]:
+        """Return name and sha256 of the file of these weights, the one that `save` would write if there is none yet.
+
+        A store has these two in its manifest, so it knows a changed encoder again that is saved only later.
+        """
+        if (known := self.weights_sha256) is not None:
+            return self.name, known
+        with TemporaryDirectory() as folder:
+            return self._config_to_save().name, file_sha256(self.save(folder))
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write `model.safetensors` and `config.json`, which `micl_zoo.load` and timm's `local-dir:` take.
+
+        The same weights make the same file, in their own data type. Its header says what they were loaded from and
+        whether they have been changed since; if so, the name ends in "-changed".
+
+        Args:
+            folder: made if need be.
+            overwrite: replace an encoder that is in the folder.
+
+        Returns:
+            The path of model.safetensors.
+
+        Raises:
+            UsageError: the encoder has no torch model, there is an encoder already, or the folder cannot be written to.
+        """
+        if self.runtime.vit is None:
+            raise UsageError("an exported file has no torch model to save: copy the file")
+        place = local_path(folder)
+        if not overwrite and (there := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (place / name).exists()]):
+            raise UsageError(f"{str(place / there[0])!r} exists: take another folder, or overwrite=True")
+        state, changed = self.runtime.vit.state_dict(), self.changed if self._file_sha256 else None
+        provenance = {"encoder": self.name, "encoder_sha256": self._file_sha256, "changed": changed}
+        try:
+            return save_weights(place, state, self._config_to_save(), provenance, None)
+        except OSError as error:
+            raise UsageError(f"cannot write to {str(place)!r}: {error.strerror or error}") from None
+
+    def _config_to_save(self) -> EncoderConfig:
+        name = f"{self.name.removesuffix(CHANGED)}{CHANGED}" if self.changed else self.name
+        return replace(self.config, name=name)
 
     @property
     def device(self) -> torch.device:

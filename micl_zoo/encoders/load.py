@@ -70,8 +70,8 @@ def load(
         from .openvino_model import OpenVinoModel
 
         return Encoder(OpenVinoModel(vit), config, record=record, weights_sha256=sha256)
-    encoder = Encoder(TorchModel(vit), config, record=record, weights_sha256=sha256)
-    return encoder.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    vit = vit.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    return Encoder(TorchModel(vit), config, record=record, weights_sha256=sha256)
 
 
 def _name_and_path(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
