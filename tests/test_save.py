@@ -6,12 +6,14 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import picture
+from timm.models import save_for_hf
 from torch import Tensor
 
 import micl_zoo
@@ -52,7 +54,7 @@ CHANGES: dict[str, Callable[[Encoder], object]] = {
     "columns change places": lambda encoder: flip(encoder.vit.pos_embed.data, -1),
     "state": lambda encoder: encoder.load_state_dict({key: one * 2 for key, one in encoder.state_dict().items()}),
     "parameter": lambda encoder: setattr(encoder.vit, "cls_token", torch.nn.Parameter(torch.zeros(1, 1, 32))),
-    "model": lambda encoder: setattr(encoder, "vit", copy.deepcopy(encoder.vit).half()),
+    "model": lambda encoder: setattr(encoder, "model", copy.deepcopy(encoder.vit).half()),
     "empty": lambda encoder: encoder.to_empty(device="cpu").vit.norm.bias.data.fill_(7),
 }
 
@@ -72,7 +74,7 @@ def test_what_does_not_change_weights_keeps_their_name(encoder: Encoder, encoder
     encoder.embed(picture(0))
     encoder(torch.zeros(1, 3, 32, 32)).sum().backward()
     encoder.train().eval().requires_grad_(False).to("cpu")
-    encoder.vit = copy.deepcopy(encoder.vit)
+    encoder.model = copy.deepcopy(encoder.model)
     for twin in (encoder, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder)), encoder.half().bfloat16()):
         assert twin.weights_sha256 == sha256
     assert micl_zoo.load(encoder_folder, device="cpu", dtype="bfloat16").to(torch.float16).weights_sha256 == sha256
@@ -101,7 +103,8 @@ def test_a_changed_encoder_is_saved_for_load_and_timm(encoder: Encoder, encoder_
     assert (again.name, again.weights_sha256, again.changed) == (*encoder.identity(), False)
     assert again.transform == encoder.transform
     np.testing.assert_array_equal(again.embed(picture(1)), encoder.embed(picture(1)))
-    assert header(file)["provenance"] == {"encoder": encoder.name, "encoder_sha256": loaded_from, "changed": True}
+    source = {"encoder": encoder.name, "source": None, "encoder_sha256": loaded_from}
+    assert header(file)["provenance"] == source | {"changed": True}
     pixels = torch.randn(2, 3, 32, 32)
     model = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True).eval()
     with torch.inference_mode():
@@ -116,6 +119,41 @@ def test_a_changed_encoder_is_saved_for_load_and_timm(encoder: Encoder, encoder_
     for place, said in ((tmp_path / "file" / "below", "cannot write to"), ("s3://bucket/mine", "is an address")):
         with pytest.raises(UsageError, match=said):
             again.save(place)
+
+
+CLIP = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "classes", "args"),
+    [
+        ("test_resnet", 10, {}),  # batch norm, which counts batches in whole numbers
+        ("test_convnext", 10, {}),
+        ("test_vit", 10, {}),
+        ("vit_base_patch32_clip_224", 512, CLIP),  # its classifier is its projection
+        ("vit_base_patch32_clip_224", 0, CLIP),
+    ],
+)
+def test_any_architecture_is_saved(architecture: str, classes: int, args: dict[str, Any], tmp_path: Path) -> None:
+    made = timm.create_model(architecture, num_classes=classes, **args)
+    side = args.get("img_size", 160)
+    config = {"input_size": (3, side, side), "num_classes": classes}
+    save_for_hf(made, tmp_path / "timm", model_config=config, model_args=args or None, safe_serialization=True)
+    encoder = micl_zoo.load(tmp_path / "timm", device="cpu")
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(1.1)
+    encoder.save(tmp_path / "mine")
+    again = micl_zoo.load(tmp_path / "mine", device="cpu")
+    assert (again.name, again.weights_sha256, again.pools) == (*encoder.identity(), encoder.pools)
+    assert ("projection" in again.pools) == (classes == 512)
+    assert again.pool == encoder.pool
+    pixels = torch.randn(2, 3, side, side)
+    model = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True).eval()
+    with torch.inference_mode():
+        for pool in encoder.pools:
+            torch.testing.assert_close(again(pixels, pool), encoder(pixels, pool), rtol=0, atol=0)
+        expected = encoder(pixels, "projection" if classes == 512 else "native")
+        torch.testing.assert_close(model(pixels), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_exported_file_is_not_saved(tmp_path: Path) -> None:

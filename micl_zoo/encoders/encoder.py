@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -68,7 +68,7 @@ class Embedded(NamedTuple):
 class Runtime(Protocol):
     """What computes an encoder's outputs: one class per backend, chosen by `load`."""
 
-    vit: VisionTransformer | None  # the timm model whose weights these are; None: only the backend's own file has them
+    model: Any  # the timm model whose weights these are; None: only the backend's own file has them
 
     name: Backend
     precision: Precision | None  # that the weights' file fixes; None: each call chooses it
@@ -78,42 +78,42 @@ class Runtime(Protocol):
         """Where pixels must be and embeddings are."""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
+    def shapes(self) -> Mapping[Output, tuple[int, ...]]:
+        """Shape of each output that it has, per image: (D,), and (h, w, D) of "patches"."""
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-        """Compute the outputs wanted of (B, 3, S, S): "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
+        """Compute the outputs wanted of (B, 3, S, S): "patches" (B, h, w, D), the others (B, D)."""
 
 
 class Encoder(nn.Module):
     """An encoder in eval mode. Made by `load`.
 
     Attributes:
-        vit: the timm model, for fine-tuning; an AttributeError on backend onnx. A model put in its place is what
-            backend torch computes with from then on.
+        model: the timm model, for fine-tuning; an AttributeError on backend onnx. A model put in its place is what
+            backend torch computes with from then on. A ViT's is `vit`, too.
         runtime: what computes the outputs.
         config: what it was built from.
         transform: from an image to pixel_values; the only right one for these weights.
         record: its row of the table, found by the sha256 of a file; None for weights that are in none.
         name: `arch.tag`.
-        embed_dim: D, numbers per embedding.
+        pool: how it embeds unless told otherwise, see `forward`.
         card: what an ONNX file says of itself; None on the other backends.
     """
 
-    vit: VisionTransformer
+    model: nn.Module
 
     def __init__(
         self, runtime: Runtime, config: EncoderConfig, *, record: Record | None, weights_sha256: str | None
     ) -> None:
         super().__init__()
         self.runtime = runtime
-        if runtime.vit is not None:
-            self.vit = runtime.vit
+        if runtime.model is not None:
+            self.model = runtime.model
         self.config = config
         self.transform: Transform = config.transform
         self.record = record
         self.name = config.name
-        self.embed_dim = config.embed_dim
+        self.pool: Pool = config.pool if config.pool != "native" else _own_name(runtime)
         self.card: OnnxCard | None = getattr(runtime, "card", None)
         self._file_sha256 = weights_sha256
         self._loaded = self._fingerprint() if weights_sha256 else ""  # of the weights as they came from that file
@@ -121,17 +121,27 @@ class Encoder(nn.Module):
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        name = "model" if name == "vit" else name
         super().__setattr__(name, value)
-        if name == "vit":
-            self.runtime.vit = value
+        if name == "model":
+            self.runtime.model = value
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name != "vit":
+            if name not in ("model", "vit"):
                 raise
-            raise AttributeError("an exported file has no torch model: load with backend='torch' for one") from None
+            if self.runtime.model is None:
+                raise AttributeError("an exported file has no torch model: load with backend='torch'") from None
+            raise
+
+    @property
+    def vit(self) -> VisionTransformer:
+        """The timm model of a ViT."""
+        if not isinstance(self.model, VisionTransformer):
+            raise AttributeError(f"{self.config.architecture} is no VisionTransformer of timm: its model is `.model`")
+        return self.model
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
         """Do as torch does for `.to()` and the like: in another data type the weights are still those of the file."""
@@ -145,7 +155,7 @@ class Encoder(nn.Module):
         return next((one.dtype for one in self.parameters()), None)
 
     def _fingerprint(self) -> str:
-        return fingerprint(self.runtime.vit) if self.runtime.vit is not None else ""
+        return fingerprint(self.runtime.model) if self.runtime.model is not None else ""
 
     @property
     def changed(self) -> bool:
@@ -156,6 +166,11 @@ class Encoder(nn.Module):
     def weights_sha256(self) -> str | None:
         """The sha256 of the file that the weights came from; None for random weights and where they were changed."""
         return None if self.changed else self._file_sha256
+
+    @property
+    def source(self) -> str | None:
+        """The hf-hub:OWNER/NAME@COMMIT that the weights came from; None for others and where they were changed."""
+        return None if self.changed else self.config.source
 
     def identity(self) -> tuple[str, str]:
         """Return name and sha256 of the file of these weights, the one that `save` would write if there is none yet.
@@ -183,21 +198,22 @@ class Encoder(nn.Module):
         Raises:
             UsageError: the encoder has no torch model, there is an encoder already, or the folder cannot be written to.
         """
-        if self.runtime.vit is None:
+        if self.runtime.model is None:
             raise UsageError("an exported file has no torch model to save: copy the file")
         place = local_path(folder)
         if not overwrite and (there := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (place / name).exists()]):
             raise UsageError(f"{str(place / there[0])!r} exists: take another folder, or overwrite=True")
-        state, changed = self.runtime.vit.state_dict(), self.changed if self._file_sha256 else None
-        provenance = {"encoder": self.name, "encoder_sha256": self._file_sha256, "changed": changed}
+        state, changed = self.runtime.model.state_dict(), self.changed if self._file_sha256 else None
+        source = {"encoder": self.name, "source": self.config.source, "encoder_sha256": self._file_sha256}
         try:
-            return save_weights(place, state, self._config_to_save(), provenance, None)
+            return save_weights(place, state, self._config_to_save(), source | {"changed": changed}, None)
         except OSError as error:
             raise UsageError(f"cannot write to {str(place)!r}: {error.strerror or error}") from None
 
     def _config_to_save(self) -> EncoderConfig:
         name = f"{self.name.removesuffix(CHANGED)}{CHANGED}" if self.changed else self.name
-        return replace(self.config, name=name)
+        classes = self.config.num_classes if "projection" in self.pools else 0  # a classifier was left out
+        return replace(self.config, name=name, num_classes=classes)
 
     @property
     def device(self) -> torch.device:
@@ -215,27 +231,39 @@ class Encoder(nn.Module):
         return self.runtime.precision
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
-        return self.runtime.grid
+    def pools(self) -> tuple[Pool, ...]:
+        """The pools that it has, see `forward`."""
+        has = self.runtime.shapes
+        return tuple(pool for pool in get_args(Pool) if all(part in has for part in pool.split("+")))
 
-    def row_shape(self, pool: Pool) -> tuple[int, ...]:
-        """Return one embedding's shape: (D,) for "cls", "mean"; (2D,) for "cls+mean"; (h, w, D) for "patches".
+    @property
+    def embed_dim(self) -> int:
+        """D, numbers per embedding by its own pool."""
+        return self.row_shape()[-1]
+
+    def row_shape(self, pool: Pool | None = None) -> tuple[int, ...]:
+        """Return one embedding's shape: (D,), the sum of both widths for "cls+mean", (h, w, D) for "patches".
 
         Raises:
-            UsageError: the pool does not exist.
+            UsageError: the encoder does not have the pool.
         """
+        pool = pool or self.pool
         if pool not in get_args(Pool):
-            raise UsageError(unknown("pool", pool, get_args(Pool)))
-        return (*self.grid, self.embed_dim) if pool == "patches" else (len(pool.split("+")) * self.embed_dim,)
+            raise UsageError(unknown("pool", pool, self.pools))
+        if pool not in self.pools:
+            raise UsageError(f"{self.name} has no pool {pool!r}: take one of {', '.join(self.pools)}")
+        shapes = [self.runtime.shapes[cast(Output, part)] for part in pool.split("+")]
+        return shapes[0] if len(shapes) == 1 else (sum(width for (width,) in shapes),)
 
-    def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
-        """Compute embeddings of normalised images, from the tokens after the final norm.
+    def forward(self, pixel_values: Tensor, pool: Pool | None = None) -> Tensor:
+        """Compute embeddings of normalised images.
 
         Args:
             pixel_values: (B, 3, S, S).
-            pool: "cls", the class token, which MiCL trains; "mean" of the patch tokens; "cls+mean", the two side by
-                side; "patches", all patch tokens.
+            pool: None is the encoder's own: for ours "cls", the class token, which MiCL trains. "native", the row that
+                timm pools, as the classifier of the model would get it; "projection", a CLIP's into the space of its
+                texts; "mean" of the patch tokens; "cls+mean", the two side by side; "patches", all patch tokens, or a
+                CNN's last map. See `pools`.
 
         Returns:
             (B, *row_shape(pool)).
@@ -243,6 +271,7 @@ class Encoder(nn.Module):
         Raises:
             UsageError: the pool, the shape or gradients cannot be had.
         """
+        pool = pool or self.pool
         self.row_shape(pool)  # raises
         parts = cast("list[Output]", pool.split("+"))
         found = self.outputs(pixel_values, parts)
@@ -250,19 +279,20 @@ class Encoder(nn.Module):
 
     def features(self, pixel_values: Tensor) -> Features:
         """Compute the class tokens (B, D) and patch tokens (B, h, w, D) of normalised images (B, 3, S, S)."""
+        self.row_shape("cls+mean")  # raises where there are none
         found = self.outputs(pixel_values, ("cls", "patches"))
         return Features(found["cls"], found["patches"])
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-        """Compute at least the outputs wanted: "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
-        side = self.transform.size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
-            wanted_shape = f"(B, 3, {side}, {side}), normalised as encoder.transform does it"
+        """Compute at least the outputs wanted: "patches" (B, h, w, D), the others (B, D)."""
+        size = self.config.size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, *size):
+            wanted_shape = f"(B, 3, {size[0]}, {size[1]}), normalised as encoder.transform does it"
             raise UsageError(f"pixel_values must be {wanted_shape}; got {tuple(pixel_values.shape)}")
         return self.runtime.outputs(pixel_values, wanted)
 
     def compile_blocks(self, batch_size: int) -> None:
-        """Compile the ViT's blocks with `torch.compile`, at their first use, for batches of one size.
+        """Compile the model's blocks with `torch.compile`, at their first use, for batches of one size.
 
         `embed`, `embed_pixels` and `embed_tensor` pad a smaller batch to it, so that a short last one compiles nothing.
         Call it again to change the size.
@@ -280,7 +310,7 @@ class Encoder(nn.Module):
                 "compiling for the CPU needs a C++ compiler and none was found: install one, or leave out --compile"
             )
         if self._compiled_size is None:
-            for block in self.vit.blocks:  # one by one: they are alike, so the first one's code serves all
+            for block in _blocks(self.model):  # one by one: they are alike, so the first one's code serves all
                 block.compile(dynamic=False)
         self._compiled_size = batch_size
 
@@ -291,14 +321,14 @@ class Encoder(nn.Module):
 
     @overload
     def embed(
-        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool = ..., workers: int = ...,
-        progress: bool = ..., skip_bad: Literal[False] = ...,
+        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool | None = ...,
+        workers: int = ..., progress: bool = ..., skip_bad: Literal[False] = ...,
     ) -> np.ndarray: ...  # fmt: skip
 
     @overload
     def embed(
-        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool = ..., workers: int = ...,
-        progress: bool = ..., skip_bad: Literal[True],
+        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool | None = ...,
+        workers: int = ..., progress: bool = ..., skip_bad: Literal[True],
     ) -> Embedded: ...  # fmt: skip
 
     def embed(
@@ -307,7 +337,7 @@ class Encoder(nn.Module):
         *,
         batch_size: int = 64,
         normalize: bool = True,
-        pool: Pool = "cls",
+        pool: Pool | None = None,
         skip_bad: bool = False,
         workers: int = 0,
         progress: bool = False,
@@ -358,7 +388,12 @@ class Encoder(nn.Module):
         return Embedded(found, np.array(kept, np.int64), skipped) if skip_bad else found
 
     def embed_pixels(
-        self, pixels: np.ndarray, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
+        self,
+        pixels: np.ndarray,
+        *,
+        normalize: bool = True,
+        pool: Pool | None = None,
+        autocast: torch.dtype | None = None,
     ) -> np.ndarray:
         """Embed transformed pixels (B, S, S, 3) uint8: (B, *row_shape(pool)) float32. See `embed_tensor`."""
         on_device = torch.from_numpy(pixels).to(self.device)
@@ -366,7 +401,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed_tensor(
-        self, pixels: Tensor, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
+        self, pixels: Tensor, *, normalize: bool = True, pool: Pool | None = None, autocast: torch.dtype | None = None
     ) -> Tensor:
         """Embed transformed pixels on the encoder's device, where the embeddings stay; the host does not wait for it.
 
@@ -385,6 +420,20 @@ class Encoder(nn.Module):
         with autocasting(self.device, None if self.precision else autocast):
             rows = self(self.transform.normalise(pixels), pool)[:count].float()
         return F.normalize(rows, dim=-1) if normalize else rows
+
+
+def _own_name(runtime: Runtime) -> Pool:
+    """Say by which name stores hold a model's own row: a class token by that one."""
+    model: Any = runtime.model
+    is_token = isinstance(model, VisionTransformer) and model.global_pool == "token" and "cls" in runtime.shapes
+    return "cls" if is_token and isinstance(model.fc_norm, nn.Identity) else "native"
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Find what to compile: a transformer's blocks; else the stages, and whatever else is called by itself."""
+    children = [model.blocks] if isinstance(getattr(model, "blocks", None), nn.Module) else model.children()
+    found = [list(one) if isinstance(one, nn.Sequential | nn.ModuleList) else [one] for one in children]
+    return [cast(nn.Module, block) for blocks in found for block in blocks]
 
 
 def _whole(name: str, value: Any, least: int) -> int:
