@@ -141,14 +141,15 @@ def save_weights(
     state: dict[str, Tensor],  # under timm's names
     config: EncoderConfig | dict[str, Any],  # a dict for another timm model than an encoder; also goes into the header
     provenance: dict[str, Any],  # recipe, code, data, machine; goes into the header
-    dtype: Literal["float32", "float16"],  # on disk
+    dtype: Literal["float32", "float16"] | None,  # on disk; None keeps each tensor's own
 ) -> Path:
     """Write `model.safetensors` and `config.json`, in the layout of timm's hub repositories; return the former."""
     import torch
     from safetensors.torch import save_file
 
     body = config if isinstance(config, dict) else config.to_dict()
-    tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
+    kind = dtype and getattr(torch, dtype)
+    tensors = {key: value.detach().to("cpu", kind).contiguous() for key, value in state.items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, {HEADER_KEY: json.dumps({"config": body, "provenance": provenance})})
     write_text(folder / CONFIG_FILE, config_text(body))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import signal
@@ -131,7 +130,8 @@ def extract(
         options: see `ExtractOptions`; None is the default ones.
         show: show a progress bar, on a terminal.
         say: is told in one line what runs where.
-        changes: fields of `ExtractOptions` by name, such as `extract("photos/", "embeddings", pool="mean")`.
+        changes: fields of `ExtractOptions` by name, such as `extract("photos/", "embeddings", pool="mean")`; `encoder`
+            is another word for `model`. An encoder is taken as it is in memory, fine-tuned or not.
 
     Raises:
         SourceError, UsageError, WeightsError: what was asked for does not exist.
@@ -140,10 +140,7 @@ def extract(
         MiclZooError: not one image of the source could be embedded; errors.jsonl says why.
     """
     started = time.monotonic()
-    for name in changes:
-        if name not in (known := [field.name for field in dataclasses.fields(ExtractOptions)]):
-            raise UsageError(unknown("option", name, known))
-    options, encoder = _named(replace(options or ExtractOptions(), **changes))
+    options, encoder = _named(replace(options or ExtractOptions(), **_fields(changes)))
     places = _places(options)
     job = _job(options, places)
     pieces = list_source(source, selection=options.selection())
@@ -234,6 +231,17 @@ def _finish(summary: Summary) -> None:
         )
 
 
+def _fields(changes: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names as fields, of which `encoder` is another name of one."""
+    if "encoder" in changes and "model" in changes:
+        raise UsageError("encoder and model are two words for the same: give one")
+    changes = {"model" if name == "encoder" else name: value for name, value in changes.items()}
+    for name in changes:
+        if name not in (known := [field.name for field in dataclasses.fields(ExtractOptions)]):
+            raise UsageError(unknown("option", name, known))
+    return changes
+
+
 def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
     """Options whose model is a name; and the encoder if one was given, which decides the others itself."""
     encoder = options.model
@@ -246,7 +254,7 @@ def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
         providers = tuple(options.providers or ()) or None
         return replace(options, weights=weights, backend=backend, providers=providers), None
     if options.engine == "ray" or (options.processes or 1) > 1:
-        raise UsageError("several processes load the model themselves: give its name or weights=, not an Encoder")
+        raise UsageError("several processes load the model themselves: save it, and give its folder by weights=")
     device = str(encoder.device)
     return replace(options, model=encoder.name, weights=None, backend=encoder.backend, devices=device), encoder
 
@@ -294,10 +302,12 @@ def _manifest(encoder: Encoder, job: Job, source: SourceLike) -> Manifest:
     options = job.options
     shape = encoder.row_shape(options.pool)
     row_bytes = math.prod(shape) * np.dtype(options.dtype).itemsize
-    resolved = replace(options, backend=job.backend, precision=cast(Any, job.precision))
+    name, sha256 = encoder.identity()
+    asked = name if options.model == encoder.name else options.model
+    resolved = replace(options, model=asked, backend=job.backend, precision=cast(Any, job.precision))
     return Manifest(
-        model=encoder.name,
-        weights_sha256=encoder.weights_sha256 or _tensors_sha256(encoder),
+        model=name,
+        weights_sha256=sha256,
         transform=encoder.transform.id,
         decoding=options.decoding.id,
         runtime=runtime_name(job.backend, options.compile),
@@ -310,14 +320,6 @@ def _manifest(encoder: Encoder, job: Job, source: SourceLike) -> Manifest:
         command=resolved.command([source] if isinstance(source, str | os.PathLike) else source),
         versions=package_versions(),
     )
-
-
-def _tensors_sha256(encoder: Encoder) -> str:
-    """Tell random weights apart, which come from no file."""
-    digest = hashlib.sha256()
-    for name, tensor in encoder.vit.state_dict().items():
-        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def embed_index(
