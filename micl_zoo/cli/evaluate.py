@@ -36,7 +36,7 @@ MEASURED = opt.together(  # of knn, linear, logreg, few-shot and all
     opt.path(
         "--stores",
         "Folder to keep embeddings in, for the next call.",
-        show_default="with several encoders and -o, its name with the ending .stores; else none are kept",
+        show_default="for several encoders the name of -o, ending in .stores; else none",
     ),
     opt.path("--plot", "picture", "Picture to write, a name that ends in .png, .svg or .pdf."),
     opt.flag("--json", "as_json", "Print the record instead of a table."),
@@ -77,10 +77,13 @@ class _Methods(opt.Group):
 
 @click.group("eval", cls=_Methods)
 def eval_() -> None:
-    """Measure an encoder on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning.
+    """Measure encoders on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning.
+
+    With several encoders, the table and the plot have them side by side.
 
     Examples:
       micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
+      micl-zoo eval all vit_ti16.tin200 runs/first runs/second --data mine/ -o record.json --plot record.png
       micl-zoo eval knn runs/first --data imagenet
       micl-zoo eval knn --train embeddings-train --test embeddings-val --labels labels.csv
       micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers

@@ -153,8 +153,8 @@ def _measure(
 
 def _facts(encoder: Encoder) -> dict[str, Any]:
     parameters = sum(one.numel() for one in encoder.parameters())
-    about = {"embed_dim": encoder.embed_dim, "parameters": parameters, "license": encoder.config.license}
-    return {**about, "speed": None}
+    terms = encoder.record.license if encoder.record else encoder.config.license
+    return {"embed_dim": encoder.embed_dim, "parameters": parameters, "license": terms, "speed": None}
 
 
 def _speed(passes: Passes, encoder: Encoder, sets: Sequence[LabelledSet]) -> dict[str, Any] | None:

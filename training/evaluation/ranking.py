@@ -264,7 +264,7 @@ def _plot(record: Json, file: Path) -> None:
     column, names, speeds = _headline(record), _sets(record), _speeds(record)
     colours = {text: COLORS[number % len(COLORS)] for number, text in enumerate(record["encoders"])}
     height = max(3.2, 1.2 + 0.24 * len(speeds))
-    figure = Figure(figsize=(5.8 * len(names), height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4 * len(names), height), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     said = labels(list(record["encoders"]))
     for panel, name in zip(panels, names, strict=True):
@@ -274,7 +274,7 @@ def _plot(record: Json, file: Path) -> None:
             if (found := _shown(record, name, column, text))
         }
         _panel(panel, dots, said, colours)
-        panel.set_title(printable(f"{name}, {column.heading}"), fontsize=10)
+        panel.set_title(printable(f"{name}, {column.heading}"), fontsize=10, loc="left")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name in a script that the font lacks
         figure.savefig(file)
@@ -296,19 +296,19 @@ def _panel(
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.10g}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_xlabel("images/s (log)", fontsize=9)
+    panel.set_xlabel("images/s", fontsize=9)
     panel.set_ylabel("accuracy, %", fontsize=9)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
     low, high = panel.get_ylim()
     order = sorted(dots, key=lambda text: dots[text][1]["accuracy"])
-    heights = _apart_from_each_other([(dots[text][1]["accuracy"] - low) / (high - low) for text in order])
+    heights = _spread([(dots[text][1]["accuracy"] - low) / (high - low) for text in order])
     for text, height in zip(order, heights, strict=True):
         rate, found = dots[text]
         panel.annotate(
             _short(printable(said[text])), (rate, found["accuracy"]), (1.06, height), textcoords="axes fraction",
             fontsize=8, color=colours[text], va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colours[text], "linewidth": 0.6, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "color": colours[text], "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -317,14 +317,18 @@ def _short(name: str) -> str:
     return name if len(name) <= NAME_LETTERS else f"{name[:half]}…{name[1 - half :]}"
 
 
-def _apart_from_each_other(heights: Sequence[float]) -> list[float]:
-    """Move rising heights, 0 to 1, as little as it takes for names to have room, and all to stay inside."""
-    room = min(0.08, 1 / max(1, len(heights) - 1))
-    found = list[float]()
-    for height in heights:
-        found.append(max(height, found[-1] + room) if found else max(0.0, height))
-    top = 1.0
-    for place in reversed(range(len(found))):
-        found[place] = min(found[place], top)
-        top = found[place] - room
-    return found
+def _spread(heights: Sequence[float]) -> list[float]:
+    """Move rising heights, 0 to 1, as little as it takes for names to have room, and all to stay inside.
+
+    Heights that rise by at least `room` are those that do not fall without it: an isotonic regression.
+    """
+    room = min(0.07, 1 / max(1, len(heights) - 1))
+    groups = list[tuple[float, int]]()  # sum and count of heights that become one
+    for number, height in enumerate(heights):
+        total, count = height - number * room, 1
+        while groups and groups[-1][0] / groups[-1][1] > total / count:
+            total, count = total + groups[-1][0], count + groups.pop()[1]
+        groups.append((total, count))
+    most = 1 - (len(heights) - 1) * room
+    flat = [min(max(total / count, 0), most) for total, count in groups for _ in range(count)]
+    return [height + number * room for number, height in enumerate(flat)]

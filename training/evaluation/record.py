@@ -272,8 +272,13 @@ def read_comparison(file: Path, error: type[MiclZooError], cure: str) -> dict[st
     return dict(found)
 
 
-def read_measured(file: Path) -> dict[str, Any]:
-    """Read a record of either kind, for a card."""
+def read_measured(file: Path, sha256: str) -> dict[str, Any]:
+    """Read a record of any kind, for a card; of several encoders, the part on those weights."""
     cure = "give a record that `eval all -o` wrote, or the result.json of `eval finetune`"
-    tuned = "top1" in (found if isinstance(found := read_json(file, UsageError, cure), dict) else {})
-    return (read_result if tuned else read_evaluation)(file, UsageError, cure)
+    keys = found if isinstance(found := read_json(file, UsageError, cure), dict) else {}
+    if "encoders" not in keys:
+        return (read_result if "top1" in keys else read_evaluation)(file, UsageError, cure)
+    parts = [one["record"] for one in read_comparison(file, UsageError, cure)["encoders"].values()]
+    if not (own := [one for one in parts if one["encoder"]["weights_sha256"] == sha256]):
+        raise UsageError(f"{str(file)!r} has no encoder with these weights, sha256 {sha256}: {cure}")
+    return dict(own[0])
