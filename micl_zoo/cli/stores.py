@@ -38,7 +38,8 @@ def search(
 ) -> None:
     """Find the images in STORE that are nearest to each IMAGE, or to a text: rank, cosine, id.
 
-    A row given by --id does not find itself. Texts find images in stores of CLIP, SigLIP and PE encoders. Of a store that is still being written, the finished parts are searched.
+    A row given by --id does not find itself. Of a store that is still being written, the finished parts are searched.
+    --text needs a store of a CLIP, SigLIP or PE encoder in the space that it shares with texts.
 
     Examples:
       micl-zoo search embeddings cat.jpg
@@ -49,8 +50,9 @@ def search(
     texts = options["texts"]
     if not images and not options["ids"] and not texts:
         raise click.UsageError("search needs an IMAGE, --text or --id")
-    from ..stores.search import check_texts, store_text
+    from ..encoders.text import check_texts
     from ..stores.search import search as run
+    from ..stores.search import store_text
     from ..stores.store import open_store, parts_of
 
     opened = open_store(store, check=check)

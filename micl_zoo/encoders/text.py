@@ -25,16 +25,17 @@ from ..errors import UsageError, WeightsError, nearest
 from ..files import file_sha256
 from ..schema import read_json, shown
 from ..telemetry import no_telemetry
+from .pins import OPEN_CLIP, parse, pin
+from .weights import read_tensors, shapes
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     Tokenizer = Callable[..., Tensor]  # (texts, context_length=...) -> (B, T) int64, cut to the context in silence
 
 Shape = tuple[int, ...]
 logger = getLogger(__name__)
 INSTALL = "pip install 'micl-zoo[text]'"
-WEIGHTS_FILE = "open_clip_model.safetensors"  # both towers, in the repositories that open_clip names
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 HOME, QUICK = "timm/", "_quickgelu_"  # the repositories with both files; how timm names the activation
 MAX_LETTERS = 2000  # per text; a context has 77 tokens at most
@@ -56,7 +57,7 @@ class Tower:
     image: str  # timm's name of the image tower, `arch.tag`
     image_repo: str  # on the hub, with the image tower's weights
     model: str  # open_clip's name, of a configuration that comes with open_clip
-    repo: str  # on the hub, with WEIGHTS_FILE
+    repo: str  # on the hub, with OPEN_CLIP
     tokenizer: str | None  # repository with TOKENIZER_FILES; None: the tokenizer comes with open_clip
     pool: str  # of the image tower's rows that are in the joint space
     dim: int  # D
@@ -65,7 +66,7 @@ class Tower:
 
 class _Pair(NamedTuple):
     model: str  # open_clip's name
-    repo: str  # with WEIGHTS_FILE
+    repo: str  # with OPEN_CLIP
     config: dict[str, Any]  # open_clip's, of both towers
 
 
@@ -106,7 +107,7 @@ def _pairs() -> tuple[dict[Any, list[_Pair]], dict[Any, list[_Pair]]]:
     for model, tag in open_clip.list_pretrained():
         weights, config = open_clip.get_pretrained_cfg(model, tag), open_clip.get_model_config(model)
         text, repo = config["text_cfg"], weights.get("hf_hub", "")
-        known = repo.startswith(HOME) and repo.endswith("/")  # else it names another file than WEIGHTS_FILE
+        known = repo.startswith(HOME) and repo.endswith("/")  # else it names another file than OPEN_CLIP
         known &= text.get("hf_tokenizer_name", HOME).startswith(HOME) and "hf_model_name" not in text
         # open_clip lists these weights under two models, and only one has the activation that they were trained with.
         if known and weights.get("quick_gelu", False) == config.get("quick_gelu", False):
@@ -145,25 +146,26 @@ def find_tower(name: str, pool: str, shape: Sequence[int], source: str | None = 
         )
     if [*shape] != [tower.dim]:
         raise UsageError(
-            f"rows of {name} have {' x '.join(map(str, shape))} numbers, and those of its text tower {tower.model} have "
-            f"{tower.dim}: the store was made by another model of that name"
+            f"rows of {name} have {' x '.join(map(str, shape))} numbers, and those of its text tower {tower.model} "
+            f"have {tower.dim}: the store was made by another model of that name"
         )
-    if source and _repo(source) != tower.image_repo:
+    if (repo := _hub(source)[0]) and repo != tower.image_repo:
         raise UsageError(
-            f"the rows were made by {_repo(source)}, and the text tower of {name} belongs to {tower.image_repo}: texts "
+            f"the rows were made by {repo}, and the text tower of {name} belongs to {tower.image_repo}: texts "
             "can be compared with rows of that encoder only"
         )
     return tower
 
 
-def _repo(source: str) -> str:
-    return source.removeprefix("hf-hub:").partition("@")[0]
+def _hub(source: str | None) -> tuple[str | None, str | None]:
+    """Return repository and commit of an encoder from the hub."""
+    return parse(source) or (None, None) if source else (None, None)
 
 
 class TextEncoder:
     """A text tower with its tokenizer and weights, on the CPU in float32. Made by `load_text`; str() names it."""
 
-    def __init__(self, tower: Tower, model: nn.Module, tokenizer: Tokenizer, place: str, sha256: str) -> None:
+    def __init__(self, tower: Tower, model: Any, tokenizer: Tokenizer, place: str, sha256: str) -> None:
         self.tower, self.model, self.tokenizer, self.place, self.sha256 = tower, model, tokenizer, place, sha256
 
     def __str__(self) -> str:
@@ -212,9 +214,7 @@ def check_texts(texts: Sequence[Any]) -> None:
         if not text.strip():
             raise UsageError(f"a text to search for is empty: {text!r}")
         if len(text) > MAX_LETTERS:
-            raise UsageError(
-                f"a text has {len(text):,} letters, and at most {MAX_LETTERS:,} are allowed: {shown(text)}"
-            )
+            raise UsageError(f"a text has {len(text):,} letters, at most {MAX_LETTERS:,} are allowed: {shown(text)}")
 
 
 def load_text(tower: Tower, weights: str | os.PathLike[str] | None = None, *, source: str | None = None) -> TextEncoder:
@@ -223,8 +223,8 @@ def load_text(tower: Tower, weights: str | os.PathLike[str] | None = None, *, so
     Args:
         tower: see `find_tower`.
         weights: open_clip's safetensors file of both towers or of the text tower, or a folder with it, as
-            WEIGHTS_FILE; where the tokenizer is the hub's, its files lie in the same folder. None is the hub.
-        source: where the image tower came from: the text tower is that of the same commit if both are in one repository.
+            OPEN_CLIP; where the tokenizer is the hub's, its files lie in the same folder. None is the hub.
+        source: where the image tower came from; if both are in one repository, the same commit is taken.
 
     Raises:
         UsageError: open_clip or tokenizers is not installed.
@@ -250,7 +250,7 @@ def load_text(tower: Tower, weights: str | os.PathLike[str] | None = None, *, so
 
 
 def _local(tower: Tower, path: Path) -> tuple[Path, list[Path], str]:
-    file = path / WEIGHTS_FILE if path.is_dir() else path
+    file = path / OPEN_CLIP if path.is_dir() else path
     sources = [file.parent / name for name in TOKENIZER_FILES] if tower.tokenizer else []
     for one in (file, *sources):
         if not one.is_file():
@@ -264,32 +264,28 @@ def _local(tower: Tower, path: Path) -> tuple[Path, list[Path], str]:
 
 
 def _wanted(tower: Tower) -> str:
-    files = f"{WEIGHTS_FILE} of {tower.repo} on the hub"
+    files = f"{OPEN_CLIP} of {tower.repo} on the hub"
     return files + (f" and {' and '.join(TOKENIZER_FILES)} of {tower.tokenizer}" if tower.tokenizer else "")
 
 
 def _from_hub(tower: Tower, source: str | None) -> tuple[Path, list[Path], str, str]:
-    from .pins import pin
-
-    commit = source.partition("@")[2] or None if source and _repo(source) == tower.repo else None
+    repo, commit = _hub(source)
     try:
-        pinned = pin(tower.repo, commit)
-        file = pinned.fetch(WEIGHTS_FILE)
+        pinned = pin(tower.repo, commit if repo == tower.repo else None)
+        file = pinned.fetch(OPEN_CLIP)
         sources = []
         if tower.tokenizer:
             beside = pinned if tower.tokenizer == tower.repo else pin(tower.tokenizer)
             sources = [beside.fetch(name) for name in TOKENIZER_FILES]
     except WeightsError as error:
         raise WeightsError(f"{error}. For texts, put {_wanted(tower)} into a folder and give --text-weights") from None
-    sha256 = pinned.files[WEIGHTS_FILE].sha256 or file_sha256(file)
-    return file, sources, f"{WEIGHTS_FILE} of {pinned.source}", sha256
+    sha256 = pinned.files[OPEN_CLIP].sha256 or file_sha256(file)
+    return file, sources, f"{OPEN_CLIP} of {pinned.source}", sha256
 
 
-def _build(tower: Tower, file: Path) -> nn.Module:
+def _build(tower: Tower, file: Path) -> Any:
     """Build the text half alone, with the weights of a file, in float32."""
     import torch
-
-    from .weights import read_tensors, shapes
 
     open_clip = _open_clip()
     config = open_clip.get_model_config(tower.model)
@@ -309,12 +305,11 @@ def _build(tower: Tower, file: Path) -> nn.Module:
     model.load_state_dict(state, assign=True)
     if model.attn_mask is not None:  # stands in no file
         model.attn_mask = model.build_causal_mask()
-    built: nn.Module = model.eval().requires_grad_(False)
-    return built
+    return model.eval().requires_grad_(False)
 
 
 def _text_names(found: Iterable[str]) -> dict[str, str]:
-    """Return the tower's own name of each of its tensors in a file of open_clip's, where they stand in one of two ways."""
+    """Return the tower's own name of each of its tensors in a file of open_clip's, which has one of two layouts."""
     prefix = "text." if any(name.startswith("text.") for name in found) else ""
     mine = (name for name in found if name.startswith(prefix) and not name.startswith(IMAGE_TENSORS))
     return {name: name[len(prefix) :] for name in mine}
@@ -328,7 +323,7 @@ def _check_tensors(
     for problem, some in (
         ("lacks", [name for name in wanted if name not in shapes]),
         ("has also", [name for name in shapes if name not in wanted]),
-        ("has another shape of", [name for name in wanted if shapes[name] != wanted[name]] if shapes else []),
+        ("has another shape of", [name for name in wanted if shapes.get(name) != wanted[name]]),
     ):
         if some:
             more = f" and {len(some) - 1} more" if len(some) > 1 else ""
