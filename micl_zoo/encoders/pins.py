@@ -238,8 +238,8 @@ def _pin(info: ModelInfo, repo: str, revision: str) -> Pin:
     files = {
         one.rfilename: {
             "bytes": one.size,
-            "sha256": one.lfs.sha256 if one.lfs else None,
-            "git_oid": None if one.lfs else one.blob_id,
+            "sha256": one.lfs.sha256 if one.lfs is not None else None,
+            "git_oid": one.blob_id if one.lfs is None else None,
         }
         for one in siblings
         if _is_path(one.rfilename)
