@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from hub import serve
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from stores import make_store
@@ -20,10 +19,11 @@ from stores import make_store
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.encoders import text as module
-from micl_zoo.encoders.pins import OPEN_CLIP
+from micl_zoo.encoders.pins import OPEN_CLIP, Pin, PinnedFile
 from micl_zoo.encoders.text import EXAMPLES, TextEncoder, Tower, find_tower, load_text, towers
 from micl_zoo.errors import UsageError, WeightsError
-from micl_zoo.stores.search import search, store_text
+from micl_zoo.files import file_sha256
+from micl_zoo.stores.search import search, text_encoder
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -100,6 +100,7 @@ def test_rows_are_those_of_open_clip(name: str, folders: dict[str, Path], caplog
     encoder = load_text(tower(name), folders[name])
     rows = encoder.rows(TEXTS)
     np.testing.assert_allclose(rows, expected(name, folders[name], TEXTS), atol=1e-6)
+    caplog.clear()  # of what open_clip says
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
     assert np.array_equal(rows[:1], encoder.rows(TEXTS[:1]))
     assert {str(folders[name] / OPEN_CLIP), encoder.sha256} <= set(str(encoder).replace(",", "").split())
@@ -139,7 +140,10 @@ def test_what_has_no_text_tower() -> None:
     assert find_tower(clip, "projection", [512], "hf-hub:timm/vit_base_patch32_clip_224.openai@" + COMMIT)
     for asked, said in (
         (("vit_base_patch16_224.mae", "cls", [768]), "no text tower of open_clip is known .* such as .* extract anew"),
-        (("vit_base_patch16_siglip_224.v3_webli", "native", [768]), "Did you mean vit_base_patch16_siglip_224.v2_webli"),
+        (
+            ("vit_base_patch16_siglip_224.v3_webli", "native", [768]),
+            "Did you mean vit_base_patch16_siglip_224.v2_webli",
+        ),
         ((clip, "cls", [768]), "with pool 'cls' are not in the space .* extract anew with --pool projection"),
         ((siglip, "cls+mean", [1536]), "--pool native"),
         ((clip, "projection", [640]), "have 640 numbers, and those of its text tower ViT-B-32-quickgelu have 512"),
@@ -151,7 +155,13 @@ def test_what_has_no_text_tower() -> None:
 
 def test_texts_that_are_refused(folders: dict[str, Path]) -> None:
     encoder = load_text(tower("tiny-siglip"), folders["tiny-siglip"])
-    for given, said in (("", "is empty"), (" \n", "is empty"), ("!?", "leaves nothing of"), ("a" * 2001, "2,001 letters")):
+    for given, said in (
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ("!?", "leaves nothing of"),
+        ("a\udcff", "halves of"),
+        ("a" * 2001, "2,001 letters"),
+    ):
         with pytest.raises(UsageError, match=said):
             encoder.rows(["a dog", given])
     with pytest.raises(UsageError, match="texts must be texts, got a int"):
@@ -172,7 +182,9 @@ def test_files_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> None
         save_file({key: one for key, one in (state | changes).items() if one is not None}, file)
         with pytest.raises(WeightsError, match=said):
             load_text(tower("tiny-clip"), file)
-    with pytest.raises(WeightsError, match="lacks cls_token|does not hold the text tower"):
+    with pytest.raises(
+        WeightsError, match=r"does not hold the text tower of tiny-pe .* it has another shape of positional_embedding"
+    ):
         load_text(tower("tiny-pe"), folders["tiny-clip"])
     with pytest.raises(WeightsError, match=r"no text tower of tiny-clip at .*nowhere'.* --text-weights takes"):
         load_text(tower("tiny-clip"), tmp_path / "nowhere")
@@ -188,3 +200,89 @@ def test_files_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> None
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(WeightsError, match="cannot be read as a tokenizer"):
         load_text(tower("tiny-siglip"), tmp_path)
+
+
+def fake_hub(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Pins that fetch from the folder of tiny-siglip; returns what is asked for."""
+    asked, folder = list[tuple[str, str | None]](), folders["tiny-siglip"]
+    files = {one.name: PinnedFile(one.stat().st_size, file_sha256(one)) for one in folder.iterdir()}
+
+    class Here(Pin):
+        def fetch(self, name: str) -> Path:
+            return folder / name
+
+    def pin(repo: str, revision: str | None = None) -> Pin:
+        asked.append((repo, revision))
+        return Here(repo, revision or COMMIT, None, files)
+
+    monkeypatch.setattr(module, "pin", pin)
+    return asked
+
+
+def test_a_tower_from_the_hub_is_pinned(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_hub(folders, monkeypatch)
+    encoder = load_text(tower("tiny-siglip"), source=f"hf-hub:timm/image@{'d' * 40}")
+    assert asked == [("timm/both", None), ("timm/tiny", None)]
+    digest = file_sha256(folders["tiny-siglip"] / OPEN_CLIP)
+    place = f"{OPEN_CLIP} of hf-hub:timm/both@{COMMIT}, tokenizer of hf-hub:timm/tiny@{COMMIT}"
+    assert str(encoder) == f"tiny-siglip of open_clip, {place}, sha256 {digest}"
+    load_text(tower("tiny-siglip"), source=f"hf-hub:timm/both@{'d' * 40}")  # both towers are in one repository
+    assert asked[2:] == [("timm/both", "d" * 40), ("timm/tiny", None)]
+
+    def gone(*_: object) -> Pin:
+        raise WeightsError("it is gated")
+
+    monkeypatch.setattr(module, "pin", gone)
+    with pytest.raises(WeightsError, match=r"it is gated. For texts, put .* and tokenizer.json .* give --text-weights"):
+        load_text(tower("tiny-siglip"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> Store:
+    return make_store(tmp_path_factory.mktemp("made"), encoder_folder)
+
+
+@pytest.fixture
+def paired(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The store of an encoder that the table pairs with tiny-clip."""
+    name = store.manifest.model
+    monkeypatch.setattr(module, "_towers", lambda: {name: tower("tiny-clip", name, store.manifest.pool, "quick.one")})
+    return store
+
+
+def test_texts_find_images(
+    paired: Store, folders: dict[str, Path], encoder_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts, folder = TEXTS[:2], folders["tiny-clip"]
+    rows, ids = paired.embeddings.astype(np.float64), paired.ids
+    cosines = expected("tiny-clip", folder, texts) @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T
+    own = {"weights": encoder_folder, "device": "cpu"}
+    image = paired.path.parent / "images" / "002.jpg"
+    found = search(paired, [image], 3, ids=ids[:1], texts=texts, text_weights=folder, picture=tmp_path / "x.png", **own)  # type: ignore[arg-type]
+    assert "weights were trained with QuickGELU, which quick.one computes" in caplog.text
+    assert "its rows are taken for those of timm/image" in caplog.text
+    assert [line[0].id for line in (found[0], found[3])] == ["002.jpg", search(paired, ids=ids[:1])[0][0].id]
+    for line, near in zip(found[1:3], cosines, strict=True):
+        assert [hit.id for hit in line] == [ids[at] for at in np.argsort(-near)[:3]]
+        assert [hit.cosine for hit in line] == pytest.approx(sorted(near)[:-4:-1], abs=1e-6)
+    encoder = text_encoder(paired, folder)
+    assert search(paired, texts=texts[0], k=3, text_weights=encoder) == [found[1]]
+    with Image.open(tmp_path / "x.png") as sheet:
+        assert sheet.height > 4 * 224
+    other = TextEncoder(tower("tiny-pe"), encoder.model, encoder.tokenizer, "here", encoder.sha256)
+    with pytest.raises(UsageError, match=r"the store was made by .*, and text_weights is tiny-pe of open_clip, here"):
+        search(paired, texts=texts, text_weights=other)
+
+
+def test_the_command(paired: Store, folders: dict[str, Path]) -> None:
+    words = ["search", str(paired.path), "-k", "2", "--text-weights", str(folders["tiny-clip"] / OPEN_CLIP)]
+    result = CliRunner().invoke(main, [*words, "--text", "a\tdog", "--text", "a cat", "--id", "002.jpg"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[::3] == [r"a\x09dog", "a cat", "002.jpg"]
+    assert f"Text tower: tiny-clip of open_clip, {folders['tiny-clip'] / OPEN_CLIP}, sha256 " in result.stderr
+    result = CliRunner().invoke(main, [*words, "--text", "a cat", "--json"])
+    hits = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(hit["query"], hit["rank"]) for hit in hits] == [("a cat", 1), ("a cat", 2)]
+    result = CliRunner().invoke(main, [*words, "--text", ""])
+    assert (result.exit_code, "is empty" in result.stderr) == (1, True)

@@ -52,7 +52,7 @@ def search(
         raise click.UsageError("search needs an IMAGE, --text or --id")
     from ..encoders.text import check_texts
     from ..stores.search import search as run
-    from ..stores.search import store_text
+    from ..stores.search import text_encoder
     from ..stores.store import open_store, parts_of
 
     opened = open_store(store, check=check)
@@ -63,7 +63,7 @@ def search(
             f"{store} is not complete: searching {parts_of(len(opened.done()), opened.manifest.shards)}", err=True
         )
     check_texts(texts)
-    tower = store_text(opened, text_weights) if texts else None
+    tower = text_encoder(opened, text_weights) if texts else None
     if tower:
         click.echo(f"Text tower: {tower}", err=True)
     found = run(opened, images, picture=picture, text_weights=tower, **options)

@@ -213,6 +213,8 @@ def check_texts(texts: Sequence[Any]) -> None:
             raise UsageError(f"texts must be texts, got a {type(text).__name__}")
         if not text.strip():
             raise UsageError(f"a text to search for is empty: {text!r}")
+        if not text.isascii() and text.encode(errors="ignore").decode() != text:
+            raise UsageError(f"a text to search for has halves of letters, as of bytes in no encoding: {shown(text)}")
         if len(text) > MAX_LETTERS:
             raise UsageError(f"a text has {len(text):,} letters, at most {MAX_LETTERS:,} are allowed: {shown(text)}")
 
@@ -238,12 +240,16 @@ def load_text(tower: Tower, weights: str | os.PathLike[str] | None = None, *, so
         sha256 = file_sha256(file)
     else:
         file, sources, place, sha256 = _from_hub(tower, source)
-    tokenizer = _hub_tokenizer(tower, *sources) if tower.tokenizer else _open_clip().get_tokenizer(tower.model)
+    tokenizer = _hub_tokenizer(tower, *sources) if tower.tokenizer else _own_tokenizer(tower)
     encoder = TextEncoder(tower, _build(tower, file), tokenizer, place, sha256)
+    if source is None:
+        logger.warning(
+            "the store does not say where its encoder came from: its rows are taken for those of %s", tower.image_repo
+        )
     if tower.quick:
         logger.warning(
-            "%s computes GELU where its weights were trained with QuickGELU; %s has the same weights, and its rows are "
-            "nearer to those of texts",
+            "%s computes GELU where its weights were trained with QuickGELU, which %s computes: rows of the latter are "
+            "those that texts were trained with",
             *(tower.image, tower.quick),
         )
     return encoder
@@ -273,14 +279,12 @@ def _from_hub(tower: Tower, source: str | None) -> tuple[Path, list[Path], str, 
     try:
         pinned = pin(tower.repo, commit if repo == tower.repo else None)
         file = pinned.fetch(OPEN_CLIP)
-        sources = []
-        if tower.tokenizer:
-            beside = pinned if tower.tokenizer == tower.repo else pin(tower.tokenizer)
-            sources = [beside.fetch(name) for name in TOKENIZER_FILES]
+        beside = pinned if tower.tokenizer in (None, tower.repo) else pin(tower.tokenizer)
+        sources = [beside.fetch(name) for name in TOKENIZER_FILES] if tower.tokenizer else []
     except WeightsError as error:
         raise WeightsError(f"{error}. For texts, put {_wanted(tower)} into a folder and give --text-weights") from None
-    sha256 = pinned.files[OPEN_CLIP].sha256 or file_sha256(file)
-    return file, sources, f"{OPEN_CLIP} of {pinned.source}", sha256
+    place = f"{OPEN_CLIP} of {pinned.source}" + (f", tokenizer of {beside.source}" if beside is not pinned else "")
+    return file, sources, place, pinned.files[OPEN_CLIP].sha256 or file_sha256(file)
 
 
 def _build(tower: Tower, file: Path) -> Any:
@@ -333,11 +337,19 @@ def _check_tensors(
             )
 
 
-def _hub_tokenizer(tower: Tower, file: Path, settings: Path) -> Tokenizer:
-    """Read a tokenizer.json, which runs no code, to be used as open_clip's HFTokenizer does.
+def _own_tokenizer(tower: Tower) -> Tokenizer:
+    """Make CLIP's tokenizer, as open_clip's get_tokenizer does, which sets logging up for the whole process."""
+    open_clip = _open_clip()
+    text = open_clip.get_model_config(tower.model)["text_cfg"]
+    made: Tokenizer = open_clip.SimpleTokenizer(
+        context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+        **text.get("tokenizer_kwargs", {}),
+    )
+    return made
 
-    transformers, which that asks, makes some tokenizers anew from their vocabulary in the place of what the file says.
-    """
+
+def _hub_tokenizer(tower: Tower, file: Path, settings: Path) -> Tokenizer:
+    """Read a tokenizer.json, which runs no code; its tokens are those of open_clip's HFTokenizer, by transformers."""
     import torch
 
     text, config = _open_clip().get_model_config(tower.model)["text_cfg"], read_json(settings, WeightsError)

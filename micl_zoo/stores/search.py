@@ -84,7 +84,7 @@ def search(
         k: hits per image, fewer where the store has fewer rows.
         ids: rows of the store to search for, too; they need no encoder, and a row does not find itself.
         texts: one or many texts to search for, taken as they are; the store is one of CLIP, SigLIP or PE.
-        text_weights: file or folder with the weights of the text tower, or what `store_text` gave; None is the hub.
+        text_weights: file or folder with the weights of the text tower, or what `text_encoder` gave; None is the hub.
         weights: file or folder of the store's weights, where they are not published.
         device: see `load`.
         exact: without effect, every search is exact.
@@ -95,8 +95,8 @@ def search(
         A list of hits for each image, then for each text, then for each id.
 
     Raises:
-        UsageError: an image that cannot be read, an id that has no row, a store of patch tokens; see `store_text`.
-        WeightsError: see `store_encoder` and `store_text`.
+        UsageError: an image that cannot be read, an id that has no row, a store of patch tokens; see `text_encoder`.
+        WeightsError: see `store_encoder` and `text_encoder`.
         StoreError: a part is damaged.
     """
     store = open_store(store)
@@ -181,19 +181,20 @@ def _embedded(
     return data, [encoder.rows([one])[0].astype(np.float64) for one in pixels]
 
 
-def store_text(store: Store, weights: str | os.PathLike[str] | None = None) -> TextEncoder:
+@checked
+def text_encoder(store: Store | str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> TextEncoder:
     """Load the text tower that belongs to the encoder of a store, for many searches by text.
 
     Args:
-        store: of rows in the space that the encoder shares with texts.
+        store: see `open_store`; its rows are in the space that its encoder shares with texts.
         weights: see `load_text`.
 
     Raises:
         UsageError: the encoder has no text tower, the rows are not in its space, or micl-zoo[text] is not installed.
         WeightsError: see `load_text`.
     """
-    source = getattr(store.manifest, "source", None)
-    return load_text(_tower(store), weights, source=source)
+    store = open_store(store)
+    return load_text(_tower(store), weights, source=getattr(store.manifest, "source", None))
 
 
 def _tower(store: Store) -> Tower:
@@ -203,7 +204,7 @@ def _tower(store: Store) -> Tower:
 
 def _spoken(store: Store, texts: Sequence[str], text: str | os.PathLike[str] | TextEncoder | None) -> list[np.ndarray]:
     """Embed each text as a (dim,) float64 row."""
-    encoder = text if isinstance(text, TextEncoder) else store_text(store, text)
+    encoder = text if isinstance(text, TextEncoder) else text_encoder(store, text)
     if encoder.tower != _tower(store):
         raise UsageError(f"the store was made by {store.manifest.model}, and text_weights is {encoder}")
     return [*encoder.rows(texts).astype(np.float64)]
