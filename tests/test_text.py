@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,15 @@ def test_what_has_no_text_tower() -> None:
     ):
         with pytest.raises(UsageError, match=said):
             find_tower(*asked)  # type: ignore[arg-type]
+
+
+def test_without_the_extra(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UsageError, match=r"package tokenizers .*: pip install 'micl-zoo\[text\]'"):
+        load_text(tower("tiny-siglip"), folders["tiny-siglip"])
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(UsageError, match=r"open_clip's text towers .*: pip install 'micl-zoo\[text\]'"):
+        find_tower(EXAMPLES[0], "projection", [512])
 
 
 def test_texts_that_are_refused(folders: dict[str, Path]) -> None:

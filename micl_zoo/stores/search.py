@@ -118,12 +118,15 @@ def search(
         queries = [Tile("query", _label(image), one) for image, one in zip(many, data, strict=True)]
         queries += [Tile("query", "", text) for text in texts]
         queries += [Tile("query", name, entries[own[name][0], name]) for name in ids]
-        tiles = [[Tile(f"{hit.rank}   {hit.cosine:.4f}", hit.id, hit.entry) for hit in line] for line in hits]
-        originals = Originals(store, remote=remote)
-        write_contact_sheet(out, list(zip(queries, tiles, strict=True)), originals.read)
-        if unasked := originals.unasked():
-            logger.warning("not drawn: %s", unasked)
+        _draw(out, queries, hits, Originals(store, remote=remote))
     return hits
+
+
+def _draw(out: Path, queries: Sequence[Tile], hits: Sequence[Sequence[Hit]], originals: Originals) -> None:
+    tiles = [[Tile(f"{hit.rank}   {hit.cosine:.4f}", hit.id, hit.entry) for hit in line] for line in hits]
+    write_contact_sheet(out, list(zip(queries, tiles, strict=True)), originals.read)
+    if unasked := originals.unasked():
+        logger.warning("not drawn: %s", unasked)
 
 
 def _many(images: Any) -> list[Any]:
