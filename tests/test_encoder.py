@@ -213,7 +213,7 @@ def test_batch_sizes_are_whole_numbers_of_any_type(encoder: Encoder) -> None:
 
 
 def test_an_unknown_pool_lists_the_valid_ones(encoder: Encoder) -> None:
-    valid = r"unknown pool 'cls\+men'\. Did you mean cls\+mean.*Valid: cls, cls\+mean, mean, patches"
+    valid = r"unknown pool 'cls\+men'\. Did you mean cls\+mean.*Valid: cls, cls\+mean, mean, native, patches"
     for call in (lambda pool: encoder.row_shape(pool), lambda pool: encoder(torch.zeros(1, 3, 32, 32), pool)):
         with pytest.raises(UsageError, match=valid):
             call("cls+men")
@@ -347,7 +347,7 @@ def test_openvino_says_what_it_cannot_do(encoder_folder: Path) -> None:
 
 def test_a_torch_encoder_is_a_module(encoder: Encoder) -> None:
     pixels = torch.randn(2, 3, 32, 32)
-    assert next(iter(encoder.state_dict())) == "vit.cls_token"
+    assert next(iter(encoder.state_dict())) == "model.cls_token"
     for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert twin.vit is not encoder.vit
         assert torch.equal(twin(pixels), encoder(pixels))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, cast, get_args
@@ -66,7 +66,7 @@ class Features(NamedTuple):
 class Runtime(Protocol):
     """What computes an encoder's outputs: one class per backend, chosen by `load`."""
 
-    vit: VisionTransformer | None  # the timm model whose weights these are; None: only the backend's own file has them
+    model: Any  # the timm model whose weights these are; None: only the backend's own file has them
 
     name: Backend
     precision: Precision | None  # that the weights' file fixes; None: each call chooses it
@@ -76,60 +76,72 @@ class Runtime(Protocol):
         """Where pixels must be and embeddings are."""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
+    def shapes(self) -> Mapping[Output, tuple[int, ...]]:
+        """Shape of each output that it has, per image: (D,), and (h, w, D) of "patches"."""
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-        """Compute the outputs wanted of (B, 3, S, S): "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
+        """Compute the outputs wanted of (B, 3, S, S): "patches" (B, h, w, D), the others (B, D)."""
 
 
 class Encoder(nn.Module):
     """An encoder in eval mode. Made by `load`.
 
     Attributes:
-        vit: the timm model, for fine-tuning; an AttributeError on backend onnx. A model put in its place is what
-            backend torch computes with from then on.
+        model: the timm model, for fine-tuning; an AttributeError on backend onnx. A model put in its place is what
+            backend torch computes with from then on. A ViT's is `vit`, too.
         runtime: what computes the outputs.
         config: what it was built from.
         transform: from an image to pixel_values; the only right one for these weights.
         record: its row of the table, found by the sha256 of a file; None for weights that are in none.
         name: `arch.tag`.
+        source: hf-hub:OWNER/NAME@COMMIT that its weights came from, or None.
+        pool: how it embeds unless told otherwise, see `forward`.
         weights_sha256: of the file it came from, or None for random weights.
-        embed_dim: D, numbers per embedding.
         card: what an ONNX file says of itself; None on the other backends.
     """
 
-    vit: VisionTransformer
+    model: nn.Module
 
     def __init__(
         self, runtime: Runtime, config: EncoderConfig, *, record: Record | None, weights_sha256: str | None
     ) -> None:
         super().__init__()
         self.runtime = runtime
-        if runtime.vit is not None:
-            self.vit = runtime.vit
+        if runtime.model is not None:
+            self.model = runtime.model
         self.config = config
         self.transform: Transform = config.transform
         self.record = record
         self.name = config.name
+        self.source = config.source
         self.weights_sha256 = weights_sha256
-        self.embed_dim = config.embed_dim
+        self.pool: Pool = config.pool if config.pool != "native" else _own_name(runtime)
         self.card: OnnxCard | None = getattr(runtime, "card", None)
         self._compiled_size: int | None = None  # images per compiled batch
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        name = "model" if name == "vit" else name
         super().__setattr__(name, value)
-        if name == "vit":
-            self.runtime.vit = value
+        if name == "model":
+            self.runtime.model = value
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name != "vit":
+            if name not in ("model", "vit"):
                 raise
-            raise AttributeError("an exported file has no torch model: load with backend='torch' for one") from None
+            if self.runtime.model is None:
+                raise AttributeError("an exported file has no torch model: load with backend='torch'") from None
+            raise
+
+    @property
+    def vit(self) -> VisionTransformer:
+        """The timm model of a ViT."""
+        if not isinstance(self.model, VisionTransformer):
+            raise AttributeError(f"{self.config.architecture} is no VisionTransformer of timm: its model is `.model`")
+        return self.model
 
     @property
     def device(self) -> torch.device:
@@ -147,27 +159,39 @@ class Encoder(nn.Module):
         return self.runtime.precision
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
-        return self.runtime.grid
+    def pools(self) -> tuple[Pool, ...]:
+        """The pools that it has, see `forward`."""
+        has = self.runtime.shapes
+        return tuple(pool for pool in get_args(Pool) if all(part in has for part in pool.split("+")))
 
-    def row_shape(self, pool: Pool) -> tuple[int, ...]:
-        """Return one embedding's shape: (D,) for "cls", "mean"; (2D,) for "cls+mean"; (h, w, D) for "patches".
+    @property
+    def embed_dim(self) -> int:
+        """D, numbers per embedding by its own pool."""
+        return self.row_shape()[-1]
+
+    def row_shape(self, pool: Pool | None = None) -> tuple[int, ...]:
+        """Return one embedding's shape: (D,), the sum of both widths for "cls+mean", (h, w, D) for "patches".
 
         Raises:
-            UsageError: the pool does not exist.
+            UsageError: the encoder does not have the pool.
         """
+        pool = pool or self.pool
         if pool not in get_args(Pool):
-            raise UsageError(unknown("pool", pool, get_args(Pool)))
-        return (*self.grid, self.embed_dim) if pool == "patches" else (len(pool.split("+")) * self.embed_dim,)
+            raise UsageError(unknown("pool", pool, self.pools))
+        if pool not in self.pools:
+            raise UsageError(f"{self.name} has no pool {pool!r}: take one of {', '.join(self.pools)}")
+        shapes = [self.runtime.shapes[cast(Output, part)] for part in pool.split("+")]
+        return shapes[0] if len(shapes) == 1 else (sum(width for (width,) in shapes),)
 
-    def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
-        """Compute embeddings of normalised images, from the tokens after the final norm.
+    def forward(self, pixel_values: Tensor, pool: Pool | None = None) -> Tensor:
+        """Compute embeddings of normalised images.
 
         Args:
             pixel_values: (B, 3, S, S).
-            pool: "cls", the class token, which MiCL trains; "mean" of the patch tokens; "cls+mean", the two side by
-                side; "patches", all patch tokens.
+            pool: None is the encoder's own: for ours "cls", the class token, which MiCL trains. "native", the row that
+                timm pools, as the classifier of the model would get it; "projection", a CLIP's into the space of its
+                texts; "mean" of the patch tokens; "cls+mean", the two side by side; "patches", all patch tokens, or a
+                CNN's last map. See `pools`.
 
         Returns:
             (B, *row_shape(pool)).
@@ -175,6 +199,7 @@ class Encoder(nn.Module):
         Raises:
             UsageError: the pool, the shape or gradients cannot be had.
         """
+        pool = pool or self.pool
         self.row_shape(pool)  # raises
         parts = cast("list[Output]", pool.split("+"))
         found = self.outputs(pixel_values, parts)
@@ -182,19 +207,20 @@ class Encoder(nn.Module):
 
     def features(self, pixel_values: Tensor) -> Features:
         """Compute the class tokens (B, D) and patch tokens (B, h, w, D) of normalised images (B, 3, S, S)."""
+        self.row_shape("cls+mean")  # raises where there are none
         found = self.outputs(pixel_values, ("cls", "patches"))
         return Features(found["cls"], found["patches"])
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-        """Compute at least the outputs wanted: "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
-        side = self.transform.size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, side, side):
-            wanted_shape = f"(B, 3, {side}, {side}), normalised as encoder.transform does it"
+        """Compute at least the outputs wanted: "patches" (B, h, w, D), the others (B, D)."""
+        size = self.config.size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, *size):
+            wanted_shape = f"(B, 3, {size[0]}, {size[1]}), normalised as encoder.transform does it"
             raise UsageError(f"pixel_values must be {wanted_shape}; got {tuple(pixel_values.shape)}")
         return self.runtime.outputs(pixel_values, wanted)
 
     def compile_blocks(self, batch_size: int) -> None:
-        """Compile the ViT's blocks with `torch.compile`, at their first use, for batches of one size.
+        """Compile the model's blocks with `torch.compile`, at their first use, for batches of one size.
 
         `embed`, `embed_pixels` and `embed_tensor` pad a smaller batch to it, so that a short last one compiles nothing.
         Call it again to change the size.
@@ -212,7 +238,7 @@ class Encoder(nn.Module):
                 "compiling for the CPU needs a C++ compiler and none was found: install one, or leave out --compile"
             )
         if self._compiled_size is None:
-            for block in self.vit.blocks:  # one by one: they are alike, so the first one's code serves all
+            for block in _blocks(self.model):  # one by one: they are alike, so the first one's code serves all
                 block.compile(dynamic=False)
         self._compiled_size = batch_size
 
@@ -227,7 +253,7 @@ class Encoder(nn.Module):
         *,
         batch_size: int = 64,
         normalize: bool = True,
-        pool: Pool = "cls",
+        pool: Pool | None = None,
     ) -> np.ndarray:
         """Embed images through this encoder's own transform.
 
@@ -254,7 +280,12 @@ class Encoder(nn.Module):
         return np.concatenate(rows)
 
     def embed_pixels(
-        self, pixels: np.ndarray, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
+        self,
+        pixels: np.ndarray,
+        *,
+        normalize: bool = True,
+        pool: Pool | None = None,
+        autocast: torch.dtype | None = None,
     ) -> np.ndarray:
         """Embed transformed pixels (B, S, S, 3) uint8: (B, *row_shape(pool)) float32. See `embed_tensor`."""
         on_device = torch.from_numpy(pixels).to(self.device)
@@ -262,7 +293,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed_tensor(
-        self, pixels: Tensor, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
+        self, pixels: Tensor, *, normalize: bool = True, pool: Pool | None = None, autocast: torch.dtype | None = None
     ) -> Tensor:
         """Embed transformed pixels on the encoder's device, where the embeddings stay; the host does not wait for it.
 
@@ -281,6 +312,20 @@ class Encoder(nn.Module):
         with autocasting(self.device, None if self.precision else autocast):
             rows = self(self.transform.normalise(pixels), pool)[:count].float()
         return F.normalize(rows, dim=-1) if normalize else rows
+
+
+def _own_name(runtime: Runtime) -> Pool:
+    """Say by which name stores hold a model's own row: a class token by that one."""
+    model: Any = runtime.model
+    is_token = isinstance(model, VisionTransformer) and model.global_pool == "token" and "cls" in runtime.shapes
+    return "cls" if is_token and isinstance(model.fc_norm, nn.Identity) else "native"
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Find what to compile: a transformer's blocks; else the stages, and whatever else is called by itself."""
+    children = [model.blocks] if isinstance(getattr(model, "blocks", None), nn.Module) else model.children()
+    found = [list(one) if isinstance(one, nn.Sequential | nn.ModuleList) else [one] for one in children]
+    return [cast(nn.Module, block) for blocks in found for block in blocks]
 
 
 def _whole(batch_size: Any) -> int:

@@ -17,7 +17,8 @@ from ..files import atomic_path, file_sha256, read_regular, sum_file, write_text
 from ..images.transform import Transform
 from ..schema import parse_json, read, read_json, shown
 from .config import RunFile, read_config
-from .zoo import RECORDS, timm_architecture, vit_sizes
+from .device import Pool
+from .zoo import ARCHS, RECORDS, timm_architecture, vit_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ HEADER_KEY = "micl_zoo"
 CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})\.safetensors")  # not a copy of one
 CHECKPOINT_KEYS = {"step", "seconds"}  # in the headers of training's checkpoints
 MAX_HEADER = 16 << 20  # bytes; that of a ViT-L's checkpoint has 0.2 MB
-NUMBERS = ("F16", "BF16", "F32", "F64")  # dtypes of weights, as safetensors says them
+NUMBERS = ("F16", "BF16", "F32", "F64", "I64", "I32", "BOOL")  # safetensors' dtypes of weights, and of counters
 Value = TypeVar("Value")
 
 
@@ -41,36 +42,72 @@ class EncoderConfig:
     name: str  # `arch.tag`.
     architecture: str  # timm's model name
     model_args: dict[str, Any]  # where the model departs from timm's defaults for that name
-    embed_dim: int  # numbers per embedding
+    embed_dim: int  # timm's num_features: numbers per patch
     transform: Transform  # from an image to pixel_values
     license: str = "unknown"  # of the weights
+    pool: Pool = "cls"  # by default; "native" is "cls" where timm's own row is the class token
+    num_classes: int = 0  # outputs of the classifier that the weights come with, or of a CLIP's projection
+    fixed_size: bool | None = None  # whether the model is built for one size of images; None: as timm says of its name
+    source: str | None = None  # hf-hub:OWNER/NAME@COMMIT
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images, in pixels."""
+        return self.transform.size, self.transform.size
+
+    def at_size(self, side: int, *, resampled: bool) -> EncoderConfig:
+        """Return it for square images of another side; `resampled` if the model's positions are for its images."""
+        resize = round(self.transform.resize * side / self.transform.size)
+        transform = dataclasses.replace(self.transform, size=side, resize=resize)
+        model_args = self.model_args | ({"img_size": side} if resampled else {})
+        return dataclasses.replace(self, transform=transform, model_args=model_args)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
         return {
             "architecture": self.architecture,
-            "num_classes": 0,
+            "num_classes": self.num_classes,
             "num_features": self.embed_dim,
-            "global_pool": "token",
+            **({"global_pool": "token"} if self.pool == "cls" else {}),  # for readers; timm builds by model_args
             "model_args": self.model_args,
             "pretrained_cfg": {
                 "tag": self.name.partition(".")[2],
                 "license": self.license,
                 **self.transform.to_timm(),
-                "num_classes": 0,
-                "first_conv": "patch_embed.proj",
-                "classifier": "head",
+                **({} if self.fixed_size is None else {"fixed_input_size": self.fixed_size}),
+                "num_classes": self.num_classes,
+                **_ends(self.architecture),
             },
-            "micl_zoo": {"name": self.name},
+            "micl_zoo": {"name": self.name} | ({} if self.pool == "cls" else {"pool": self.pool}),
         }
 
     @classmethod
-    def from_dict(cls, body: Any, *, where: str) -> EncoderConfig:
-        """Read a parsed `config.json`, ours or timm's."""
+    def from_dict(cls, body: Any, *, where: str, tagged: bool = False) -> EncoderConfig:
+        """Read a parsed `config.json`, ours or timm's; one of the hub is named by timm's tag, one here `.local`."""
         found, model_args = read_config(body, f"the configuration of {where}")
-        name = found.micl_zoo.name or f"{found.architecture}.local"
-        about = (found.pretrained_cfg.transform, found.pretrained_cfg.license or "unknown")
-        return cls(name, found.architecture, model_args, found.num_features, *about)
+        own, entry = found.micl_zoo, found.pretrained_cfg
+        counts = (model_args.pop("num_classes", None), found.num_classes, entry.num_classes, 0)
+        return cls(
+            name=(own and own.name) or f"{found.architecture}.{(tagged and entry.tag) or 'local'}",
+            architecture=found.architecture,
+            model_args=model_args,
+            embed_dim=found.num_features,
+            transform=entry.transform,
+            license=entry.license or "unknown",
+            pool=own.pool if own else "native",
+            num_classes=next(one for one in counts if one is not None),
+            fixed_size=entry.fixed_input_size,
+        )
+
+
+def _ends(architecture: str) -> dict[str, Any]:
+    """Return timm's names of a model's first layer and of its classifier, by which timm adapts weights."""
+    if any(architecture == arch.timm_name for arch in ARCHS.values()):
+        return {"first_conv": "patch_embed.proj", "classifier": "head"}
+    import timm
+
+    known = timm.get_pretrained_cfg(architecture)
+    return {"first_conv": known.first_conv, "classifier": known.classifier} if known else {}
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 
 from micl_zoo.encoders.device import Pool, resolve_precision
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.torch_model import TorchModel
+from micl_zoo.encoders.torch_model import TorchModel, build_model
 from micl_zoo.errors import Refused, SourceError, StoreError, UsageError, unknown
 from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
@@ -179,14 +179,19 @@ def _baseline(name: str, encoder: Encoder) -> Encoder | None:
 
 
 def random_encoder(encoder: Encoder, seed: int = 0) -> Encoder:
-    """The same ViT as the method initialises it, before any step; the transform stays."""
+    """The same model as the method initialises it, before any step, or timm if it is not ours; the transform stays."""
     if encoder.backend != "torch":
         raise UsageError("the baseline 'random' needs the encoder in torch: load it with backend='torch'")
-    vit = copy.deepcopy(encoder.vit)
+    config, fresh = encoder.config, {"record": None, "weights_sha256": None}
+    if config.pool != "cls":
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return Encoder(build_model(config, None), config, **fresh).to(encoder.device)
+    vit, grid = copy.deepcopy(encoder.vit), cast("tuple[int, int]", encoder.row_shape("patches")[:2])
     init_weights(vit, generator=seeded(seed, 2))
     with torch.no_grad():
-        vit.pos_embed.copy_(position_table(encoder.embed_dim, encoder.grid, encoder.grid))
-    return Encoder(TorchModel(vit), encoder.config, record=None, weights_sha256=None)
+        vit.pos_embed.copy_(position_table(encoder.embed_dim, grid, grid))
+    return Encoder(TorchModel(vit, config.size), config, **fresh)
 
 
 def pixel_features(images: LabelledImages) -> Features:
