@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -226,11 +226,17 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return _encoder_part(found, is_checkpoint(file))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them."""
+def read_tensors(file: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them.
+
+    Args:
+        file: of weights.
+        only: names of the tensors to read; None is all.
+    """
     checkpoint = is_checkpoint(file)
     with _opened(file, "pt") as opened:
         wanted = _encoder_part({name: name for name in opened.keys()}, checkpoint)  # noqa: SIM118
+        wanted = {key: name for key, name in wanted.items() if only is None or key in only}
         return {key: opened.get_tensor(name) for key, name in wanted.items()}
 
 
