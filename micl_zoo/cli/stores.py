@@ -19,7 +19,7 @@ from . import _options as opt
 @opt.value("--id", "ids", "Id of a row of the store to search for.", multiple=True)
 @opt.value("--text", "texts", "Text to search for.", multiple=True)
 @opt.count("-k", "Number of hits per image, text or id.", default=10)
-@opt.STORE_WEIGHTS
+@opt.STORE_MODEL
 @opt.path("--text-weights", "Weights of the text tower, a file or a folder, for use without a network.")
 @opt.DEVICE
 @opt.flag("--exact", "Without effect: every search is exact.")
@@ -82,7 +82,7 @@ def search(
 @opt.count("--sample", "Number of images to read again, embed and compare; 0 needs no encoder.", least=0, default=32)
 @opt.value("--seed", "Seed of the sample.", type=int, default=0)
 @opt.REMOTE
-@opt.STORE_WEIGHTS
+@opt.STORE_MODEL
 @opt.DEVICE
 @opt.AS_JSON
 def verify(store: str, as_json: bool, **options: Any) -> None:
@@ -93,7 +93,7 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
 
     Examples:
       micl-zoo verify embeddings
-      micl-zoo verify embeddings --sample 200 --weights runs/first/encoder
+      micl-zoo verify embeddings --sample 200 --model runs/first/encoder
       micl-zoo verify embeddings --remote
       micl-zoo verify embeddings --sample 0 --json
     """

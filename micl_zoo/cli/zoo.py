@@ -113,17 +113,21 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
     ONNX_PRECISIONS,
     "Precision. fp16: norms, softmax in fp32. int8: the blocks' matrix products, for CPUs.",
 )
-@opt.value("--outputs", "Comma-separated: cls, mean (both go into `embedding`), patches (on its own).", default="cls")
-@opt.count("--image-size", "Side of the images in pixels.", show_default="the encoder's own")
+@opt.value(
+    "--outputs",
+    "Comma-separated: native, projection, cls, mean (side by side in `embedding`), patches (on its own).",
+    show_default="the encoder's own pool",
+)
+@opt.IMAGE_SIZE
 @opt.flag("--with-preprocess", "Put the transform into the graph, which then takes uint8 images of any size.")
 @opt.count("--opset", "ONNX opset of the file.", least=18, default=18)
 @opt.value("--images", f"Images to compare on: {opt.SOURCE}", multiple=True, show_default="10 of ours")
 @opt.flag("--overwrite", "Replace the file if it exists.")
 @opt.AS_JSON
-def export(encoder: str, outputs: str, images: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def export(encoder: str, outputs: str | None, images: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Write ENCODER as one ONNX file, and keep the file only if it embeds real photographs as PyTorch does.
 
-    ENCODER is a name (see `micl-zoo models`), the folder of a training run or of an encoder, or a .safetensors file.
+    ENCODER is a name of `micl-zoo models`, OWNER/NAME on the hub, a name of timm, a file or a folder.
 
     The file takes pixel_values (B, 3, S, S) and gives embedding (B, D). It is opened again with ONNX Runtime and
     compared at batches of 1, 2 and 7: fp32 to 1e-4 and a cosine of 0.99999, fp16 to a cosine of 0.999, int8 to one of
@@ -138,8 +142,8 @@ def export(encoder: str, outputs: str, images: tuple[str, ...], as_json: bool, *
     """
     from micl_zoo.export import to_onnx
 
-    names: list[Any] = [name.strip() for name in outputs.split(",")]  # to_onnx refuses what it does not know
-    made = to_onnx(**opt.encoder_of(encoder), outputs=names, images=images or None, show=not as_json, **options)
+    names: Any = outputs and [name.strip() for name in outputs.split(",")]  # to_onnx refuses what it does not know
+    made = to_onnx(encoder, outputs=names, images=images or None, show=not as_json, **options)
     if as_json:
         click.echo(json.dumps(made.as_dict()))
         return

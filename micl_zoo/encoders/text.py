@@ -25,7 +25,8 @@ from ..errors import UsageError, WeightsError, nearest
 from ..files import file_sha256
 from ..schema import read_json, shown
 from ..telemetry import no_telemetry
-from .pins import OPEN_CLIP, parse, pin
+from .names import hub_of
+from .pins import OPEN_CLIP, pin
 from .weights import read_tensors, shapes
 
 if TYPE_CHECKING:
@@ -149,17 +150,12 @@ def find_tower(name: str, pool: str, shape: Sequence[int], source: str | None = 
             f"rows of {name} have {' x '.join(map(str, shape))} numbers, and those of its text tower {tower.model} "
             f"have {tower.dim}: the store was made by another model of that name"
         )
-    if (repo := _hub(source)[0]) and repo != tower.image_repo:
+    if (repo := hub_of(source)[0]) and repo != tower.image_repo:
         raise UsageError(
             f"the rows were made by {repo}, and the text tower of {name} belongs to {tower.image_repo}: texts "
             "can be compared with rows of that encoder only"
         )
     return tower
-
-
-def _hub(source: str | None) -> tuple[str | None, str | None]:
-    """Return repository and commit of an encoder from the hub."""
-    return parse(source) or (None, None) if source else (None, None)
 
 
 class TextEncoder:
@@ -275,7 +271,7 @@ def _wanted(tower: Tower) -> str:
 
 
 def _from_hub(tower: Tower, source: str | None) -> tuple[Path, list[Path], str, str]:
-    repo, commit = _hub(source)
+    repo, commit = hub_of(source)
     try:
         pinned = pin(tower.repo, commit if repo == tower.repo else None)
         file = pinned.fetch(OPEN_CLIP)

@@ -48,7 +48,8 @@ class EncoderConfig:
     pool: Pool = "cls"  # by default; "native" is "cls" where timm's own row is the class token
     num_classes: int = 0  # outputs of the classifier that the weights come with, or of a CLIP's projection
     fixed_size: bool | None = None  # whether the model is built for one size of images; None: as timm says of its name
-    source: str | None = None  # hf-hub:OWNER/NAME@COMMIT
+    source: str | None = None  # hf-hub:OWNER/NAME@COMMIT, or timm's arch.tag@COMMIT
+    image_size: int | None = None  # that was asked for in the place of its own
 
     @property
     def size(self) -> tuple[int, int]:
@@ -59,7 +60,7 @@ class EncoderConfig:
         """Return it for square images of another side; `resampled` if the model's positions are for its images."""
         transform = self.transform.at_size((side, side))
         model_args = self.model_args | ({"img_size": side} if resampled else {})
-        return dataclasses.replace(self, transform=transform, model_args=model_args)
+        return dataclasses.replace(self, transform=transform, model_args=model_args, image_size=side)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,7 @@ from .._version import package_versions
 from ..encoders.device import BACKENDS, Backend, choose_backend, default_workers, precision_advice
 from ..encoders.encoder import Encoder
 from ..encoders.load import load
+from ..encoders.names import find_place, pinned_again
 from ..errors import Interrupted, MiclZooError, StoreError, UsageError, unknown
 from ..files import Folder
 from ..progress import progress
@@ -28,7 +30,7 @@ from ..sources.index import ImageIndex
 from ..sources.listing import list_source
 from ..sources.notes import Notes
 from ..stop import StopRequest
-from ..stores.manifest import Manifest
+from ..stores.manifest import Manifest, read_manifest
 from ..stores.parts import RefusedRow, Rows
 from ..stores.store import Store
 from .cluster import Cluster
@@ -141,14 +143,15 @@ def extract(
         MiclZooError: not one image of the source could be embedded; errors.jsonl says why.
     """
     started = time.monotonic()
-    options, encoder = _named(replace(options or ExtractOptions(), **_fields(changes)))
+    options, encoder = _named(replace(options or ExtractOptions(), **_fields(changes)), folder := Folder(out))
     places = _places(options)
     job = _job(options, places)
     pieces = _listed(source, options)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
     if encoder is None and places.several:  # the processes load it; here it only says what the store will hold
         kind: Backend = "onnx" if job.backend == "onnx" else "torch"
-        encoder = load(cast(str, options.model), weights=options.weights, device="cpu", backend=kind)
+        more: Any = {"weights": options.weights, "image_size": options.image_size}
+        encoder = load(cast(str, options.model), device="cpu", backend=kind, **more)
     elif encoder is None:
         encoder = job.encoder(places.devices[0])
     if (own := encoder.precision) and options.precision not in ("auto", own):
@@ -156,11 +159,13 @@ def extract(
             f"the ONNX file of {encoder.name} computes in {own}, not in {options.precision}: leave precision out, or "
             f"export another with --precision {options.precision}"
         )
-    job = replace(job, precision=own or job.precision)
+    pool = options.pool or encoder.pool
+    encoder.row_shape(pool)  # raises, before there is a store
+    job = replace(job, precision=own or job.precision, options=replace(options, pool=pool))
     say(_sentence(encoder, job, places))
     if not own and (advice := precision_advice(job.precision, torch.device(places.devices[0]))):
         say(advice)
-    work, folder = Work(), Folder(out)
+    work = Work()
     with folder.lock() as lock, StopRequest(wake=work.stop) as stop:
         asked = _manifest(encoder, job, source)
         try:
@@ -243,21 +248,35 @@ def _fields(changes: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
+def _named(options: ExtractOptions, folder: Folder) -> tuple[ExtractOptions, Encoder | None]:
     """Options whose model is a name; and the encoder if one was given, which decides the others itself."""
     encoder = options.model
     if not isinstance(encoder, Encoder):
-        if not isinstance(encoder, str):
-            raise UsageError(f"model must be a name or an Encoder, it is {shown(encoder)}")
-        weights = None if options.weights is None else Path(options.weights).absolute()
-        of_file = choose_backend(options.backend, weights=weights)
+        if not isinstance(encoder, str | os.PathLike):
+            raise UsageError(f"model must be a name, a path or an Encoder, it is {shown(encoder)}")
+        if isinstance(encoder, str) and options.weights is None and not options.overwrite:
+            encoder = pinned_again(encoder, _source_of(folder))
+        place = find_place(encoder, options.weights)
+        path = place.path and place.path.absolute()
+        name = place.source or (place.record and place.record.name) or str(encoder)
+        model, weights = (name, path) if options.weights is not None else (str(path or name), None)
+        of_file = choose_backend(options.backend, weights=path)
         backend = of_file if of_file == "onnx" else options.backend
         providers = tuple(options.providers or ()) or None
-        return replace(options, weights=weights, backend=backend, providers=providers), None
+        return replace(options, model=model, weights=weights, backend=backend, providers=providers), None
+    if options.image_size is not None:
+        raise UsageError("image_size goes with a name: load the encoder with it")
     if options.engine == "ray" or (options.processes or 1) > 1:
         raise UsageError("several processes load the model themselves: save it, and give its folder by weights=")
     device = str(encoder.device)
     return replace(options, model=encoder.name, weights=None, backend=encoder.backend, devices=device), encoder
+
+
+def _source_of(folder: Folder) -> str | None:
+    """Return the source in the manifest of the store that is there, if there is one that can be read."""
+    with suppress(StoreError):
+        return read_manifest(folder)[0].source
+    return None
 
 
 def _places(options: ExtractOptions) -> Local | Cluster:
@@ -313,13 +332,16 @@ def _manifest(encoder: Encoder, job: Job, source: Source) -> Manifest:
         decoding=options.decoding.id,
         runtime=runtime_name(job.backend, options.compile),
         precision=cast(Any, job.precision),
-        pool=options.pool,
+        pool=options.pool or encoder.pool,
         normalized=options.normalize,
         dtype=options.dtype,
         shape=list(shape),
         shard_rows=options.shard_rows or max(1, min(SHARD_ROWS, PART_BYTES // row_bytes)),
         command=resolved.command(_sources(source)),
         versions=package_versions(),
+        source=encoder.source,
+        image_size=encoder.config.image_size,
+        license=(encoder.record or encoder.config).license,
     )
 
 
