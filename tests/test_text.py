@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from stores import make_store
 
+import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.encoders import text as module
@@ -133,6 +134,23 @@ def test_pairs_are_of_one_image_tower(name: str) -> None:
         assert (found.quick is None) == ("_quickgelu_" in name)
     assert found.dim == (image.num_classes or image.num_features)
     assert found.pool == ("projection" if image.num_classes else "native")
+
+
+def test_rows_of_a_pool_are_those_of_open_clip(tmp_path: Path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    name = "vit_pe_core_tiny_patch16_384.fb"
+    found, image = towers()[name], timm.create_model(name, pretrained=False)
+    config = {**open_clip.get_model_config(found.model), "text_cfg": TEXT}
+    del config["custom_text"]
+    both = open_clip.CLIP(**config).eval()
+    image.load_state_dict(both.visual.trunk.state_dict())
+    save_for_hf(image, str(tmp_path), safe_serialization=True)
+    pixel_values = torch.randn(1, 3, 384, 384)
+    with torch.inference_mode():
+        ours = micl_zoo.load(tmp_path, device="cpu")(pixel_values, pool=found.pool)
+        torch.testing.assert_close(ours, both.encode_image(pixel_values), atol=1e-5, rtol=0)
 
 
 def test_what_has_no_text_tower() -> None:
