@@ -82,8 +82,8 @@ def load(
         from .openvino_model import OpenVinoModel
 
         return Encoder(OpenVinoModel(model), config, record=record, weights_sha256=sha256)
-    encoder = Encoder(model, config, record=record, weights_sha256=sha256)
-    return encoder.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    model.model.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    return Encoder(model, config, record=record, weights_sha256=sha256)
 
 
 def _check(backend: str, device: str, dtype: str, providers: Sequence[str] | None) -> None:

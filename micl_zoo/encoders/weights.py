@@ -53,12 +53,11 @@ class EncoderConfig:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images, in pixels."""
-        return self.transform.size, self.transform.size
+        return self.transform.size
 
     def at_size(self, side: int, *, resampled: bool) -> EncoderConfig:
         """Return it for square images of another side; `resampled` if the model's positions are for its images."""
-        resize = round(self.transform.resize * side / self.transform.size)
-        transform = dataclasses.replace(self.transform, size=side, resize=resize)
+        transform = self.transform.at_size((side, side))
         model_args = self.model_args | ({"img_size": side} if resampled else {})
         return dataclasses.replace(self, transform=transform, model_args=model_args)
 
@@ -131,8 +130,8 @@ def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
     """Return how to build the encoder that a pre-training recipe trains, from the recipe's fields, see run.json."""
     architecture, model_args = timm_architecture(**vit_sizes(recipe))
     size, record = recipe["image_size"], RECORDS.get(recipe["name"])
-    transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
-    if record and record.transform.size == size:
+    transform = Transform.square(size, size, mean=tuple(recipe["pixel_mean"]), std=tuple(recipe["pixel_std"]))
+    if record and record.transform.size == (size, size):
         transform = record.transform
     return EncoderConfig(recipe["name"], architecture, model_args, recipe["embed_dim"], transform)
 
@@ -142,14 +141,15 @@ def save_weights(
     state: dict[str, Tensor],  # under timm's names
     config: EncoderConfig | dict[str, Any],  # a dict for another timm model than an encoder; also goes into the header
     provenance: dict[str, Any],  # recipe, code, data, machine; goes into the header
-    dtype: Literal["float32", "float16"],  # on disk
+    dtype: Literal["float32", "float16"] | None,  # on disk; None keeps each tensor's own
 ) -> Path:
     """Write `model.safetensors` and `config.json`, in the layout of timm's hub repositories; return the former."""
     import torch
     from safetensors.torch import save_file
 
     body = config if isinstance(config, dict) else config.to_dict()
-    tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
+    kind = dtype and getattr(torch, dtype)
+    tensors = {key: value.detach().to("cpu", kind).contiguous() for key, value in state.items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, {HEADER_KEY: json.dumps({"config": body, "provenance": provenance})})
     write_text(folder / CONFIG_FILE, config_text(body))

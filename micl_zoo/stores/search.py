@@ -28,7 +28,7 @@ from .reembed import store_encoder
 from .store import Store, open_store, part_name
 
 if TYPE_CHECKING:  # it imports torch, which a search for ids does without
-    from ..encoders.encoder import ImageLike
+    from ..encoders.inputs import ImageLike
 else:
     ImageLike = Any
 logger = getLogger(__name__)
@@ -132,7 +132,7 @@ def _draw(out: Path, queries: Sequence[Tile], hits: Sequence[Sequence[Hit]], ori
 def _many(images: Any) -> list[Any]:
     if isinstance(images, tuple | list):
         return list(images)
-    from ..encoders.encoder import one_or_many
+    from ..encoders.inputs import one_or_many
 
     return list(one_or_many(images))
 
@@ -170,7 +170,7 @@ def _embedded(
     store: Store, images: Sequence[Any], weights: str | os.PathLike[str] | None, device: str
 ) -> tuple[list[bytes | Image.Image], list[np.ndarray]]:
     """Embed each image as a (dim,) float64 row, alone, so that no other changes it; also its bytes or its pixels."""
-    from ..encoders.encoder import encoded, open_image
+    from ..encoders.inputs import encoded, open_image
 
     read, data, pixels = [], list[bytes | Image.Image](), []
     for place, image in enumerate(images):  # before a model is loaded
