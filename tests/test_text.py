@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from stores import make_store
 
+import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.encoders import text as module
 from micl_zoo.encoders.pins import OPEN_CLIP, Pin, PinnedFile
-from micl_zoo.encoders.text import EXAMPLES, TextEncoder, Tower, find_tower, load_text, towers
+from micl_zoo.encoders.text import EXAMPLES, TextEncoder, Tower, check_pair, find_tower, load_text, towers
 from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.files import file_sha256
 from micl_zoo.stores.search import search, text_encoder
@@ -135,23 +136,49 @@ def test_pairs_are_of_one_image_tower(name: str) -> None:
     assert found.pool == ("projection" if image.num_classes else "native")
 
 
+def test_rows_of_a_pool_are_those_of_open_clip(tmp_path: Path) -> None:
+    import timm
+    from timm.models import save_for_hf
+
+    name = "vit_pe_core_tiny_patch16_384.fb"
+    found, image = towers()[name], timm.create_model(name, pretrained=False)
+    config = {**open_clip.get_model_config(found.model), "text_cfg": TEXT}
+    del config["custom_text"]
+    both = open_clip.CLIP(**config).eval()
+    image.load_state_dict(both.visual.trunk.state_dict())
+    save_for_hf(image, str(tmp_path), safe_serialization=True)
+    pixel_values = torch.randn(1, 3, 384, 384)
+    with torch.inference_mode():
+        ours = micl_zoo.load(tmp_path, device="cpu")(pixel_values, pool=found.pool)
+        torch.testing.assert_close(ours, both.encode_image(pixel_values), atol=1e-5, rtol=0)
+
+
 def test_what_has_no_text_tower() -> None:
-    clip, siglip = EXAMPLES[:2]
-    assert find_tower(siglip, "native", [768]) == towers()[siglip]
-    assert find_tower(clip, "projection", [512], "hf-hub:timm/vit_base_patch32_clip_224.openai@" + COMMIT)
+    siglip = EXAMPLES[1]
+    assert find_tower(siglip) == find_tower("vit_base_patch16_siglip_224.local", siglip) == towers()[siglip]
     for asked, said in (
-        (("vit_base_patch16_224.mae", "cls", [768]), "no text tower of open_clip is known .* such as .* extract anew"),
-        (
-            ("vit_base_patch16_siglip_224.v3_webli", "native", [768]),
-            "Did you mean vit_base_patch16_siglip_224.v2_webli",
-        ),
-        ((clip, "cls", [768]), "with pool 'cls' are not in the space .* extract anew with --pool projection"),
-        ((siglip, "cls+mean", [1536]), "--pool native"),
-        ((clip, "projection", [640]), "have 640 numbers, and those of its text tower ViT-B-32-quickgelu have 512"),
-        ((clip, "projection", [512], f"hf-hub:me/mine@{COMMIT}"), "were made by me/mine, and the text tower of"),
+        (("vit_base_patch16_224.mae",), "no text tower of open_clip is known .* extract anew .* such as vit_base"),
+        (("vit_base_patch16_siglip_224.v3_webli",), "Did you mean vit_base_patch16_siglip_224.v2_webli"),
+        (("vit_base_patch16_siglip_224.local",), "files of this machine.* --text-tower .*4.v2_webli or .*4.webli"),
+        (("vit_base_patch16_siglip_224.local", "vit_ti16.tin200"), "no text tower .* is known for 'vit_ti16.tin200'"),
     ):
         with pytest.raises(UsageError, match=said):
-            find_tower(*asked)  # type: ignore[arg-type]
+            find_tower(*asked)
+
+
+def test_rows_that_are_not_in_the_space_of_a_tower() -> None:
+    clip, repo = EXAMPLES[0], "hf-hub:timm/vit_base_patch32_clip_224.openai@" + COMMIT
+    found = find_tower(clip)
+    check_pair(found, clip, "projection", [512], repo)
+    check_pair(found, "vit_base_patch32_clip_quickgelu_224.local", "projection", [512])
+    for rows, said in (
+        ((clip, "cls", [768]), "with pool 'cls' are not in the space .* extract anew with --pool projection"),
+        ((clip, "projection", [640]), "have 640 numbers, and those of its text tower ViT-B-32-quickgelu have 512"),
+        ((clip, "projection", [512], f"hf-hub:me/mine@{COMMIT}"), "were made by me/mine, and the text tower of"),
+        (("vit_base_patch32_clip_224.local", "projection", [512]), "and the text tower is that of vit_base_patch32_c"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            check_pair(found, *rows)  # type: ignore[arg-type]
 
 
 def test_without_the_extra(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +187,7 @@ def test_without_the_extra(folders: dict[str, Path], monkeypatch: pytest.MonkeyP
         load_text(tower("tiny-siglip"), folders["tiny-siglip"])
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(UsageError, match=r"open_clip's text towers .*: pip install 'micl-zoo\[text\]'"):
-        find_tower(EXAMPLES[0], "projection", [512])
+        find_tower(EXAMPLES[0])
 
 
 def test_texts_that_are_refused(folders: dict[str, Path]) -> None:
@@ -279,8 +306,8 @@ def test_texts_find_images(
     assert search(paired, texts=texts[0], k=3, text_weights=encoder) == [found[1]]
     with Image.open(tmp_path / "x.png") as sheet:
         assert sheet.height > 4 * 224
-    other = TextEncoder(tower("tiny-pe"), encoder.model, encoder.tokenizer, "here", encoder.sha256)
-    with pytest.raises(UsageError, match=r"the store was made by .*, and text_weights is tiny-pe of open_clip, here"):
+    other = TextEncoder(tower("tiny-pe", "another.one"), encoder.model, encoder.tokenizer, "here", encoder.sha256)
+    with pytest.raises(UsageError, match=r"the store was made by .*, and the text tower is that of another.one"):
         search(paired, texts=texts, text_weights=other)
 
 

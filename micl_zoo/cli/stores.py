@@ -21,6 +21,7 @@ from . import _options as opt
 @opt.count("-k", "Number of hits per image, text or id.", default=10)
 @opt.STORE_MODEL
 @opt.path("--text-weights", "Weights of the text tower, a file or a folder, for use without a network.")
+@opt.value("--text-tower", "Name of the encoder whose text tower it is, for stores made from local files.")
 @opt.DEVICE
 @opt.flag("--exact", "Without effect: every search is exact.")
 @opt.path("--picture", "Contact sheet to write too, a name that ends in .png, .jpg or .webp.")
@@ -34,6 +35,7 @@ def search(
     picture: Path | None,
     check: bool,
     text_weights: Path | None,
+    text_tower: str | None,
     **options: Any,
 ) -> None:
     """Find the images in STORE that are nearest to each IMAGE, or to a text: rank, cosine, id.
@@ -63,7 +65,7 @@ def search(
             f"{store} is not complete: searching {parts_of(len(opened.done()), opened.manifest.shards)}", err=True
         )
     check_texts(texts)
-    tower = text_encoder(opened, text_weights) if texts else None
+    tower = text_encoder(opened, text_weights, tower=text_tower) if texts else None
     if tower:
         click.echo(f"Text tower: {tower}", err=True)
     found = run(opened, images, picture=picture, text_weights=tower, **options)

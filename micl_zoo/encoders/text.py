@@ -39,6 +39,7 @@ logger = getLogger(__name__)
 INSTALL = "pip install 'micl-zoo[text]'"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 HOME, QUICK = "timm/", "_quickgelu_"  # the repositories with both files; how timm names the activation
+LOCAL = "local"  # tag of encoders that were loaded from files of this machine
 MAX_LETTERS = 2000  # per text; a context has 77 tokens at most
 IMAGE_TENSORS = ("visual.", "logit_scale", "logit_bias")  # of both towers' file, what is not the text tower's
 # timm's tag of an image tower: the family in the name of open_clip's model, where a config names timm's architecture.
@@ -119,27 +120,51 @@ def _pairs() -> tuple[dict[Any, list[_Pair]], dict[Any, list[_Pair]]]:
     return by_repo, by_family
 
 
-def find_tower(name: str, pool: str, shape: Sequence[int], source: str | None = None) -> Tower:
-    """Find the text tower for rows of an image encoder.
+def find_tower(name: str, asked: str | None = None) -> Tower:
+    """Find the text tower of an image encoder.
 
     Args:
+        name: of the encoder, `arch.tag`.
+        asked: name of the encoder whose tower is taken, as a user says who made `name`.
+
+    Raises:
+        UsageError: no text tower is known.
+    """
+    every, (arch, _, tag) = towers(), name.partition(".")
+    if asked is not None and asked not in every:
+        raise UsageError(f"no text tower of open_clip is known for {asked!r}. {_known(asked)}")
+    if found := every.get(asked or name):
+        return found
+    if tag == LOCAL and (same := [one for one in every if one.startswith(f"{arch}.")]):
+        raise UsageError(
+            f"the store was made from files of this machine, which do not say whose {arch} they hold: say so with "
+            f"--text-tower {' or '.join(same)}"
+        )
+    raise UsageError(
+        f"no text tower of open_clip is known for {name!r}, so texts cannot be compared with its rows: extract anew "
+        f"with another encoder. {_known(name)}"
+    )
+
+
+def _known(name: str) -> str:
+    every = towers()
+    near = nearest(name, every)
+    text = f"{len(every)} encoders of timm have one, such as {', '.join(EXAMPLES)}"
+    return f"{near + ' ' if near else ''}{text} (micl_zoo.encoders.text.towers() lists all)"
+
+
+def check_pair(tower: Tower, name: str, pool: str, shape: Sequence[int], source: str | None = None) -> None:
+    """Raise a UsageError where rows of an image encoder are not in the space of a text tower.
+
+    Args:
+        tower: see `find_tower`.
         name: of the encoder, `arch.tag`.
         pool: of the rows.
         shape: of a row.
         source: where the encoder came from, `hf-hub:OWNER/NAME@COMMIT`; None where that is not known.
-
-    Raises:
-        UsageError: no text tower is known, or the rows are not in its space.
     """
-    every = towers()
-    if name not in every:
-        near = nearest(name, every)
-        raise UsageError(
-            f"no text tower of open_clip is known for {name!r}, so texts cannot be compared with its rows. "
-            f"{near + ' ' if near else ''}{len(every)} encoders of timm have one, such as {', '.join(EXAMPLES)}: "
-            "extract anew with one of them (micl_zoo.encoders.text.towers() lists all)"
-        )
-    tower = every[name]
+    if name not in (tower.image, f"{tower.image.partition('.')[0]}.{LOCAL}"):
+        raise UsageError(f"the store was made by {name}, and the text tower is that of {tower.image}")
     if pool != tower.pool:
         raise UsageError(
             f"rows of {name} with pool {pool!r} are not in the space that it shares with texts: extract anew with "
@@ -155,7 +180,6 @@ def find_tower(name: str, pool: str, shape: Sequence[int], source: str | None = 
             f"the rows were made by {repo}, and the text tower of {name} belongs to {tower.image_repo}: texts "
             "can be compared with rows of that encoder only"
         )
-    return tower
 
 
 class TextEncoder:

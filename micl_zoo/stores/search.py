@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ..encoders.device import Device
-from ..encoders.text import TextEncoder, Tower, check_texts, find_tower, load_text
+from ..encoders.text import TextEncoder, Tower, check_pair, check_texts, find_tower, load_text
 from ..errors import Refused, StoreError, UsageError
 from ..files import local_path
 from ..progress import progress
@@ -185,31 +185,39 @@ def _embedded(
 
 
 @checked
-def text_encoder(store: Store | str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> TextEncoder:
+def text_encoder(
+    store: Store | str | os.PathLike[str], weights: str | os.PathLike[str] | None = None, *, tower: str | None = None
+) -> TextEncoder:
     """Load the text tower that belongs to the encoder of a store, for many searches by text.
 
     Args:
         store: see `open_store`; its rows are in the space that its encoder shares with texts.
         weights: see `load_text`.
+        tower: for a store that was made from files of this machine: timm's name of the encoder that they hold.
 
     Raises:
         UsageError: the encoder has no text tower, the rows are not in its space, or micl-zoo[text] is not installed.
         WeightsError: see `load_text`.
     """
     store = open_store(store)
-    return load_text(_tower(store), weights, source=getattr(store.manifest, "source", None))
+    found = find_tower(store.manifest.model, tower)
+    _check_pair(store, found)
+    return load_text(found, weights, source=_source(store))
 
 
-def _tower(store: Store) -> Tower:
+def _check_pair(store: Store, tower: Tower) -> None:
     made = store.manifest
-    return find_tower(made.model, made.pool, made.shape, getattr(made, "source", None))
+    check_pair(tower, made.model, made.pool, made.shape, _source(store))
+
+
+def _source(store: Store) -> str | None:
+    return getattr(store.manifest, "source", None)
 
 
 def _spoken(store: Store, texts: Sequence[str], text: str | os.PathLike[str] | TextEncoder | None) -> list[np.ndarray]:
     """Embed each text as a (dim,) float64 row."""
     encoder = text if isinstance(text, TextEncoder) else text_encoder(store, text)
-    if encoder.tower != _tower(store):
-        raise UsageError(f"the store was made by {store.manifest.model}, and text_weights is {encoder}")
+    _check_pair(store, encoder.tower)
     return [*encoder.rows(texts).astype(np.float64)]
 
 
