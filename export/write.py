@@ -51,9 +51,9 @@ class Export:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON holds it."""
-        return {"file": self.path.name} | {
-            key: value for key, value in dataclasses.asdict(self).items() if key != "path"
-        }
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "path"}
+        fields["card"]["config"]["transform"] = self.card.config.transform.to_dict()
+        return {"file": self.path.name} | fields
 
 
 def to_onnx(
@@ -98,7 +98,7 @@ def to_onnx(
     runtime()  # before any work
     try:
         from .check import BATCHES, measure, photographs
-        from .graph import encoder_graph
+        from .graph import encoder_graph, resize_text
         from .quantize import CONVERSIONS
     except ImportError as error:
         raise UsageError(f"an export needs {error.name}: {INSTALL}") from None
@@ -107,6 +107,8 @@ def to_onnx(
         raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
     encoder = _at_size(encoder, image_size).cpu().float()
     ordered = _ordered(encoder, outputs)
+    if with_preprocess:
+        resize_text(encoder.transform)  # raises
     row = CONVERSIONS[precision]
     bounds = (with_preprocess and row.inside) or row.bounds
     pictures = photographs(images)

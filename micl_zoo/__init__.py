@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # what _LATER says; a test compares the two
     from .sources.index import ImageIndex
     from .sources.listing import index_source, list_source
     from .stores.convert import convert
-    from .stores.search import search
+    from .stores.search import search, text_encoder
     from .stores.store import Store, open_store
     from .stores.verify import verify
 
@@ -64,7 +64,7 @@ _LATER = {
     "sources.index": ("ImageIndex",),
     "sources.listing": ("index_source", "list_source"),
     "stores.convert": ("convert",),
-    "stores.search": ("search",),
+    "stores.search": ("search", "text_encoder"),
     "stores.store": ("Store", "open_store"),
     "stores.verify": ("verify",),
 }
@@ -81,7 +81,7 @@ __all__ = [
 ]
 __all__ += ["Record", "Refused", "SourceError", "Store", "StoreError", "Summary", "TrainingError", "Transform"]
 __all__ += ["UsageError", "WeightsError", "__version__", "convert", "download", "extract", "index_source"]
-__all__ += ["list_models", "list_source", "load", "open_store", "search", "verify"]
+__all__ += ["list_models", "list_source", "load", "open_store", "search", "text_encoder", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from micl_zoo.images.decode import Decoding, decode
 from micl_zoo.images.transform import Transform
 from micl_zoo.sources.index import Entry
 
-TRANSFORM = Transform(32, 32)
+TRANSFORM = Transform.square(32, 32)
 
 
 def decoders(workers: int = 2, batch_size: int = 12, image_timeout: float = 60) -> Decoders:

@@ -43,7 +43,7 @@ def info(name: str, as_json: bool) -> None:
     """
     record = find_record(name)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(record), indent=2))
+        click.echo(json.dumps(record.to_dict(), indent=2))
         return
     from micl_zoo.training.corpora import corpus_text
 

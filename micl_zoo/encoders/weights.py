@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -54,12 +54,11 @@ class EncoderConfig:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images, in pixels."""
-        return self.transform.size, self.transform.size
+        return self.transform.size
 
     def at_size(self, side: int, *, resampled: bool) -> EncoderConfig:
         """Return it for square images of another side; `resampled` if the model's positions are for its images."""
-        resize = round(self.transform.resize * side / self.transform.size)
-        transform = dataclasses.replace(self.transform, size=side, resize=resize)
+        transform = self.transform.at_size((side, side))
         model_args = self.model_args | ({"img_size": side} if resampled else {})
         return dataclasses.replace(self, transform=transform, model_args=model_args)
 
@@ -132,8 +131,8 @@ def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
     """Return how to build the encoder that a pre-training recipe trains, from the recipe's fields, see run.json."""
     architecture, model_args = timm_architecture(**vit_sizes(recipe))
     size, record = recipe["image_size"], RECORDS.get(recipe["name"])
-    transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
-    if record and record.transform.size == size:
+    transform = Transform.square(size, size, mean=tuple(recipe["pixel_mean"]), std=tuple(recipe["pixel_std"]))
+    if record and record.transform.size == (size, size):
         transform = record.transform
     return EncoderConfig(recipe["name"], architecture, model_args, recipe["embed_dim"], transform)
 
@@ -228,11 +227,17 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return _encoder_part(found, is_checkpoint(file))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them."""
+def read_tensors(file: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them.
+
+    Args:
+        file: of weights.
+        only: names of the tensors to read; None is all.
+    """
     checkpoint = is_checkpoint(file)
     with _opened(file, "pt") as opened:
         wanted = _encoder_part({name: name for name in opened.keys()}, checkpoint)  # noqa: SIM118
+        wanted = {key: name for key, name in wanted.items() if only is None or key in only}
         return {key: opened.get_tensor(name) for key, name in wanted.items()}
 
 

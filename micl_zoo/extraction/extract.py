@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..files import Folder
 from ..progress import progress
 from ..schema import checked, shown
 from ..sources.index import ImageIndex
-from ..sources.listing import SourceLike, list_source
+from ..sources.listing import list_source
 from ..sources.notes import Notes
 from ..stop import StopRequest
 from ..stores.manifest import Manifest
@@ -39,6 +39,7 @@ from .retry import check_part_fits
 from .runner import Event, Runner, Times, runtime_name
 from .work import Work
 
+Source = str | os.PathLike[str] | ImageIndex | Sequence[str | os.PathLike[str]]
 SHARD_ROWS = 10_000
 PART_BYTES = 64 << 20  # of a part of long rows, such as patches: it is held in memory
 
@@ -114,7 +115,7 @@ class Summary:
 
 @checked
 def extract(
-    source: SourceLike,
+    source: Source,
     out: str | os.PathLike[str],
     options: ExtractOptions | None = None,
     *,
@@ -125,7 +126,7 @@ def extract(
     """Embed every image of a source into a store; the same call again skips the shards that are done.
 
     Args:
-        source: see `micl_zoo.index_source`.
+        source: see `micl_zoo.index_source`; or an index that it made, of which rows may have been taken.
         out: the store: a folder, or a URI such as s3://bucket/embeddings; new, or made by the same call.
         options: see `ExtractOptions`; None is the default ones.
         show: show a progress bar, on a terminal.
@@ -143,7 +144,7 @@ def extract(
     options, encoder = _named(replace(options or ExtractOptions(), **_fields(changes)))
     places = _places(options)
     job = _job(options, places)
-    pieces = list_source(source, selection=options.selection())
+    pieces = _listed(source, options)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
     if encoder is None and places.several:  # the processes load it; here it only says what the store will hold
         kind: Backend = "onnx" if job.backend == "onnx" else "torch"
@@ -298,7 +299,7 @@ def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:
     )
 
 
-def _manifest(encoder: Encoder, job: Job, source: SourceLike) -> Manifest:
+def _manifest(encoder: Encoder, job: Job, source: Source) -> Manifest:
     options = job.options
     shape = encoder.row_shape(options.pool)
     row_bytes = math.prod(shape) * np.dtype(options.dtype).itemsize
@@ -317,9 +318,20 @@ def _manifest(encoder: Encoder, job: Job, source: SourceLike) -> Manifest:
         dtype=options.dtype,
         shape=list(shape),
         shard_rows=options.shard_rows or max(1, min(SHARD_ROWS, PART_BYTES // row_bytes)),
-        command=resolved.command([source] if isinstance(source, str | os.PathLike) else source),
+        command=resolved.command(_sources(source)),
         versions=package_versions(),
     )
+
+
+def _listed(source: Source, options: ExtractOptions) -> Iterator[ImageIndex]:
+    return iter([source]) if isinstance(source, ImageIndex) else list_source(source, selection=options.selection())
+
+
+def _sources(source: Source) -> Sequence[str | os.PathLike[str]]:
+    """Name the sources as a command does; an index has no name."""
+    if isinstance(source, str | os.PathLike):
+        return [source]
+    return [] if isinstance(source, ImageIndex) else source
 
 
 def embed_index(
