@@ -29,13 +29,12 @@ from ..progress import progress as progress_bar
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
 from .inputs import ImageLike, Skipped, each_made, one_or_many
 from .torch_model import fingerprint
-from .weights import CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
+from .weights import CHANGED, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
 from .zoo import Record
 
 if TYPE_CHECKING:
     from .onnx_session import OnnxCard
 
-CHANGED = "-changed"  # at the end of the name of weights that are no longer those of the file they came from
 Images = ImageLike | Iterable[ImageLike]
 
 
@@ -213,7 +212,8 @@ class Encoder(nn.Module):
     def _config_to_save(self) -> EncoderConfig:
         name = f"{self.name.removesuffix(CHANGED)}{CHANGED}" if self.changed else self.name
         classes = self.config.num_classes if "projection" in self.pools else 0  # a classifier was left out
-        return replace(self.config, name=name, num_classes=classes)
+        terms = self.record.license if self.record else self.config.license
+        return replace(self.config, name=name, num_classes=classes, license=terms)
 
     @property
     def device(self) -> torch.device:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 ONNX_FILE = "model.onnx"
+CHANGED = "-changed"  # at the end of the name of weights that are no longer those of the file they came from
 # Config and provenance in the safetensors header: one entry, as the library shuffles several.
 HEADER_KEY = "micl_zoo"
 CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})\.safetensors")  # not a copy of one
