@@ -18,7 +18,7 @@ from ..errors import WeightsError
 _OPERATORS = """
     Abs Add And Attention Cast CastLike Clip Concat Constant Conv DequantizeLinear Div DynamicQuantizeLinear Equal Erf
     Expand Flatten Gather Gelu Gemm Greater
-    Identity IsNaN LayerNormalization Less MatMul MatMulInteger Max Min Mul Neg Not Or Pow QuantizeLinear
+    Identity IsNaN LayerNormalization Less MatMul MatMulInteger Max Min Mul Neg Not Or Pad Pow QuantizeLinear
     RMSNormalization Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Resize Round Shape Sigmoid Slice
     Softmax Split Sqrt Squeeze Sub Swish Tanh Transpose Unsqueeze Where
 """
