@@ -361,6 +361,8 @@ def test_a_decoding_is_named_and_checked() -> None:
 
 TRANSFORMS = [Transform(), Transform.square(224, 248), Transform.square(32, 37, interpolation="bilinear")]
 TRANSFORMS += [Transform.square(64, 50)]  # larger than the picture: the rest is black
+TRANSFORMS += [Transform((64, 48), (71, 53)), Transform((80, 60), (80, 60), "squash", "bilinear")]
+TRANSFORMS += [Transform.square(64, 64, mode="border", mean=(0.5, 0.4, 0.1)), Transform((60, 71), (66, 78), "border")]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.id.partition("-0")[0])

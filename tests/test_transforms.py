@@ -65,7 +65,7 @@ def test_timm_has_no_other_kinds() -> None:
 
 
 def test_every_transform_of_timm_s_is_read_written_and_named() -> None:
-    by_id: dict[str, Transform] = {}
+    by_id, larger = dict[str, Transform](), list[bool]()
     for name in list_pretrained():
         config = get_pretrained_cfg(name)
         found = read(PretrainedCfg, config.to_dict(), name, WeightsError, others=True)
@@ -73,9 +73,12 @@ def test_every_transform_of_timm_s_is_read_written_and_named() -> None:
         assert (found.transform.size, found.transform.resize) == (tuple(config.input_size[1:]), aims)
         assert Transform.from_timm(found.transform.to_timm()) == found.transform
         assert by_id.setdefault(found.transform.id, found.transform) == found.transform
+        aim = math.floor(448 / config.crop_pct)
+        larger.append(found.transform.at_size((448, 448)).resize == (aim, aim))
         file = json.loads(json.dumps(found.transform.to_dict()))
         assert read(TransformFile, file, name, WeightsError).transform == found.transform
     assert len(by_id) > 100
+    assert np.mean(larger) > 0.97  # a resize keeps a share of 0.887 nearly, one of 0.9 wholly
 
 
 def test_timm_fields_round_trip() -> None:

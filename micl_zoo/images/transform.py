@@ -153,20 +153,24 @@ class Transform:
 
     def to_timm(self) -> dict[str, Any]:
         """Return the same as the fields of a timm `pretrained_cfg`."""
-        share = min(side / aim for side, aim in zip(self.size, self.resize, strict=True))
-        if _aims(self.size, share) != self.resize:  # a rounding below: timm takes the whole number under size / share
-            share = math.nextafter(share, 0)
-        if _aims(self.size, share) != self.resize:
-            raise UsageError(f"no crop_pct makes images of {self.size} from a resize to {self.resize}, as timm has one")
         return {
             "input_size": [3, *self.size],
             "fixed_input_size": True,
             "interpolation": self.interpolation,
-            "crop_pct": share,
+            "crop_pct": self._crop_pct(),
             "crop_mode": self.mode,
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+    def _crop_pct(self) -> float:
+        """Find the roundest share that leads to the resize: that of timm's table, of which the resize is a rounding."""
+        most = min(side / aim for side, aim in zip(self.size, self.resize, strict=True))
+        parts = (10**digits * half for digits in range(1, 16) for half in (1, 2))  # 0.1, 0.05, 0.01, 0.005 ...
+        for share in (*(math.floor(most * one) / one for one in parts), most, math.nextafter(most, 0)):
+            if share > 0 and _aims(self.size, share) == self.resize:
+                return share
+        raise UsageError(f"no crop_pct makes images of {self.size} from a resize to {self.resize}, as timm has one")
 
     @classmethod
     def from_timm(cls, config: dict[str, Any]) -> Transform:
