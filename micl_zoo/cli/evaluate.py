@@ -47,7 +47,7 @@ def _setting(field: Any) -> Callable[[opt.F], opt.F]:
     """An option from a field of a `Protocol`; its values have the type of the default's."""
     several, least = isinstance(field.default, tuple), field.metadata["least"]
     kinds = {int: click.IntRange(least), float: opt.Number(least, min_open=True)}
-    kind = kinds.get(type(field.default[0] if several else field.default)) or click.Choice(field.default)
+    kind = kinds.get(type(field.default[0] if several else field.default)) or click.Choice(field.metadata["choices"])
     settings = {"multiple": True} if several else {}
     return opt.value(
         field.metadata["flag"], field.name, field.metadata["help"], type=kind, default=field.default, **settings

@@ -22,7 +22,17 @@ from micl_zoo.files import write_text
 from micl_zoo.limits import refused_by_system
 
 from ..run.provenance import made_with
-from .evaluate import Baseline, Passes, check_same, check_sets, measure, new_record, resumed, store_folders
+from .evaluate import (
+    Baseline,
+    Passes,
+    check_same,
+    check_sets,
+    measure,
+    new_record,
+    protocol_for,
+    resumed,
+    store_folders,
+)
 from .features import Features
 from .labelled import LabelledSet
 from .protocols import Protocol
@@ -108,7 +118,9 @@ def _check(encoders: Sequence[str], baselines: Sequence[Baseline]) -> None:
 def _resumed(asked: dict[str, Any], protocol: Protocol, sets: Sequence[LabelledSet], out: Path) -> dict[str, Any]:
     """Take the record in a file, if its encoders were measured as it is asked for now."""
     there = read_comparison(out, UsageError, "it is not an evaluation record to go on with, choose another file")
-    wanted = {"encoder": {}, "protocol": json.loads(json.dumps(asdict(protocol)))}
+    settings = json.loads(json.dumps(asdict(protocol)))
+    settings.pop("pools")  # an encoder may have its own
+    wanted = {"encoder": {}, "protocol": settings}
     for one in there["encoders"].values():
         check_same(one["record"], wanted, sets, out)
     again = {key: asked[key] for key in ("command", "date", "commit", "machine", "versions")}
@@ -130,9 +142,10 @@ def _measure(
 ) -> None:  # fmt: skip
     """Measure one encoder into the record, which has it from its first set on."""
     encoder = load(text, device=device)
+    protocol = protocol_for(encoder, protocol)
     one, asked = record["encoders"].get(text), new_record(encoder, protocol, command)
     if one is None:
-        one = {"record": asked, **_facts(encoder), "embedded": {}, "right": {}}
+        one = {"record": asked, **_facts(encoder, protocol), "embedded": {}, "right": {}}
     else:
         resumed(one["record"], asked, sets, out or Path())
 
@@ -151,10 +164,11 @@ def _measure(
     )
 
 
-def _facts(encoder: Encoder) -> dict[str, Any]:
+def _facts(encoder: Encoder, protocol: Protocol) -> dict[str, Any]:
     parameters = sum(one.numel() for one in encoder.parameters())
     terms = encoder.record.license if encoder.record else encoder.config.license
-    return {"embed_dim": encoder.embed_dim, "parameters": parameters, "license": terms, "speed": None}
+    (width,) = encoder.row_shape(protocol.pools[0])
+    return {"width": width, "parameters": parameters, "license": terms, "speed": None}
 
 
 def _speed(passes: Passes, encoder: Encoder, sets: Sequence[LabelledSet]) -> dict[str, Any] | None:

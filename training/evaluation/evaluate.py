@@ -37,7 +37,7 @@ from ..run.provenance import made_with
 from .features import Features, embed_labelled, split_pools, store_features, store_labels, stored_features
 from .knn import Bank, measure_bank
 from .labelled import LabelledImages, LabelledSet, number_classes
-from .protocols import METHODS, PIXELS, Protocol
+from .protocols import METHODS, PIXELS, ROW_POOLS, Protocol, pools_of
 from .record import read_evaluation
 from .tables import Outcomes, take_outcomes
 
@@ -95,7 +95,7 @@ def evaluate(
     Raises:
         UsageError: two sets of one name, or a record in `out` of another encoder, protocol or other images.
     """
-    protocol = protocol or Protocol()
+    protocol = protocol_for(encoder, protocol or Protocol())
     check_sets(sets)
     record = new_record(encoder, protocol, command)
     if out is not None and out.exists():
@@ -109,6 +109,14 @@ def evaluate(
     passes = Passes(batch_size=batch_size, workers=workers, stores=stores, show=show)
     measure(record, encoder, sets, protocol, passes, baselines=baselines, save=save)
     return record
+
+
+def protocol_for(encoder: Encoder, protocol: Protocol) -> Protocol:
+    """Fit the pools to an encoder, see `pools_of`; UsageError where it lacks one that was asked for."""
+    pools = pools_of(protocol.pools, encoder.pool, encoder.pools)
+    for pool in pools:
+        encoder.row_shape(pool)
+    return replace(protocol, pools=pools)
 
 
 def check_sets(sets: Sequence[LabelledSet]) -> None:
@@ -203,7 +211,7 @@ def evaluate_stores(
     protocol, started = protocol or Protocol(), time.monotonic()
     _check_pair(train, test)
     stored = train.manifest.pool
-    if stored in ("cls", "mean"):  # "patches" is refused by store_features
+    if stored in ROW_POOLS and stored != "cls+mean":  # "patches" is refused by store_features
         protocol = replace(protocol, pools=(stored,))
     train_labels, test_labels = store_labels(train, labels), store_labels(test, labels)
     classes, (first, second) = number_classes(list(train_labels.values()), list(test_labels.values()), name)
@@ -304,7 +312,7 @@ def _described(encoder: Encoder) -> dict[str, Any]:
     return {
         "name": encoder.name, "weights_sha256": encoder.weights_sha256, "transform": encoder.transform.id,
         "precision": resolve_precision("auto", encoder.device), "backend": encoder.backend,
-    }  # fmt: skip
+    } | ({"source": encoder.source} if encoder.source else {})  # fmt: skip
 
 
 def new_record(encoder: Encoder, protocol: Protocol, command: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from micl_zoo.stores.store import Store
 
 from ..run.provenance import machine
 from .labelled import Label, LabelledImages, labels_of
-from .protocols import POOLS, check_names
+from .protocols import POOLS, ROW_POOLS, check_names
 from .record import Speed, read_speed, speed_file
 
 
@@ -42,9 +42,9 @@ def embed_labelled(
     workers: int | None = None, tick: Callable[[int], object] = lambda count: None,
 ) -> Features:  # fmt: skip
     """Embed a labelled part once, for all pools; `tick` is called with the number of images whenever some are done."""
-    check_names("pool", pools, POOLS)
+    check_names("pool", pools, ROW_POOLS)
     autocast = autocast_dtype(resolve_precision("auto", encoder.device))
-    both: Pool = "cls+mean" if set(pools) != {"cls"} else "cls"
+    both = "cls" if set(pools) == {"cls"} else _pass(encoder, pools)
     pieces, ids = [], list[str]()
     options = ExtractOptions(pool=both, batch_size=batch_size, workers=workers, normalize=False)
     for batch in embed_index(encoder, images.index, options, autocast):
@@ -66,9 +66,10 @@ def stored_features(
     workers: int | None = None, show: bool = True,
 ) -> Features:  # fmt: skip
     """Embed a labelled part into the store in a folder, or read what it holds; `FOLDER.json` says how fast it went."""
-    check_names("pool", pools, POOLS)
-    both: Pool = "cls+mean"  # whatever is asked for now, the next call may ask for the other
-    options = ExtractOptions(model=encoder, pool=both, batch_size=batch_size, workers=workers, normalize=False)
+    check_names("pool", pools, ROW_POOLS)
+    options = ExtractOptions(
+        model=encoder, pool=_pass(encoder, pools), batch_size=batch_size, workers=workers, normalize=False
+    )
     done = extract(images.index, folder, options, show=show)
     if done.computed:
         chip = machine(encoder.device)
@@ -82,6 +83,12 @@ def stored_features(
             now = now.plus(before)
         write_text(speed_file(folder), json.dumps(asdict(now)) + "\n")
     return store_features(done.store, dict(zip(images.index.ids, images.labels.tolist(), strict=True)), pools)
+
+
+def _pass(encoder: Encoder, pools: Sequence[Pool]) -> Pool:
+    """Choose the pool that has all pools asked for in one pass, or may be asked for by the next call."""
+    alone = pools[0] not in POOLS or (len(pools) == 1 and "cls+mean" not in encoder.pools)
+    return pools[0] if alone else "cls+mean"
 
 
 def split_pools(rows: np.ndarray, stored: str, pools: Sequence[str]) -> dict[str, np.ndarray]:

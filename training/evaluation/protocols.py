@@ -10,7 +10,8 @@ from typing import Any
 from micl_zoo.encoders.device import Pool
 from micl_zoo.errors import UsageError, unknown
 
-POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")  # that give one row per image
+POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")  # of one pass over the images
+ROW_POOLS: tuple[Pool, ...] = ("native", "projection", *POOLS)  # that give one row per image
 PIXELS = 32  # side of the images whose pixels are a baseline's features
 
 
@@ -117,9 +118,9 @@ ALL = Method(
 )
 
 
-def _option(default: Any, flag: str, help: str, least: int = 1) -> Any:
-    """A field of `Protocol` that commands have as an option; numbers begin at `least`."""
-    return field(default=default, metadata={"flag": flag, "help": help, "least": least})
+def _option(default: Any, flag: str, help: str, least: int = 1, choices: Sequence[str] = ()) -> Any:
+    """A field of `Protocol` that commands have as an option; numbers begin at `least`, texts are among `choices`."""
+    return field(default=default, metadata={"flag": flag, "help": help, "least": least, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,12 @@ class Protocol:
 
     methods: tuple[str, ...] = tuple(METHODS)
     # k-NN and few-shot take the first
-    pools: tuple[Pool, ...] = _option(POOLS, "--pool", "Features: class token, mean of the patch tokens, both.")
+    pools: tuple[Pool, ...] = _option(
+        POOLS, "--pool",
+        "Features: class token, mean of the patch tokens, both; or alone the row that timm pools, or a CLIP's "
+        "projection. Without a choice an encoder that has another pool of its own is measured by that.",
+        choices=ROW_POOLS,
+    )  # fmt: skip
     ks: tuple[int, ...] = _option((10, 20, 100, 200), "-k", "Number of neighbours.")
     temperature: float = _option(0.07, "--temperature", "Temperature of the votes.", least=0)
     learning_rates: tuple[float, ...] = LEARNING_RATES
@@ -141,13 +147,22 @@ class Protocol:
 
     def __post_init__(self) -> None:
         check_names("method", self.methods, METHODS)
-        check_names("pool", self.pools, POOLS)
+        check_names("pool", self.pools, ROW_POOLS)
+        if len(self.pools) > 1 and (alone := [pool for pool in self.pools if pool not in POOLS]):
+            raise UsageError(f"the pool {alone[0]!r} is measured alone: leave the others out")
         for one in option_fields():
             value, least, flag = getattr(self, one.name), one.metadata["least"], one.metadata["flag"].strip("-")
             numbers = [number for number in (value if isinstance(value, tuple) else [value]) if isinstance(number, int)]
             lowest = min(numbers, default=0 if value == () else least)
             if lowest < least:
                 raise UsageError(f"{flag} must be at least {least}, got {lowest}")
+
+
+def pools_of(asked: Sequence[Pool], own: Pool, has: Sequence[Pool]) -> tuple[Pool, ...]:
+    """Take the pools asked for; where none was chosen the encoder's `own` first, with the class token and the mean."""
+    if tuple(asked) != POOLS:
+        return tuple(asked)
+    return tuple(dict.fromkeys((own, *POOLS))) if own in POOLS and set(POOLS) <= set(has) else (own,)
 
 
 def option_fields(settings: Sequence[str] | None = None) -> list[Field[Any]]:

@@ -199,7 +199,7 @@ def _facts(record: Json, text: str) -> list[str]:
     rate = "-" if speed is None else f"{speed.images_per_second:,.{0 if speed.images_per_second >= 10 else 1}f}"
     if speed and len({other.how for other in _speeds(record).values()}) > 1:
         rate += f" ({speed.device}, {speed.precision})"
-    return [rate, f"{one['embed_dim']:,}", f"{one['parameters'] / 1e6:.1f} M", one["license"]]
+    return [rate, f"{one['width']:,}", f"{one['parameters'] / 1e6:.1f} M", one["license"]]
 
 
 def _speed(record: Json, text: str) -> Speed | None:
@@ -236,6 +236,10 @@ def _notes(record: Json, said: Mapping[str, str]) -> Iterator[str]:
             f"images/s{whose}: from image file to embedding, on {one.device} ({plain(one.chip)}) in {one.precision}, "
             f"batches of {one.batch_size}, {one.workers} decoding processes."
         )
+    pools = {text: one["record"]["protocol"]["pools"] for text, one in record["encoders"].items()}
+    if len({tuple(found) for found in pools.values()}) > 1:
+        by_encoder = "; ".join(f"{plain(said[text])} {', '.join(found)}" for text, found in pools.items())
+        yield f"Pools, of which k-NN and few-shot take the first: {by_encoder}."
     for text, reason in record["failed"].items():
         yield f"{plain(said[text])} failed: {plain(' '.join(reason.split()))}"
 

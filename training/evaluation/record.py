@@ -66,6 +66,7 @@ class Subject:
     precision: str
     transform: str | None = None
     backend: str | None = None
+    source: str | None = None  # of weights that came from the hub: where, at which commit
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Candidate:
     """One of the encoders of a comparison."""
 
     record: EvaluationFile  # as it is where this encoder is measured alone
-    embed_dim: Images
+    width: Images  # numbers per embedding
     parameters: Images
     license: str
     speed: Speed | None = None
