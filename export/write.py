@@ -17,7 +17,7 @@ from micl_zoo.encoders.device import ONNX_PRECISIONS, Output, Precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.load import load
 from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, runtime
-from micl_zoo.encoders.torch_model import TorchModel, at_size
+from micl_zoo.encoders.torch_model import TorchModel, resample
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import ExportError, UsageError, unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
@@ -148,7 +148,8 @@ def _at_size(encoder: Encoder, side: int | None) -> Encoder:
     if side is None:
         return encoder
     assert isinstance(encoder.runtime, TorchModel)
-    config, model = at_size(encoder.config, copy.deepcopy(encoder.runtime), side)
+    runtime, config = copy.deepcopy(encoder.runtime), encoder.config.at_size(side)
+    model = resample(runtime.model, config, runtime.projects)
     return Encoder(model, config, record=encoder.record, weights_sha256=encoder.weights_sha256)
 
 
@@ -169,6 +170,7 @@ def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output],
     config = encoder.config
     if encoder.record:  # whose terms are complete, unlike those of the weights' own config
         config = dataclasses.replace(config, license=encoder.record.license)
+    config = config.settled(resampled=hasattr(encoder.model, "set_input_size"))
     shapes = {name: encoder.runtime.shapes[name] for name in outputs}
     return OnnxCard(config, encoder.weights_sha256, precision, tuple(outputs), shapes, preprocess, versions)
 

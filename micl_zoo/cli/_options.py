@@ -95,7 +95,9 @@ DEVICE = value("--device", "Device of the model: auto, cpu, cuda, cuda:N or mps.
 TRAINING_DEVICE = value("--device", "Device of the model: auto, cpu, cuda or cuda:N.", default="auto")
 MODEL = "a name of `micl-zoo models`, OWNER/NAME on the hub, a name of timm, a file or a folder"
 STORE_MODEL = value(
-    *("--model", "--weights", "weights"), "Encoder of the store, where its own is not found by itself.", metavar="ENCODER"
+    *("--model", "--weights", "weights"),
+    "Encoder of the store, where its own is not found by itself.",
+    metavar="ENCODER",
 )
 IMAGE_SIZE = value(
     *("--image-size", "Side of the images in pixels."), type=click.IntRange(1, 4096), show_default="the encoder's own"

@@ -197,6 +197,7 @@ class Own:
 
     name: Annotated[str, Between(1, 200)] | None = None
     pool: Pool = "cls"
+    trained_size: tuple[Side, Side] | None = None  # of the images that the weights' positions are for
 
     def __post_init__(self) -> None:
         if self.name is not None and not NAME.fullmatch(self.name):
@@ -232,8 +233,9 @@ def read_config(found: Any, what: str) -> tuple[ConfigFile, dict[str, Any]]:
         found = found | {"pretrained_cfg": found}
     body = read(ConfigFile, found, what, WeightsError, CURE, others=True)
     asked = read(ModelArgs, body.model_args, f"{what}, model_args,", WeightsError, CURE)
-    if body.pretrained_cfg.fixed_input_size and (size := asked.img_size):  # as timm reads it
-        size = (size, size) if isinstance(size, int) else size
+    own = body.micl_zoo
+    if body.pretrained_cfg.fixed_input_size and not (own and own.trained_size) and (size := asked.img_size):
+        size = (size, size) if isinstance(size, int) else size  # as timm reads it
         body = replace(body, pretrained_cfg=replace(body.pretrained_cfg, input_size=(3, *size)))
     return body, {name: value for name, value in vars(asked).items() if value is not None}
 

@@ -213,7 +213,8 @@ class Encoder(nn.Module):
         name = f"{self.name.removesuffix(CHANGED)}{CHANGED}" if self.changed else self.name
         classes = self.config.num_classes if "projection" in self.pools else 0  # a classifier was left out
         terms = self.record.license if self.record else self.config.license
-        return replace(self.config, name=name, num_classes=classes, license=terms)
+        config = self.config.settled(resampled=hasattr(self.model, "set_input_size"))
+        return replace(config, name=name, num_classes=classes, license=terms)
 
     @property
     def device(self) -> torch.device:

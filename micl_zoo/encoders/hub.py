@@ -86,9 +86,7 @@ def hub_config(place: Place) -> EncoderConfig:
     if architecture := place.architecture or (row and row.name):
         config = replace(config, name=architecture, architecture=architecture.partition(".")[0])
     if row:
-        config = replace(config, pool=row.pool, transform=row.transform or config.transform)
-        if row.transform and "img_size" in config.model_args:
-            pass
+        config = replace(config.with_transform(row.transform or config.transform), pool=row.pool)
     return replace(config, license=pin.license or config.license, source=place.source)
 
 

@@ -15,7 +15,7 @@ from .device import DTYPES, Backend, Device, find_backend, resolve_device
 from .encoder import Encoder
 from .hub import hub_weights, record_onnx, record_weights
 from .names import Place, find_place
-from .torch_model import at_size, build_model
+from .torch_model import build_model
 from .weights import EncoderConfig, Weights, local_weights
 from .zoo import ARCHS, DEFAULT, Record, record_of, timm_architecture
 
@@ -72,9 +72,8 @@ def load(
         return _load_onnx(name, place, device, providers)
     target = resolve_device("cpu" if backend == "openvino" else device)
     config, found, record = _find(name, place, pretrained)
+    config = config if image_size is None else config.at_size(image_size)
     model, sha256 = build_model(config, found), found.sha256 if found else None
-    if image_size is not None:
-        config, model = at_size(config, model, image_size)
     record = record or (record_of(sha256) if sha256 else None)
     if backend == "openvino":
         from .openvino_model import OpenVinoModel

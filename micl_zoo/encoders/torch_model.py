@@ -80,26 +80,22 @@ class TorchModel:
         return finish(self.anatomy, dict(zip(raw, compute_raw(self.model, pixel_values, raw), strict=True)), wanted)
 
 
-def at_size(config: EncoderConfig, model: TorchModel, side: int) -> tuple[EncoderConfig, TorchModel]:
-    """Make a model take square images of another side, in pixels: positions are resampled, once.
+def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchModel:
+    """Make a model take images of the configuration's size; it changes its positions, once.
 
     Raises:
         UsageError: it takes images of one size only, or not of this one.
     """
-    if (side, side) == config.size:
-        return config, model
-    sized: Any = model.model
-    resampled = hasattr(sized, "set_input_size")
-    config = config.at_size(side, resampled=resampled)
     try:
-        if resampled:
-            sized.set_input_size(img_size=config.size)
-        made = TorchModel(sized, config.size, model.projects)
+        if hasattr(model, "set_input_size"):
+            cast(Any, model).set_input_size(img_size=config.size)
+        made = TorchModel(model, config.size, projects)
         made.anatomy  # noqa: B018, which passes an image through
     except Exception as error:  # of timm's layers, for sides that are no multiple of what they cut
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{config.name} cannot take images of {side} x {side} ({said}): give another size") from None
-    return config, made
+        said, (height, width) = (str(error).splitlines() or [type(error).__name__])[0], config.size
+        wrong = f"{config.name} cannot take images of {height} x {width} pixels ({said}): give another image_size"
+        raise UsageError(wrong) from None
+    return made
 
 
 def raw_for(anatomy: Anatomy, wanted: Collection[Output]) -> tuple[Raw, ...]:
@@ -247,7 +243,7 @@ def build_model(config: EncoderConfig, weights: Weights | None) -> TorchModel:
     """
     projects = is_projection(config.architecture, config.num_classes)
     if weights is None:
-        return TorchModel(_create(config, "the configuration", head=projects), config.size, projects)
+        return _sized(_create(config, "the configuration", head=projects), config, projects)
     where = repr(str(weights.path))
     state = {} if weights.checked else _fitting(config, weights, where)
     state = state or read_tensors(weights.path)
@@ -262,7 +258,11 @@ def build_model(config: EncoderConfig, weights: Weights | None) -> TorchModel:
         if not wanted[name].isfinite().all():
             raise WeightsError(f"{where} cannot be used, {name} holds NaN or infinite numbers: take other weights")
     model.load_state_dict(wanted)
-    return TorchModel(model, config.size, projects)
+    return _sized(model, config, projects)
+
+
+def _sized(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchModel:
+    return resample(model, config, projects) if config.trained_size else TorchModel(model, config.size, projects)
 
 
 @torch.no_grad()
@@ -297,7 +297,7 @@ class _Shapes(TorchFunctionMode):
 
 def _create(config: EncoderConfig, where: str, *, head: bool) -> nn.Module:
     """Make the timm model of a configuration: of a name that timm lists, with no more than the configuration says."""
-    name, (height, width) = config.architecture, config.size
+    name, (height, width) = config.architecture, config.trained_size or config.size
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models())
         hint = f", it has {' and '.join(near)}" if near else ""
@@ -358,7 +358,7 @@ def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> None:
         problem = f"the model has {numbers:,} parameters, and at most {MAX_PARAMETERS:,} are allowed"
     else:
         try:
-            find_anatomy(model, config.size, projects=False)
+            find_anatomy(model, config.trained_size or config.size, projects=False)
         except WeightsError as error:
             problem = str(error)
     if problem:

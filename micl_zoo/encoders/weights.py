@@ -51,17 +51,30 @@ class EncoderConfig:
     fixed_size: bool | None = None  # whether the model is built for one size of images; None: as timm says of its name
     source: str | None = None  # hf-hub:OWNER/NAME@COMMIT, or timm's arch.tag@COMMIT
     image_size: int | None = None  # that was asked for in the place of its own
+    trained_size: tuple[int, int] | None = None  # of the images that the weights' positions are for; None: of these
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images, in pixels."""
         return self.transform.size
 
-    def at_size(self, side: int, *, resampled: bool) -> EncoderConfig:
-        """Return it for square images of another side; `resampled` if the model's positions are for its images."""
-        transform = self.transform.at_size((side, side))
-        model_args = self.model_args | ({"img_size": side} if resampled else {})
-        return dataclasses.replace(self, transform=transform, model_args=model_args, image_size=side)
+    def with_transform(self, transform: Transform) -> EncoderConfig:
+        """Return it for other pixels, of another size, too."""
+        trained = self.trained_size or self.size
+        return dataclasses.replace(
+            self, transform=transform, trained_size=None if trained == transform.size else trained
+        )
+
+    def at_size(self, side: int) -> EncoderConfig:
+        """Return it for square images of another side in pixels; the crop keeps its share."""
+        return dataclasses.replace(self.with_transform(self.transform.at_size((side, side))), image_size=side)
+
+    def settled(self, *, resampled: bool) -> EncoderConfig:
+        """Return it for a model that is built for its images by now; `resampled` if that changed its weights."""
+        if self.trained_size is None:
+            return self
+        model_args = self.model_args | ({"img_size": list(self.size)} if resampled else {})
+        return dataclasses.replace(self, trained_size=None, model_args=model_args)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
@@ -79,8 +92,13 @@ class EncoderConfig:
                 "num_classes": self.num_classes,
                 **_ends(self.architecture),
             },
-            "micl_zoo": {"name": self.name} | ({} if self.pool == "cls" else {"pool": self.pool}),
+            "micl_zoo": self._own(),
         }
+
+    def _own(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"name": self.name}
+        own |= {} if self.pool == "cls" else {"pool": self.pool}
+        return own | ({"trained_size": list(self.trained_size)} if self.trained_size else {})
 
     @classmethod
     def from_dict(cls, body: Any, *, where: str, tagged: bool = False) -> EncoderConfig:
@@ -98,6 +116,7 @@ class EncoderConfig:
             pool=own.pool if own else "native",
             num_classes=next(one for one in counts if one is not None),
             fixed_size=entry.fixed_input_size,
+            trained_size=own.trained_size if own else None,
         )
 
 

@@ -27,7 +27,19 @@ RETRY_WORDS = ("passing", "all", "none", *get_args(Reason))
 
 # The options that change the rows of a store; its manifest gives them as a command line, in this order.
 ROW_OPTIONS = (
-    *("model", "weights", "image_size", "pool", "dtype", "precision", "backend", "exif", "max_pixels", "shard_rows", "limit"),
+    *(
+        "model",
+        "weights",
+        "image_size",
+        "pool",
+        "dtype",
+        "precision",
+        "backend",
+        "exif",
+        "max_pixels",
+        "shard_rows",
+        "limit",
+    ),
     *("compile", "fast_decode", "normalize", "column", "id_column", "exclude", "default_exclude"),
 )
 
