@@ -28,7 +28,7 @@ from ..images.transform import Transform
 from ..progress import progress as progress_bar
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
 from .inputs import ImageLike, Skipped, each_made, one_or_many
-from .torch_model import fingerprint
+from .torch_model import fingerprint, own_pool
 from .weights import CHANGED, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
 from .zoo import Record
 
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         self.transform: Transform = config.transform
         self.record = record
         self.name = config.name
-        self.pool: Pool = config.pool if config.pool != "native" else _own_name(runtime)
+        self.pool: Pool = own_pool(config.pool, runtime.model)
         self.card: OnnxCard | None = getattr(runtime, "card", None)
         self._file_sha256 = weights_sha256
         self._loaded = self._fingerprint() if weights_sha256 else ""  # of the weights as they came from that file
@@ -421,13 +421,6 @@ class Encoder(nn.Module):
         with autocasting(self.device, None if self.precision else autocast):
             rows = self(self.transform.normalise(pixels), pool)[:count].float()
         return F.normalize(rows, dim=-1) if normalize else rows
-
-
-def _own_name(runtime: Runtime) -> Pool:
-    """Say by which name stores hold a model's own row: a class token by that one."""
-    model: Any = runtime.model
-    is_token = isinstance(model, VisionTransformer) and model.global_pool == "token" and "cls" in runtime.shapes
-    return "cls" if is_token and isinstance(model.fc_norm, nn.Identity) else "native"
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

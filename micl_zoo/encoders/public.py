@@ -6,6 +6,7 @@ Where a row has a pool or a transform, timm's default for the same weights is an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..images.transform import Filter, Transform
@@ -14,6 +15,11 @@ from .device import Pool
 IMAGENET: Any = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP: Any = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 HALF: Any = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+# On 2 cores of an Intel Xeon with AMX, bf16, from pixels to rows, by benchmarks/encoders.py.
+SPEED_RECORD = "benchmarks/records/2026-11-28-encoders.json"
+IMAGES_PER_SECOND: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Public:
         knn, linear: published accuracy on ImageNet-1k in percent, k-NN and linear probe.
         figures: where these were published.
         repo: on the hub; "" is timm's of the same name.
+        size: side of the images in pixels, where there is no transform here.
     """
 
     name: str
@@ -46,6 +53,17 @@ class Public:
     linear: float | None = None
     figures: str = ""
     repo: str = ""
+    size: int = 224
+
+    @property
+    def pixels(self) -> int:
+        """Side of the images."""
+        return self.transform.size[0] if self.transform else self.size
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Measured by benchmarks/encoders.py, see SPEED_RECORD; None where nobody has."""
+        return IMAGES_PER_SECOND.get(self.name)
 
     @property
     def repository(self) -> str:
@@ -69,7 +87,7 @@ def _dinov2(size: str, width: int, parameters: int, gmacs: float, knn: float, li
 def _dinov3(size: str, width: int, parameters: int, gmacs: float) -> Public:
     why = "the class token, as in facebookresearch/dinov3; timm takes the mean of the patches (issue 2681)"
     row = (f"vit_{size}_patch16_dinov3.lvd1689m", "dinov3-license", width, parameters, gmacs)
-    return Public(*row, pool="cls", why=why)
+    return Public(*row, pool="cls", why=why, size=256)
 
 
 def _squashed(size: int, interpolation: Filter) -> Transform:
@@ -103,7 +121,7 @@ def _pe(name: str, size: int, parameters: int, gmacs: float) -> Public:
 
 def _tipsv2(size: str, width: int, parameters: int, gmacs: float, knn: float) -> Public:
     row = (f"vit_{size}_patch14_reg1_tipsv2.webli", "apache-2.0", width, parameters, gmacs)
-    return Public(*row, pool="cls", knn=knn, figures="TIPSv2's authors, images of 448 pixels")
+    return Public(*row, pool="cls", knn=knn, figures="TIPSv2's authors", size=448)
 
 
 _PUBLIC = [
@@ -134,3 +152,11 @@ def row_of(name: str | None, repo: str) -> Public | None:
     if name is not None:
         return PUBLIC.get(name)
     return next((one for one in _PUBLIC if one.repository == repo), None)
+
+
+def is_cached(row: Public) -> bool:
+    """Whether the weights of a public encoder are in the cache of the hub on this machine, of whatever commit."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{row.repository.replace('/', '--')}" / "snapshots"
+    return any(folder.glob("*/*.safetensors"))

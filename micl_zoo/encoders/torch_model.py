@@ -16,12 +16,13 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError, WeightsError
 from .config import MAX_PARAMETERS, MAX_PATCHES, MAX_SIDE, PLAIN_MODULES, is_projection
-from .device import Backend, Output, Precision
+from .device import Backend, Output, Pool, Precision
 from .weights import EncoderConfig, Weights, read_tensors, shapes
 
 # Bytes of a number -> the whole numbers that its bits are, and those that add them up.
@@ -96,6 +97,14 @@ def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchMo
         wrong = f"{config.name} cannot take images of {height} x {width} pixels ({said}): give another image_size"
         raise UsageError(wrong) from None
     return made
+
+
+def own_pool(pool: Pool, model: nn.Module | None) -> Pool:
+    """Say by which name stores hold a model's own row: one that is a class token by that one."""
+    if pool != "native" or not isinstance(model, VisionTransformer):
+        return pool
+    is_token = model.global_pool == "token" and model.cls_token is not None and isinstance(model.fc_norm, nn.Identity)
+    return "cls" if is_token else "native"
 
 
 def raw_for(anatomy: Anatomy, wanted: Collection[Output]) -> tuple[Raw, ...]:
@@ -279,6 +288,21 @@ def fingerprint(model: nn.Module) -> str:
         sums = [bits.sum(axis, dtype=total).cpu().numpy().tobytes() for axis in (0, 1)]
         digest.update(repr((name, tensor.dtype, tensor.shape, sums)).encode())
     return digest.hexdigest()
+
+
+def outline(config: EncoderConfig) -> tuple[int, dict[Output, tuple[int, ...]], Pool]:
+    """Find the number of parameters, the shape of each output per image, and the own pool of an encoder by its
+    configuration alone.
+
+    Raises:
+        WeightsError: timm has no such model.
+    """
+    projects, where = is_projection(config.architecture, config.num_classes), "the configuration"
+    with _Shapes():
+        model = _create(config, where, head=projects)
+        _check_model(model, config, where)
+        shapes = _sized(model, config, projects).shapes
+    return sum(one.numel() for one in model.parameters()), shapes, own_pool(config.pool, model)
 
 
 class _Shapes(TorchFunctionMode):
