@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from ..encoders.about import About
-
-from ..encoders.about import About, is_cached
 from ..encoders.device import ONNX_PRECISIONS
-from ..encoders.names import find_place
-from ..encoders.public import PUBLIC, Public
+from ..encoders.public import PUBLIC, Public, is_cached
 from ..encoders.zoo import DEFAULT, RECORDS, Record
 from . import _options as opt
+
+if TYPE_CHECKING:
+    from ..encoders.about import About
 
 FIGURES = ("width", "pixels", "M", "GMAC", "images/s", "k-NN", "linear")
 PUBLIC_HEADS = ("name", "weights", *FIGURES, "licence")
