@@ -18,6 +18,7 @@ from conftest import TWIN
 from micl_zoo import __version__
 from micl_zoo.cli import main
 from micl_zoo.cli._options import LocalPath
+from micl_zoo.encoders.public import PUBLIC
 from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import Interrupted
 from micl_zoo.extraction.runner import Event, Times
@@ -230,7 +231,8 @@ def test_models_and_info() -> None:
     assert all(name in listing for name in RECORDS)
     rows = [json.loads(line) for line in run("models", "--json").output.splitlines()]
     assert rows[0]["published"]
-    assert [row["name"] for row in rows] == sorted(RECORDS, key=lambda name: (not RECORDS[name].published, name))
+    ours = sorted(RECORDS, key=lambda name: (not RECORDS[name].published, name))
+    assert [row["name"] for row in rows] == [*ours, *PUBLIC]
     text = run("info", "vit_b16").output
     assert "86 M parameters" in text
     assert "not measured" in text

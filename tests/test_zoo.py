@@ -209,8 +209,8 @@ def test_the_download_command(tmp_path: Path) -> None:
     assert (
         f"{folder / 'model.safetensors'}: {RECORDS[DEFAULT].bytes:,} bytes, sha256 {RECORDS[DEFAULT].sha256}\n" in said
     )
-    assert f"micl_zoo.load(weights={str(folder)!r})." in said
-    assert f'micl_zoo.load(weights={str(folder)!r}, backend="onnx")' in said
+    assert f"micl_zoo.load({str(folder)!r})." in said
+    assert f'micl_zoo.load({str(folder)!r}, backend="onnx")' in said
     assert file_sha256(folder / "model.onnx") == getattr(RECORDS[DEFAULT].onnx, "sha256", None)
     assert CliRunner().invoke(main, words).output.count("was there already") == 2
 

@@ -11,7 +11,7 @@ import click
 
 from ..encoders.device import ONNX_PRECISIONS
 from ..encoders.public import PUBLIC, Public, is_cached
-from ..encoders.zoo import DEFAULT, RECORDS, Record
+from ..encoders.zoo import DEFAULT, RECORDS, Record, find_record, is_name
 from . import _options as opt
 
 if TYPE_CHECKING:
@@ -88,17 +88,13 @@ def info(name: str, as_json: bool) -> None:
       micl-zoo info timm/vit_small_patch14_reg4_dinov2.lvd142m
       micl-zoo info runs/first --json
     """
-
-    from ..encoders.names import find_place
-
-    place = find_place(name)
-    if place.record is None:
+    if not is_name(name):
         from ..encoders.about import about
 
-        found = about(name, place)
+        found = about(name)
         click.echo(json.dumps(found.as_dict(), indent=2) if as_json else _about(found))
         return
-    record = place.record
+    record = find_record(name)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(record), indent=2))
         return
@@ -192,8 +188,8 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
 def golden(name: str, out: Path | None, check: bool) -> None:
     """Write the embeddings of four generated images by the encoder NAME, by which other machines are checked.
 
-    The file has timm's version and the sha256 of the weights. `micl-zoo doctor` compares encoders in the cache with
-    the files of micl_zoo/embedded/.
+    The file has timm's version, the pool, and the sha256 of the weights with their commit on the hub. `micl-zoo doctor`
+    compares encoders in the cache with the files of micl_zoo/embedded/.
 
     Examples:
       micl-zoo golden vit_small_patch14_reg4_dinov2.lvd142m

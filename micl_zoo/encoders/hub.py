@@ -52,7 +52,7 @@ def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, o
         raise WeightsError(not_published(record))
     if onnx and (record is None or record.onnx is None):
         raise WeightsError(f"no ONNX file of {name} is published: leave onnx out, and export it from the folder")
-    sha256 = record.sha256 if record else place.pinned.files[place.pinned.weights].sha256
+    sha256 = record.sha256 if record else _hub_sha256(place.pinned)
     weights, config, exported = (folder / file for file in (WEIGHTS_FILE, CONFIG_FILE, ONNX_FILE))
     wanted = {weights: sha256} | ({exported: record.onnx.sha256} if onnx and record and record.onnx else {})
     kept = {file: _is_there(file, sum_, overwrite) for file, sum_ in wanted.items()}  # raises before any download
@@ -73,6 +73,11 @@ def _weights(place: Place) -> Weights:
     return record_weights(place.record) if place.record else hub_weights(place)
 
 
+def _hub_sha256(pin: Pin) -> str:
+    """Return the sha256 of the weights, which the hub does not tell of files that are small."""
+    return pin.files[pin.weights].sha256 or file_sha256(pin.fetch(pin.weights))
+
+
 def hub_config(place: Place) -> EncoderConfig:
     """Say how to build an encoder of the hub: its own configuration, with the choices of the curated table.
 
@@ -80,6 +85,9 @@ def hub_config(place: Place) -> EncoderConfig:
         WeightsError: it cannot be had, or is no timm configuration.
     """
     pin = place.pinned
+    if CONFIG_FILE not in pin.files:
+        way_on = f"take a repository of timm's layout, or put timm's {CONFIG_FILE} beside its weights in a folder"
+        raise WeightsError(f"{pin.source} has no {CONFIG_FILE}, so it does not say how to build its encoder: {way_on}")
     body = read_json(pin.fetch(CONFIG_FILE), WeightsError)
     config = EncoderConfig.from_dict(body, where=pin.source, tagged=True)
     row = row_of(place.architecture, pin.repo)
@@ -94,7 +102,8 @@ def hub_weights(place: Place) -> Weights:
     """Fetch the weights of an encoder of the hub, by the sha256 that the hub tells."""
     pin, name = place.pinned, place.pinned.weights  # raises before anything is fetched
     config = hub_config(place)
-    return Weights(pin.fetch(name), config, checked=pin.files[name].sha256)
+    file = replace(pin, license=config.license).fetch(name)  # shows it
+    return Weights(file, config, checked=pin.files[name].sha256)
 
 
 def _is_there(file: Path, sha256: str | None, overwrite: bool) -> bool:
