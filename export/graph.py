@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from micl_zoo.encoders.device import Output
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.torch_model import split_tokens
+from micl_zoo.encoders.onnx_file import OPERATORS
+from micl_zoo.encoders.torch_model import TorchModel, compute_raw, finish, raw_for
 from micl_zoo.errors import ExportError
 from micl_zoo.images.transform import MAX_ASPECT, Transform
 
@@ -28,11 +29,14 @@ class _Outputs(nn.Module):
 
     def __init__(self, encoder: Encoder, outputs: Sequence[Output]) -> None:
         super().__init__()
-        self.vit, self.outputs = encoder.vit, tuple(outputs)
+        assert isinstance(encoder.runtime, TorchModel)
+        self.model, self.anatomy, self.outputs = encoder.model, encoder.runtime.anatomy, tuple(outputs)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Compute `embedding` (B, D or 2D) and `patches` (B, h, w, D), or one of them, of (B, 3, H, W)."""
-        found = split_tokens(self.vit, self.vit.forward_features(pixel_values), self.outputs)
+        """Compute `embedding` (B, the widths' sum) and `patches` (B, h, w, D), or one of them, of (B, 3, S, S)."""
+        names = raw_for(self.anatomy, self.outputs)
+        raw = dict(zip(names, compute_raw(self.model, pixel_values, names), strict=True))
+        found = finish(self.anatomy, raw, self.outputs)
         parts = [found[name] for name in self.outputs if name != "patches"]
         pooled = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]] if parts else []
         return tuple(pooled + [found[name] for name in self.outputs if name == "patches"])
@@ -59,13 +63,19 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
             )
         except Exception as error:  # the exporter's own classes differ from one torch to the next
             what = f"torch {torch.__version__} could not export {encoder.name} to opset {opset}"
-            raise ExportError(f"{what}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+            said = (str(error).splitlines() or [""])[0]
+            raise ExportError(f"{what}: {type(error).__name__}: {said}") from error
     assert made is not None  # it is None only for the older exporter
     model: ModelProto = made.model_proto
     if (found := _opset(model)) != opset:
         made_by = f"torch {torch.__version__} made opset {found}"
         raise ExportError(f"opset {opset} was asked for, and {made_by}: take --opset {found}")
     graph = model.graph
+    if unknown := sorted({node.op_type for node in graph.node} - OPERATORS):
+        raise ExportError(
+            f"{encoder.name} ({encoder.config.architecture}) needs operators that files of micl-zoo do not hold: "
+            f"{', '.join(unknown)}. Nothing was written"
+        )
     for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer, graph):
         del item.metadata_props[:]  # torch notes for each node files and lines of this machine
         item.doc_string = ""

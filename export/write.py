@@ -17,7 +17,7 @@ from micl_zoo.encoders.device import ONNX_PRECISIONS, Output, Precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.load import load
 from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, runtime
-from micl_zoo.encoders.torch_model import TorchModel
+from micl_zoo.encoders.torch_model import TorchModel, at_size
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import ExportError, UsageError, unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
@@ -62,7 +62,7 @@ def to_onnx(
     *,
     weights: str | os.PathLike[str] | None = None,
     precision: Precision = "fp32",
-    outputs: Sequence[Output] = ("cls",),
+    outputs: Sequence[Output] | None = None,
     image_size: int | None = None,
     with_preprocess: bool = False,
     opset: int = OPSET,
@@ -77,9 +77,9 @@ def to_onnx(
         out: folder.
         weights: your own weights, see `load`.
         precision: "fp32"; "fp16", with norms, softmax and pooling in float32; "int8", the blocks' matrix products.
-        outputs: "cls" and "mean" go one after the other into `embedding`, "patches" into an output of its own.
-        image_size: side in pixels, a multiple of the patch size, for which the position embedding is resampled; None is
-            the encoder's own.
+        outputs: of "native", "projection", "cls" and "mean" those wanted go one after the other into `embedding`,
+            "patches" into an output of its own; None is the encoder's own pool.
+        image_size: side in pixels, see `load`.
         with_preprocess: take `images` (B, H, W, 3) uint8 RGB of any size instead of `pixel_values` (B, 3, S, S).
         opset: of the file, 18 or later; what the installed onnx knows.
         images: source of the images to compare on, see `index_source`; None takes photographs of the package.
@@ -90,7 +90,7 @@ def to_onnx(
         ExportError: the export failed, or its embeddings drifted; no file is left.
         UsageError, WeightsError, SourceError: what was asked for does not exist.
     """
-    _check(precision, outputs, opset)
+    _check(precision, outputs or [], opset)
     suffix = f"_{precision}" * (precision != "fp32") + "_with_preprocess" * with_preprocess
     file = Path(out) / f"model{suffix}.onnx"
     if file.exists() and not overwrite:
@@ -106,6 +106,7 @@ def to_onnx(
     if encoder.backend != "torch":
         raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
     encoder = _at_size(encoder, image_size).cpu().float()
+    ordered = _ordered(encoder, outputs)
     if with_preprocess:
         resize_text(encoder.transform)  # raises
     row = CONVERSIONS[precision]
@@ -113,7 +114,6 @@ def to_onnx(
     pictures = photographs(images)
     if images is None and not bounds.neighbour_agreement:
         pictures = pictures[: sum(BATCHES)]  # the whole ones: quarters are there for neighbours to differ
-    ordered: list[Output] = [name for name in get_args(Output) if name in outputs]
     with progress(f"exporting {encoder.name}", len(pictures), show=show) as tick:
         tick(0, "tracing")
         graph = row.convert(encoder_graph(encoder, ordered, opset))
@@ -139,24 +139,28 @@ def _check(precision: str, outputs: Sequence[str], opset: int) -> None:
     for kind, name in [("precision", precision), *(("output", output) for output in outputs)]:
         if name not in valid[kind]:
             raise UsageError(unknown(kind, name, valid[kind]))
-    if not outputs:
-        raise UsageError(f"an export needs an output: {', '.join(valid['output'])}")
     if opset < OLDEST_OPSET:
         raise UsageError(f"opset must be {OLDEST_OPSET} or later, got {opset}")
 
 
 def _at_size(encoder: Encoder, side: int | None) -> Encoder:
-    """Return the encoder for another size of image: the crop's share kept, the position embedding resampled."""
-    config, patch = encoder.config, encoder.vit.patch_embed.patch_size[0]
-    if side is None or (side, side) == config.transform.size:
+    """Return the encoder for another size of image; the one given stays as it is."""
+    if side is None:
         return encoder
-    if side < patch or side % patch:
-        raise UsageError(f"image_size must be a multiple of the patch size, {patch}; got {side}")
-    vit = copy.deepcopy(encoder.vit)
-    vit.set_input_size(img_size=side)
-    transform = config.transform.at_size((side, side))
-    config = dataclasses.replace(config, transform=transform, model_args=config.model_args | {"img_size": side})
-    return Encoder(TorchModel(vit), config, record=encoder.record, weights_sha256=encoder.weights_sha256)
+    assert isinstance(encoder.runtime, TorchModel)
+    config, model = at_size(encoder.config, copy.deepcopy(encoder.runtime), side)
+    return Encoder(model, config, record=encoder.record, weights_sha256=encoder.weights_sha256)
+
+
+def _ordered(encoder: Encoder, outputs: Sequence[Output] | None) -> list[Output]:
+    """Sort outputs; None is the encoder's own pool."""
+    asked = encoder.pool.split("+") if outputs is None else outputs
+    if not asked:
+        raise UsageError(f"an export needs an output: {', '.join(encoder.runtime.shapes)}")
+    for name in asked:
+        if name not in encoder.runtime.shapes:
+            raise UsageError(f"{encoder.name} has no output {name!r}: take some of {', '.join(encoder.runtime.shapes)}")
+    return [name for name in get_args(Output) if name in asked]
 
 
 def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output], preprocess: bool) -> OnnxCard:
@@ -165,7 +169,8 @@ def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output],
     config = encoder.config
     if encoder.record:  # whose terms are complete, unlike those of the weights' own config
         config = dataclasses.replace(config, license=encoder.record.license)
-    return OnnxCard(config, encoder.weights_sha256, precision, tuple(outputs), encoder.grid, preprocess, versions)
+    shapes = {name: encoder.runtime.shapes[name] for name in outputs}
+    return OnnxCard(config, encoder.weights_sha256, precision, tuple(outputs), shapes, preprocess, versions)
 
 
 def save(graph: ModelProto, card: OnnxCard, file: Path) -> None:

@@ -148,10 +148,7 @@ def test_an_image_is_given_as_whatever_it_is_without_a_doubt(encoder: Encoder, t
         (7, "images: give paths, encoded bytes.*got int"),
         ([[1, 2]], "give paths, encoded bytes"),
         (np.array(7), "images: give paths"),
-        (np.zeros((8, 8, 3)), "must be uint8, 0 to 255; got float64: scale"),
-        (torch.zeros(8, 8, 3), "must be uint8, 0 to 255; got float32"),
         (np.zeros((3, 8, 8), np.uint8), "got \\(3, 8, 8\\): move its first axis to the end"),
-        (torch.zeros((2, 3, 8, 8), dtype=torch.uint8), "move its first axis to the end"),
         (np.zeros((8, 8, 2), np.uint8), "of \\(1, 3, 4\\) channels; got"),
         (np.zeros((0, 8, 3), np.uint8), "got \\(0, 8, 3\\)"),
         (np.zeros((1, 8, 3), np.uint8), "too_small"),
@@ -159,12 +156,11 @@ def test_an_image_is_given_as_whatever_it_is_without_a_doubt(encoder: Encoder, t
         ("no-such-file.jpg", "no-such-file"),
         (["a\0b"], "image 0"),
         ([{"bytes": None, "path": None}], "give paths"),
-        ([{"image": b""}], "give paths"),
+        ([{"picture": b"", 7: None}], r'image 0 \(dict\): give paths.*dictionary of \["picture", 7\]'),
+        ([{"image": b""}], "empty"),
         (io.StringIO("text"), "open it in mode 'rb'"),
         ([b""], "empty"),
         ([io.BytesIO()], "empty"),
-        (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "must be uint8, 0 to 255; got bfloat16"),
-        (torch.zeros(2, 8, 8, 3), "images: a tensor must be uint8, 0 to 255; got float32"),
         (torch.zeros(8, 8, dtype=torch.uint8).to_sparse(), "must be dense.*sparse"),
         (torch.zeros(2, 8, 8, 3, dtype=torch.uint8).to_sparse(), "images: a tensor must be dense.*sparse"),
         (
@@ -213,7 +209,7 @@ def test_batch_sizes_are_whole_numbers_of_any_type(encoder: Encoder) -> None:
 
 
 def test_an_unknown_pool_lists_the_valid_ones(encoder: Encoder) -> None:
-    valid = r"unknown pool 'cls\+men'\. Did you mean cls\+mean.*Valid: cls, cls\+mean, mean, patches"
+    valid = r"unknown pool 'cls\+men'\. Did you mean cls\+mean.*Valid: cls, cls\+mean, mean, native, patches"
     for call in (lambda pool: encoder.row_shape(pool), lambda pool: encoder(torch.zeros(1, 3, 32, 32), pool)):
         with pytest.raises(UsageError, match=valid):
             call("cls+men")
@@ -347,7 +343,7 @@ def test_openvino_says_what_it_cannot_do(encoder_folder: Path) -> None:
 
 def test_a_torch_encoder_is_a_module(encoder: Encoder) -> None:
     pixels = torch.randn(2, 3, 32, 32)
-    assert next(iter(encoder.state_dict())) == "vit.cls_token"
+    assert next(iter(encoder.state_dict())) == "model.cls_token"
     for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert twin.vit is not encoder.vit
         assert torch.equal(twin(pixels), encoder(pixels))

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..encoders.zoo import DEFAULT
+from ..errors import MiclZooError
 from . import _options as opt
 
 SET = (
@@ -19,7 +19,7 @@ SET = (
 )
 LABELS = opt.path("--labels", "Table of the classes: a csv of id and label.")
 MEASURED = opt.together(  # of knn, linear, logreg, few-shot and all
-    click.argument("encoder", required=False),
+    click.argument("encoders", nargs=-1, metavar="[ENCODER]..."),
     opt.value("--data", SET, multiple=True),
     opt.value("--train", "train_store", "Store with the training embeddings, instead of ENCODER and --data."),
     opt.value("--test", "test_store", "Store with the test embeddings, made with the same encoder."),
@@ -33,6 +33,11 @@ MEASURED = opt.together(  # of knn, linear, logreg, few-shot and all
     opt.workers(default="one per core"),
     opt.DEVICE,
     opt.path("-o", "--out", "Record to write; the same command resumes it."),
+    opt.path(
+        "--stores",
+        "Folder to keep embeddings in, for the next call.",
+        show_default="for several encoders the name of -o, ending in .stores; else none",
+    ),
     opt.path("--plot", "picture", "Picture to write, a name that ends in .png, .svg or .pdf."),
     opt.flag("--json", "as_json", "Print the record instead of a table."),
 )
@@ -72,10 +77,13 @@ class _Methods(opt.Group):
 
 @click.group("eval", cls=_Methods)
 def eval_() -> None:
-    """Measure an encoder on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning.
+    """Measure encoders on labelled images: k-NN, linear probe, logistic regression, few-shot, fine-tuning.
+
+    With several encoders, the table and the plot have them side by side.
 
     Examples:
       micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
+      micl-zoo eval all vit_ti16.tin200 runs/first runs/second --data mine/ -o record.json --plot record.png
       micl-zoo eval knn runs/first --data imagenet
       micl-zoo eval knn --train embeddings-train --test embeddings-val --labels labels.csv
       micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers
@@ -84,27 +92,35 @@ def eval_() -> None:
 
 def _measure(methods: Any, picture: Path | None, as_json: bool, **options: Any) -> None:
     """Measure, print, write the record and the picture; `methods` are those of a `Protocol`."""
+    from micl_zoo.training.evaluation import ranking, tables
     from micl_zoo.training.evaluation.protocols import Protocol, option_fields
-    from micl_zoo.training.evaluation.tables import check_plot, plot, table
 
     from ..files import write_text
 
     if picture is not None:
-        check_plot(picture)
+        tables.check_plot(picture)
     names = [field.name for field in option_fields()]
     given = {name: value for name in names if (value := options.pop(name, None)) not in (None, ())}
     out, record = options["out"], _record(Protocol(methods=methods, **given), options)
+    shown: Any = ranking if "encoders" in record else tables
     text = json.dumps(record, indent=1)
     if out is not None:
         write_text(out, text + "\n")
-    click.echo(text if as_json else table(record))
+    click.echo(text if as_json else shown.table(record))
+    if not record.get("encoders", True):
+        picture = None  # none could be measured
     if picture is not None:
-        plot(record, picture)
+        shown.plot(record, picture)
     for written in filter(None, (out, picture)):
         click.echo(f"Written: {written}", err=True)
+    if failed := record.get("failed"):
+        raise MiclZooError(
+            f"{len(failed)} of {len(record['asked'])} encoders could not be measured: {', '.join(failed)}"
+        )
 
 
 def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
+    from micl_zoo.training.evaluation.compare import compare
     from micl_zoo.training.evaluation.evaluate import evaluate, evaluate_stores
     from micl_zoo.training.evaluation.labelled import LabelledSet, read_label_file
 
@@ -112,22 +128,22 @@ def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
     from ..encoders.load import load
     from ..stores.store import open_store
 
-    encoder, data, labels, device = (options.pop(name) for name in ("encoder", "data", "labels", "device"))
+    encoders, data, labels, device = (options.pop(name) for name in ("encoders", "data", "labels", "device"))
     stores = [options.pop(name) for name in ("train_store", "test_store")]
     most = {name: options.pop(name) for name in ("train_images", "test_images")}
     command = shlex.join(["micl-zoo", *opt.call_words()])
     if any(stores):
-        if not all(stores) or encoder or data or options["baselines"]:
-            raise click.UsageError("two stores need --train and --test, and neither ENCODER, --data nor --baseline")
+        if not all(stores) or encoders or data or options["baselines"] or options["stores"]:
+            raise click.UsageError("two stores need --train and --test, and no ENCODER, --data, --baseline or --stores")
         train, test = map(open_store, stores)
         given = read_label_file(labels) if labels else None
         return evaluate_stores(train, test, protocol, labels=given, command=command, device=str(resolve_device(device)))
-    if encoder is None or not data:
+    if not encoders or not data:
         raise click.UsageError("give an ENCODER and --data, or two stores by --train and --test")
     sets = [LabelledSet.open(place, labels=labels, **most) for place in data]
-    weights = opt.encoder_of(encoder)
-    loaded = load(weights.pop("model", DEFAULT), **weights, device=device)
-    return evaluate(loaded, sets, protocol, command=command, **options)
+    if len(encoders) > 1:
+        return compare(encoders, sets, protocol, device=device, command=command, **options)
+    return evaluate(load(encoders[0], device=device), sets, protocol, command=command, **options)
 
 
 @eval_.command("finetune")

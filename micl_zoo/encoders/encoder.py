@@ -8,47 +8,35 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, cast, get_args
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..errors import Refused, UsageError, unknown
-from ..files import read_regular
-from ..images.decode import MIN_SIDE, Exif, decode, refusal_of, to_rgb
+from ..errors import UsageError, unknown
+from ..files import file_sha256, local_path
 from ..images.transform import Transform
+from ..progress import progress as progress_bar
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
-from .weights import EncoderConfig
+from .inputs import ImageLike, Skipped, each_made, one_or_many
+from .torch_model import fingerprint
+from .weights import CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
 from .zoo import Record
 
 if TYPE_CHECKING:
     from .onnx_session import OnnxCard
 
-ImageLike = (
-    str
-    | os.PathLike[str]
-    | bytes
-    | bytearray
-    | memoryview
-    | BinaryIO
-    | dict[str, Any]
-    | Image.Image
-    | np.ndarray
-    | Tensor
-)
-Bytes = bytes | bytearray | memoryview
-_CHANNELS = (1, 3, 4)  # grey, RGB, RGB and alpha
-_WANTED = (
-    "give paths, encoded bytes, open files, PIL images, dictionaries with bytes or path, or uint8 arrays or tensors of "
-    "(H, W) or (H, W, 1, 3 or 4)"
-)
+CHANGED = "-changed"  # at the end of the name of weights that are no longer those of the file they came from
+Images = ImageLike | Iterable[ImageLike]
 
 
 class Features(NamedTuple):
@@ -63,10 +51,24 @@ class Features(NamedTuple):
     patches: Tensor
 
 
+class Embedded(NamedTuple):
+    """Embeddings of the images that can be read, and what is known of the others.
+
+    Attributes:
+        rows: (N, *row_shape(pool)) float32.
+        kept: (N,) int64, the place of each row's image among those given.
+        skipped: the images left out: `place`, `name`, `reason` (one word, see `Refused`), `detail`.
+    """
+
+    rows: np.ndarray
+    kept: np.ndarray
+    skipped: list[Skipped]
+
+
 class Runtime(Protocol):
     """What computes an encoder's outputs: one class per backend, chosen by `load`."""
 
-    vit: VisionTransformer | None  # the timm model whose weights these are; None: only the backend's own file has them
+    model: Any  # the timm model whose weights these are; None: only the backend's own file has them
 
     name: Backend
     precision: Precision | None  # that the weights' file fixes; None: each call chooses it
@@ -76,60 +78,142 @@ class Runtime(Protocol):
         """Where pixels must be and embeddings are."""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
+    def shapes(self) -> Mapping[Output, tuple[int, ...]]:
+        """Shape of each output that it has, per image: (D,), and (h, w, D) of "patches"."""
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-        """Compute the outputs wanted of (B, 3, S, S): "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
+        """Compute the outputs wanted of (B, 3, S, S): "patches" (B, h, w, D), the others (B, D)."""
 
 
 class Encoder(nn.Module):
     """An encoder in eval mode. Made by `load`.
 
     Attributes:
-        vit: the timm model, for fine-tuning; an AttributeError on backend onnx. A model put in its place is what
-            backend torch computes with from then on.
+        model: the timm model, for fine-tuning; an AttributeError on backend onnx. A model put in its place is what
+            backend torch computes with from then on. A ViT's is `vit`, too.
         runtime: what computes the outputs.
         config: what it was built from.
         transform: from an image to pixel_values; the only right one for these weights.
         record: its row of the table, found by the sha256 of a file; None for weights that are in none.
         name: `arch.tag`.
-        weights_sha256: of the file it came from, or None for random weights.
-        embed_dim: D, numbers per embedding.
+        pool: how it embeds unless told otherwise, see `forward`.
         card: what an ONNX file says of itself; None on the other backends.
     """
 
-    vit: VisionTransformer
+    model: nn.Module
 
     def __init__(
         self, runtime: Runtime, config: EncoderConfig, *, record: Record | None, weights_sha256: str | None
     ) -> None:
         super().__init__()
         self.runtime = runtime
-        if runtime.vit is not None:
-            self.vit = runtime.vit
+        if runtime.model is not None:
+            self.model = runtime.model
         self.config = config
         self.transform: Transform = config.transform
         self.record = record
         self.name = config.name
-        self.weights_sha256 = weights_sha256
-        self.embed_dim = config.embed_dim
+        self.pool: Pool = config.pool if config.pool != "native" else _own_name(runtime)
         self.card: OnnxCard | None = getattr(runtime, "card", None)
+        self._file_sha256 = weights_sha256
+        self._loaded = self._fingerprint() if weights_sha256 else ""  # of the weights as they came from that file
         self._compiled_size: int | None = None  # images per compiled batch
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        name = "model" if name == "vit" else name
         super().__setattr__(name, value)
-        if name == "vit":
-            self.runtime.vit = value
+        if name == "model":
+            self.runtime.model = value
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name != "vit":
+            if name not in ("model", "vit"):
                 raise
-            raise AttributeError("an exported file has no torch model: load with backend='torch' for one") from None
+            if self.runtime.model is None:
+                raise AttributeError("an exported file has no torch model: load with backend='torch'") from None
+            raise
+
+    @property
+    def vit(self) -> VisionTransformer:
+        """The timm model of a ViT."""
+        if not isinstance(self.model, VisionTransformer):
+            raise AttributeError(f"{self.config.architecture} is no VisionTransformer of timm: its model is `.model`")
+        return self.model
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        """Do as torch does for `.to()` and the like: in another data type the weights are still those of the file."""
+        before, as_loaded = self._dtype(), not self.changed
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if as_loaded and self._file_sha256 and self._dtype() != before:
+            self._loaded = self._fingerprint()
+        return self
+
+    def _dtype(self) -> torch.dtype | None:
+        return next((one.dtype for one in self.parameters()), None)
+
+    def _fingerprint(self) -> str:
+        return fingerprint(self.runtime.model) if self.runtime.model is not None else ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weights have been changed, as by fine-tuning, since they were loaded from a file."""
+        return self._file_sha256 is not None and self._fingerprint() != self._loaded
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """The sha256 of the file that the weights came from; None for random weights and where they were changed."""
+        return None if self.changed else self._file_sha256
+
+    @property
+    def source(self) -> str | None:
+        """The hf-hub:OWNER/NAME@COMMIT that the weights came from; None for others and where they were changed."""
+        return None if self.changed else self.config.source
+
+    def identity(self) -> tuple[str, str]:
+        """Return name and sha256 of the file of these weights, the one that `save` would write if there is none yet.
+
+        A store has these two in its manifest, so it knows a changed encoder again that is saved only later.
+        """
+        if (known := self.weights_sha256) is not None:
+            return self.name, known
+        with TemporaryDirectory() as folder:
+            return self._config_to_save().name, file_sha256(self.save(folder))
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write `model.safetensors` and `config.json`, which `micl_zoo.load` and timm's `local-dir:` take.
+
+        The same weights make the same file, in their own data type. Its header says what they were loaded from and
+        whether they have been changed since; if so, the name ends in "-changed".
+
+        Args:
+            folder: made if need be.
+            overwrite: replace an encoder that is in the folder.
+
+        Returns:
+            The path of model.safetensors.
+
+        Raises:
+            UsageError: the encoder has no torch model, there is an encoder already, or the folder cannot be written to.
+        """
+        if self.runtime.model is None:
+            raise UsageError("an exported file has no torch model to save: copy the file")
+        place = local_path(folder)
+        if not overwrite and (there := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (place / name).exists()]):
+            raise UsageError(f"{str(place / there[0])!r} exists: take another folder, or overwrite=True")
+        state, changed = self.runtime.model.state_dict(), self.changed if self._file_sha256 else None
+        source = {"encoder": self.name, "source": self.config.source, "encoder_sha256": self._file_sha256}
+        try:
+            return save_weights(place, state, self._config_to_save(), source | {"changed": changed}, None)
+        except OSError as error:
+            raise UsageError(f"cannot write to {str(place)!r}: {error.strerror or error}") from None
+
+    def _config_to_save(self) -> EncoderConfig:
+        name = f"{self.name.removesuffix(CHANGED)}{CHANGED}" if self.changed else self.name
+        classes = self.config.num_classes if "projection" in self.pools else 0  # a classifier was left out
+        return replace(self.config, name=name, num_classes=classes)
 
     @property
     def device(self) -> torch.device:
@@ -147,27 +231,39 @@ class Encoder(nn.Module):
         return self.runtime.precision
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
-        return self.runtime.grid
+    def pools(self) -> tuple[Pool, ...]:
+        """The pools that it has, see `forward`."""
+        has = self.runtime.shapes
+        return tuple(pool for pool in get_args(Pool) if all(part in has for part in pool.split("+")))
 
-    def row_shape(self, pool: Pool) -> tuple[int, ...]:
-        """Return one embedding's shape: (D,) for "cls", "mean"; (2D,) for "cls+mean"; (h, w, D) for "patches".
+    @property
+    def embed_dim(self) -> int:
+        """D, numbers per embedding by its own pool."""
+        return self.row_shape()[-1]
+
+    def row_shape(self, pool: Pool | None = None) -> tuple[int, ...]:
+        """Return one embedding's shape: (D,), the sum of both widths for "cls+mean", (h, w, D) for "patches".
 
         Raises:
-            UsageError: the pool does not exist.
+            UsageError: the encoder does not have the pool.
         """
+        pool = pool or self.pool
         if pool not in get_args(Pool):
-            raise UsageError(unknown("pool", pool, get_args(Pool)))
-        return (*self.grid, self.embed_dim) if pool == "patches" else (len(pool.split("+")) * self.embed_dim,)
+            raise UsageError(unknown("pool", pool, self.pools))
+        if pool not in self.pools:
+            raise UsageError(f"{self.name} has no pool {pool!r}: take one of {', '.join(self.pools)}")
+        shapes = [self.runtime.shapes[cast(Output, part)] for part in pool.split("+")]
+        return shapes[0] if len(shapes) == 1 else (sum(width for (width,) in shapes),)
 
-    def forward(self, pixel_values: Tensor, pool: Pool = "cls") -> Tensor:
-        """Compute embeddings of normalised images, from the tokens after the final norm.
+    def forward(self, pixel_values: Tensor, pool: Pool | None = None) -> Tensor:
+        """Compute embeddings of normalised images.
 
         Args:
             pixel_values: (B, 3, S, S).
-            pool: "cls", the class token, which MiCL trains; "mean" of the patch tokens; "cls+mean", the two side by
-                side; "patches", all patch tokens.
+            pool: None is the encoder's own: for ours "cls", the class token, which MiCL trains. "native", the row that
+                timm pools, as the classifier of the model would get it; "projection", a CLIP's into the space of its
+                texts; "mean" of the patch tokens; "cls+mean", the two side by side; "patches", all patch tokens, or a
+                CNN's last map. See `pools`.
 
         Returns:
             (B, *row_shape(pool)).
@@ -175,6 +271,7 @@ class Encoder(nn.Module):
         Raises:
             UsageError: the pool, the shape or gradients cannot be had.
         """
+        pool = pool or self.pool
         self.row_shape(pool)  # raises
         parts = cast("list[Output]", pool.split("+"))
         found = self.outputs(pixel_values, parts)
@@ -182,19 +279,20 @@ class Encoder(nn.Module):
 
     def features(self, pixel_values: Tensor) -> Features:
         """Compute the class tokens (B, D) and patch tokens (B, h, w, D) of normalised images (B, 3, S, S)."""
+        self.row_shape("cls+mean")  # raises where there are none
         found = self.outputs(pixel_values, ("cls", "patches"))
         return Features(found["cls"], found["patches"])
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-        """Compute at least the outputs wanted: "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
-        height, width = self.transform.size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, height, width):
-            wanted_shape = f"(B, 3, {height}, {width}), normalised as encoder.transform does it"
+        """Compute at least the outputs wanted: "patches" (B, h, w, D), the others (B, D)."""
+        size = self.config.size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, *size):
+            wanted_shape = f"(B, 3, {size[0]}, {size[1]}), normalised as encoder.transform does it"
             raise UsageError(f"pixel_values must be {wanted_shape}; got {tuple(pixel_values.shape)}")
         return self.runtime.outputs(pixel_values, wanted)
 
     def compile_blocks(self, batch_size: int) -> None:
-        """Compile the ViT's blocks with `torch.compile`, at their first use, for batches of one size.
+        """Compile the model's blocks with `torch.compile`, at their first use, for batches of one size.
 
         `embed`, `embed_pixels` and `embed_tensor` pad a smaller batch to it, so that a short last one compiles nothing.
         Call it again to change the size.
@@ -212,7 +310,7 @@ class Encoder(nn.Module):
                 "compiling for the CPU needs a C++ compiler and none was found: install one, or leave out --compile"
             )
         if self._compiled_size is None:
-            for block in self.vit.blocks:  # one by one: they are alike, so the first one's code serves all
+            for block in _blocks(self.model):  # one by one: they are alike, so the first one's code serves all
                 block.compile(dynamic=False)
         self._compiled_size = batch_size
 
@@ -221,40 +319,81 @@ class Encoder(nn.Module):
         if self._compiled_size is not None:
             self._compiled_size = min(self._compiled_size, batch_size)
 
+    @overload
+    def embed(
+        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool | None = ...,
+        workers: int = ..., progress: bool = ..., skip_bad: Literal[False] = ...,
+    ) -> np.ndarray: ...  # fmt: skip
+
+    @overload
+    def embed(
+        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool | None = ...,
+        workers: int = ..., progress: bool = ..., skip_bad: Literal[True],
+    ) -> Embedded: ...  # fmt: skip
+
     def embed(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
         *,
         batch_size: int = 64,
         normalize: bool = True,
-        pool: Pool = "cls",
-    ) -> np.ndarray:
+        pool: Pool | None = None,
+        skip_bad: bool = False,
+        workers: int = 0,
+        progress: bool = False,
+    ) -> np.ndarray | Embedded:
         """Embed images through this encoder's own transform.
 
         Args:
-            images: one or many of: paths, encoded bytes, files open in binary mode, PIL images, dictionaries of data
-                sets (`{"bytes": …, "path": …}`), uint8 arrays or tensors (H, W) or (H, W, 1, 3 or 4), of which four
-                are RGB and alpha. An array or tensor of four axes is many.
+            images: one or many of: paths, encoded bytes, files open in binary mode, PIL images, images and rows of
+                `datasets` (`{"bytes": …, "path": …}`, `{"image": …}`), arrays or tensors (H, W) or (H, W, 1, 3 or 4),
+                of which four are RGB and alpha; tensors also (1, 3 or 4, H, W). White is 255 in uint8, 65,535 in
+                uint16, 1 in floats, True in booleans. An array or tensor of four axes is many.
             batch_size: images per forward pass.
             normalize: scale to unit length, so that a dot product is the cosine: each row, with "patches" each token.
             pool: see `forward`.
+            skip_bad: leave out images that cannot be read, and say which.
+            workers: number of threads that read paths and decode, beside the one that runs the model.
+            progress: show a progress bar, on a terminal.
 
         Returns:
-            (images, *row_shape(pool)) float32, in the order given.
+            (images, *row_shape(pool)) float32, in the order given; with skip_bad an `Embedded` of those that can be
+            read.
 
         Raises:
-            UsageError: batch_size is no whole number of at least 1, or an image cannot be read; the text has its place.
-                `extract` goes on past such images.
+            UsageError: batch_size or workers is no such number, or an image cannot be read; the text has its place.
         """
-        size, many = _whole(batch_size), one_or_many(images)
-        pixels = (self.transform.pixels(open_image(image, place)) for place, image in enumerate(many))
-        rows = [np.empty((0, *self.row_shape(pool)), np.float32)]
-        while batch := list(islice(pixels, size)):
-            rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
-        return np.concatenate(rows)
+        size, threads, many = _whole("batch_size", batch_size, 1), _whole("workers", workers, 0), one_or_many(images)
+        kept, skipped, rows = list[int](), list[Skipped](), [np.empty((0, *self.row_shape(pool)), np.float32)]
+        made = each_made(many, self.transform.pixels, threads)
+        total = operator.length_hint(many) or None
+
+        def readable() -> Iterator[np.ndarray]:
+            for place, one in enumerate(made):
+                if not isinstance(one, Skipped):
+                    kept.append(place)
+                    yield one
+                elif not skip_bad:
+                    raise UsageError(str(one))
+                else:
+                    skipped.append(one)
+                    tick(1, f"{len(skipped):,} left out")
+
+        with progress_bar(f"embedding with {self.name}", total, show=progress) as tick, closing(made):
+            pixels = readable()
+            while batch := list(islice(pixels, size)):
+                rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
+                tick(len(batch))
+        found = np.concatenate(rows)
+        return Embedded(found, np.array(kept, np.int64), skipped) if skip_bad else found
 
     def embed_pixels(
-        self, pixels: np.ndarray, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
+        self,
+        pixels: np.ndarray,
+        *,
+        normalize: bool = True,
+        pool: Pool | None = None,
+        autocast: torch.dtype | None = None,
     ) -> np.ndarray:
         """Embed transformed pixels (B, S, S, 3) uint8: (B, *row_shape(pool)) float32. See `embed_tensor`."""
         on_device = torch.from_numpy(pixels).to(self.device)
@@ -262,7 +401,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def embed_tensor(
-        self, pixels: Tensor, *, normalize: bool = True, pool: Pool = "cls", autocast: torch.dtype | None = None
+        self, pixels: Tensor, *, normalize: bool = True, pool: Pool | None = None, autocast: torch.dtype | None = None
     ) -> Tensor:
         """Embed transformed pixels on the encoder's device, where the embeddings stay; the host does not wait for it.
 
@@ -283,122 +422,26 @@ class Encoder(nn.Module):
         return F.normalize(rows, dim=-1) if normalize else rows
 
 
-def _whole(batch_size: Any) -> int:
-    """Return a size of whatever type as one that Python can count to."""
+def _own_name(runtime: Runtime) -> Pool:
+    """Say by which name stores hold a model's own row: a class token by that one."""
+    model: Any = runtime.model
+    is_token = isinstance(model, VisionTransformer) and model.global_pool == "token" and "cls" in runtime.shapes
+    return "cls" if is_token and isinstance(model.fc_norm, nn.Identity) else "native"
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Find what to compile: a transformer's blocks; else the stages, and whatever else is called by itself."""
+    children = [model.blocks] if isinstance(getattr(model, "blocks", None), nn.Module) else model.children()
+    found = [list(one) if isinstance(one, nn.Sequential | nn.ModuleList) else [one] for one in children]
+    return [cast(nn.Module, block) for blocks in found for block in blocks]
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """Return a number of whatever type as one that Python can count to."""
     try:
-        size = min(operator.index(batch_size), sys.maxsize)
+        number = min(operator.index(value), sys.maxsize)
     except TypeError:
-        raise UsageError(f"batch_size must be a whole number, got {batch_size!r}") from None
-    if size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {size}")
-    return size
-
-
-def one_or_many(images: Any) -> Iterable[Any]:
-    """Go through what `Encoder.embed` takes image by image."""
-    return [images] if _is_one(images) else _iterated(images)
-
-
-def _is_one(images: Any) -> bool:
-    """Tell one image from many: an array of three axes is one, for (N, H, W) and (3, H, W) cannot be told apart."""
-    if isinstance(images, np.ndarray | Tensor):
-        return images.ndim in (2, 3)
-    return isinstance(images, str | os.PathLike | Image.Image | dict | Bytes) or hasattr(images, "read")
-
-
-def _iterated(images: Any) -> Iterable[Any]:
-    try:
-        if isinstance(images, Tensor):  # one by one they would be copied from their device one by one
-            images = _on_host(images)
-        if isinstance(images, np.generic):  # some iterate over nothing
-            raise TypeError
-        return iter(images)
-    except Refused as refused:
-        raise UsageError(f"images: {refused.detail}") from None
-    except TypeError:  # not iterable, an array without axes
-        raise UsageError(f"images: {_WANTED}; got {_shown(images)}") from None
-
-
-def open_image(image: Any, place: int, exif: Exif = "upright") -> Image.Image:
-    """Decode or convert whatever is an image to RGB; UsageError, which has its place, where that cannot be."""
-    try:
-        found = _decoded(image)
-        if min(found.size) < MIN_SIDE:
-            raise Refused("too_small", f"{found.size}")
-        return to_rgb(found, exif=exif)
-    except Exception as error:  # images and files that others opened raise whatever damage makes them raise
-        refused = error if isinstance(error, Refused) else refusal_of(error)
-        why = f"{refused.detail} [{refused.reason}]" if refused else str(error) or type(error).__name__
-        raise UsageError(f"image {place} ({_shown(image)}): {why}") from None
-
-
-def _decoded(image: Any) -> Image.Image:
-    """Decode or convert whatever is an image without a doubt."""
-    if (data := encoded(image)) is not None:
-        return decode(data)
-    image = _of_dict(image)
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, Tensor):
-        image = _on_host(image).numpy()
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
-    raise Refused("unsupported", _WANTED)
-
-
-def encoded(image: Any) -> bytes | None:
-    """Return the bytes of an image that is encoded, be it in a file; None of one that is pixels already."""
-    image = _of_dict(image)
-    if isinstance(image, Bytes):
-        return bytes(image)
-    if isinstance(image, str | os.PathLike):
-        path = os.fsdecode(image)
-        if "://" in path and not Path(path).exists():
-            raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
-        return read_regular(Path(path))
-    return None if isinstance(image, Image.Image) or not hasattr(image, "read") else _read(image)
-
-
-def _of_dict(image: Any) -> Any:
-    """Take what a dictionary, as data sets have it, holds: bytes, else the path of a file."""
-    if isinstance(image, dict):
-        return next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
-    return image
-
-
-def _read(file: BinaryIO) -> bytes:
-    if getattr(file, "seekable", bool)():  # from its start, as Pillow reads it
-        file.seek(0)
-    data: object = file.read()
-    if isinstance(data, Bytes):
-        return bytes(data)
-    if isinstance(data, str):
-        raise Refused("unsupported", "the file is open as text: open it in mode 'rb'")
-    raise Refused("unreadable", f"its read() gives {type(data).__name__}, not bytes")
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """Copy a tensor of pixels from wherever it is."""
-    if tensor.dtype != torch.uint8:
-        got = str(tensor.dtype).removeprefix("torch.")
-        raise Refused("unsupported", f"a tensor must be uint8, 0 to 255; got {got}: scale and convert it")
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout)
-        raise Refused("unsupported", f"a tensor must be dense, with its pixels in memory; got a {kind} one")
-    return tensor.detach().cpu().resolve_neg()
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8:
-        raise Refused("unsupported", f"an array must be uint8, 0 to 255; got {array.dtype}: scale and convert it")
-    if array.ndim not in (2, 3) or channels not in _CHANNELS or not array.size:
-        hint = ": move its first axis to the end" if array.ndim == 3 and array.shape[0] in _CHANNELS else ""
-        raise Refused(
-            "unsupported", f"an array must be (H, W), or (H, W, C) of {_CHANNELS} channels; got {array.shape}{hint}"
-        )
-    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and channels == 1 else array))
-
-
-def _shown(image: Any) -> str:
-    return str(image) if isinstance(image, str | os.PathLike) else type(image).__name__
+        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
+    if number < least:
+        raise UsageError(f"{name} must be at least {least}, got {number}")
+    return number

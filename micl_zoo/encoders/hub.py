@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UsageError, WeightsError
 from ..files import atomic_path, file_sha256
-from ..telemetry import no_telemetry
+from .pins import Pin, PinnedFile
 from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
 from .zoo import Record, find_record
 
@@ -101,15 +101,18 @@ def record_onnx(record: Record) -> tuple[Path, str]:
 
 def _published(record: Record, what: str, name: str, sha256: str | None) -> Path:
     """Find a published file and check its bytes."""
-    if record.embedded:
-        file, way_on = embedded_file(name), "Reinstall micl-zoo."
-        found = file_sha256(file)
-    else:
-        file, found = _from_hub(record, name, sha256)
-        way_on = f"Delete {file.name} in {str(file.parent)!r} and load again."
-    if found != sha256:
-        which = f"the bytes of {file.name}, {what} of {record.name},"
-        raise WeightsError(f"{which} are not the published ones: sha256 {found}, expected {sha256}. {way_on}")
+    if not record.embedded:
+        repo, commit = record.hub_repo, record.hub_commit
+        assert repo
+        assert commit
+        assert sha256
+        return Pin(repo, commit, record.license, {name: PinnedFile(None, sha256)}).fetch(name)
+    file = embedded_file(name)
+    if (found := file_sha256(file)) != sha256:
+        raise WeightsError(
+            f"the bytes of {name}, {what} of {record.name}, are not the published ones: sha256 {found}, expected "
+            f"{sha256}. Reinstall micl-zoo."
+        )
     return file
 
 
@@ -130,27 +133,3 @@ def not_published(record: Record) -> str:
         f'(2) load weights of your own: micl_zoo.load("{arch}", weights="RUN"); '
         f'(3) start from random weights: micl_zoo.load("{arch}", pretrained=False).'
     )
-
-
-def _from_hub(record: Record, name: str, sha256: str | None) -> tuple[Path, str]:
-    """Download a file or find it in the cache, by full commit; a cached one with wrong bytes is fetched once more."""
-    from huggingface_hub import hf_hub_download
-
-    no_telemetry()
-    assert record.hub_repo is not None
-    found, file = "", Path()
-    for force in (False, True):
-        try:
-            file = Path(hf_hub_download(record.hub_repo, name, revision=record.hub_commit, force_download=force))
-            digest = file_sha256(file)
-        except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
-            if found:
-                break
-            raise WeightsError(
-                f"cannot fetch {record.name} from {record.hub_repo} at {record.hub_commit}: {error}. Without a "
-                f"network, run micl-zoo download {record.name} --to FOLDER where there is one, bring FOLDER here and "
-                f'give micl_zoo.load("{record.name}", weights="FOLDER").'
-            ) from error
-        if (found := digest) == sha256:
-            break
-    return file, found

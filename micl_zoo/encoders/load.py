@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import torch
 
-from ..errors import UsageError, unknown
-from ..schema import Between, checked
+from ..errors import UsageError, WeightsError, unknown
+from ..schema import Between, checked, read_json
 from ..telemetry import no_telemetry
 from .device import DTYPES, Backend, Device, find_backend, resolve_device
 from .encoder import Encoder
 from .hub import record_onnx, record_weights
-from .torch_model import TorchModel, build_vit
-from .weights import EncoderConfig, Weights, local_weights
-from .zoo import ARCHS, DEFAULT, Record, find_record, is_name, record_of, timm_architecture
+from .names import Place, find_place
+from .public import row_of
+from .torch_model import at_size, build_model
+from .weights import CONFIG_FILE, EncoderConfig, Weights, local_weights
+from .zoo import ARCHS, DEFAULT, Record, record_of, timm_architecture
 
 
 @checked
@@ -25,6 +27,7 @@ def load(
     name: str | os.PathLike[str] = DEFAULT,
     *,
     weights: str | os.PathLike[str] | None = None,
+    image_size: Annotated[int, Between(1, 4096)] | None = None,
     pretrained: bool = True,
     device: Device = "auto",
     dtype: str = "auto",
@@ -34,11 +37,18 @@ def load(
     """Load an encoder, ready to embed.
 
     Args:
-        name: `arch.tag`, or a bare arch for its best published tag, see `list_models`; or a path, which then stands for
-            `weights`: an os.PathLike, or a text that is no name and reads like a path, or where something is.
-        weights: your own weights: a .safetensors file, a folder with `model.safetensors` and `config.json`, or of a
-            training run a checkpoint or the folder, which stands for its finished encoder, else its newest checkpoint.
-            For backend "onnx" the .onnx file that `micl-zoo export` wrote, or its folder.
+        name: one of
+
+            - `arch.tag` of our table, or a bare arch for its best published tag, see `list_models`;
+            - a path: a .safetensors file, a folder with `model.safetensors` and `config.json`, or of a training run a
+              checkpoint or the folder, which stands for its finished encoder, else its newest checkpoint; with backend
+              "onnx" the .onnx file that `micl-zoo export` wrote, or its folder. `local-dir:FOLDER` is a path, too;
+            - a repository of timm's layout on the hub: `OWNER/NAME` or `hf-hub:OWNER/NAME`, with `@REVISION` behind it
+              if need be; where a folder OWNER is here, write hf-hub:;
+            - timm's name of weights, such as "vit_small_patch14_reg4_dinov2.lvd142m".
+        weights: a path, as `name` takes it; `name` then only says what must be there.
+        image_size: side in pixels of the images, where the architecture can take others than it was trained on;
+            positions are resampled once, and the transform keeps its crop. None is the encoder's own.
         pretrained: False gives random weights, and only False does.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:N" or "mps".
         dtype: of the weights in memory: "float32", "bfloat16" or "float16"; "auto" is float32.
@@ -53,42 +63,27 @@ def load(
         WeightsError: the weights are not published, not reachable, or not the right ones.
     """
     no_telemetry()
-    name, path = _name_and_path(name, weights)
-    if path is not None and not pretrained:
-        raise UsageError("weights= and pretrained=False contradict each other: give one")
     device = str(device)
     _check(backend, device, dtype, providers)
+    place = find_place(name, weights)
+    if not pretrained and place.record is None:
+        raise UsageError("pretrained=False gives random weights, and weights were asked for, too: give one")
     if backend == "onnx":
-        if not pretrained:
-            raise UsageError("backend onnx runs exported files: export random weights first, or take backend torch")
-        return _load_onnx(name, path, device, providers)
+        if not pretrained or image_size is not None:
+            raise UsageError("backend onnx runs exported files as they are: export with the size wanted")
+        return _load_onnx(name, place, device, providers)
     target = resolve_device("cpu" if backend == "openvino" else device)
-    config, found, record = _find(name, path, pretrained)
-    vit, sha256 = build_vit(config, found), found.sha256 if found else None
+    config, found, record = _find(name, place, pretrained)
+    model, sha256 = build_model(config, found), found.sha256 if found else None
+    if image_size is not None:
+        config, model = at_size(config, model, image_size)
     record = record or (record_of(sha256) if sha256 else None)
     if backend == "openvino":
         from .openvino_model import OpenVinoModel
 
-        return Encoder(OpenVinoModel(vit), config, record=record, weights_sha256=sha256)
-    encoder = Encoder(TorchModel(vit), config, record=record, weights_sha256=sha256)
-    return encoder.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
-
-
-def _name_and_path(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
-    """Tell the name asked for from a path, where weights are on this machine."""
-    if isinstance(name, str) and (not name or is_name(name) or not _is_path(name)):
-        return name, None if weights is None else Path(weights)
-    if weights is not None:
-        raise UsageError(f"weights of two places were asked for, {str(name)!r} and {str(weights)!r}: give one")
-    return DEFAULT, Path(name)
-
-
-def _is_path(text: str) -> bool:
-    """Whether a text that is no name can only mean a path, or something is there."""
-    try:
-        return "/" in text or os.sep in text or text.endswith((".safetensors", ".onnx")) or Path(text).exists()
-    except OSError:  # a name of thousands of letters, a folder that may not be entered
-        return True
+        return Encoder(OpenVinoModel(model), config, record=record, weights_sha256=sha256)
+    model.model.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    return Encoder(model, config, record=record, weights_sha256=sha256)
 
 
 def _check(backend: str, device: str, dtype: str, providers: Sequence[str] | None) -> None:
@@ -108,12 +103,18 @@ def _check(backend: str, device: str, dtype: str, providers: Sequence[str] | Non
         raise UsageError(f"backend {backend} {runs}: leave device out, or take backend torch")
 
 
-def _find(name: str, path: Path | None, pretrained: bool) -> tuple[EncoderConfig, Weights | None, Record | None]:
-    if path is not None:
-        found = local_weights(path)
+def _find(
+    name: str | os.PathLike[str], place: Place, pretrained: bool
+) -> tuple[EncoderConfig, Weights | None, Record | None]:
+    if place.path is not None:
+        found = local_weights(place.path)
         _check_arch(name, found.config)
         return found.config, found, None
-    record = find_record(name)
+    if place.pin is not None:
+        found = _from_hub(place)
+        return found.config, found, None
+    record = place.record
+    assert record
     if pretrained:
         found = record_weights(record)
         return found.config, found, record
@@ -121,20 +122,40 @@ def _find(name: str, path: Path | None, pretrained: bool) -> tuple[EncoderConfig
     return EncoderConfig(record.name, *timm_architecture(**shape.sizes), shape.embed_dim, *about), None, record
 
 
-def _load_onnx(name: str, path: Path | None, device: str, providers: Sequence[str] | None) -> Encoder:
+def _from_hub(place: Place) -> Weights:
+    """Fetch an encoder of the hub: its own configuration, the curated table's choices, and the weights."""
+    pin = place.pin
+    assert pin
+    name = pin.weights  # raises before anything is fetched
+    config = EncoderConfig.from_dict(read_json(pin.fetch(CONFIG_FILE), WeightsError), where=pin.source, tagged=True)
+    row = row_of(place.architecture, pin.repo)
+    if architecture := place.architecture or (row and row.name):
+        config = dataclasses.replace(config, name=architecture, architecture=architecture.partition(".")[0])
+    if row:
+        config = dataclasses.replace(config, pool=row.pool, transform=row.transform or config.transform)
+    config = dataclasses.replace(config, license=pin.license or config.license, source=place.source)
+    return Weights(pin.fetch(name), config, checked=pin.files[name].sha256)
+
+
+def _load_onnx(name: str | os.PathLike[str], place: Place, device: str, providers: Sequence[str] | None) -> Encoder:
     from .onnx_session import OnnxSession, choose_providers, local_onnx, runtime
 
     runtime()  # raises before anything is downloaded
-    file, sha256 = (local_onnx(path), None) if path else record_onnx(find_record(name))
+    if place.record:
+        file, sha256 = record_onnx(place.record)
+    elif place.path:
+        file, sha256 = local_onnx(place.path), None
+    else:
+        raise WeightsError(f"backend onnx runs exported files: micl-zoo export {name} -o DIR, then give DIR")
     opened = OnnxSession(file, choose_providers(device, providers), sha256)
     config, sha256 = opened.card.config, opened.sha256
-    if path is not None:
+    if place.path:
         _check_arch(name, config)
     return Encoder(opened, config, record=record_of(sha256), weights_sha256=sha256)
 
 
-def _check_arch(name: str, config: EncoderConfig) -> None:
+def _check_arch(name: str | os.PathLike[str], config: EncoderConfig) -> None:
     """Refuse a name that contradicts the weights beside it."""
-    arch = name.partition(".")[0]
+    arch = name.partition(".")[0] if isinstance(name, str) else ""
     if name != DEFAULT and arch in ARCHS and ARCHS[arch].timm_name != config.architecture:
         raise UsageError(f"{name!r} was asked for, but the weights are those of {config.name} ({config.architecture})")

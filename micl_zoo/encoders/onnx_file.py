@@ -13,14 +13,18 @@ from pathlib import Path
 
 from ..errors import WeightsError
 
-# What `micl-zoo export` writes, in every precision and opset, and their kin. No loops, branches and functions, which
-# may never end, none that makes much out of nothing (ConstantOfShape, Tile, Range), none of other makers' domains.
+# What `micl-zoo export` writes, of every architecture, precision and opset, and their kin. No loops, branches and
+# functions, which may never end, none that makes much out of nothing (ConstantOfShape, Tile, Range), none of other
+# makers' domains.
 _OPERATORS = """
-    Abs Add And Attention Cast CastLike Clip Concat Constant Conv DequantizeLinear Div DynamicQuantizeLinear Equal Erf
-    Expand Flatten Gather Gelu Gemm Greater
-    Identity IsNaN LayerNormalization Less MatMul MatMulInteger Max Min Mul Neg Not Or Pad Pow QuantizeLinear
-    RMSNormalization Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Resize Round Shape Sigmoid Slice
-    Softmax Split Sqrt Squeeze Sub Swish Tanh Transpose Unsqueeze Where
+    Abs Add And Attention AveragePool BatchNormalization Cast CastLike Clip Concat Constant Conv Cos DepthToSpace
+    DequantizeLinear Div DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements
+    GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization HardSigmoid
+    HardSwish Identity InstanceNormalization IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax
+    LpNormalization MatMul MatMulInteger Max MaxPool Min Mish Mod Mul Neg Not Or Pad Pow PRelu QuantizeLinear
+    Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Resize RMSNormalization Round Selu
+    Shape Sigmoid Sign Sin Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Swish Tanh
+    Transpose Unsqueeze Where
 """
 OPERATORS = frozenset(_OPERATORS.split())
 MAX_FIELDS = 1_000_000  # that are looked at; a ViT-L has 50,000

@@ -19,7 +19,7 @@ from ..errors import MiclZooError, UsageError, WeightsError
 from ..files import file_sha256
 from ..schema import parse_json, read, shown
 from ..telemetry import no_telemetry
-from .config import Side, TransformFile
+from .config import Side, TransformFile, Width
 from .device import BACKENDS, ONNX_PRECISIONS, Backend, Output, Precision
 from .onnx_file import check_file
 from .weights import ONNX_FILE, EncoderConfig, config_text
@@ -41,10 +41,11 @@ class CardFile:
     weights_sha256: str
     precision: str
     outputs: tuple[Output, ...]
-    grid: tuple[Side, Side]
+    grid: tuple[Side, Side] | None
     preprocess: bool
     versions: dict[str, str]
     transform: TransformFile
+    widths: dict[str, Width] | None = None  # None: a file of the time when all were num_features
 
     def __post_init__(self) -> None:
         if self.precision not in ONNX_PRECISIONS:
@@ -62,8 +63,8 @@ class OnnxCard:
     config: EncoderConfig  # of the encoder it was made from, with the transform of this file
     weights_sha256: str | None  # of the safetensors it was made from, or None for random weights
     precision: Precision  # of its arithmetic
-    outputs: tuple[Output, ...]  # "cls" and "mean", one after the other in `embedding`; "patches" by that name
-    grid: tuple[int, int]  # (h, w), patches down and across
+    outputs: tuple[Output, ...]  # all but "patches" one after the other in `embedding`; "patches" by that name
+    shapes: dict[Output, tuple[int, ...]]  # of each of them, per image
     preprocess: bool  # whether the transform is inside, for uint8 images of any size
     versions: dict[str, str]  # of the packages that wrote it
 
@@ -73,11 +74,15 @@ class OnnxCard:
         return [name for name in self.outputs if name != "patches"]
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def widths(self) -> list[int]:
+        """Numbers of each output in `embedding`."""
+        return [self.shapes[name][0] for name in self.pooled]
+
+    @property
+    def ports(self) -> dict[str, tuple[int, ...]]:
         """What comes out for each image, by name."""
-        width = self.config.embed_dim
-        found: dict[str, tuple[int, ...]] = {"embedding": (width * len(self.pooled),)} if self.pooled else {}
-        return found | ({"patches": (*self.grid, width)} if "patches" in self.outputs else {})
+        found: dict[str, tuple[int, ...]] = {"embedding": (sum(self.widths),)} if self.pooled else {}
+        return found | ({"patches": self.shapes["patches"]} if "patches" in self.outputs else {})
 
     def to_metadata(self) -> dict[str, str]:
         """Return it as ONNX keeps it: texts by name."""
@@ -89,7 +94,9 @@ class OnnxCard:
             "precision": self.precision,
             "pooling": "+".join(self.pooled),
             "outputs": ",".join(self.outputs),
-            **{name: json.dumps(getattr(self, name)) for name in ("grid", "preprocess", "versions")},
+            "grid": json.dumps(self.shapes["patches"][:2] if "patches" in self.outputs else None),
+            "widths": json.dumps({name: self.shapes[name][-1] for name in self.outputs}),
+            **{name: json.dumps(getattr(self, name)) for name in ("preprocess", "versions")},
             "transform": json.dumps(self.config.transform.to_dict()),
             "transform_id": self.config.transform.id,
             "config": config_text(self.config.to_dict()),
@@ -101,7 +108,7 @@ class OnnxCard:
         if found.get("micl_zoo") != FORMAT:
             said = f"has format {found['micl_zoo']}" if "micl_zoo" in found else "does not say which encoder it holds"
             raise WeightsError(f"{where} {said}: this version runs files written by `micl-zoo export`, format {FORMAT}")
-        named = ("config", "grid", "preprocess", "versions", "transform")
+        named = ("config", "grid", "preprocess", "versions", "transform", "widths")
         parsed = {name: parse_json(found.get(name, "null"), f"{name} of {where}", WeightsError, CURE) for name in named}
         config = EncoderConfig.from_dict(parsed.pop("config"), where=where)
         parsed |= {name: found.get(name) for name in ("precision", "weights_sha256")}
@@ -112,17 +119,25 @@ class OnnxCard:
             weights_sha256=card.weights_sha256 or None,
             precision=cast(Precision, card.precision),
             outputs=card.outputs,
-            grid=card.grid,
+            shapes=_shapes(card, config.embed_dim, where),
             preprocess=card.preprocess,
             versions=card.versions,
         )
+
+
+def _shapes(card: CardFile, width: int, where: str) -> dict[Output, tuple[int, ...]]:
+    widths = card.widths or dict.fromkeys(card.outputs, width)
+    if set(widths) != set(card.outputs) or ("patches" in widths and card.grid is None):
+        raise WeightsError(f"the metadata of {where} are damaged, they lack sizes of {', '.join(card.outputs)}: {CURE}")
+    grid = card.grid or ()
+    return {name: (*grid, widths[name]) if name == "patches" else (widths[name],) for name in card.outputs}
 
 
 class OnnxSession:
     """An exported file in ONNX Runtime as an encoder's runtime, see `encoder.Runtime`."""
 
     name: Backend = "onnx"
-    vit = None
+    model = None
     device = torch.device("cpu")  # pixels go in from the host and embeddings come back to it, wherever it computes
 
     def __init__(self, file: Path, providers: list[tuple[str, dict[str, Any]]], sha256: str | None = None) -> None:
@@ -133,7 +148,9 @@ class OnnxSession:
             raise WeightsError(f"{inside}: export one without --with-preprocess")
         self.sha256 = sha256 or file_sha256(file)
         self.precision: Precision | None = self.card.precision
-        self.grid = self.card.grid
+        self.shapes = dict(self.card.shapes)
+        if "patches" in self.shapes:  # of which a mean can be taken
+            self.shapes.setdefault("mean", self.shapes["patches"][-1:])
         self._opened = (file, providers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxSession:
@@ -160,12 +177,12 @@ class OnnxSession:
                 raise MemoryError(str(error)) from None  # as the others say it
             raise MiclZooError(f"ONNX Runtime failed on {len(images)} images: {error}") from error
         for name, array in zip(names, arrays, strict=True):
-            if array.shape != (wanted_shape := (len(images), *self.card.shapes[name])):
+            if array.shape != (wanted_shape := (len(images), *self.card.ports[name])):
                 raise MiclZooError(f"the ONNX file gives {name} of {array.shape}, where it says {wanted_shape}: {CURE}")
         raw = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
         found: dict[Output, Tensor] = {}
         if "embedding" in raw:
-            found |= zip(self.card.pooled, raw["embedding"].split(self.card.config.embed_dim, dim=1), strict=True)
+            found |= zip(self.card.pooled, raw["embedding"].split(self.card.widths, dim=1), strict=True)
         if "patches" in raw:
             found["patches"] = raw["patches"]
         if "mean" in wanted and "mean" not in found:
@@ -263,7 +280,7 @@ def _check_ports(session: InferenceSession, card: OnnxCard, where: str) -> None:
     goes_in: dict[str, tuple[int | None, ...]] = {"pixel_values": (3, *card.config.transform.size)}
     if card.preprocess:
         goes_in = {"images": (None, None, 3)}
-    comes_out: dict[str, tuple[int | None, ...]] = {**card.shapes}
+    comes_out: dict[str, tuple[int | None, ...]] = {**card.ports}
     for ports, wanted in ((session.get_inputs(), goes_in), (session.get_outputs(), comes_out)):
         found = {one.name: [one.type, *one.shape] for one in ports}
         kind = "tensor(uint8)" if "images" in wanted else "tensor(float)"

@@ -1,4 +1,4 @@
-"""A ViT in OpenVINO, faster than torch on Intel's and AMD's CPUs, without gradients. Optional: micl-zoo[openvino]."""
+"""A timm model in OpenVINO, fast on Intel's and AMD's CPUs, without gradients. Optional: micl-zoo[openvino]."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ from collections.abc import Collection
 from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..telemetry import no_telemetry
 from .device import BACKENDS, PRECISIONS, Backend, Output, Precision
-from .torch_model import split_tokens
+from .torch_model import RawModel, TorchModel, finish, raw_for
 
 # dtype of torch.autocast -> our name of the precision
 NAMES = {getattr(torch, row.dtype): name for name, row in PRECISIONS.items() if row.dtype and row.openvino}
 
 
 class OpenVinoModel:
-    """A timm ViT in OpenVINO as an `encoder.Runtime`, compiled for a precision when that is first used."""
+    """A timm model in OpenVINO as an `encoder.Runtime`, compiled for a precision when that is first used."""
 
     name: Backend = "openvino"
     precision: Precision | None = None
     device = torch.device("cpu")
 
-    def __init__(self, vit: VisionTransformer) -> None:
+    def __init__(self, source: TorchModel) -> None:
         no_telemetry()
         try:
             import openvino
         except ImportError:
             raise UsageError(f"backend openvino needs OpenVINO: {BACKENDS['openvino'].install}") from None
-        self.vit = vit
-        self.grid: tuple[int, int] = vit.patch_embed.grid_size
+        self.model: nn.Module = source.model
+        self.shapes = source.shapes
+        self._source, self._raw = source, source.anatomy.raw
         self._core = openvino.Core()
         self._compiled: dict[torch.dtype, Any] = {}
-        self.model = openvino.convert_model(_traced(vit))  # for any batch size; its weights are the ViT's own memory
+        # For any batch size; its weights are the torch model's own memory.
+        self.converted = openvino.convert_model(_traced(source))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OpenVinoModel, (self.vit,)  # what OpenVINO made of it stays in its process
+        return OpenVinoModel, (self._source,)  # what OpenVINO made of it stays in its process
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in the precision of `torch.autocast`, in float32 outside of it."""
@@ -53,8 +54,10 @@ class OpenVinoModel:
         if dtype not in self._compiled:
             self._compiled[dtype] = self._compile(NAMES[dtype])
         images = pixel_values.detach().float().contiguous().numpy()
-        tokens = self._compiled[dtype](images, share_inputs=True)[0]  # (B, T, D)
-        return split_tokens(self.vit, torch.from_numpy(cast(Any, tokens)), wanted)
+        made = self._compiled[dtype](images, share_inputs=True)
+        arrays = {one: torch.from_numpy(cast(Any, made[at])) for at, one in enumerate(self._raw)}
+        anatomy = self._source.anatomy
+        return finish(anatomy, {one: arrays[one] for one in raw_for(anatomy, wanted)}, wanted)
 
     def _compile(self, precision: str) -> Any:
         found = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -66,23 +69,13 @@ class OpenVinoModel:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,  # one batch at a time, on all threads
         }
-        return self._core.compile_model(self.model, "CPU", settings)
+        return self._core.compile_model(self.converted, "CPU", settings)
 
 
-class _Tokens(nn.Module):
-    """The part of a timm ViT that is converted: everything but pooling."""
-
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return cast(Tensor, self.vit.forward_features(pixel_values))
-
-
-def _traced(vit: VisionTransformer) -> torch.jit.ScriptModule:
+def _traced(source: TorchModel) -> torch.jit.ScriptModule:
     """Trace what OpenVINO converts; by itself it would run the model four times over, to check the trace."""
-    example = torch.zeros(1, 3, *vit.patch_embed.img_size)
+    example = torch.zeros(1, 3, *source.size)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch would rather have torch.export, which takes OpenVINO four times as long
-        return cast(torch.jit.ScriptModule, torch.jit.trace(_Tokens(vit).eval(), example, check_trace=False))
+        whole = RawModel(source.model, source.anatomy.raw).eval()
+        return cast(torch.jit.ScriptModule, torch.jit.trace(whole, example, check_trace=False))

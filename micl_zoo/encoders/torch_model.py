@@ -1,79 +1,284 @@
-"""A ViT in torch, the backend with gradients. T tokens per image: the class token, others, then the patches'."""
+"""A timm model in torch, the backend with gradients.
+
+Shapes: B images, T tokens per image (class token, registers, patches), h x w patches, D numbers each.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import hashlib
+import math
+import sys
 from collections.abc import Collection, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import WeightsError
-from .config import MAX_PARAMETERS, MAX_PATCHES, MODULES
+from ..errors import UsageError, WeightsError
+from .config import MAX_PARAMETERS, MAX_PATCHES, MAX_SIDE, PLAIN_MODULES, is_projection
 from .device import Backend, Output, Precision
 from .weights import EncoderConfig, Weights, read_tensors, shapes
 
+# Bytes of a number -> the whole numbers that its bits are, and those that add them up.
+_BITS = {1: (torch.int8, torch.int32), 2: (torch.int16, torch.int32)}
+_BITS |= {4: (torch.int32, torch.int32), 8: (torch.int64, torch.int64)}
 INITIALISERS = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
+# What a model computes, before pooling by us: (B, T, D) tokens, or a map (B, D, h, w), and its own pooled rows (B, D).
+Raw = Literal["tokens", "map", "native", "projection"]
+ROWS: tuple[Literal["native", "projection"], ...] = ("native", "projection")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a timm model gives, as found by a pass that computes shapes and no numbers."""
+
+    shapes: dict[Output, tuple[int, ...]]  # of each output per image: (D,), and (h, w, D) of "patches"
+    prefix: int | None  # tokens before the patches'; None: its features are a map, or nothing that patches are made of
+
+    @property
+    def raw(self) -> tuple[Raw, ...]:
+        """All that its outputs are made of."""
+        return raw_for(self, self.shapes)
 
 
 class TorchModel:
-    """A timm ViT as an encoder's runtime, see `encoder.Runtime`."""
+    """A timm model as an encoder's runtime, see `encoder.Runtime`."""
 
     name: Backend = "torch"
     precision: Precision | None = None
 
-    def __init__(self, vit: VisionTransformer) -> None:
-        self.vit = vit
+    def __init__(self, model: nn.Module, size: tuple[int, int], projects: bool = False) -> None:
+        self.model, self.size, self.projects = model, size, projects
+        self._anatomy: tuple[nn.Module, Anatomy] | None = None  # of which model
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.vit.parameters()).device
+        return next(self.model.parameters()).device
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w), patches down and across."""
-        return self.vit.patch_embed.grid_size
+    def anatomy(self) -> Anatomy:
+        """What the model gives; looked at once per model."""
+        if self._anatomy is None or self._anatomy[0] is not self.model:
+            self._anatomy = self.model, find_anatomy(self.model, self.size, self.projects)
+        return self._anatomy[1]
+
+    @property
+    def shapes(self) -> dict[Output, tuple[int, ...]]:
+        """Shape of each of its outputs, per image."""
+        return self.anatomy.shapes
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs, with gradients where torch records them."""
-        tokens = self.vit.forward_features(pixel_values.to(next(self.vit.parameters())))
-        return split_tokens(self.vit, tokens, wanted)
+        pixel_values = pixel_values.to(next(self.model.parameters()))
+        raw = raw_for(self.anatomy, wanted)
+        return finish(self.anatomy, dict(zip(raw, compute_raw(self.model, pixel_values, raw), strict=True)), wanted)
 
 
-def split_tokens(vit: VisionTransformer, tokens: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
-    """Cut a ViT's tokens (B, T, D) into the outputs wanted: "cls" and "mean" (B, D), "patches" (B, h, w, D)."""
-    found: dict[Output, Tensor] = {"cls": tokens[:, 0]}
-    patches = tokens[:, vit.num_prefix_tokens :]  # the class token, and registers where it has them
-    if "mean" in wanted:
-        found["mean"] = patches.mean(1)
-    if "patches" in wanted:
-        found["patches"] = patches.unflatten(1, vit.patch_embed.grid_size)
+def at_size(config: EncoderConfig, model: TorchModel, side: int) -> tuple[EncoderConfig, TorchModel]:
+    """Make a model take square images of another side, in pixels: positions are resampled, once.
+
+    Raises:
+        UsageError: it takes images of one size only, or not of this one.
+    """
+    if (side, side) == config.size:
+        return config, model
+    sized: Any = model.model
+    resampled = hasattr(sized, "set_input_size")
+    config = config.at_size(side, resampled=resampled)
+    try:
+        if resampled:
+            sized.set_input_size(img_size=config.size)
+        made = TorchModel(sized, config.size, model.projects)
+        made.anatomy  # noqa: B018, which passes an image through
+    except Exception as error:  # of timm's layers, for sides that are no multiple of what they cut
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{config.name} cannot take images of {side} x {side} ({said}): give another size") from None
+    return config, made
+
+
+def raw_for(anatomy: Anatomy, wanted: Collection[Output]) -> tuple[Raw, ...]:
+    """Say what a model must compute for some outputs."""
+    ours = {"cls", "mean", "patches"} & set(wanted)
+    pieces: list[Raw] = ["map" if anatomy.prefix is None else "tokens"] if ours else []
+    return (*pieces, *(one for one in ROWS if one in wanted))
+
+
+def compute_raw(model: Any, pixel_values: Tensor, raw: Collection[Raw]) -> tuple[Tensor, ...]:
+    """Run a timm model once: what is asked for of it, in this order."""
+    found: dict[Raw, Tensor] = {}
+    if "map" in raw:
+        features, (found["map"],) = model.forward_intermediates(pixel_values, indices=1, norm=True, output_fmt="NCHW")
+    else:
+        features = model.forward_features(pixel_values)
+    if "tokens" in raw:
+        found["tokens"] = features
+    if "native" in raw:
+        found["native"] = model.forward_head(features, pre_logits=True)
+    if "projection" in raw:
+        found["projection"] = model.forward_head(features)
+    return tuple(found[one] for one in raw)
+
+
+def finish(anatomy: Anatomy, raw: Mapping[Raw, Tensor], wanted: Collection[Output]) -> dict[Output, Tensor]:
+    """Make the outputs wanted of what a model has computed: patches (B, h, w, D), others (B, D)."""
+    found: dict[Output, Tensor] = {one: raw[one] for one in ROWS if one in raw}
+    if "tokens" in raw:
+        assert anatomy.prefix is not None
+        found |= {"cls": raw["tokens"][:, 0]} if "cls" in wanted else {}
+        patches = raw["tokens"][:, anatomy.prefix :]
+        if "mean" in wanted:
+            found["mean"] = patches.mean(1)
+        if "patches" in wanted:
+            found["patches"] = patches.unflatten(1, anatomy.shapes["patches"][:2])
+    elif "map" in raw:
+        found |= {"mean": raw["map"].mean((2, 3))} if "mean" in wanted else {}
+        found |= {"patches": raw["map"].permute(0, 2, 3, 1)} if "patches" in wanted else {}
     return found
 
 
-def build_vit(config: EncoderConfig, weights: Weights | None) -> VisionTransformer:
-    """Build the timm model with the weights of a file, or with random ones, in float32.
+class RawModel(nn.Module):
+    """The part of a timm model that is converted to other runtimes: (B, 3, H, W) -> what is asked for, in order."""
+
+    def __init__(self, model: nn.Module, raw: tuple[Raw, ...]) -> None:
+        super().__init__()
+        self.model, self.raw = model, raw
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Compute it."""
+        return compute_raw(self.model, pixel_values, self.raw)
+
+
+class _Probe(nn.Module):
+    """Finds what a model gives for one image: features, pooled rows, map."""
+
+    def __init__(self, model: nn.Module, projects: bool) -> None:
+        super().__init__()
+        self.model, self.projects = model, projects
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Any]:
+        model: Any = self.model
+        found = {"features": model.forward_features(pixel_values)}
+        try:
+            found["native"] = model.forward_head(found["features"], pre_logits=True)
+        except TypeError:  # a head that knows no rows before its logits
+            found["native"] = None
+        if self.projects:
+            found["projection"] = model.forward_head(found["features"])
+        try:
+            last, maps = model.forward_intermediates(pixel_values, indices=1, norm=True, output_fmt="NCHW")
+            found["map"] = maps[-1] if last.shape == found["features"].shape else None
+        except Exception:  # AttributeError where there is none; of models whose features are no one tensor, anything
+            found["map"] = None
+        return found
+
+
+def find_anatomy(model: nn.Module, size: tuple[int, int], projects: bool) -> Anatomy:
+    """Find what a model gives for images of (height, width), with tensors that have shapes and no numbers.
 
     Raises:
-        WeightsError: timm has no such ViT, or the file does not fit it or has numbers that are not finite.
+        WeightsError: it cannot take such images, or gives no row for one.
     """
+    found = _probed(model, size, projects)
+    rows: dict[Output, tuple[int, ...]] = {}
+    for name in ROWS:
+        if (row := found.get(name)) is not None:
+            if not isinstance(row, Tensor) or row.ndim != 2:
+                raise WeightsError("the model gives no row of numbers per image, which an embedding is")
+            rows[name] = (row.shape[1],)
+    tokens, maps = found["features"], found["map"]
+    prefix = _prefix(model, tokens, maps)
+    if maps is not None and (prefix is not None or not _is_tokens(tokens)):
+        rows |= {"mean": (maps.shape[1],), "patches": (*maps.shape[2:], maps.shape[1])}
+        if prefix and _has_class_token(model):
+            rows["cls"] = (tokens.shape[2],)
+    if not rows:
+        raise WeightsError("the model gives no row of numbers per image, which an embedding is")
+    return Anatomy(rows, prefix)
+
+
+def _probed(model: nn.Module, size: tuple[int, int], projects: bool) -> dict[str, Any]:
+    probe, where = _Probe(model, projects), next(model.parameters())
+    state = {name: one.to("meta") for name, one in (*probe.named_parameters(), *probe.named_buffers())}
+    was_training = model.training
+    model.eval()  # dropping patches would change the shapes
+    try:
+        with torch.no_grad():
+            try:
+                image = torch.empty(1, 3, *size, device="meta", dtype=where.dtype)
+                return cast("dict[str, Any]", torch.func.functional_call(probe, state, (image,)))
+            except Exception:  # it has tensors outside of its state, or looks at numbers: then with numbers
+                return cast("dict[str, Any]", probe(torch.zeros(1, 3, *size, device=where.device, dtype=where.dtype)))
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"the model cannot take images of {size[0]} x {size[1]} pixels: {said}") from None
+    finally:
+        model.train(was_training)
+
+
+def _is_tokens(features: Any) -> bool:
+    return isinstance(features, Tensor) and features.ndim == 3
+
+
+def _prefix(model: Any, tokens: Any, maps: Tensor | None) -> int | None:
+    """Count the tokens before the patches', if the features are tokens and the rest of them are the map's."""
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    if maps is None or not _is_tokens(tokens) or tokens.shape[2] != maps.shape[1]:
+        return None
+    return prefix if tokens.shape[1] == prefix + maps.shape[2] * maps.shape[3] else None
+
+
+def _has_class_token(model: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "cls_token" for name, _ in model.named_parameters())
+
+
+def build_model(config: EncoderConfig, weights: Weights | None) -> TorchModel:
+    """Build the timm model with the weights of a file, or with random ones, in float32.
+
+    A classifier that the file has is left out, unless it is the projection of a CLIP.
+
+    Raises:
+        WeightsError: timm has no such model, or the file does not fit it or has numbers that are not finite.
+    """
+    projects = is_projection(config.architecture, config.num_classes)
     if weights is None:
-        return _create(config, "the configuration")
+        return TorchModel(_create(config, "the configuration", head=projects), config.size, projects)
     where = repr(str(weights.path))
-    if not weights.checked:
-        _check_fit(config, weights, where)
-    vit, state = _create(config, where), {}
-    for name, value in read_tensors(weights.path).items():
-        state[name] = value.float()
-        if not state[name].isfinite().all():
+    state = {} if weights.checked else _fitting(config, weights, where)
+    state = state or read_tensors(weights.path)
+    model = _create(config, where, head=projects)
+    wanted = model.state_dict()
+    if projects and wanted.keys() - state.keys():  # the tower alone
+        return build_model(dataclasses.replace(config, num_classes=0), weights)
+    for name in wanted:
+        if (is_float := wanted[name].is_floating_point()) != state[name].is_floating_point():
+            raise WeightsError(f"{where} does not fit its configuration: {name} is of type {state[name].dtype}")
+        wanted[name] = state[name].float() if is_float else state[name]
+        if not wanted[name].isfinite().all():
             raise WeightsError(f"{where} cannot be used, {name} holds NaN or infinite numbers: take other weights")
-    vit.load_state_dict(state)
-    return vit
+    model.load_state_dict(wanted)
+    return TorchModel(model, config.size, projects)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Hash what tells changed weights from the same ones: sums of their bits, the same on every device.
+
+    Whole numbers are summed, exactly and in no time (0.1 s for a ViT-B where sha256 takes 0.5 s), by rows and by
+    columns, so that values that change places are noticed, too.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        kind, total = _BITS[tensor.itemsize]
+        bits = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else max(tensor.numel(), 1)).view(kind)
+        sums = [bits.sum(axis, dtype=total).cpu().numpy().tobytes() for axis in (0, 1)]
+        digest.update(repr((name, tensor.dtype, tensor.shape, sums)).encode())
+    return digest.hexdigest()
 
 
 class _Shapes(TorchFunctionMode):
@@ -90,61 +295,92 @@ class _Shapes(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _create(config: EncoderConfig, where: str) -> VisionTransformer:
+def _create(config: EncoderConfig, where: str, *, head: bool) -> nn.Module:
     """Make the timm model of a configuration: of a name that timm lists, with no more than the configuration says."""
-    name = config.architecture
-    if not timm.models.is_model_in_modules(name, MODULES):
-        near = difflib.get_close_matches(name, [one for module in MODULES for one in timm.list_models(module=module)])
+    name, (height, width) = config.architecture, config.size
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models())
         hint = f", it has {' and '.join(near)}" if near else ""
-        raise WeightsError(f"{where} asks for {name!r}, and timm {timm.__version__} has no ViT of that name{hint}")
-    sizes = {"img_size": config.transform.size, **config.model_args}
+        raise WeightsError(f"{where} asks for {name!r}, and timm {timm.__version__} has no model of that name{hint}")
+    if max(height, width) > MAX_SIDE and not timm.models.is_model_in_modules(name, PLAIN_MODULES):
+        raise WeightsError(f"{where} asks for {name!r} of {height} x {width} pixels, at most {MAX_SIDE} are allowed")
+    known = timm.get_pretrained_cfg(name)
+    fixed = known is not None and known.fixed_input_size if config.fixed_size is None else config.fixed_size
+    said = {"architecture": name, "input_size": (3, height, width), "fixed_input_size": fixed}
+    said |= {"first_conv": known.first_conv, "classifier": known.classifier} if known else {}
+    arguments = {**config.model_args, "num_classes": config.num_classes if head else 0}
     try:
-        vit = timm.create_model(name, pretrained=False, num_classes=0, **sizes)
+        return cast(nn.Module, timm.create_model(name, pretrained=False, pretrained_cfg=said, **arguments))
     except Exception as error:  # of torch and timm, for sizes that do not go together
-        said = str(error).splitlines() or [type(error).__name__]
-        raise WeightsError(f"timm cannot build {name!r} with {sizes}, as {where} asks for: {said[0]}") from None
-    if not isinstance(vit, VisionTransformer):
-        raise WeightsError(f"{where} asks for {name!r}, which is no VisionTransformer of timm")
-    return vit
+        text = str(error).splitlines() or [type(error).__name__]
+        asked = f"{config.model_args} and images of {height} x {width}"
+        raise WeightsError(f"timm cannot build {name!r} with {asked}, as {where} asks for: {text[0]}") from None
 
 
-def _check_fit(config: EncoderConfig, weights: Weights, where: str) -> None:
-    """Refuse a file that its configuration does not describe, before any memory is taken for it."""
+def _fitting(config: EncoderConfig, weights: Weights, where: str) -> dict[str, Tensor]:
+    """Refuse a file that its configuration does not describe, before any memory is taken for a model.
+
+    Returns:
+        The file's tensors in timm's layout, if they are in another that timm knows; else none, and nothing was read.
+    """
     with _Shapes():
-        vit = _create(config, where)
-    _check_shape(vit, config, where)
-    _check_tensors({name: tuple(one.shape) for name, one in vit.state_dict().items()}, shapes(weights.path), where)
-    _ = weights.sha256  # raises where a checkpoint is not what was written
+        bare = _create(config, where, head=False)
+        full = _create(config, where, head=True) if config.num_classes else bare
+    _check_model(bare, config, where)
+    needed, known = _sizes(bare.state_dict()), _sizes(full.state_dict())
+    found = shapes(weights.path)
+    if not (problem := _misfit(needed, known, found)):
+        _ = weights.sha256  # raises where a checkpoint is not what was written
+        return {}
+    is_other = 2 * len(needed.keys() & found.keys()) < len(needed)  # the layout, and not a number here or there
+    convert = getattr(sys.modules[type(full).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = cast("dict[str, Tensor]", convert(read_tensors(weights.path), full)) if convert and is_other else {}
+        fits = bool(state) and not _misfit(needed, known, _sizes(state))
+    except WeightsError:
+        raise
+    except Exception:  # whatever a layout that timm does not know makes of its conversion
+        fits = False
+    if not fits:
+        raise WeightsError(f"{where} does not fit its configuration: it {problem}")
+    return state
 
 
-def _check_shape(vit: VisionTransformer, config: EncoderConfig, where: str) -> None:
+def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> None:
     """Refuse a model that is none of ours, or is not what its configuration says elsewhere."""
-    size, grid = config.transform.size, vit.patch_embed.grid_size
-    problem = ""
-    if vit.cls_token is None:
-        problem = f"{config.architecture} has no class token, which the embeddings are made of"
-    elif vit.embed_dim != config.embed_dim:
-        problem = f"num_features is {config.embed_dim}, and its tokens have {vit.embed_dim} numbers"
-    elif tuple(vit.patch_embed.img_size) != size:
-        problem = f"input_size is {size}, and the model takes images of {tuple(vit.patch_embed.img_size)}"
-    elif not 1 <= grid[0] * grid[1] <= MAX_PATCHES:
+    found, problem = getattr(model, "num_features", config.embed_dim), ""
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (1, 1)
+    if found != config.embed_dim:
+        problem = f"num_features is {config.embed_dim}, and its tokens have {found} numbers"
+    elif not 1 <= math.prod(grid) <= MAX_PATCHES:
         problem = f"images have {grid[0]} x {grid[1]} patches, and must have 1 to {MAX_PATCHES:,}"
-    elif (numbers := sum(one.numel() for one in vit.parameters())) > MAX_PARAMETERS:
+    elif (numbers := sum(one.numel() for one in model.parameters())) > MAX_PARAMETERS:
         problem = f"the model has {numbers:,} parameters, and at most {MAX_PARAMETERS:,} are allowed"
+    else:
+        try:
+            find_anatomy(model, config.size, projects=False)
+        except WeightsError as error:
+            problem = str(error)
     if problem:
         raise WeightsError(f"{where} cannot be loaded: {problem}")
 
 
-def _check_tensors(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compare names and shapes of a model's tensors with those of a file."""
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(one.shape) for name, one in state.items()}
+
+
+def _misfit(
+    needed: Mapping[str, tuple[int, ...]], known: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Compare names and shapes of a file's tensors with those that a model needs, and those that it knows."""
+    wanted = {**known, **needed}
     differ = [name for name in wanted if name in found and found[name] != wanted[name]]
     parts = [
-        _some([name for name in wanted if name not in found], "lacks"),
+        _some([name for name in needed if name not in found], "lacks"),
         _some([name for name in found if name not in wanted], "has also"),
         f"has {differ[0]} of shape {found[differ[0]]}, not {wanted[differ[0]]}" if differ else "",
     ]
-    if any(parts):
-        raise WeightsError(f"{where} does not fit its configuration: it {'; '.join(filter(None, parts))}")
+    return "; ".join(filter(None, parts))
 
 
 def _some(names: list[str], verb: str) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,7 +17,8 @@ from ..files import atomic_path, file_sha256, read_regular, sum_file, write_text
 from ..images.transform import Transform
 from ..schema import parse_json, read, read_json, shown
 from .config import RunFile, read_config
-from .zoo import RECORDS, timm_architecture, vit_sizes
+from .device import Pool
+from .zoo import ARCHS, RECORDS, timm_architecture, vit_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ HEADER_KEY = "micl_zoo"
 CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})\.safetensors")  # not a copy of one
 CHECKPOINT_KEYS = {"step", "seconds"}  # in the headers of training's checkpoints
 MAX_HEADER = 16 << 20  # bytes; that of a ViT-L's checkpoint has 0.2 MB
-NUMBERS = ("F16", "BF16", "F32", "F64")  # dtypes of weights, as safetensors says them
+NUMBERS = ("F16", "BF16", "F32", "F64", "I64", "I32", "BOOL")  # safetensors' dtypes of weights, and of counters
 Value = TypeVar("Value")
 
 
@@ -41,36 +42,71 @@ class EncoderConfig:
     name: str  # `arch.tag`.
     architecture: str  # timm's model name
     model_args: dict[str, Any]  # where the model departs from timm's defaults for that name
-    embed_dim: int  # numbers per embedding
+    embed_dim: int  # timm's num_features: numbers per patch
     transform: Transform  # from an image to pixel_values
     license: str = "unknown"  # of the weights
+    pool: Pool = "cls"  # by default; "native" is "cls" where timm's own row is the class token
+    num_classes: int = 0  # outputs of the classifier that the weights come with, or of a CLIP's projection
+    fixed_size: bool | None = None  # whether the model is built for one size of images; None: as timm says of its name
+    source: str | None = None  # hf-hub:OWNER/NAME@COMMIT
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images, in pixels."""
+        return self.transform.size
+
+    def at_size(self, side: int, *, resampled: bool) -> EncoderConfig:
+        """Return it for square images of another side; `resampled` if the model's positions are for its images."""
+        transform = self.transform.at_size((side, side))
+        model_args = self.model_args | ({"img_size": side} if resampled else {})
+        return dataclasses.replace(self, transform=transform, model_args=model_args)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
         return {
             "architecture": self.architecture,
-            "num_classes": 0,
+            "num_classes": self.num_classes,
             "num_features": self.embed_dim,
-            "global_pool": "token",
+            **({"global_pool": "token"} if self.pool == "cls" else {}),  # for readers; timm builds by model_args
             "model_args": self.model_args,
             "pretrained_cfg": {
                 "tag": self.name.partition(".")[2],
                 "license": self.license,
                 **self.transform.to_timm(),
-                "num_classes": 0,
-                "first_conv": "patch_embed.proj",
-                "classifier": "head",
+                **({} if self.fixed_size is None else {"fixed_input_size": self.fixed_size}),
+                "num_classes": self.num_classes,
+                **_ends(self.architecture),
             },
-            "micl_zoo": {"name": self.name},
+            "micl_zoo": {"name": self.name} | ({} if self.pool == "cls" else {"pool": self.pool}),
         }
 
     @classmethod
-    def from_dict(cls, body: Any, *, where: str) -> EncoderConfig:
-        """Read a parsed `config.json`, ours or timm's."""
+    def from_dict(cls, body: Any, *, where: str, tagged: bool = False) -> EncoderConfig:
+        """Read a parsed `config.json`, ours or timm's; one of the hub is named by timm's tag, one here `.local`."""
         found, model_args = read_config(body, f"the configuration of {where}")
-        name = found.micl_zoo.name or f"{found.architecture}.local"
-        about = (found.pretrained_cfg.transform, found.pretrained_cfg.license or "unknown")
-        return cls(name, found.architecture, model_args, found.num_features, *about)
+        own, entry = found.micl_zoo, found.pretrained_cfg
+        counts = (model_args.pop("num_classes", None), found.num_classes, entry.num_classes, 0)
+        return cls(
+            name=(own and own.name) or f"{found.architecture}.{(tagged and entry.tag) or 'local'}",
+            architecture=found.architecture,
+            model_args=model_args,
+            embed_dim=found.num_features,
+            transform=entry.transform,
+            license=entry.license or "unknown",
+            pool=own.pool if own else "native",
+            num_classes=next(one for one in counts if one is not None),
+            fixed_size=entry.fixed_input_size,
+        )
+
+
+def _ends(architecture: str) -> dict[str, Any]:
+    """Return timm's names of a model's first layer and of its classifier, by which timm adapts weights."""
+    if any(architecture == arch.timm_name for arch in ARCHS.values()):
+        return {"first_conv": "patch_embed.proj", "classifier": "head"}
+    import timm
+
+    known = timm.get_pretrained_cfg(architecture)
+    return {"first_conv": known.first_conv, "classifier": known.classifier} if known else {}
 
 
 @dataclass(frozen=True)
@@ -105,14 +141,15 @@ def save_weights(
     state: dict[str, Tensor],  # under timm's names
     config: EncoderConfig | dict[str, Any],  # a dict for another timm model than an encoder; also goes into the header
     provenance: dict[str, Any],  # recipe, code, data, machine; goes into the header
-    dtype: Literal["float32", "float16"],  # on disk
+    dtype: Literal["float32", "float16"] | None,  # on disk; None keeps each tensor's own
 ) -> Path:
     """Write `model.safetensors` and `config.json`, in the layout of timm's hub repositories; return the former."""
     import torch
     from safetensors.torch import save_file
 
     body = config if isinstance(config, dict) else config.to_dict()
-    tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
+    kind = dtype and getattr(torch, dtype)
+    tensors = {key: value.detach().to("cpu", kind).contiguous() for key, value in state.items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, {HEADER_KEY: json.dumps({"config": body, "provenance": provenance})})
     write_text(folder / CONFIG_FILE, config_text(body))
@@ -189,11 +226,17 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return _encoder_part(found, is_checkpoint(file))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them."""
+def read_tensors(file: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them.
+
+    Args:
+        file: of weights.
+        only: names of the tensors to read; None is all.
+    """
     checkpoint = is_checkpoint(file)
     with _opened(file, "pt") as opened:
         wanted = _encoder_part({name: name for name in opened.keys()}, checkpoint)  # noqa: SIM118
+        wanted = {key: name for key, name in wanted.items() if only is None or key in only}
         return {key: opened.get_tensor(name) for key, name in wanted.items()}
 
 

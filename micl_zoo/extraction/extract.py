@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..files import Folder
 from ..progress import progress
 from ..schema import checked, shown
 from ..sources.index import ImageIndex
-from ..sources.listing import SourceLike, list_source
+from ..sources.listing import list_source
 from ..sources.notes import Notes
 from ..stop import StopRequest
 from ..stores.manifest import Manifest
@@ -40,6 +39,7 @@ from .retry import check_part_fits
 from .runner import Event, Runner, Times, runtime_name
 from .work import Work
 
+Source = str | os.PathLike[str] | ImageIndex | Sequence[str | os.PathLike[str]]
 SHARD_ROWS = 10_000
 PART_BYTES = 64 << 20  # of a part of long rows, such as patches: it is held in memory
 
@@ -115,7 +115,7 @@ class Summary:
 
 @checked
 def extract(
-    source: SourceLike,
+    source: Source,
     out: str | os.PathLike[str],
     options: ExtractOptions | None = None,
     *,
@@ -126,12 +126,13 @@ def extract(
     """Embed every image of a source into a store; the same call again skips the shards that are done.
 
     Args:
-        source: see `micl_zoo.index_source`.
+        source: see `micl_zoo.index_source`; or an index that it made, of which rows may have been taken.
         out: the store: a folder, or a URI such as s3://bucket/embeddings; new, or made by the same call.
         options: see `ExtractOptions`; None is the default ones.
         show: show a progress bar, on a terminal.
         say: is told in one line what runs where.
-        changes: fields of `ExtractOptions` by name, such as `extract("photos/", "embeddings", pool="mean")`.
+        changes: fields of `ExtractOptions` by name, such as `extract("photos/", "embeddings", pool="mean")`; `encoder`
+            is another word for `model`. An encoder is taken as it is in memory, fine-tuned or not.
 
     Raises:
         SourceError, UsageError, WeightsError: what was asked for does not exist.
@@ -140,13 +141,10 @@ def extract(
         MiclZooError: not one image of the source could be embedded; errors.jsonl says why.
     """
     started = time.monotonic()
-    for name in changes:
-        if name not in (known := [field.name for field in dataclasses.fields(ExtractOptions)]):
-            raise UsageError(unknown("option", name, known))
-    options, encoder = _named(replace(options or ExtractOptions(), **changes))
+    options, encoder = _named(replace(options or ExtractOptions(), **_fields(changes)))
     places = _places(options)
     job = _job(options, places)
-    pieces = list_source(source, selection=options.selection())
+    pieces = _listed(source, options)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
     if encoder is None and places.several:  # the processes load it; here it only says what the store will hold
         kind: Backend = "onnx" if job.backend == "onnx" else "torch"
@@ -234,6 +232,17 @@ def _finish(summary: Summary) -> None:
         )
 
 
+def _fields(changes: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names as fields, of which `encoder` is another name of one."""
+    if "encoder" in changes and "model" in changes:
+        raise UsageError("encoder and model are two words for the same: give one")
+    changes = {"model" if name == "encoder" else name: value for name, value in changes.items()}
+    for name in changes:
+        if name not in (known := [field.name for field in dataclasses.fields(ExtractOptions)]):
+            raise UsageError(unknown("option", name, known))
+    return changes
+
+
 def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
     """Options whose model is a name; and the encoder if one was given, which decides the others itself."""
     encoder = options.model
@@ -246,7 +255,7 @@ def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
         providers = tuple(options.providers or ()) or None
         return replace(options, weights=weights, backend=backend, providers=providers), None
     if options.engine == "ray" or (options.processes or 1) > 1:
-        raise UsageError("several processes load the model themselves: give its name or weights=, not an Encoder")
+        raise UsageError("several processes load the model themselves: save it, and give its folder by weights=")
     device = str(encoder.device)
     return replace(options, model=encoder.name, weights=None, backend=encoder.backend, devices=device), encoder
 
@@ -290,14 +299,16 @@ def _sentence(encoder: Encoder, job: Job, places: Local | Cluster) -> str:
     )
 
 
-def _manifest(encoder: Encoder, job: Job, source: SourceLike) -> Manifest:
+def _manifest(encoder: Encoder, job: Job, source: Source) -> Manifest:
     options = job.options
     shape = encoder.row_shape(options.pool)
     row_bytes = math.prod(shape) * np.dtype(options.dtype).itemsize
-    resolved = replace(options, backend=job.backend, precision=cast(Any, job.precision))
+    name, sha256 = encoder.identity()
+    asked = name if options.model == encoder.name else options.model
+    resolved = replace(options, model=asked, backend=job.backend, precision=cast(Any, job.precision))
     return Manifest(
-        model=encoder.name,
-        weights_sha256=encoder.weights_sha256 or _tensors_sha256(encoder),
+        model=name,
+        weights_sha256=sha256,
         transform=encoder.transform.id,
         decoding=options.decoding.id,
         runtime=runtime_name(job.backend, options.compile),
@@ -307,17 +318,20 @@ def _manifest(encoder: Encoder, job: Job, source: SourceLike) -> Manifest:
         dtype=options.dtype,
         shape=list(shape),
         shard_rows=options.shard_rows or max(1, min(SHARD_ROWS, PART_BYTES // row_bytes)),
-        command=resolved.command([source] if isinstance(source, str | os.PathLike) else source),
+        command=resolved.command(_sources(source)),
         versions=package_versions(),
     )
 
 
-def _tensors_sha256(encoder: Encoder) -> str:
-    """Tell random weights apart, which come from no file."""
-    digest = hashlib.sha256()
-    for name, tensor in encoder.vit.state_dict().items():
-        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _listed(source: Source, options: ExtractOptions) -> Iterator[ImageIndex]:
+    return iter([source]) if isinstance(source, ImageIndex) else list_source(source, selection=options.selection())
+
+
+def _sources(source: Source) -> Sequence[str | os.PathLike[str]]:
+    """Name the sources as a command does; an index has no name."""
+    if isinstance(source, str | os.PathLike):
+        return [source]
+    return [] if isinstance(source, ImageIndex) else source
 
 
 def embed_index(

@@ -30,7 +30,7 @@ class Manifest:
     """What all rows of a store have in common; resuming needs the first eleven fields to agree."""
 
     model: str  # name of the encoder, `arch.tag`
-    weights_sha256: str  # checksum of the weights file; for random weights, of the tensors
+    weights_sha256: str  # checksum of the weights file; of changed or random weights, of the one `save` writes
     transform: str  # id of the transform
     decoding: str  # id of the decoding, from bytes to pixels: exact or fast, EXIF; in earlier versions the pixel limit
     runtime: Runtime  # what ran the model when the store was begun; a part says by what it was made

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from micl_zoo.encoders.device import Pool, autocast_dtype, resolve_precision
+from micl_zoo.encoders.device import Pool, autocast_dtype, default_workers, resolve_precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import SourceError, StoreError, UsageError
-from micl_zoo.extraction.extract import embed_index
+from micl_zoo.extraction.extract import embed_index, extract
 from micl_zoo.extraction.options import ExtractOptions
+from micl_zoo.files import write_text
 from micl_zoo.stores.store import Store
 
+from ..run.provenance import machine
 from .labelled import Label, LabelledImages, labels_of
 from .protocols import POOLS, check_names
+from .record import Speed, read_speed, speed_file
 
 
 class Features(NamedTuple):
@@ -53,6 +59,29 @@ def embed_labelled(
     refused = tuple(name for name in names if name not in kept)
     labels = np.array([number[name] for name in ids], np.int64)
     return Features(split_pools(np.concatenate(pieces), both, pools), labels, refused)
+
+
+def stored_features(
+    encoder: Encoder, images: LabelledImages, folder: Path, *, pools: Sequence[Pool] = ("cls",), batch_size: int = 64,
+    workers: int | None = None, show: bool = True,
+) -> Features:  # fmt: skip
+    """Embed a labelled part into the store in a folder, or read what it holds; `FOLDER.json` says how fast it went."""
+    check_names("pool", pools, POOLS)
+    both: Pool = "cls+mean"  # whatever is asked for now, the next call may ask for the other
+    options = ExtractOptions(model=encoder, pool=both, batch_size=batch_size, workers=workers, normalize=False)
+    done = extract(images.index, folder, options, show=show)
+    if done.computed:
+        chip = machine(encoder.device)
+        now = Speed(
+            images=done.computed, seconds=done.seconds, device=str(encoder.device),
+            chip=chip.get("card", chip["processor"]), precision=done.store.manifest.precision, batch_size=batch_size,
+            workers=default_workers() if workers is None else workers,
+        )  # fmt: skip
+        before = read_speed(folder)
+        if before and before.how == now.how:  # that run was killed, and this one did the rest
+            now = now.plus(before)
+        write_text(speed_file(folder), json.dumps(asdict(now)) + "\n")
+    return store_features(done.store, dict(zip(images.index.ids, images.labels.tolist(), strict=True)), pools)
 
 
 def split_pools(rows: np.ndarray, stored: str, pools: Sequence[str]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from micl_zoo.errors import UsageError
 from .features import Device, Features, Figures, embed_labelled
 from .labelled import LabelledSet
 from .protocols import Protocol
-from .tables import score
+from .tables import scored
 
 KS, TEMPERATURE = Protocol.ks, Protocol.temperature
 QUERY_ROWS, BANK_ROWS = 1024, 65_536  # of one matrix of cosines: 268 MB in float32
@@ -80,7 +80,7 @@ def measure_bank(bank: Bank, test: Features, protocol: Protocol, classes: int, d
     """Measure as `measure` does, with the training features in pieces that need not fit into memory."""
     queries, how = next(iter(test.rows.values())), protocol
     found = knn_predict(bank, queries, classes=classes, ks=how.ks, temperature=how.temperature, device=device)
-    return {str(k): score(predictions == test.labels) for k, predictions in found.items()}
+    return {str(k): scored(predictions == test.labels) for k, predictions in found.items()}
 
 
 def knn_accuracy(

@@ -18,7 +18,7 @@ from micl_zoo.errors import UsageError
 from .features import Device, Features, Figures
 from .labelled import balanced_rows
 from .protocols import Protocol
-from .tables import percent, score
+from .tables import percent, scored
 
 VALIDATION_PART = 5  # one of so many training images chooses the setting
 BATCH_SIZE, MOMENTUM = 256, 0.9
@@ -111,7 +111,7 @@ def _by_pool(fit: Callable[..., Chosen], setting: str, train: Features, test: Fe
     for pool, rows in train.rows.items():
         found = fit(rows, train.labels, test.rows[pool], **how)
         validation = percent(max(found.validation.values()))
-        figures[pool] = {**score(found.predictions == test.labels), setting: found.setting, "validation": validation}
+        figures[pool] = {**scored(found.predictions == test.labels), setting: found.setting, "validation": validation}
     return figures
 
 
@@ -129,10 +129,12 @@ def measure_few_shot(train: Features, test: Features, protocol: Protocol, classe
         except UsageError as error:
             figures[str(shots)] = {"left_out": str(error)}
             continue
-        draws = [float((predictions == test.labels).mean()) for predictions in found]
+        right = np.stack([predictions == test.labels for predictions in found])  # (draws, N)
+        draws = [float(share) for share in right.mean(1)]
         spread = float(np.std(draws, ddof=1)) if len(draws) > 1 else 0.0
         mean = percent(float(np.mean(draws)))
-        figures[str(shots)] = {"accuracy": mean, "spread": percent(spread), "draws": [*map(percent, draws)]}
+        figure = {"accuracy": mean, "spread": percent(spread), "draws": [*map(percent, draws)], "right": right}
+        figures[str(shots)] = figure
     return figures
 
 

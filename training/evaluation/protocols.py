@@ -56,7 +56,11 @@ _METHODS = (
         settings=("pools", "ks", "temperature"),
         help="Weighted k-nearest neighbours: nothing is trained, nothing is chosen.\n\n"
         "With two stores, the one with the training embeddings may be larger than memory.",
-        examples=("vit_ti16.tin200 --data caltech101", "--train embeddings-train --test embeddings-val -o knn.json"),
+        examples=(
+            "vit_ti16.tin200 --data caltech101",
+            "vit_ti16.tin200 runs/first --data mine/ --stores embeddings",
+            "--train embeddings-train --test embeddings-val -o knn.json",
+        ),
         about="k-NN: cosine of class tokens, votes weighted with temperature {temperature:g}.",
     ),
     Method(
@@ -107,6 +111,7 @@ ALL = Method(
     help="All methods, with one pass over the images.",
     examples=(
         "vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png",
+        "vit_ti16.tin200 runs/first runs/second --data mine/ -o record.json --plot record.png",
         "runs/first --data imagenet --baseline random --baseline pixels",
     ),
 )

@@ -27,6 +27,9 @@ WIDTH = 120  # characters of a line of a document
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F")
 
 Results = Mapping[str, Any]  # of one subject on one set, by method
+Outcomes = dict[
+    str, dict[str, np.ndarray]
+]  # by method and key: (draws, N) bool, which test images were classified right
 
 
 class Column(NamedTuple):
@@ -38,11 +41,15 @@ class Column(NamedTuple):
 
     def find(self, found: Results) -> dict[str, Any] | None:
         """Take its figure out of the results of a subject on a set."""
-        figures = found.get(self.method.name, {})
-        if not self.method.by_key:
-            return max(figures.values(), key=lambda one: one["validation"], default=None)
-        figure = figures.get(self.key, {})
+        figure: dict[str, Any] = found.get(self.method.name, {}).get(self.place(found), {})
         return figure if "accuracy" in figure else None
+
+    def place(self, found: Results) -> str:
+        """Take the key of its figure in the results of a subject on a set."""
+        figures = found.get(self.method.name, {})
+        if self.method.by_key:
+            return self.key
+        return max(figures, key=lambda pool: figures[pool]["validation"], default="")
 
 
 def columns(record: Mapping[str, Any], *, glance: bool = False) -> list[Column]:
@@ -282,6 +289,24 @@ def score(right: np.ndarray) -> dict[str, float]:
     return dict(
         zip(("accuracy", "low", "high"), map(percent, (accuracy, *interval(accuracy, len(right)))), strict=True)
     )
+
+
+def scored(right: np.ndarray) -> dict[str, Any]:
+    """Compute `score`, and keep the outcomes for `take_outcomes`."""
+    return {**score(right), "right": right}
+
+
+def take_outcomes(found: Results) -> tuple[dict[str, Any], Outcomes]:
+    """Split what methods found into figures, as records have them, and the outcomes of those that say `right`."""
+    figures, outcomes = dict[str, Any](), Outcomes()
+    for method, by_key in found.items():
+        figures[method], outcomes[method] = {}, {}
+        for key, figure in by_key.items():
+            kept = dict(figure)
+            if (right := kept.pop("right", None)) is not None:
+                outcomes[method][key] = np.atleast_2d(right)
+            figures[method][key] = kept
+    return figures, outcomes
 
 
 def need_matplotlib(what: str) -> None:

@@ -176,7 +176,7 @@ class _Loop(Loop[Seen, Path]):
             return
         vit = make_vit(self.recipe)
         vit.load_state_dict(state)
-        encoder = Encoder(TorchModel(vit), self.config, record=None, weights_sha256=None)
+        encoder = Encoder(TorchModel(vit, self.config.size), self.config, record=None, weights_sha256=None)
         encoder.to(self.step.vit.cls_token.device)
         found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
         self.measured(steps, "knn", found)

@@ -150,7 +150,7 @@ def published(name: str, records: Path | None = None) -> Trained:
 def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
     """Gather the encoder of a finished run of one's own, with records of `eval all` and results of `eval finetune`."""
     record, weights = run_record(run), local_weights(run / "encoder")
-    found = {str(file): read_measured(file) for file in measured}
+    found = {str(file): read_measured(file, record["weights"]["sha256"]) for file in measured}
     _check_name(weights.config.name, run)
     trained = Trained(
         name=weights.config.name,

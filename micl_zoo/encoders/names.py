@@ -1,0 +1,90 @@
+"""What a name means: a row of a table, a path on this machine, or a repository of the hub at one commit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UsageError, unknown
+from . import pins
+from .pins import Pin
+from .public import PUBLIC
+from .zoo import DEFAULT, RECORDS, Record, find_record, is_name
+
+LOCAL = "local-dir:"  # as timm writes it
+FILES = (".safetensors", ".onnx")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the encoder that was asked for is: at one of three."""
+
+    record: Record | None = None  # its row, whose weights come with the package, or are published, or not yet
+    path: Path | None = None  # on this machine
+    pin: Pin | None = None  # on the hub
+    architecture: str | None = None  # asked for by timm's name; several take the same weights, to other embeddings
+
+    @property
+    def source(self) -> str | None:
+        """The name of a place on the hub that means the same commit from now on."""
+        if self.pin is None:
+            return None
+        return f"{self.architecture}@{self.pin.commit}" if self.architecture else self.pin.source
+
+
+def find_place(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> Place:
+    """Find what a name means; a repository of the hub is looked up, and nothing of it downloaded.
+
+    Args:
+        name: see `micl_zoo.load`.
+        weights: a path, beside which a name only says what must be there.
+
+    Raises:
+        UsageError: it means nothing.
+        WeightsError: the hub has no such repository, or cannot be reached.
+    """
+    if weights is not None:
+        if (name != DEFAULT and not isinstance(name, str)) or _path(str(name)):
+            raise UsageError(f"weights of two places were asked for, {str(name)!r} and {str(weights)!r}: give one")
+        find_record(str(name))  # raises
+        return Place(path=Path(weights))
+    if not isinstance(name, str):
+        return Place(path=Path(name))
+    if is_name(name):
+        return Place(record=find_record(name))
+    if path := _path(name):
+        return Place(path=path)
+    if found := pins.parse(name):
+        return Place(pin=pins.pin(*found))
+    tag, _, revision = name.partition("@")
+    if repo := _timm_repository(tag):
+        return Place(pin=pins.pin(repo, revision or None), architecture=tag)
+    known = [*RECORDS, *{record.arch for record in RECORDS.values()}, *PUBLIC]
+    others = "OWNER/NAME on the hub, hf-hub:OWNER/NAME@REVISION, or a path"
+    raise UsageError(f"{unknown('model', name, known)} Also: any name of timm with weights, {others}.")
+
+
+def _path(text: str) -> Path | None:
+    """Return the path that a text means, if it means one: because it says so, or something is there."""
+    if text.startswith(LOCAL):
+        return Path(text.removeprefix(LOCAL)).expanduser()
+    if not text or text.startswith(pins.PREFIXES):
+        return None
+    path = Path(text)
+    try:
+        if path.exists() or text.endswith(FILES) or text.startswith((".", "~", os.sep)):
+            return path.expanduser()
+        owner, *rest = text.split("/")  # OWNER/NAME where no folder is called OWNER: a wrong path is not sent anywhere
+        is_local = os.sep in text and (pins.parse(text) is None or Path(owner).exists())
+        return path if is_local or (rest and pins.parse(text) is None) else None
+    except OSError:  # a name of thousands of letters, a folder that may not be entered
+        return path
+
+
+def _timm_repository(name: str) -> str | None:
+    """Return where timm keeps the weights of `arch.tag`, or of a bare arch's own default."""
+    import timm
+
+    known = timm.get_pretrained_cfg(name) if timm.models.is_model_pretrained(name) else None
+    return known.hf_hub_id if known and known.hf_hub_id and "/" in known.hf_hub_id else None
