@@ -112,7 +112,7 @@ def model(weights: Path, device: str, precision: str, batch_size: int, backend: 
 
     encoder = micl_zoo.load(weights=weights, device=device, backend=backend)
     size, kind = encoder.transform.size, DTYPES[precision]
-    pixels = torch.randint(256, (batch_size, size, size, 3), dtype=torch.uint8, device=encoder.device)
+    pixels = torch.randint(256, (batch_size, *size, 3), dtype=torch.uint8, device=encoder.device)
     for _ in range(2):
         encoder.embed_tensor(pixels, autocast=kind)
     settle(encoder.device)

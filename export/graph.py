@@ -1,6 +1,6 @@
 """Turns an encoder and its transform into ONNX graphs.
 
-Shapes: B images, S the transform's side in pixels, h x w patches, D numbers per token.
+Shapes: B images of H x W pixels, as the transform makes them, h x w patches, D numbers per token.
 """
 
 from __future__ import annotations
@@ -43,17 +43,16 @@ class _Outputs(nn.Module):
 
 
 def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> ModelProto:
-    """Trace an encoder: pixel_values (B, 3, S, S) -> embedding[, patches], in float32, for any batch size."""
+    """Trace an encoder: pixel_values (B, 3, H, W) -> embedding[, patches], in float32, for any batch size."""
     if opset > (newest := onnx_opset_version()):
         raise ExportError(f"opset {opset} was asked for, and the newest that the installed onnx knows is {newest}")
-    side = encoder.transform.size
     names = ["embedding"] * (set(outputs) != {"patches"}) + ["patches"] * ("patches" in outputs)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # meant for torch's own developers
         try:
             made = torch.onnx.export(
                 _Outputs(encoder, outputs).eval(),
-                (torch.zeros(EXAMPLES, 3, side, side),),
+                (torch.zeros(EXAMPLES, 3, *encoder.transform.size),),
                 input_names=["pixel_values"],
                 output_names=names,
                 dynamic_shapes=({0: torch.export.Dim("batch", max=MOST)},),
@@ -88,7 +87,7 @@ def _opset(model: ModelProto) -> int:
 
 
 def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:
-    """Put the transform in front: `images` (B, H, W, 3) uint8 RGB of any size, one size per batch."""
+    """Put the transform in front: `images` (B, ?, ?, 3) uint8 RGB of any size, one size per batch."""
     before = parser.parse_model(preprocess_text(transform, _opset(model), model.ir_version))
     checker.check_model(before, full_check=True)
     merged: ModelProto = compose.merge_models(before, model, io_map=[("pre_pixels", "pixel_values")])
@@ -97,52 +96,130 @@ def with_preprocess(model: ModelProto, transform: Transform) -> ModelProto:
     return merged
 
 
+def resize_text(transform: Transform) -> str:
+    """Write the attributes of ONNX's antialiased Resize that make it Pillow's.
+
+    Its cubic one is Pillow's bicubic for a = -0.5 and without pixels outside of the image.
+
+    Raises:
+        ExportError: it has no such filter.
+    """
+    found = {"bicubic": 'mode = "cubic", cubic_coeff_a = -0.5, exclude_outside = 1', "bilinear": 'mode = "linear"'}
+    if transform.interpolation not in found:
+        raise ExportError(
+            f"the transform resizes by {transform.interpolation}, and ONNX has {' and '.join(found)} only: export it "
+            "without the preprocessing, and resize by Pillow"
+        )
+    return f"{found[transform.interpolation]}, antialias = 1, axes = [2, 3]"
+
+
 def preprocess_text(transform: Transform, opset: int, ir_version: int) -> str:
     """Write `Transform.pixels` and `normalise`, line by line, in ONNX's own notation.
 
-    ONNX's antialiased cubic Resize is Pillow's bicubic for a = -0.5 and without pixels outside of the image;
-    its Round takes halves to the even number, as Python's does. Normalising is
-    (pixel / 255 - mean) / std = pixel * gain - offset.
+    Sides are (height, width). ONNX's Round takes halves to the even number, as Python's does, its Div cuts whole
+    numbers. Normalising is (pixel / 255 - mean) / std = pixel * gain - offset.
     """
     gain = ", ".join(repr(1 / (255 * std)) for std in transform.std)
     offset = ", ".join(repr(mean / std) for mean, std in zip(transform.mean, transform.std, strict=True))
-    cubic = 'mode = "cubic", cubic_coeff_a = -0.5, exclude_outside = 1'
-    mode = {"bicubic": cubic, "bilinear": 'mode = "linear"'}[transform.interpolation]
-    size = transform.size
-    return f"""
-<ir_version: {ir_version}, opset_import: ["" : {opset}]>
-preprocess (uint8[batch, height, width, 3] images) => (float[batch, 3, {size}, {size}] pre_pixels)
-<
-  int64[1] pre_resize = {{{transform.resize}}}, int64[1] pre_size = {{{size}}}, int64[1] pre_int_two = {{2}},
-  int64[1] pre_max_aspect = {{{MAX_ASPECT}}}, int64[2] pre_axes = {{2, 3}}, float pre_two = {{2.0}},
-  float[1, 3, 1, 1] pre_gain = {{{gain}}}, float[1, 3, 1, 1] pre_offset = {{{offset}}}
->
-{{
-  pre_planes = Transpose<perm = [0, 3, 1, 2]>(images)
-  pre_sides = Shape<start = 2>(pre_planes)
-  pre_short = ReduceMin<keepdims = 1>(pre_sides)
-
-  pre_longest = Mul(pre_short, pre_max_aspect)
-  pre_kept = Min(pre_sides, pre_longest)
-  pre_over = Sub(pre_sides, pre_kept)
-  pre_from = Div(pre_over, pre_int_two)
-  pre_to = Add(pre_from, pre_kept)
-  pre_strip = Slice(pre_planes, pre_from, pre_to, pre_axes)
-
-  pre_scaled = Mul(pre_kept, pre_resize)
-  pre_resized = Div(pre_scaled, pre_short)
-  pre_image = Resize<{mode}, antialias = 1, axes = [2, 3]>(pre_strip, , , pre_resized)
-
-  pre_spare = Sub(pre_resized, pre_size)
+    fill = ", ".join(f"{value:.1f}" for value in transform.fill)
+    (down, across), (height, width) = transform.resize, transform.size
+    is_short = transform.mode == "border" or down < height or across < width
+    body = f"""
+  pre_transposed = Transpose<perm = [0, 3, 1, 2]>(images)
+  pre_planes = Reshape(pre_transposed, pre_as_it_is)
+  pre_sides = Shape<start = 1, end = 3>(images)
+{_STRIP if transform.mode == "center" else _WHOLE}
+{_resized_text(transform)}
+  pre_image = Resize<{resize_text(transform)}>(pre_strip, , , pre_resized)
+{_FILLED if is_short else _COVERED}
+  pre_spare = Sub(pre_padded, pre_size)
   pre_spare_number = Cast<to = 1>(pre_spare)
   pre_half = Div(pre_spare_number, pre_two)
   pre_rounded = Round(pre_half)
   pre_first = Cast<to = 7>(pre_rounded)
   pre_last = Add(pre_first, pre_size)
-  pre_square = Slice(pre_image, pre_first, pre_last, pre_axes)
+  pre_cut = Slice(pre_canvas, pre_first, pre_last, pre_axes)
 
-  pre_numbers = Cast<to = 1>(pre_square)
+  pre_numbers = Cast<to = 1>(pre_cut)
   pre_gained = Mul(pre_numbers, pre_gain)
   pre_pixels = Sub(pre_gained, pre_offset)
+"""
+    constants = {
+        "int64[2] pre_resize": f"{down}, {across}",
+        "int64[2] pre_size": f"{height}, {width}",
+        "int64[1] pre_max_aspect": f"{MAX_ASPECT}",
+        "int64[2] pre_axes": "2, 3",
+        "int64[4] pre_as_it_is": "0, 0, 0, 0",  # or ONNX Runtime transposes behind the resize, of wrong axes
+        "int64[1] pre_none": "0",
+        "int64[1] pre_one": "1",
+        "int64[1] pre_int_two": "2",
+        "float pre_two": "2.0",
+        "float pre_zero": "0.0",
+        "float[1, 3, 1, 1] pre_fill": fill,
+        "float[1, 3, 1, 1] pre_gain": gain,
+        "float[1, 3, 1, 1] pre_offset": offset,
+    }
+    used = ",\n".join(f"  {name} = {{{value}}}" for name, value in constants.items() if name.split()[-1] in body)
+    return f"""
+<ir_version: {ir_version}, opset_import: ["" : {opset}]>
+preprocess (uint8[batch, height, width, 3] images) => (float[batch, 3, {height}, {width}] pre_pixels)
+<
+{used}
+>
+{{
+{body}
 }}
+"""
+
+
+_WHOLE = """
+  pre_strip = Identity(pre_planes)
+  pre_kept = Identity(pre_sides)
+"""
+_STRIP = """
+  pre_narrow = ReduceMin<keepdims = 1>(pre_sides)
+  pre_longest = Mul(pre_narrow, pre_max_aspect)
+  pre_kept = Min(pre_sides, pre_longest)
+  pre_over = Sub(pre_sides, pre_kept)
+  pre_from = Div(pre_over, pre_int_two)
+  pre_to = Add(pre_from, pre_kept)
+  pre_strip = Slice(pre_planes, pre_from, pre_to, pre_axes)
+"""
+_COVERED = """
+  pre_padded = Identity(pre_resized)
+  pre_canvas = Identity(pre_image)
+"""
+_FILLED = """
+  pre_less = Sub(pre_size, pre_resized)
+  pre_lacks = Max(pre_less, pre_none)
+  pre_before = Div(pre_lacks, pre_int_two)
+  pre_after = Sub(pre_lacks, pre_before)
+  pre_pads = Concat<axis = 0>(pre_before, pre_after)
+  pre_levels = Cast<to = 1>(pre_image)
+  pre_above = Sub(pre_levels, pre_fill)
+  pre_around = Pad(pre_above, pre_pads, pre_zero, pre_axes)
+  pre_canvas = Add(pre_around, pre_fill)
+  pre_padded = Add(pre_resized, pre_lacks)
+"""
+
+
+def _resized_text(transform: Transform) -> str:
+    """Write `Transform.geometry`'s size after the resize."""
+    if transform.mode == "squash":
+        return "  pre_resized = Identity(pre_resize)"
+    if transform.mode == "center" and transform.resize[0] == transform.resize[1]:
+        return """
+  pre_short = ReduceMin<keepdims = 1>(pre_kept)
+  pre_scaled = Mul(pre_kept, pre_resize)
+  pre_resized = Div(pre_scaled, pre_short)
+"""
+    return f"""
+  pre_exact = Cast<to = 11>(pre_kept)
+  pre_aimed = Cast<to = 11>(pre_resize)
+  pre_ratios = Div(pre_exact, pre_aimed)
+  pre_ratio = {"ReduceMax" if transform.mode == "border" else "ReduceMin"}<keepdims = 1>(pre_ratios)
+  pre_quotients = Div(pre_exact, pre_ratio)
+  pre_nearest = Round(pre_quotients)
+  pre_lengths = Cast<to = 7>(pre_nearest)
+  pre_resized = Max(pre_lengths, pre_one)
 """

@@ -17,7 +17,7 @@ from micl_zoo.encoders.device import ONNX_PRECISIONS, Output, Precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.load import load
 from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, runtime
-from micl_zoo.encoders.torch_model import TorchModel, at_size
+from micl_zoo.encoders.torch_model import TorchModel, resample
 from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import ExportError, UsageError, unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
@@ -51,9 +51,9 @@ class Export:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON holds it."""
-        return {"file": self.path.name} | {
-            key: value for key, value in dataclasses.asdict(self).items() if key != "path"
-        }
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if key != "path"}
+        fields["card"]["config"]["transform"] = self.card.config.transform.to_dict()
+        return {"file": self.path.name} | fields
 
 
 def to_onnx(
@@ -98,7 +98,7 @@ def to_onnx(
     runtime()  # before any work
     try:
         from .check import BATCHES, measure, photographs
-        from .graph import encoder_graph
+        from .graph import encoder_graph, resize_text
         from .quantize import CONVERSIONS
     except ImportError as error:
         raise UsageError(f"an export needs {error.name}: {INSTALL}") from None
@@ -107,6 +107,8 @@ def to_onnx(
         raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
     encoder = _at_size(encoder, image_size).cpu().float()
     ordered = _ordered(encoder, outputs)
+    if with_preprocess:
+        resize_text(encoder.transform)  # raises
     row = CONVERSIONS[precision]
     bounds = (with_preprocess and row.inside) or row.bounds
     pictures = photographs(images)
@@ -146,7 +148,8 @@ def _at_size(encoder: Encoder, side: int | None) -> Encoder:
     if side is None:
         return encoder
     assert isinstance(encoder.runtime, TorchModel)
-    config, model = at_size(encoder.config, copy.deepcopy(encoder.runtime), side)
+    runtime, config = copy.deepcopy(encoder.runtime), encoder.config.at_size(side)
+    model = resample(runtime.model, config, runtime.projects)
     return Encoder(model, config, record=encoder.record, weights_sha256=encoder.weights_sha256)
 
 
@@ -167,6 +170,7 @@ def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output],
     config = encoder.config
     if encoder.record:  # whose terms are complete, unlike those of the weights' own config
         config = dataclasses.replace(config, license=encoder.record.license)
+    config = config.settled(resampled=hasattr(encoder.model, "set_input_size"))
     shapes = {name: encoder.runtime.shapes[name] for name in outputs}
     return OnnxCard(config, encoder.weights_sha256, precision, tuple(outputs), shapes, preprocess, versions)
 

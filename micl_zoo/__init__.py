@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # for type checkers it is True; importing typing takes lo
 if TYPE_CHECKING:  # what _LATER says; a test compares the two
     from typing import Any
 
-    from .encoders.encoder import Encoder, Features
+    from .encoders.encoder import Embedded, Encoder, Features
     from .encoders.hub import download
     from .encoders.load import load
     from .encoders.zoo import Record, list_models
@@ -38,12 +38,12 @@ if TYPE_CHECKING:  # what _LATER says; a test compares the two
     from .sources.index import ImageIndex
     from .sources.listing import index_source, list_source
     from .stores.convert import convert
-    from .stores.search import search
+    from .stores.search import search, text_encoder
     from .stores.store import Store, open_store
     from .stores.verify import verify
 
 _LATER = {
-    "encoders.encoder": ("Encoder", "Features"),
+    "encoders.encoder": ("Embedded", "Encoder", "Features"),
     "encoders.hub": ("download",),
     "encoders.load": ("load",),
     "encoders.zoo": ("Record", "list_models"),
@@ -64,15 +64,24 @@ _LATER = {
     "sources.index": ("ImageIndex",),
     "sources.listing": ("index_source", "list_source"),
     "stores.convert": ("convert",),
-    "stores.search": ("search",),
+    "stores.search": ("search", "text_encoder"),
     "stores.store": ("Store", "open_store"),
     "stores.verify": ("verify",),
 }
 
-__all__ = ["Encoder", "ExportError", "ExtractOptions", "Features", "ImageIndex", "Interrupted", "MiclZooError"]
+__all__ = [
+    "Embedded",
+    "Encoder",
+    "ExportError",
+    "ExtractOptions",
+    "Features",
+    "ImageIndex",
+    "Interrupted",
+    "MiclZooError",
+]
 __all__ += ["Record", "Refused", "SourceError", "Store", "StoreError", "Summary", "TrainingError", "Transform"]
 __all__ += ["UsageError", "WeightsError", "__version__", "convert", "download", "extract", "index_source"]
-__all__ += ["list_models", "list_source", "load", "open_store", "search", "verify"]
+__all__ += ["list_models", "list_source", "load", "open_store", "search", "text_encoder", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,7 @@ def decode_target(_: Path) -> Target:
     from micl_zoo.images.decode import Decoding, decode, decode_pixels
     from micl_zoo.images.transform import Transform
 
-    transform = Transform(32, 36)
+    transform = Transform.square(32, 36)
 
     def run(data: bytes) -> None:
         for one in (lambda: decode(data), lambda: decode_pixels(data, transform, Decoding(fast=True))):

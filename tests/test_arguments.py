@@ -227,7 +227,7 @@ class Broken:
 
 
 @pytest.mark.parametrize(
-    "images", [Broken(), None, 5, [5], [None], [{}], [np.zeros((3, 3))], [io.StringIO("x")], ["a\0b"]]
+    "images", [Broken(), None, 5, [5], [None], [{}], [np.zeros((3, 3), int)], [io.StringIO("x")], ["a\0b"]]
 )
 def test_what_is_no_image_to_search_for(made: Store, encoder_folder: Path, images: Any) -> None:
     with pytest.raises(UsageError, match="image"):

@@ -176,7 +176,11 @@ def extract_trial(script: Script, photos: Path, tmp_path: Path, *only: str) -> t
 def test_the_encoder_that_extract_measures_takes_the_usual_images(script: Script, tmp_path: Path) -> None:
     folder = script("toys").random_encoder(tmp_path / "encoder", "vit_b16.in1k", ("depth=1",))
     encoder = micl_zoo.load(weights=folder, device="cpu")
-    assert (encoder.name, encoder.transform.size, encoder.vit.patch_embed.num_patches) == ("vit_b16.random", 224, 196)
+    assert (encoder.name, encoder.transform.size, encoder.vit.patch_embed.num_patches) == (
+        "vit_b16.random",
+        (224, 224),
+        196,
+    )
 
 
 def test_the_goals_of_extract_are_judged_by_their_figures(script: Script) -> None:

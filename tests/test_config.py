@@ -92,7 +92,7 @@ def written(tmp_path: Path, vit: Any) -> Written:
 def test_timm_s_own_layout_loads_and_embeds_as_timm_does(written: Written, vit: Any) -> None:
     encoder = micl_zoo.load(written({}), device="cpu")
     assert (encoder.name, encoder.config.license) == ("vit_tiny_patch16_224.local", "apache-2.0")
-    assert encoder.transform == micl_zoo.Transform(64, 71, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    assert encoder.transform == micl_zoo.Transform.square(64, 71, mean=(0.5,) * 3, std=(0.5,) * 3)
     with torch.inference_mode():
         expected = vit.eval()(encoder.transform(picture(1))[None])[0].numpy()
     np.testing.assert_allclose(encoder.embed(picture(1), normalize=False)[0], expected, rtol=1e-5, atol=1e-5)
@@ -152,16 +152,19 @@ def test_timm_s_own_layout_loads_and_embeds_as_timm_does(written: Written, vit: 
         ({"pretrained_cfg": []}, "pretrained_cfg must be an object"),
         ({"pretrained_cfg.input_size": [3, 10**9, 10**9]}, r"input_size\[1\] is 1,?000"),
         ({"pretrained_cfg.input_size": [1, 64, 64]}, r"input_size\[0\] must be one of 3, it is 1"),
-        ({"pretrained_cfg.input_size": [3, 64, 96]}, r"input_size must be a square, it is \[64, 96\]"),
         (
-            {"pretrained_cfg.input_size": [3, 32, 32], "pretrained_cfg.fixed_input_size": False},
-            "cannot take images of 32 x 32 pixels",
+            {"pretrained_cfg.input_size": [3, 64, 96], "pretrained_cfg.fixed_input_size": False},
+            "cannot take images of 64 x 96 pixels",
         ),
-        ({"pretrained_cfg.crop_pct": 0}, "crop_pct is 0.0, and must be 0.05 to 1"),
+        ({"pretrained_cfg.crop_pct": 0}, "crop_pct is 0.0, and must be 0.05 to 4"),
         ({"pretrained_cfg.crop_pct": 1e-6}, "crop_pct is 1e-06"),
         ({"pretrained_cfg.crop_pct": NAN}, "crop_pct must be a finite number"),
-        ({"pretrained_cfg.crop_mode": "squash"}, "crop_mode must be one of center, it is 'squash'"),
-        ({"pretrained_cfg.interpolation": "evil"}, "interpolation must be one of bicubic, bilinear"),
+        ({"pretrained_cfg.crop_mode": "zoom"}, "crop_mode must be one of center, squash, border, it is 'zoom'"),
+        ({"pretrained_cfg.interpolation": "random"}, "interpolation must be one of bicubic, bilinear.*is 'random'"),
+        (
+            {"pretrained_cfg": {"input_size": [3, 9, 3], "crop_pct": 4}},
+            r"crop_pct 4 leaves nothing of images of \[9, 3",
+        ),
         ({"pretrained_cfg.mean": [0.5]}, "mean must have 3 values, it has 1"),
         ({"pretrained_cfg.mean": "abc"}, "mean must be a list"),
         ({"pretrained_cfg.mean": [0, INF, 0]}, r"mean\[1\] must be a finite number"),

@@ -70,7 +70,7 @@ def test_a_checkpoint_becomes_an_encoder(vit: VisionTransformer, file: Path, tmp
     weights = import_checkpoint(file, out, name="vit_small.theirs", license="CC BY-NC 4.0", num_heads=2)
     assert weights == out / "model.safetensors"
     encoder = micl_zoo.load(weights=out, device="cpu")
-    assert (encoder.name, encoder.transform) == ("vit_small.theirs", micl_zoo.Transform(32, 36))
+    assert (encoder.name, encoder.transform) == ("vit_small.theirs", micl_zoo.Transform.square(32, 36))
     with torch.inference_mode():
         tokens = vit.forward_features(pixels(32))
         features = encoder.features(pixels(32))
@@ -152,7 +152,7 @@ def test_known_shapes_need_no_heads(tmp_path: Path) -> None:
     assert (made["config"]["architecture"], made["config"]["model_args"]) == ("vit_tiny_patch16_224", {})
     assert made["provenance"]["shape"]["num_heads"] == 3
     encoder = micl_zoo.load("vit_ti16", weights=tmp_path / "encoder", device="cpu")
-    assert encoder.transform.id == micl_zoo.Transform(224, 256).id
+    assert encoder.transform.id == micl_zoo.Transform.square(224, 256).id
     with torch.inference_mode():
         torch.testing.assert_close(encoder(pixels(224)), vit(pixels(224)), rtol=0, atol=1e-6)
 

@@ -80,7 +80,7 @@ def test_all_damage_that_can_be_told_is_refused_and_nothing_else_is_raised(damag
 
 
 def test_the_fast_path_refuses_the_same_files(damaged: list[Damaged]) -> None:
-    transform, fast = Transform(size=32, resize=32), Decoding(fast=True)
+    transform, fast = Transform.square(32, 32), Decoding(fast=True)
     for file in damaged:
         exact, scaled = (
             verdict(decode, file.data),

@@ -131,7 +131,7 @@ Filter = Literal["bicubic", "bilinear"]
 
 
 def crop_of(data: bytes, box: Sequence[float], side: int, interpolation: Filter = "bicubic") -> np.ndarray:
-    return decode_crop(data, lambda width, height: box, side, interpolation)
+    return decode_crop(data, lambda width, height: box, (side, side), interpolation)
 
 
 def crop_in_full(image: Image.Image, box: Sequence[float], side: int, interpolation: Filter = "bicubic") -> np.ndarray:
@@ -212,7 +212,7 @@ def test_every_exif_orientation_is_cropped_upright(orientation: int, kind: str) 
         asked.append((width, height))
         return PART
 
-    got = decode_crop(data, box, 32, "bicubic")
+    got = decode_crop(data, box, (32, 32), "bicubic")
     assert asked == [(96, 64)]
     assert np.array_equal(got, crop_in_full(decode(data), PART, 32))
     assert apart(got, crop_in_full(upright, PART, 32)) <= (8 if kind == "JPEG" else 0)
@@ -255,7 +255,7 @@ def test_an_exif_block_without_sense_does_not_cost_the_crop(block: bytes) -> Non
         asked.append((width, height))
         return PART
 
-    assert np.array_equal(decode_crop(data, box, 32, "bicubic"), crop_in_full(decode(data), PART, 32))
+    assert np.array_equal(decode_crop(data, box, (32, 32), "bicubic"), crop_in_full(decode(data), PART, 32))
     assert asked == [decode(data).size]
 
 
@@ -322,7 +322,7 @@ def test_a_crop_is_refused_with_the_same_reasons() -> None:
             assert caught.value.reason == reason
             assert caught.value.detail == refusal(data).detail
     with pytest.raises(Refused, match="50 x 50"):  # what it would be decoded to
-        decode_crop(jpeg, lambda width, height: WHOLE, 32, "bicubic", max_pixels=1000)
+        decode_crop(jpeg, lambda width, height: WHOLE, (32, 32), "bicubic", max_pixels=1000)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
@@ -339,7 +339,7 @@ def test_a_mistake_in_the_box_is_not_taken_for_a_damaged_file(kind: str) -> None
         raise ZeroDivisionError("a mistake")
 
     with pytest.raises(ZeroDivisionError):
-        decode_crop(encoded(picture(0), kind), box, 32, "bicubic")
+        decode_crop(encoded(picture(0), kind), box, (32, 32), "bicubic")
 
 
 def test_a_decoding_is_named_and_checked() -> None:
@@ -359,8 +359,10 @@ def test_a_decoding_is_named_and_checked() -> None:
             Decoding(max_pixels=pixels)  # type: ignore[arg-type]
 
 
-TRANSFORMS = [Transform(), Transform(size=224, resize=248), Transform(size=32, resize=37, interpolation="bilinear")]
-TRANSFORMS += [Transform(size=64, resize=50)]  # larger than the picture: the rest is black
+TRANSFORMS = [Transform(), Transform.square(224, 248), Transform.square(32, 37, interpolation="bilinear")]
+TRANSFORMS += [Transform.square(64, 50)]  # larger than the picture: the rest is black
+TRANSFORMS += [Transform((64, 48), (71, 53)), Transform((80, 60), (80, 60), "squash", "bilinear")]
+TRANSFORMS += [Transform.square(64, 64, mode="border", mean=(0.5, 0.4, 0.1)), Transform((60, 71), (66, 78), "border")]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.id.partition("-0")[0])
@@ -370,7 +372,7 @@ def test_exact_pixels_are_those_of_the_transform(kind: str, transform: Transform
         data = encoded(picture(1, 700, 600).resize(size), kind)
         got = decode_pixels(data, transform)
         assert np.array_equal(got, transform.pixels(decode(data)))
-        assert (got.shape, got.dtype) == ((transform.size, transform.size, 3), np.uint8)
+        assert (got.shape, got.dtype) == ((*transform.size, 3), np.uint8)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda transform: transform.id.partition("-0")[0])
@@ -385,7 +387,7 @@ def test_fast_pixels_are_close_to_the_exact_ones(kind: str, transform: Transform
 
 
 def test_the_fast_path_decodes_at_a_scale_of_twice_the_need(decoded_sizes: list[tuple[int, int]]) -> None:
-    transform, fast = Transform(size=224, resize=224), Decoding(fast=True)
+    transform, fast = Transform.square(224, 224), Decoding(fast=True)
     for shorter in (440, 447, 448, 895, 896, 1791, 1792, 3584):
         data = encoded(picture(1, shorter * 4 // 3, shorter), "JPEG")
         decode_pixels(data, transform, fast)
@@ -394,7 +396,7 @@ def test_the_fast_path_decodes_at_a_scale_of_twice_the_need(decoded_sizes: list[
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_is_heeded_or_kept_on_both_paths(orientation: int) -> None:
-    upright, transform = picture(3, 960, 640), Transform(size=64, resize=64)
+    upright, transform = picture(3, 960, 640), Transform.square(64, 64)
     stored, exif = stored_as(upright, orientation)
     data = encoded(stored, "JPEG", exif=exif, quality=95)
     for fast in (False, True):
@@ -415,9 +417,9 @@ def test_both_paths_refuse_above_the_limit() -> None:
 
 def test_a_jpeg_with_more_pictures_behind_it_is_scaled_as_any(decoded_sizes: list[tuple[int, int]]) -> None:
     data = encoded(picture(1, 1600, 1200), "MPO", save_all=True, append_images=[picture(2, 1600, 1200)])
-    got = decode_pixels(data, Transform(size=64, resize=64), Decoding(fast=True))
+    got = decode_pixels(data, Transform.square(64, 64), Decoding(fast=True))
     assert decoded_sizes == [(200, 150)]
-    assert apart(got, Transform(size=64, resize=64).pixels(picture(1, 1600, 1200))) <= 1.5
+    assert apart(got, Transform.square(64, 64).pixels(picture(1, 1600, 1200))) <= 1.5
 
 
 def test_a_tga_is_known_by_its_footer() -> None:

@@ -230,7 +230,7 @@ def test_other_weights_and_other_images_are_refused(
     folder, out = image_folder(2), tmp_path / "s"
     extract(folder, out, weights=encoder_folder, workers=0)
     encoder = micl_zoo.load(weights=encoder_folder, device="cpu")
-    encoder.weights_sha256 = "0" * 64
+    encoder.vit.cls_token.data += 1
     with pytest.raises(StoreError, match="weights_sha256"):
         extract(folder, out, model=encoder, workers=0)
     picture(9).save(folder / "more.jpg")
@@ -636,7 +636,7 @@ def test_devices_and_processes() -> None:
         if devices != "all" or not torch.cuda.is_available():
             with pytest.raises(UsageError, match=text):
                 Local.find(devices, processes)
-    with pytest.raises(UsageError, match="give its name or weights="):
+    with pytest.raises(UsageError, match="save it, and give its folder by weights="):
         extract("x.jpg", "y", model=micl_zoo.load(pretrained=False, device="cpu"), processes=2)
 
 

@@ -188,7 +188,7 @@ IN_A_JPEG = {
 @pytest.mark.parametrize("name", IN_A_JPEG)
 @pytest.mark.parametrize("fast", [False, True])
 def test_segments_beside_the_pixels_of_a_jpeg_do_not_matter(name: str, fast: bool) -> None:
-    odd, transform = JPEG[:2] + IN_A_JPEG[name] + JPEG[2:], Transform(32, 32)
+    odd, transform = JPEG[:2] + IN_A_JPEG[name] + JPEG[2:], Transform.square(32, 32)
     whole = decode_pixels(JPEG, transform, Decoding(fast=fast))
     assert np.array_equal(decode_pixels(odd, transform, Decoding(fast=fast)), whole)
 
@@ -609,14 +609,14 @@ def test_a_limit_above_pillow_s_own_is_heeded(kind: str, monkeypatch: pytest.Mon
     assert refusal(data, max_pixels=500).reason == "too_large"
     assert Image.MAX_IMAGE_PIXELS == 1000
     strip = encoded(picture(1, 400, 9), kind)  # of which a part is cut
-    assert decode_pixels(strip, Transform(8, 8), Decoding()).shape == (8, 8, 3)
+    assert decode_pixels(strip, Transform.square(8, 8), Decoding()).shape == (8, 8, 3)
 
 
 def test_there_is_no_upper_wall() -> None:
     assert Decoding(max_pixels=10**12).max_pixels == 10**12
     data = encoded(Image.new("L", (16_000, 12_000), 120), "JPEG", quality=30)
     assert "raise it for extract with --max-pixels, in Python max_pixels=" in refusal(data).detail
-    transform = Transform(32, 32)
+    transform = Transform.square(32, 32)
     assert decode_pixels(data, transform, Decoding(fast=True)).mean() == pytest.approx(
         120, abs=2
     )  # 2000 x 1500 pixels are made

@@ -510,7 +510,7 @@ def test_a_checkpoint_alone_is_an_encoder(image_folder: Callable[..., Path], tmp
     assert pretrain(RECIPE, folder, run, overrides=TWIN, device="cpu", max_steps=5) == run
     shutil.copy(run / "checkpoints" / "step-00000005.safetensors", alone)
     encoder = micl_zoo.load(weights=alone, device="cpu")
-    assert (encoder.embed_dim, encoder.transform.size) == (32, 32)
+    assert (encoder.embed_dim, encoder.transform.size) == (32, (32, 32))
     assert torch.equal(encoder.vit.blocks[0].mlp.fc1.weight, load_file(alone)["model.blocks.0.mlp.fc1.weight"])
     assert header(alone)["provenance"]["recipe"]["epochs"] == 4
 

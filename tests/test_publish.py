@@ -215,9 +215,9 @@ def test_a_dry_run_needs_no_network_and_prints_the_row(
     assert row.startswith('    Record(\n        name="vit_ti16.mine",\n        summary="ViT, ')
     assert '        hub_commit="<commit>",\n' in row
     assert '        corpus="8 images of one\'s own",\n        license="unknown",\n' in row
-    assert "        transform=Transform(size=32, resize=32),\n" in row
+    assert "        transform=Transform(size=(32, 32), resize=(32, 32)),\n" in row
     assert '        metrics={"tin200": 60.2, "caltech101": 62.2},\n    ),\n' in row
-    assert pasted(row).transform == Transform(32, 32)
+    assert pasted(row).transform == Transform.square(32, 32)
     bare = invoke(run, "--repo", REPO, "--no-onnx", "--dry-run").output
     assert "encoders/zoo.py, without metrics, as no record with k-NN was given by --eval" in bare
     assert files(run / "hub") == PLAIN

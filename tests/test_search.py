@@ -128,7 +128,7 @@ def test_what_cannot_be_searched_for(made: Store, encoder_folder: Path, tmp_path
     bad = tmp_path / "bad.jpg"
     bad.write_text("no picture")
     for images, options, text in (
-        ((), {}, "needs an image or an id, got 0 to search for"),
+        ((), {}, "needs an image, a text or an id, got 0 to search for"),
         ((), {"ids": ["nowhere.jpg"]}, "has the id 'nowhere.jpg'; .*store.ids"),
         ((), {"ids": ["bad.jpg"]}, r"it could not be embedded: .* \[empty\]"),
         (bad, {}, r"image 0 \(bad.jpg\): .* \[not_an_image\]"),

@@ -22,7 +22,7 @@ from micl_zoo.images.decode import Decoding, decode
 from micl_zoo.images.transform import Transform
 from micl_zoo.sources.index import Entry
 
-TRANSFORM = Transform(32, 32)
+TRANSFORM = Transform((32, 24), (36, 27), "border")
 
 
 def decoders(workers: int = 2, batch_size: int = 12, image_timeout: float = 60) -> Decoders:
@@ -53,7 +53,7 @@ def test_a_system_without_files_in_memory(image_folder: Callable[..., Path], mon
     with decoders(workers=1) as pool:
         ((batch, pixels),) = taken(pool, [entries(image_folder(3))])
     assert not batch.refused
-    assert pixels.shape == (3, 32, 32, 3)
+    assert pixels.shape == (3, 32, 24, 3)
     assert pixels.any()
 
 

@@ -39,7 +39,12 @@ def open_image(file: str) -> Image.Image:
 
 
 def pixel_values(image: Image.Image, transform: dict[str, Any]) -> np.ndarray:
-    """What model_with_preprocess.onnx does inside, but for strips longer than 8 to 1: -> (3, size, size) float32."""
+    """What model_with_preprocess.onnx does inside, but for strips longer than 8 to 1: -> (3, size, size) float32.
+
+    It cuts squares from the centre: sizes of two sides, and modes that squash or pad, are left to the other file.
+    """
+    if "mode" in transform or transform["size"] > transform["resize"]:
+        sys.exit("this program has no such transform: export the model with --with-preprocess, and take that file")
     width, height = image.size
     sides = [int(transform["resize"] * side / min(width, height)) for side in (width, height)]
     image = image.resize((sides[0], sides[1]), Image.Resampling[transform["interpolation"].upper()])

@@ -60,7 +60,7 @@ def _failed(text: str, code: int) -> int:
     cls=_Main,
     commands=[
         *(extract.extract, stores.search, stores.verify, stores.convert),
-        *(zoo.models, zoo.info, zoo.download, zoo.export, zoo.doctor),
+        *(zoo.models, zoo.info, zoo.download, zoo.golden, zoo.export, zoo.doctor),
         *(train.train, train.bench, train.report, evaluate.eval_),
         *(release.card, release.publish, release.import_),
     ],

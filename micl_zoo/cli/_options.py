@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from ..encoders.zoo import find_record
 from ..errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -94,7 +93,15 @@ path = functools.partial(value, type=LocalPath())
 AS_JSON = flag("--json", "as_json", "Print one JSON object.")
 DEVICE = value("--device", "Device of the model: auto, cpu, cuda, cuda:N or mps.", default="auto")
 TRAINING_DEVICE = value("--device", "Device of the model: auto, cpu, cuda or cuda:N.", default="auto")
-STORE_WEIGHTS = path("--weights", "Weights of the store's encoder, where they are not published.")
+MODEL = "a name of `micl-zoo models`, OWNER/NAME on the hub, a name of timm, a file or a folder"
+STORE_MODEL = value(
+    *("--model", "--weights", "weights"),
+    "Encoder of the store, where its own is not found by itself.",
+    metavar="ENCODER",
+)
+IMAGE_SIZE = value(
+    *("--image-size", "Side of the images in pixels."), type=click.IntRange(1, 4096), show_default="the encoder's own"
+)
 REMOTE = flag("--remote", "Read images from all servers that the store names, not only from its own.")
 UNCHECKED = value("--check/--no-check", "Compare the checksum of each part that is read.", default=True)
 SOURCE = "any source that extract takes."
@@ -108,11 +115,6 @@ RANKS = together(
     count("--max-steps", "Number of steps after which the run stops with a checkpoint."),
     TRAINING_DEVICE,
 )
-
-
-def encoder_of(text: str) -> dict[str, Any]:
-    """The argument `weights` for a path, of a run's folder too; else the argument `model`, a name of the table."""
-    return {"weights": Path(text)} if Path(text).exists() else {"model": find_record(text).name}
 
 
 def call_words(leave_out: Collection[str] = ()) -> list[str]:

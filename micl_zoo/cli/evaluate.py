@@ -160,7 +160,7 @@ def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
 def eval_finetune(encoder: str, data: str, out: Path, as_json: bool, **options: Any) -> None:
     """Fine-tune ENCODER and a linear head on the training part of a labelled set, and test on its test part.
 
-    ENCODER is a name (see `micl-zoo models`), the folder of a training run or of an encoder, or a .safetensors file.
+    ENCODER, a ViT, is a name of `micl-zoo models`, OWNER/NAME on the hub, a name of timm, a file or a folder.
 
     Follows MAE's protocol; the recipe holds the numbers. Writes run.json, metrics.jsonl, checkpoints/, result.json,
     classifier/, which timm loads, and encoder/, the same without its head. The accuracy is that of the last step. A
@@ -177,7 +177,7 @@ def eval_finetune(encoder: str, data: str, out: Path, as_json: bool, **options: 
     from micl_zoo.training.finetuning.finetune import finetune
     from micl_zoo.training.run.ranks import says
 
-    found = finetune(data, out, **opt.encoder_of(encoder), **options)
+    found = finetune(data, out, model=encoder, **options)
     if not says():
         return
     if found is None:

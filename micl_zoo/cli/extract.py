@@ -13,15 +13,20 @@ from ..sources.names import EXCLUDED
 from . import _options as opt
 
 REFUSED_EXIT_CODE = 3
+POOLS = (
+    "Row of an image: the encoder's own (native), a CLIP's projection, class token, mean of the patches, both, or all "
+    "patches."
+)
 DEFAULTS = f"Left out besides: hidden names, {', '.join(EXCLUDED)}."
 
 
 @click.command(cls=opt.Command)
 @click.argument("source", nargs=-1, required=True)
 @opt.value("-o", "--out", "Output folder or URI; the same command resumes it.", required=True)
-@opt.value("--model", "Name of an encoder, see `micl-zoo models`.", default=DEFAULT)
-@opt.path("--weights", "Your own .safetensors or .onnx file or folder, in place of --model.")
-@opt.choice("--pool", get_args(Pool), "Class token, mean of the patches, both, or all patches.")
+@opt.value("--model", f"Encoder: {opt.MODEL}.", default=DEFAULT, metavar="ENCODER")
+@opt.path("--weights", "A file or a folder, which --model takes too.", hidden=True)
+@opt.value("--pool", POOLS, type=click.Choice(get_args(Pool)), show_default="the encoder's own")
+@opt.IMAGE_SIZE
 @opt.value("--normalize/--no-normalize", "Embeddings of unit length, or as they are.", default=True)
 @opt.choice("--dtype", ["float32", "float16"], "Data type of the stored embeddings.")
 @opt.choice(
@@ -84,11 +89,12 @@ def extract(
 
     Examples:
       micl-zoo extract ~/Pictures -o embeddings
+      micl-zoo extract photos/ -o embeddings --model timm/vit_small_patch14_reg4_dinov2.lvd142m
       micl-zoo extract "scans/**/*.png" -o embeddings --pool mean --precision fp32
       micl-zoo extract "shards/train-{0000..0099}.tar" -o embeddings --devices all --dtype float16
       micl-zoo extract s3://bucket/photos -o s3://bucket/embeddings --engine ray --address auto
       find photos -name "*.jpg" -newer last | micl-zoo extract - -o embeddings --only-missing
-      micl-zoo extract list.csv -o embeddings --weights runs/first/encoder --json
+      micl-zoo extract list.csv -o embeddings --model runs/first/encoder --json
     """
     from ..extraction.extract import extract as run
 

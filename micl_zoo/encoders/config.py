@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from ..errors import WeightsError
-from ..images.transform import Filter, Transform
+from ..images.transform import Filter, Mode, Transform
 from ..schema import Between, read
 from .device import Pool
 
@@ -26,10 +26,11 @@ MAX_GRID = 128  # patches along a side
 MAX_PATCHES = MAX_GRID * MAX_GRID  # per image
 ARCHITECTURE = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)  # no hf-hub:, no local-dir:, no path, no tag
 NAME = re.compile(r"\w(?:[\w.+ ()-]*[\w.+)-])?")  # also part of file names
-MIN_CROP = 0.05  # share of the resized side; less only costs memory
+MIN_CROP, MAX_CROP = 0.05, 4  # share of the resized side; less only costs memory, more only adds a border
 CURE = "take the config.json that timm or micl-zoo wrote for these weights"
 
 Side = Annotated[int, Between(1, 4096)]  # pixels
+Aim = Annotated[int, Between(1, 4096 / MIN_CROP)]  # pixels of a side after the resize
 Width = Annotated[int, Between(1, 8192)]  # numbers per token
 Depth = Annotated[int, Between(1, 128)]
 Heads = Annotated[int, Between(1, 256)]
@@ -148,8 +149,8 @@ class PretrainedCfg:
 
     input_size: tuple[Literal[3], Side, Side] = (3, 224, 224)
     interpolation: Filter = "bicubic"
-    crop_pct: Annotated[float, Between(MIN_CROP, 1)] = 0.875
-    crop_mode: Literal["center"] = "center"
+    crop_pct: Annotated[float, Between(MIN_CROP, MAX_CROP)] = 0.875
+    crop_mode: Mode = "center"
     mean: tuple[Mean, Mean, Mean] = Transform.mean
     std: tuple[Std, Std, Std] = Transform.std
     license: Annotated[str, Between(0, 1000)] | None = None
@@ -158,8 +159,8 @@ class PretrainedCfg:
     fixed_input_size: bool | None = None  # None: as timm's own entry for the architecture says
 
     def __post_init__(self) -> None:
-        if self.input_size[1] != self.input_size[2]:
-            raise ValueError(f"input_size must be a square, it is {list(self.input_size[1:])}")
+        if min(self.transform.resize) < 1:
+            raise ValueError(f"crop_pct {self.crop_pct:g} leaves nothing of images of {list(self.input_size[1:])}")
 
     @property
     def transform(self) -> Transform:
@@ -169,17 +170,25 @@ class PretrainedCfg:
 
 @dataclass(frozen=True)
 class TransformFile:
-    """A `Transform` as an ONNX file's metadata say it."""
+    """A `Transform` as an ONNX file's metadata say it: (height, width), of squares from the centre one number."""
 
-    size: Side
-    resize: Annotated[int, Between(1, 4096 / MIN_CROP)]
+    size: tuple[Side, Side] | Side
+    resize: tuple[Aim, Aim] | Aim
     interpolation: Filter
     mean: tuple[Mean, Mean, Mean]
     std: tuple[Std, Std, Std]
+    mode: Mode = "center"
 
     def __post_init__(self) -> None:
-        if self.resize * MIN_CROP > self.size:
-            raise ValueError(f"resize is {self.resize:,} for images of {self.size}")
+        size, resize = self.transform.size, self.transform.resize
+        if any(not MIN_CROP * aim <= side <= MAX_CROP * aim for side, aim in zip(size, resize, strict=True)):
+            raise ValueError(f"resize is {self.resize} for images of {self.size}")
+
+    @property
+    def transform(self) -> Transform:
+        """The transform that it describes."""
+        size, resize = (one if isinstance(one, tuple) else (one, one) for one in (self.size, self.resize))
+        return Transform(size, resize, self.mode, self.interpolation, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,7 @@ class Own:
 
     name: Annotated[str, Between(1, 200)] | None = None
     pool: Pool = "cls"
+    trained_size: tuple[Side, Side] | None = None  # of the images that the weights' positions are for
 
     def __post_init__(self) -> None:
         if self.name is not None and not NAME.fullmatch(self.name):
@@ -223,8 +233,9 @@ def read_config(found: Any, what: str) -> tuple[ConfigFile, dict[str, Any]]:
         found = found | {"pretrained_cfg": found}
     body = read(ConfigFile, found, what, WeightsError, CURE, others=True)
     asked = read(ModelArgs, body.model_args, f"{what}, model_args,", WeightsError, CURE)
-    if body.pretrained_cfg.fixed_input_size and (size := asked.img_size):  # as timm reads it
-        size = (size, size) if isinstance(size, int) else size
+    own = body.micl_zoo
+    if body.pretrained_cfg.fixed_input_size and not (own and own.trained_size) and (size := asked.img_size):
+        size = (size, size) if isinstance(size, int) else size  # as timm reads it
         body = replace(body, pretrained_cfg=replace(body.pretrained_cfg, input_size=(3, *size)))
     return body, {name: value for name, value in vars(asked).items() if value is not None}
 

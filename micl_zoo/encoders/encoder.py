@@ -8,47 +8,34 @@ from __future__ import annotations
 import operator
 import os
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, cast, get_args
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..errors import Refused, UsageError, unknown
-from ..files import read_regular
-from ..images.decode import MIN_SIDE, Exif, decode, refusal_of, to_rgb
+from ..errors import UsageError, unknown
+from ..files import file_sha256, local_path
 from ..images.transform import Transform
+from ..progress import progress as progress_bar
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
-from .weights import EncoderConfig
+from .inputs import ImageLike, Skipped, each_made, one_or_many
+from .torch_model import fingerprint, own_pool
+from .weights import CHANGED, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
 from .zoo import Record
 
 if TYPE_CHECKING:
     from .onnx_session import OnnxCard
 
-ImageLike = (
-    str
-    | os.PathLike[str]
-    | bytes
-    | bytearray
-    | memoryview
-    | BinaryIO
-    | dict[str, Any]
-    | Image.Image
-    | np.ndarray
-    | Tensor
-)
-Bytes = bytes | bytearray | memoryview
-_CHANNELS = (1, 3, 4)  # grey, RGB, RGB and alpha
-_WANTED = (
-    "give paths, encoded bytes, open files, PIL images, dictionaries with bytes or path, or uint8 arrays or tensors of "
-    "(H, W) or (H, W, 1, 3 or 4)"
-)
+Images = ImageLike | Iterable[ImageLike]
 
 
 class Features(NamedTuple):
@@ -61,6 +48,20 @@ class Features(NamedTuple):
 
     cls: Tensor
     patches: Tensor
+
+
+class Embedded(NamedTuple):
+    """Embeddings of the images that can be read, and what is known of the others.
+
+    Attributes:
+        rows: (N, *row_shape(pool)) float32.
+        kept: (N,) int64, the place of each row's image among those given.
+        skipped: the images left out: `place`, `name`, `reason` (one word, see `Refused`), `detail`.
+    """
+
+    rows: np.ndarray
+    kept: np.ndarray
+    skipped: list[Skipped]
 
 
 class Runtime(Protocol):
@@ -94,9 +95,7 @@ class Encoder(nn.Module):
         transform: from an image to pixel_values; the only right one for these weights.
         record: its row of the table, found by the sha256 of a file; None for weights that are in none.
         name: `arch.tag`.
-        source: hf-hub:OWNER/NAME@COMMIT that its weights came from, or None.
         pool: how it embeds unless told otherwise, see `forward`.
-        weights_sha256: of the file it came from, or None for random weights.
         card: what an ONNX file says of itself; None on the other backends.
     """
 
@@ -113,10 +112,10 @@ class Encoder(nn.Module):
         self.transform: Transform = config.transform
         self.record = record
         self.name = config.name
-        self.source = config.source
-        self.weights_sha256 = weights_sha256
-        self.pool: Pool = config.pool if config.pool != "native" else _own_name(runtime)
+        self.pool: Pool = own_pool(config.pool, runtime.model)
         self.card: OnnxCard | None = getattr(runtime, "card", None)
+        self._file_sha256 = weights_sha256
+        self._loaded = self._fingerprint() if weights_sha256 else ""  # of the weights as they came from that file
         self._compiled_size: int | None = None  # images per compiled batch
         self.eval()
 
@@ -142,6 +141,80 @@ class Encoder(nn.Module):
         if not isinstance(self.model, VisionTransformer):
             raise AttributeError(f"{self.config.architecture} is no VisionTransformer of timm: its model is `.model`")
         return self.model
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        """Do as torch does for `.to()` and the like: in another data type the weights are still those of the file."""
+        before, as_loaded = self._dtype(), not self.changed
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if as_loaded and self._file_sha256 and self._dtype() != before:
+            self._loaded = self._fingerprint()
+        return self
+
+    def _dtype(self) -> torch.dtype | None:
+        return next((one.dtype for one in self.parameters()), None)
+
+    def _fingerprint(self) -> str:
+        return fingerprint(self.runtime.model) if self.runtime.model is not None else ""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weights have been changed, as by fine-tuning, since they were loaded from a file."""
+        return self._file_sha256 is not None and self._fingerprint() != self._loaded
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """The sha256 of the file that the weights came from; None for random weights and where they were changed."""
+        return None if self.changed else self._file_sha256
+
+    @property
+    def source(self) -> str | None:
+        """The hf-hub:OWNER/NAME@COMMIT that the weights came from; None for others and where they were changed."""
+        return None if self.changed else self.config.source
+
+    def identity(self) -> tuple[str, str]:
+        """Return name and sha256 of the file of these weights, the one that `save` would write if there is none yet.
+
+        A store has these two in its manifest, so it knows a changed encoder again that is saved only later.
+        """
+        if (known := self.weights_sha256) is not None:
+            return self.name, known
+        with TemporaryDirectory() as folder:
+            return self._config_to_save().name, file_sha256(self.save(folder))
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write `model.safetensors` and `config.json`, which `micl_zoo.load` and timm's `local-dir:` take.
+
+        The same weights make the same file, in their own data type. Its header says what they were loaded from and
+        whether they have been changed since; if so, the name ends in "-changed".
+
+        Args:
+            folder: made if need be.
+            overwrite: replace an encoder that is in the folder.
+
+        Returns:
+            The path of model.safetensors.
+
+        Raises:
+            UsageError: the encoder has no torch model, there is an encoder already, or the folder cannot be written to.
+        """
+        if self.runtime.model is None:
+            raise UsageError("an exported file has no torch model to save: copy the file")
+        place = local_path(folder)
+        if not overwrite and (there := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (place / name).exists()]):
+            raise UsageError(f"{str(place / there[0])!r} exists: take another folder, or overwrite=True")
+        state, changed = self.runtime.model.state_dict(), self.changed if self._file_sha256 else None
+        source = {"encoder": self.name, "source": self.config.source, "encoder_sha256": self._file_sha256}
+        try:
+            return save_weights(place, state, self._config_to_save(), source | {"changed": changed}, None)
+        except OSError as error:
+            raise UsageError(f"cannot write to {str(place)!r}: {error.strerror or error}") from None
+
+    def _config_to_save(self) -> EncoderConfig:
+        name = f"{self.name.removesuffix(CHANGED)}{CHANGED}" if self.changed else self.name
+        classes = self.config.num_classes if "projection" in self.pools else 0  # a classifier was left out
+        terms = self.record.license if self.record else self.config.license
+        config = self.config.settled(resampled=hasattr(self.model, "set_input_size"))
+        return replace(config, name=name, num_classes=classes, license=terms)
 
     @property
     def device(self) -> torch.device:
@@ -247,37 +320,73 @@ class Encoder(nn.Module):
         if self._compiled_size is not None:
             self._compiled_size = min(self._compiled_size, batch_size)
 
+    @overload
+    def embed(
+        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool | None = ...,
+        workers: int = ..., progress: bool = ..., skip_bad: Literal[False] = ...,
+    ) -> np.ndarray: ...  # fmt: skip
+
+    @overload
+    def embed(
+        self, images: Images, *, batch_size: int = ..., normalize: bool = ..., pool: Pool | None = ...,
+        workers: int = ..., progress: bool = ..., skip_bad: Literal[True],
+    ) -> Embedded: ...  # fmt: skip
+
     def embed(
         self,
-        images: ImageLike | Iterable[ImageLike],
+        images: Images,
         *,
         batch_size: int = 64,
         normalize: bool = True,
         pool: Pool | None = None,
-    ) -> np.ndarray:
+        skip_bad: bool = False,
+        workers: int = 0,
+        progress: bool = False,
+    ) -> np.ndarray | Embedded:
         """Embed images through this encoder's own transform.
 
         Args:
-            images: one or many of: paths, encoded bytes, files open in binary mode, PIL images, dictionaries of data
-                sets (`{"bytes": …, "path": …}`), uint8 arrays or tensors (H, W) or (H, W, 1, 3 or 4), of which four
-                are RGB and alpha. An array or tensor of four axes is many.
+            images: one or many of: paths, encoded bytes, files open in binary mode, PIL images, images and rows of
+                `datasets` (`{"bytes": …, "path": …}`, `{"image": …}`), arrays or tensors (H, W) or (H, W, 1, 3 or 4),
+                of which four are RGB and alpha; tensors also (1, 3 or 4, H, W). White is 255 in uint8, 65,535 in
+                uint16, 1 in floats, True in booleans. An array or tensor of four axes is many.
             batch_size: images per forward pass.
             normalize: scale to unit length, so that a dot product is the cosine: each row, with "patches" each token.
             pool: see `forward`.
+            skip_bad: leave out images that cannot be read, and say which.
+            workers: number of threads that read paths and decode, beside the one that runs the model.
+            progress: show a progress bar, on a terminal.
 
         Returns:
-            (images, *row_shape(pool)) float32, in the order given.
+            (images, *row_shape(pool)) float32, in the order given; with skip_bad an `Embedded` of those that can be
+            read.
 
         Raises:
-            UsageError: batch_size is no whole number of at least 1, or an image cannot be read; the text has its place.
-                `extract` goes on past such images.
+            UsageError: batch_size or workers is no such number, or an image cannot be read; the text has its place.
         """
-        size, many = _whole(batch_size), one_or_many(images)
-        pixels = (self.transform.pixels(open_image(image, place)) for place, image in enumerate(many))
-        rows = [np.empty((0, *self.row_shape(pool)), np.float32)]
-        while batch := list(islice(pixels, size)):
-            rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
-        return np.concatenate(rows)
+        size, threads, many = _whole("batch_size", batch_size, 1), _whole("workers", workers, 0), one_or_many(images)
+        kept, skipped, rows = list[int](), list[Skipped](), [np.empty((0, *self.row_shape(pool)), np.float32)]
+        made = each_made(many, self.transform.pixels, threads)
+        total = operator.length_hint(many) or None
+
+        def readable() -> Iterator[np.ndarray]:
+            for place, one in enumerate(made):
+                if not isinstance(one, Skipped):
+                    kept.append(place)
+                    yield one
+                elif not skip_bad:
+                    raise UsageError(str(one))
+                else:
+                    skipped.append(one)
+                    tick(1, f"{len(skipped):,} left out")
+
+        with progress_bar(f"embedding with {self.name}", total, show=progress) as tick, closing(made):
+            pixels = readable()
+            while batch := list(islice(pixels, size)):
+                rows.append(self.embed_pixels(np.stack(batch), normalize=normalize, pool=pool))
+                tick(len(batch))
+        found = np.concatenate(rows)
+        return Embedded(found, np.array(kept, np.int64), skipped) if skip_bad else found
 
     def embed_pixels(
         self,
@@ -314,13 +423,6 @@ class Encoder(nn.Module):
         return F.normalize(rows, dim=-1) if normalize else rows
 
 
-def _own_name(runtime: Runtime) -> Pool:
-    """Say by which name stores hold a model's own row: a class token by that one."""
-    model: Any = runtime.model
-    is_token = isinstance(model, VisionTransformer) and model.global_pool == "token" and "cls" in runtime.shapes
-    return "cls" if is_token and isinstance(model.fc_norm, nn.Identity) else "native"
-
-
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Find what to compile: a transformer's blocks; else the stages, and whatever else is called by itself."""
     children = [model.blocks] if isinstance(getattr(model, "blocks", None), nn.Module) else model.children()
@@ -328,122 +430,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [cast(nn.Module, block) for blocks in found for block in blocks]
 
 
-def _whole(batch_size: Any) -> int:
-    """Return a size of whatever type as one that Python can count to."""
+def _whole(name: str, value: Any, least: int) -> int:
+    """Return a number of whatever type as one that Python can count to."""
     try:
-        size = min(operator.index(batch_size), sys.maxsize)
+        number = min(operator.index(value), sys.maxsize)
     except TypeError:
-        raise UsageError(f"batch_size must be a whole number, got {batch_size!r}") from None
-    if size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {size}")
-    return size
-
-
-def one_or_many(images: Any) -> Iterable[Any]:
-    """Go through what `Encoder.embed` takes image by image."""
-    return [images] if _is_one(images) else _iterated(images)
-
-
-def _is_one(images: Any) -> bool:
-    """Tell one image from many: an array of three axes is one, for (N, H, W) and (3, H, W) cannot be told apart."""
-    if isinstance(images, np.ndarray | Tensor):
-        return images.ndim in (2, 3)
-    return isinstance(images, str | os.PathLike | Image.Image | dict | Bytes) or hasattr(images, "read")
-
-
-def _iterated(images: Any) -> Iterable[Any]:
-    try:
-        if isinstance(images, Tensor):  # one by one they would be copied from their device one by one
-            images = _on_host(images)
-        if isinstance(images, np.generic):  # some iterate over nothing
-            raise TypeError
-        return iter(images)
-    except Refused as refused:
-        raise UsageError(f"images: {refused.detail}") from None
-    except TypeError:  # not iterable, an array without axes
-        raise UsageError(f"images: {_WANTED}; got {_shown(images)}") from None
-
-
-def open_image(image: Any, place: int, exif: Exif = "upright") -> Image.Image:
-    """Decode or convert whatever is an image to RGB; UsageError, which has its place, where that cannot be."""
-    try:
-        found = _decoded(image)
-        if min(found.size) < MIN_SIDE:
-            raise Refused("too_small", f"{found.size}")
-        return to_rgb(found, exif=exif)
-    except Exception as error:  # images and files that others opened raise whatever damage makes them raise
-        refused = error if isinstance(error, Refused) else refusal_of(error)
-        why = f"{refused.detail} [{refused.reason}]" if refused else str(error) or type(error).__name__
-        raise UsageError(f"image {place} ({_shown(image)}): {why}") from None
-
-
-def _decoded(image: Any) -> Image.Image:
-    """Decode or convert whatever is an image without a doubt."""
-    if (data := encoded(image)) is not None:
-        return decode(data)
-    image = _of_dict(image)
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, Tensor):
-        image = _on_host(image).numpy()
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
-    raise Refused("unsupported", _WANTED)
-
-
-def encoded(image: Any) -> bytes | None:
-    """Return the bytes of an image that is encoded, be it in a file; None of one that is pixels already."""
-    image = _of_dict(image)
-    if isinstance(image, Bytes):
-        return bytes(image)
-    if isinstance(image, str | os.PathLike):
-        path = os.fsdecode(image)
-        if "://" in path and not Path(path).exists():
-            raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
-        return read_regular(Path(path))
-    return None if isinstance(image, Image.Image) or not hasattr(image, "read") else _read(image)
-
-
-def _of_dict(image: Any) -> Any:
-    """Take what a dictionary, as data sets have it, holds: bytes, else the path of a file."""
-    if isinstance(image, dict):
-        return next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
-    return image
-
-
-def _read(file: BinaryIO) -> bytes:
-    if getattr(file, "seekable", bool)():  # from its start, as Pillow reads it
-        file.seek(0)
-    data: object = file.read()
-    if isinstance(data, Bytes):
-        return bytes(data)
-    if isinstance(data, str):
-        raise Refused("unsupported", "the file is open as text: open it in mode 'rb'")
-    raise Refused("unreadable", f"its read() gives {type(data).__name__}, not bytes")
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """Copy a tensor of pixels from wherever it is."""
-    if tensor.dtype != torch.uint8:
-        got = str(tensor.dtype).removeprefix("torch.")
-        raise Refused("unsupported", f"a tensor must be uint8, 0 to 255; got {got}: scale and convert it")
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout)
-        raise Refused("unsupported", f"a tensor must be dense, with its pixels in memory; got a {kind} one")
-    return tensor.detach().cpu().resolve_neg()
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8:
-        raise Refused("unsupported", f"an array must be uint8, 0 to 255; got {array.dtype}: scale and convert it")
-    if array.ndim not in (2, 3) or channels not in _CHANNELS or not array.size:
-        hint = ": move its first axis to the end" if array.ndim == 3 and array.shape[0] in _CHANNELS else ""
-        raise Refused(
-            "unsupported", f"an array must be (H, W), or (H, W, C) of {_CHANNELS} channels; got {array.shape}{hint}"
-        )
-    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and channels == 1 else array))
-
-
-def _shown(image: Any) -> str:
-    return str(image) if isinstance(image, str | os.PathLike) else type(image).__name__
+        raise UsageError(f"{name} must be a whole number, got {value!r}") from None
+    if number < least:
+        raise UsageError(f"{name} must be at least {least}, got {number}")
+    return number

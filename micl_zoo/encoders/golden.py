@@ -35,16 +35,16 @@ def golden_file(record: Record) -> Path:
     return embedded_file(f"{record.name}.golden.json")
 
 
-def golden_images(size: int) -> dict[str, np.ndarray]:
-    """Return the images by name: (size, size, 3) uint8."""
+def golden_images(height: int, width: int) -> dict[str, np.ndarray]:
+    """Return the images by name: (height, width, 3) uint8."""
     import numpy as np
 
-    down, across = np.mgrid[:size, :size]
-    radius = (2 * down - size) ** 2 + (2 * across - size) ** 2
+    down, across = np.mgrid[:height, :width]
+    radius = (2 * down - height) ** 2 + (2 * across - width) ** 2
     squares = (down // 16 + across // 16) % 2
-    words = np.random.PCG64(0).random_raw((size, size, 3))  # the generator's own bits, which no release may change
+    words = np.random.PCG64(0).random_raw((height, width, 3))  # the generator's own bits, which no release may change
     planes = {
-        "gradient": [255 * down // size, 255 * across // size, 255 - 255 * down // size],
+        "gradient": [255 * down // height, 255 * across // width, 255 - 255 * down // height],
         "rings": [radius // 256 % 256, radius // 512 % 256, radius // 1024 % 256],
         "squares": [230 * squares, 40 + 90 * squares, 200 - 160 * squares],
     }
@@ -54,7 +54,7 @@ def golden_images(size: int) -> dict[str, np.ndarray]:
 
 def golden_numbers(encoder: Encoder) -> dict[str, list[float]]:
     """Compute by image the first NUMBERS numbers of its embedding."""
-    images = golden_images(encoder.transform.size)
+    images = golden_images(*encoder.transform.size)
     rows = encoder.embed(list(images.values()))
     return {name: [round(float(n), DIGITS) for n in row[:NUMBERS]] for name, row in zip(images, rows, strict=True)}
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UsageError, WeightsError
 from ..files import atomic_path, file_sha256
-from ..telemetry import no_telemetry
+from ..schema import read_json
+from .names import Place, find_place
+from .pins import Pin, PinnedFile
+from .public import row_of
 from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
-from .zoo import Record, find_record
+from .zoo import Record
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,13 @@ class Placed:
 
 
 def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, overwrite: bool = False) -> list[Placed]:
-    """Put `config.json` and `model.safetensors` of a published encoder into a folder, for `load(weights=folder)`.
+    """Put `config.json` and `model.safetensors` of an encoder into a folder, which `load` takes without a network.
 
-    They come from the package, or from the hub by full commit, and have the sha256 of the table. A file that is there
-    with the right bytes stays, so repeating an interrupted call completes it.
+    They come from the package, or from the hub by full commit, and have the sha256 of the table or of the hub. A file
+    that is there with the right bytes stays, so repeating an interrupted call completes it.
 
     Args:
-        name: `arch.tag`, or a bare arch for its best published tag.
+        name: of our table, of the hub or of timm, see `load`.
         folder: made if need be.
         onnx: put `model.onnx` there, too.
         overwrite: replace files with other bytes.
@@ -41,43 +44,76 @@ def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, o
         UsageError: no such name, or the folder has one of the files with other bytes.
         WeightsError: not published, not reachable, or not the right bytes.
     """
-    record, folder = find_record(name), Path(folder)
-    if record.sha256 is None:
+    place, folder = find_place(name), Path(folder)
+    if place.path is not None:
+        raise UsageError(f"{str(place.path)!r} is on this machine: copy it")
+    record = place.record
+    if record and record.sha256 is None:
         raise WeightsError(not_published(record))
-    if onnx and record.onnx is None:
-        raise WeightsError(f"no ONNX file of {record.name} is published: leave onnx out, and export it from the folder")
+    if onnx and (record is None or record.onnx is None):
+        raise WeightsError(f"no ONNX file of {name} is published: leave onnx out, and export it from the folder")
+    sha256 = record.sha256 if record else place.pinned.files[place.pinned.weights].sha256
     weights, config, exported = (folder / file for file in (WEIGHTS_FILE, CONFIG_FILE, ONNX_FILE))
-    wanted = {weights: record.sha256} | ({exported: record.onnx.sha256} if onnx and record.onnx else {})
-    kept = {file: _is_there(file, sha256, overwrite) for file, sha256 in wanted.items()}  # raises before any download
-    sources = {weights: weights if kept[weights] else record_weights(record).path}
-    text = config_text(header(sources[weights])["config"]).encode()  # as it is on the hub
+    wanted = {weights: sha256} | ({exported: record.onnx.sha256} if onnx and record and record.onnx else {})
+    kept = {file: _is_there(file, sum_, overwrite) for file, sum_ in wanted.items()}  # raises before any download
+    sources = {weights: weights if kept[weights] else _weights(place).path}
+    body = header(sources[weights])["config"] if record else hub_config(place).to_dict()  # ours as it is on the hub
+    text = config_text(body).encode()
     wanted[config] = hashlib.sha256(text).hexdigest()
     kept[config] = _is_there(config, wanted[config], overwrite)
-    if onnx:
+    if onnx and record:
         sources[exported] = exported if kept[exported] else record_onnx(record)[0]
-    for file in wanted:
+    for file, sum_ in wanted.items():
         if not kept[file]:
-            _place(file, sources.get(file, text), wanted[file])
-    return [Placed(file, file.stat().st_size, sha256, kept[file]) for file, sha256 in wanted.items()]
+            _place(file, sources.get(file, text), sum_)
+    return [Placed(file, file.stat().st_size, sum_ or file_sha256(file), kept[file]) for file, sum_ in wanted.items()]
 
 
-def _is_there(file: Path, sha256: str, overwrite: bool) -> bool:
+def _weights(place: Place) -> Weights:
+    return record_weights(place.record) if place.record else hub_weights(place)
+
+
+def hub_config(place: Place) -> EncoderConfig:
+    """Say how to build an encoder of the hub: its own configuration, with the choices of the curated table.
+
+    Raises:
+        WeightsError: it cannot be had, or is no timm configuration.
+    """
+    pin = place.pinned
+    body = read_json(pin.fetch(CONFIG_FILE), WeightsError)
+    config = EncoderConfig.from_dict(body, where=pin.source, tagged=True)
+    row = row_of(place.architecture, pin.repo)
+    if architecture := place.architecture or (row and row.name):
+        config = replace(config, name=architecture, architecture=architecture.partition(".")[0])
+    if row:
+        config = replace(config.with_transform(row.transform or config.transform), pool=row.pool)
+    return replace(config, license=pin.license or config.license, source=place.source)
+
+
+def hub_weights(place: Place) -> Weights:
+    """Fetch the weights of an encoder of the hub, by the sha256 that the hub tells."""
+    pin, name = place.pinned, place.pinned.weights  # raises before anything is fetched
+    config = hub_config(place)
+    return Weights(pin.fetch(name), config, checked=pin.files[name].sha256)
+
+
+def _is_there(file: Path, sha256: str | None, overwrite: bool) -> bool:
     """Return whether the file exists with the right bytes; raise if others are in its place."""
-    found = file_sha256(file) if file.exists() else None
+    found = file_sha256(file) if file.exists() and sha256 else None
     if found not in (None, sha256) and not overwrite:
         bytes_found = f"other bytes: sha256 {found}, published {sha256}"
         raise UsageError(f"{str(file)!r} is there with {bytes_found}. Take another folder, or overwrite")
     return found == sha256
 
 
-def _place(file: Path, source: Path | bytes, sha256: str) -> None:
+def _place(file: Path, source: Path | bytes, sha256: str | None) -> None:
     """Write a file whole or not at all, and only if its copy has the right bytes."""
     with atomic_path(file) as temporary:
         if isinstance(source, bytes):
             temporary.write_bytes(source)
         else:
             shutil.copyfile(source, temporary)
-        if (found := file_sha256(temporary)) != sha256:
+        if sha256 is not None and (found := file_sha256(temporary)) != sha256:
             raise WeightsError(f"the copy to {str(file)!r} has sha256 {found}, expected {sha256}: try it again")
 
 
@@ -101,15 +137,18 @@ def record_onnx(record: Record) -> tuple[Path, str]:
 
 def _published(record: Record, what: str, name: str, sha256: str | None) -> Path:
     """Find a published file and check its bytes."""
-    if record.embedded:
-        file, way_on = embedded_file(name), "Reinstall micl-zoo."
-        found = file_sha256(file)
-    else:
-        file, found = _from_hub(record, name, sha256)
-        way_on = f"Delete {file.name} in {str(file.parent)!r} and load again."
-    if found != sha256:
-        which = f"the bytes of {file.name}, {what} of {record.name},"
-        raise WeightsError(f"{which} are not the published ones: sha256 {found}, expected {sha256}. {way_on}")
+    if not record.embedded:
+        repo, commit = record.hub_repo, record.hub_commit
+        assert repo
+        assert commit
+        assert sha256
+        return Pin(repo, commit, record.license, {name: PinnedFile(None, sha256)}).fetch(name)
+    file = embedded_file(name)
+    if (found := file_sha256(file)) != sha256:
+        raise WeightsError(
+            f"the bytes of {name}, {what} of {record.name}, are not the published ones: sha256 {found}, expected "
+            f"{sha256}. Reinstall micl-zoo."
+        )
     return file
 
 
@@ -130,27 +169,3 @@ def not_published(record: Record) -> str:
         f'(2) load weights of your own: micl_zoo.load("{arch}", weights="RUN"); '
         f'(3) start from random weights: micl_zoo.load("{arch}", pretrained=False).'
     )
-
-
-def _from_hub(record: Record, name: str, sha256: str | None) -> tuple[Path, str]:
-    """Download a file or find it in the cache, by full commit; a cached one with wrong bytes is fetched once more."""
-    from huggingface_hub import hf_hub_download
-
-    no_telemetry()
-    assert record.hub_repo is not None
-    found, file = "", Path()
-    for force in (False, True):
-        try:
-            file = Path(hf_hub_download(record.hub_repo, name, revision=record.hub_commit, force_download=force))
-            digest = file_sha256(file)
-        except Exception as error:  # huggingface-hub raises its own, httpx's, requests' and OSError
-            if found:
-                break
-            raise WeightsError(
-                f"cannot fetch {record.name} from {record.hub_repo} at {record.hub_commit}: {error}. Without a "
-                f"network, run micl-zoo download {record.name} --to FOLDER where there is one, bring FOLDER here and "
-                f'give micl_zoo.load("{record.name}", weights="FOLDER").'
-            ) from error
-        if (found := digest) == sha256:
-            break
-    return file, found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,15 +9,14 @@ from typing import Annotated
 import torch
 
 from ..errors import UsageError, WeightsError, unknown
-from ..schema import Between, checked, read_json
+from ..schema import Between, checked
 from ..telemetry import no_telemetry
 from .device import DTYPES, Backend, Device, find_backend, resolve_device
 from .encoder import Encoder
-from .hub import record_onnx, record_weights
+from .hub import hub_weights, record_onnx, record_weights
 from .names import Place, find_place
-from .public import row_of
-from .torch_model import at_size, build_model
-from .weights import CONFIG_FILE, EncoderConfig, Weights, local_weights
+from .torch_model import build_model
+from .weights import EncoderConfig, Weights, local_weights
 from .zoo import ARCHS, DEFAULT, Record, record_of, timm_architecture
 
 
@@ -74,16 +72,15 @@ def load(
         return _load_onnx(name, place, device, providers)
     target = resolve_device("cpu" if backend == "openvino" else device)
     config, found, record = _find(name, place, pretrained)
+    config = config if image_size is None else config.at_size(image_size)
     model, sha256 = build_model(config, found), found.sha256 if found else None
-    if image_size is not None:
-        config, model = at_size(config, model, image_size)
     record = record or (record_of(sha256) if sha256 else None)
     if backend == "openvino":
         from .openvino_model import OpenVinoModel
 
         return Encoder(OpenVinoModel(model), config, record=record, weights_sha256=sha256)
-    encoder = Encoder(model, config, record=record, weights_sha256=sha256)
-    return encoder.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    model.model.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+    return Encoder(model, config, record=record, weights_sha256=sha256)
 
 
 def _check(backend: str, device: str, dtype: str, providers: Sequence[str] | None) -> None:
@@ -111,7 +108,7 @@ def _find(
         _check_arch(name, found.config)
         return found.config, found, None
     if place.pin is not None:
-        found = _from_hub(place)
+        found = hub_weights(place)
         return found.config, found, None
     record = place.record
     assert record
@@ -120,21 +117,6 @@ def _find(
         return found.config, found, record
     shape, about = record.shape, (record.transform, record.license)
     return EncoderConfig(record.name, *timm_architecture(**shape.sizes), shape.embed_dim, *about), None, record
-
-
-def _from_hub(place: Place) -> Weights:
-    """Fetch an encoder of the hub: its own configuration, the curated table's choices, and the weights."""
-    pin = place.pin
-    assert pin
-    name = pin.weights  # raises before anything is fetched
-    config = EncoderConfig.from_dict(read_json(pin.fetch(CONFIG_FILE), WeightsError), where=pin.source, tagged=True)
-    row = row_of(place.architecture, pin.repo)
-    if architecture := place.architecture or (row and row.name):
-        config = dataclasses.replace(config, name=architecture, architecture=architecture.partition(".")[0])
-    if row:
-        config = dataclasses.replace(config, pool=row.pool, transform=row.transform or config.transform)
-    config = dataclasses.replace(config, license=pin.license or config.license, source=place.source)
-    return Weights(pin.fetch(name), config, checked=pin.files[name].sha256)
 
 
 def _load_onnx(name: str | os.PathLike[str], place: Place, device: str, providers: Sequence[str] | None) -> Encoder:

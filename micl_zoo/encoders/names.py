@@ -26,6 +26,12 @@ class Place:
     architecture: str | None = None  # asked for by timm's name; several take the same weights, to other embeddings
 
     @property
+    def pinned(self) -> Pin:
+        """The pin of a place on the hub."""
+        assert self.pin
+        return self.pin
+
+    @property
     def source(self) -> str | None:
         """The name of a place on the hub that means the same commit from now on."""
         if self.pin is None:
@@ -58,8 +64,8 @@ def find_place(name: str | os.PathLike[str], weights: str | os.PathLike[str] | N
     if found := pins.parse(name):
         return Place(pin=pins.pin(*found))
     tag, _, revision = name.partition("@")
-    if repo := _timm_repository(tag):
-        return Place(pin=pins.pin(repo, revision or None), architecture=tag)
+    if found := timm_repository(tag):
+        return Place(pin=pins.pin(found[1], revision or None), architecture=found[0])
     known = [*RECORDS, *{record.arch for record in RECORDS.values()}, *PUBLIC]
     others = "OWNER/NAME on the hub, hf-hub:OWNER/NAME@REVISION, or a path"
     raise UsageError(f"{unknown('model', name, known)} Also: any name of timm with weights, {others}.")
@@ -82,9 +88,27 @@ def _path(text: str) -> Path | None:
         return path
 
 
-def _timm_repository(name: str) -> str | None:
-    """Return where timm keeps the weights of `arch.tag`, or of a bare arch's own default."""
+def timm_repository(name: str) -> tuple[str, str] | None:
+    """Return `arch.tag` and the repository of timm's weights of that name, or of a bare arch's own default."""
     import timm
 
     known = timm.get_pretrained_cfg(name) if timm.models.is_model_pretrained(name) else None
-    return known.hf_hub_id if known and known.hf_hub_id and "/" in known.hf_hub_id else None
+    if known is None or "/" not in (known.hf_hub_id or ""):
+        return None
+    return f"{known.architecture}.{known.tag}", known.hf_hub_id
+
+
+def hub_of(source: str | None) -> tuple[str | None, str | None]:
+    """Return repository and commit of a `Place.source`."""
+    if not source:
+        return None, None
+    tag, _, commit = source.partition("@")
+    return pins.parse(source) or ((timm_repository(tag) or (None, None))[1], commit)
+
+
+def pinned_again(name: str, source: str | None) -> str:
+    """Return the source of an earlier call, if a name without a revision means the same encoder; else the name."""
+    plain = [text.removeprefix(prefix) for text, prefix in ((name, pins.PREFIXES[0]), (source or "", pins.PREFIXES[0]))]
+    known, _, commit = plain[1].partition("@")
+    asked = timm_repository(plain[0]) or (plain[0], "")
+    return source if source and commit and known in (plain[0], asked[0]) else name

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..errors import MiclZooError, UsageError, WeightsError
 from ..files import file_sha256
-from ..images.transform import Transform
 from ..schema import parse_json, read, shown
 from ..telemetry import no_telemetry
 from .config import Side, TransformFile, Width
@@ -98,7 +97,7 @@ class OnnxCard:
             "grid": json.dumps(self.shapes["patches"][:2] if "patches" in self.outputs else None),
             "widths": json.dumps({name: self.shapes[name][-1] for name in self.outputs}),
             **{name: json.dumps(getattr(self, name)) for name in ("preprocess", "versions")},
-            "transform": json.dumps(dataclasses.asdict(self.config.transform)),
+            "transform": json.dumps(self.config.transform.to_dict()),
             "transform_id": self.config.transform.id,
             "config": config_text(self.config.to_dict()),
         }
@@ -116,7 +115,7 @@ class OnnxCard:
         parsed["outputs"] = found.get("outputs", "").split(",")
         card = read(CardFile, parsed, f"the metadata of {where}", WeightsError, CURE)
         return cls(
-            config=dataclasses.replace(config, transform=Transform(**vars(card.transform))),
+            config=dataclasses.replace(config, transform=card.transform.transform),
             weights_sha256=card.weights_sha256 or None,
             precision=cast(Precision, card.precision),
             outputs=card.outputs,
@@ -278,8 +277,7 @@ def open_session(file: Path, providers: list[tuple[str, dict[str, Any]]]) -> tup
 
 def _check_ports(session: InferenceSession, card: OnnxCard, where: str) -> None:
     """Compare what goes in and comes out with the card; the first axis is free, and both others of images."""
-    side = card.config.transform.size
-    goes_in: dict[str, tuple[int | None, ...]] = {"pixel_values": (3, side, side)}
+    goes_in: dict[str, tuple[int | None, ...]] = {"pixel_values": (3, *card.config.transform.size)}
     if card.preprocess:
         goes_in = {"images": (None, None, 3)}
     comes_out: dict[str, tuple[int | None, ...]] = {**card.ports}

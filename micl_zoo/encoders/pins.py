@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from logging import getLogger
@@ -57,10 +57,8 @@ class PinnedFile:
             return f"{size:,} bytes, expected {self.bytes:,}"
         if self.sha256 is not None:
             found, expected, what = file_sha256(file), self.sha256, "sha256"
-        elif self.git_oid is not None:
-            found, expected, what = _git_oid(file), self.git_oid, "git's sha1"
         else:
-            return ""
+            found, expected, what = _git_oid(file), str(self.git_oid), "git's sha1"
         return "" if found == expected else f"{what} {found}, expected {expected}"
 
 
@@ -113,7 +111,9 @@ class Pin:
         """
         if name not in self.files:
             raise WeightsError(f"{self.source} has no file {name!r}: see {_page(self.repo)}/tree/{self.commit}")
-        no_telemetry()
+        if self.files[name].sha256 is self.files[name].git_oid is None:
+            way_on = "see whether HF_ENDPOINT names a hub, or download the files into a folder and give that"
+            raise WeightsError(f"no checksum of {name} of {self.source} was told, so it could be anything: {way_on}")
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
         if name.endswith(".safetensors") and not try_to_load_from_cache(self.repo, name, revision=self.commit):
@@ -205,7 +205,6 @@ def pin(repo: str, revision: str | None = None) -> Pin:
     revision = revision or MAIN
     if COMMIT.fullmatch(revision) and (noted := _noted(repo, revision)):
         return noted
-    no_telemetry()
     from huggingface_hub import HfApi, constants
 
     limit = constants.HF_HUB_ETAG_TIMEOUT  # seconds; without one, a network that swallows packets is waited for
@@ -265,6 +264,7 @@ def _license(card: Any) -> str | None:
 
 
 def _is_repo(text: str) -> bool:
+    no_telemetry()  # there is no way to another import of it but through here
     from huggingface_hub.utils._validators import validate_repo_id
 
     try:
@@ -294,7 +294,7 @@ def _without_weights(names: list[str], found: list[str]) -> str:
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return (
             f"has pickles alone ({_some(pickles)}), which can run code when they are read: download one, and "
-            "`micl-zoo import FILE -o FOLDER` makes an encoder of a plain ViT's state dict, without running any"
+            "`micl-zoo import FILE -o FOLDER` makes an encoder of a ViT's state dict under timm's names, and runs none"
         )
     return f"has no weights among its {len(names):,} files: it takes {WEIGHTS_FILE} and timm's config.json"
 
@@ -312,9 +312,7 @@ def _git_oid(file: Path) -> str:
 
 
 def _key(repo: str, revision: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{repo}@{revision}"
+    return f"{_page(repo)}@{revision}"
 
 
 def _note_file(key: str) -> Path:
@@ -336,11 +334,11 @@ def _note(repo: str, revision: str, pin: Pin) -> None:
 def _noted(repo: str, revision: str) -> Pin | None:
     key = _key(repo, revision)
     file = _note_file(key)
-    if not file.exists():
-        return None
     try:
+        if not file.exists():
+            return None
         note = read(_Note, read_json(file, WeightsError), repr(str(file)), WeightsError)
-    except WeightsError as error:
+    except (WeightsError, OSError) as error:  # OSError: of a folder that may not be entered
         logger.warning("a note is not used: %s", error)
         return None
     return note.pin if note.asked == key else None
@@ -361,11 +359,11 @@ def _why(error: Exception, repo: str, revision: str) -> _Why:
         if isinstance(one, OSError) and one.errno in FULL_DISK:
             return _Why(f"the disk of {constants.HF_HOME} is full: make room, or set HF_HOME to another", False)
         if isinstance(one, OSError) and one.errno in NO_ACCESS and one.filename:
-            return _Why(f"{one.filename!r} cannot be written ({one.strerror}): set HF_HOME to a place that can", False)
+            return _Why(f"{one.filename!r} cannot be used ({one.strerror}): set HF_HOME to a place that can", False)
     if constants.HF_HUB_OFFLINE:
         return _Why("HF_HUB_OFFLINE is set", True)
     said = _public(" ".join(str(chain[-1]).split()))[:200] or type(chain[-1]).__name__
-    return _Why(_public(f"{constants.ENDPOINT} could not be asked ({said})"), True)
+    return _Why(_public(f"asking {constants.ENDPOINT} failed ({said})"), True)
 
 
 def _refusal(status: int, headers: Any, repo: str, revision: str) -> _Why:
@@ -401,8 +399,9 @@ def _public(text: str) -> str:
     """Take out of a text what is secret: tokens, passwords in addresses, signatures behind them."""
     from huggingface_hub import get_token
 
-    for secret in filter(None, (get_token(), os.environ.get("HF_TOKEN", "").strip())):
-        text = text.replace(secret, "…")
+    with contextlib.suppress(OSError, ValueError):  # of a damaged file, in which case no token was sent
+        if token := get_token():
+            text = text.replace(token, "…")
     text = re.sub(r"(?i)bearer\s+\S+|\bhf_[a-z0-9]{8,}", "…", text)
     return re.sub(r"\?\S+", "", re.sub(r"://[^/@\s]*@", "://", text))
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 ONNX_FILE = "model.onnx"
+CHANGED = "-changed"  # at the end of the name of weights that are no longer those of the file they came from
 # Config and provenance in the safetensors header: one entry, as the library shuffles several.
 HEADER_KEY = "micl_zoo"
 CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})\.safetensors")  # not a copy of one
@@ -48,19 +49,32 @@ class EncoderConfig:
     pool: Pool = "cls"  # by default; "native" is "cls" where timm's own row is the class token
     num_classes: int = 0  # outputs of the classifier that the weights come with, or of a CLIP's projection
     fixed_size: bool | None = None  # whether the model is built for one size of images; None: as timm says of its name
-    source: str | None = None  # hf-hub:OWNER/NAME@COMMIT
+    source: str | None = None  # hf-hub:OWNER/NAME@COMMIT, or timm's arch.tag@COMMIT
+    image_size: int | None = None  # that was asked for in the place of its own
+    trained_size: tuple[int, int] | None = None  # of the images that the weights' positions are for; None: of these
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images, in pixels."""
-        return self.transform.size, self.transform.size
+        return self.transform.size
 
-    def at_size(self, side: int, *, resampled: bool) -> EncoderConfig:
-        """Return it for square images of another side; `resampled` if the model's positions are for its images."""
-        resize = round(self.transform.resize * side / self.transform.size)
-        transform = dataclasses.replace(self.transform, size=side, resize=resize)
-        model_args = self.model_args | ({"img_size": side} if resampled else {})
-        return dataclasses.replace(self, transform=transform, model_args=model_args)
+    def with_transform(self, transform: Transform) -> EncoderConfig:
+        """Return it for other pixels, of another size, too."""
+        trained = self.trained_size or self.size
+        return dataclasses.replace(
+            self, transform=transform, trained_size=None if trained == transform.size else trained
+        )
+
+    def at_size(self, side: int) -> EncoderConfig:
+        """Return it for square images of another side in pixels; the crop keeps its share."""
+        return dataclasses.replace(self.with_transform(self.transform.at_size((side, side))), image_size=side)
+
+    def settled(self, *, resampled: bool) -> EncoderConfig:
+        """Return it for a model that is built for its images by now; `resampled` if that changed its weights."""
+        if self.trained_size is None:
+            return self
+        model_args = self.model_args | ({"img_size": list(self.size)} if resampled else {})
+        return dataclasses.replace(self, trained_size=None, model_args=model_args)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `config.json`."""
@@ -78,8 +92,13 @@ class EncoderConfig:
                 "num_classes": self.num_classes,
                 **_ends(self.architecture),
             },
-            "micl_zoo": {"name": self.name} | ({} if self.pool == "cls" else {"pool": self.pool}),
+            "micl_zoo": self._own(),
         }
+
+    def _own(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"name": self.name}
+        own |= {} if self.pool == "cls" else {"pool": self.pool}
+        return own | ({"trained_size": list(self.trained_size)} if self.trained_size else {})
 
     @classmethod
     def from_dict(cls, body: Any, *, where: str, tagged: bool = False) -> EncoderConfig:
@@ -97,6 +116,7 @@ class EncoderConfig:
             pool=own.pool if own else "native",
             num_classes=next(one for one in counts if one is not None),
             fixed_size=entry.fixed_input_size,
+            trained_size=own.trained_size if own else None,
         )
 
 
@@ -131,8 +151,8 @@ def recipe_config(recipe: Mapping[str, Any]) -> EncoderConfig:
     """Return how to build the encoder that a pre-training recipe trains, from the recipe's fields, see run.json."""
     architecture, model_args = timm_architecture(**vit_sizes(recipe))
     size, record = recipe["image_size"], RECORDS.get(recipe["name"])
-    transform = Transform(size, size, "bicubic", tuple(recipe["pixel_mean"]), tuple(recipe["pixel_std"]))
-    if record and record.transform.size == size:
+    transform = Transform.square(size, size, mean=tuple(recipe["pixel_mean"]), std=tuple(recipe["pixel_std"]))
+    if record and record.transform.size == (size, size):
         transform = record.transform
     return EncoderConfig(recipe["name"], architecture, model_args, recipe["embed_dim"], transform)
 
@@ -142,14 +162,15 @@ def save_weights(
     state: dict[str, Tensor],  # under timm's names
     config: EncoderConfig | dict[str, Any],  # a dict for another timm model than an encoder; also goes into the header
     provenance: dict[str, Any],  # recipe, code, data, machine; goes into the header
-    dtype: Literal["float32", "float16"],  # on disk
+    dtype: Literal["float32", "float16"] | None,  # on disk; None keeps each tensor's own
 ) -> Path:
     """Write `model.safetensors` and `config.json`, in the layout of timm's hub repositories; return the former."""
     import torch
     from safetensors.torch import save_file
 
     body = config if isinstance(config, dict) else config.to_dict()
-    tensors = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in state.items()}
+    kind = dtype and getattr(torch, dtype)
+    tensors = {key: value.detach().to("cpu", kind).contiguous() for key, value in state.items()}
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, {HEADER_KEY: json.dumps({"config": body, "provenance": provenance})})
     write_text(folder / CONFIG_FILE, config_text(body))
@@ -226,11 +247,17 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return _encoder_part(found, is_checkpoint(file))
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them."""
+def read_tensors(file: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; of a run's checkpoint the encoder's part, from the running means if it has them.
+
+    Args:
+        file: of weights.
+        only: names of the tensors to read; None is all.
+    """
     checkpoint = is_checkpoint(file)
     with _opened(file, "pt") as opened:
         wanted = _encoder_part({name: name for name in opened.keys()}, checkpoint)  # noqa: SIM118
+        wanted = {key: name for key, name in wanted.items() if only is None or key in only}
         return {key: opened.get_tensor(name) for key, name in wanted.items()}
 
 

@@ -90,6 +90,10 @@ class Record:
     notes: tuple[str, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return its fields as JSON holds them."""
+        return dataclasses.asdict(self) | {"transform": self.transform.to_dict()}
+
     @property
     def arch(self) -> str:
         """The part of the name before the dot."""
@@ -103,7 +107,7 @@ class Record:
     @property
     def shape(self) -> Arch:
         """The ViT's shape, for images of the transform's size."""
-        return dataclasses.replace(ARCHS[self.arch], image_size=self.transform.size)
+        return dataclasses.replace(ARCHS[self.arch], image_size=self.transform.size[0])
 
 
 RECIPE_TERMS = "Apache-2.0 for the recipe; ImageNet's terms for the images (non-commercial research and education)"
@@ -113,7 +117,8 @@ IN1K, TIN200 = "imagenet-1k", "tin200"  # keys of training/corpora.py
 
 def _unpublished(name: str, summary: str, corpus: str) -> Record:
     """Make the row of an encoder that is still to be trained, by the recipe of its name."""
-    transform = Transform(112, 112) if corpus == TIN200 else Transform(224, 256)  # small ones have no margin to cut off
+    size, resize = (112, 112) if corpus == TIN200 else (224, 256)  # small ones have no margin to cut off
+    transform = Transform.square(size, resize)
     return Record(name, summary, recipe=name, corpus=corpus, license=RECIPE_TERMS, transform=transform)
 
 
@@ -124,7 +129,7 @@ _RECORDS = [
         recipe="vit_ti16.tin200",
         corpus=TIN200,
         license=FILE_TERMS,
-        transform=Transform(112, 112),
+        transform=Transform.square(112, 112),
         embedded="vit_ti16.tin200.safetensors",
         sha256="60fed30724c9a62ca7bba8b8b033452f62ee6cd7418a6b1fdfb1bb148ce464e3",
         bytes=11008128,

@@ -56,7 +56,7 @@ class Batch:
 
     @property
     def pixels(self) -> np.ndarray:
-        """(n, size, size, 3) uint8 of the images that were not refused, in order."""
+        """(n, *size, 3) uint8 of the images that were not refused, in order."""
         if not self.refused:
             return self.slots[: len(self.entries)]
         return self.slots[[place for place in range(len(self.entries)) if place not in self.refused]]
@@ -115,7 +115,7 @@ class Decoders:
         self, transform: Transform, decoding: Decoding, workers: int, batch_size: int, image_timeout: float
     ) -> None:
         self.transform, self.decoding, self.image_timeout = transform, decoding, image_timeout
-        shape = (BATCHES_AHEAD, batch_size, transform.size, transform.size, 3)
+        shape = (BATCHES_AHEAD, batch_size, *transform.size, 3)
         self._file = _unnamed_file()
         self._file.truncate(math.prod(shape))
         self._slots = np.frombuffer(mmap.mmap(self._file.fileno(), math.prod(shape)), np.uint8).reshape(shape)
@@ -229,7 +229,7 @@ def _unnamed_file() -> Any:
 def _decode_into(
     pixels: np.ndarray, entries: Sequence[Entry], reader: Reader, transform: Transform, decoding: Decoding
 ) -> Outcome:
-    """Read and decode entries into the first rows of (n, size, size, 3) uint8."""
+    """Read and decode entries into the first rows of (n, *size, 3) uint8."""
     refused: dict[int, Refused] = {}
     reading = decoded = 0.0
     for place, entry in enumerate(entries):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from logging import getLogger
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -55,7 +55,8 @@ class Job:
         if self.threads:
             torch.set_num_threads(self.threads)
         options, name = self.options, cast(str, self.options.model)
-        encoder = load(name, weights=options.weights, device=device, backend=self.backend, providers=options.providers)
+        more: Any = {"image_size": options.image_size, "providers": options.providers}
+        encoder = load(name, weights=options.weights, device=device, backend=self.backend, **more)
         if options.compile:
             encoder.compile_blocks(self.batch_size)
         return encoder

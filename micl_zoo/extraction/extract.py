@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +20,7 @@ from .._version import package_versions
 from ..encoders.device import BACKENDS, Backend, choose_backend, default_workers, precision_advice
 from ..encoders.encoder import Encoder
 from ..encoders.load import load
+from ..encoders.names import find_place, pinned_again
 from ..errors import Interrupted, MiclZooError, StoreError, UsageError, unknown
 from ..files import Folder
 from ..progress import progress
@@ -29,7 +29,7 @@ from ..sources.index import ImageIndex
 from ..sources.listing import list_source
 from ..sources.notes import Notes
 from ..stop import StopRequest
-from ..stores.manifest import Manifest
+from ..stores.manifest import Manifest, read_manifest
 from ..stores.parts import RefusedRow, Rows
 from ..stores.store import Store
 from .cluster import Cluster
@@ -132,7 +132,8 @@ def extract(
         options: see `ExtractOptions`; None is the default ones.
         show: show a progress bar, on a terminal.
         say: is told in one line what runs where.
-        changes: fields of `ExtractOptions` by name, such as `extract("photos/", "embeddings", pool="mean")`.
+        changes: fields of `ExtractOptions` by name, such as `extract("photos/", "embeddings", pool="mean")`; `encoder`
+            is another word for `model`. An encoder is taken as it is in memory, fine-tuned or not.
 
     Raises:
         SourceError, UsageError, WeightsError: what was asked for does not exist.
@@ -141,17 +142,15 @@ def extract(
         MiclZooError: not one image of the source could be embedded; errors.jsonl says why.
     """
     started = time.monotonic()
-    for name in changes:
-        if name not in (known := [field.name for field in dataclasses.fields(ExtractOptions)]):
-            raise UsageError(unknown("option", name, known))
-    options, encoder = _named(replace(options or ExtractOptions(), **changes))
+    options, encoder = _named(replace(options or ExtractOptions(), **_fields(changes)), folder := Folder(out))
     places = _places(options)
     job = _job(options, places)
     pieces = _listed(source, options)
     pieces = chain([next(pieces)], pieces)  # a source without images is no reason to load a model
     if encoder is None and places.several:  # the processes load it; here it only says what the store will hold
         kind: Backend = "onnx" if job.backend == "onnx" else "torch"
-        encoder = load(cast(str, options.model), weights=options.weights, device="cpu", backend=kind)
+        more: Any = {"weights": options.weights, "image_size": options.image_size}
+        encoder = load(cast(str, options.model), device="cpu", backend=kind, **more)
     elif encoder is None:
         encoder = job.encoder(places.devices[0])
     if (own := encoder.precision) and options.precision not in ("auto", own):
@@ -159,11 +158,13 @@ def extract(
             f"the ONNX file of {encoder.name} computes in {own}, not in {options.precision}: leave precision out, or "
             f"export another with --precision {options.precision}"
         )
-    job = replace(job, precision=own or job.precision)
+    pool = options.pool or encoder.pool
+    encoder.row_shape(pool)  # raises, before there is a store
+    job = replace(job, precision=own or job.precision, options=replace(options, pool=pool))
     say(_sentence(encoder, job, places))
     if not own and (advice := precision_advice(job.precision, torch.device(places.devices[0]))):
         say(advice)
-    work, folder = Work(), Folder(out)
+    work = Work()
     with folder.lock() as lock, StopRequest(wake=work.stop) as stop:
         asked = _manifest(encoder, job, source)
         try:
@@ -235,21 +236,46 @@ def _finish(summary: Summary) -> None:
         )
 
 
-def _named(options: ExtractOptions) -> tuple[ExtractOptions, Encoder | None]:
+def _fields(changes: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names as fields, of which `encoder` is another name of one."""
+    if "encoder" in changes and "model" in changes:
+        raise UsageError("encoder and model are two words for the same: give one")
+    changes = {"model" if name == "encoder" else name: value for name, value in changes.items()}
+    for name in changes:
+        if name not in (known := [field.name for field in dataclasses.fields(ExtractOptions)]):
+            raise UsageError(unknown("option", name, known))
+    return changes
+
+
+def _named(options: ExtractOptions, folder: Folder) -> tuple[ExtractOptions, Encoder | None]:
     """Options whose model is a name; and the encoder if one was given, which decides the others itself."""
     encoder = options.model
     if not isinstance(encoder, Encoder):
-        if not isinstance(encoder, str):
-            raise UsageError(f"model must be a name or an Encoder, it is {shown(encoder)}")
-        weights = None if options.weights is None else Path(options.weights).absolute()
-        of_file = choose_backend(options.backend, weights=weights)
+        if not isinstance(encoder, str | os.PathLike):
+            raise UsageError(f"model must be a name, a path or an Encoder, it is {shown(encoder)}")
+        if isinstance(encoder, str) and options.weights is None and not options.overwrite:
+            encoder = pinned_again(encoder, _source_of(folder))
+        place = find_place(encoder, options.weights)
+        path = place.path and place.path.absolute()
+        name = place.source or (place.record and place.record.name) or str(encoder)
+        model, weights = (name, path) if options.weights is not None else (str(path or name), None)
+        of_file = choose_backend(options.backend, weights=path)
         backend = of_file if of_file == "onnx" else options.backend
         providers = tuple(options.providers or ()) or None
-        return replace(options, weights=weights, backend=backend, providers=providers), None
+        return replace(options, model=model, weights=weights, backend=backend, providers=providers), None
+    if options.image_size is not None:
+        raise UsageError("image_size goes with a name: load the encoder with it")
     if options.engine == "ray" or (options.processes or 1) > 1:
-        raise UsageError("several processes load the model themselves: give its name or weights=, not an Encoder")
+        raise UsageError("several processes load the model themselves: save it, and give its folder by weights=")
     device = str(encoder.device)
     return replace(options, model=encoder.name, weights=None, backend=encoder.backend, devices=device), encoder
+
+
+def _source_of(folder: Folder) -> str | None:
+    """Return the source in the manifest of the store that is there, if there is one that can be read."""
+    with suppress(StoreError):
+        return read_manifest(folder)[0].source
+    return None
 
 
 def _places(options: ExtractOptions) -> Local | Cluster:
@@ -295,21 +321,26 @@ def _manifest(encoder: Encoder, job: Job, source: Source) -> Manifest:
     options = job.options
     shape = encoder.row_shape(options.pool)
     row_bytes = math.prod(shape) * np.dtype(options.dtype).itemsize
-    resolved = replace(options, backend=job.backend, precision=cast(Any, job.precision))
+    name, sha256 = encoder.identity()
+    asked = name if options.model == encoder.name else options.model
+    resolved = replace(options, model=asked, backend=job.backend, precision=cast(Any, job.precision))
     return Manifest(
-        model=encoder.name,
-        weights_sha256=encoder.weights_sha256 or _tensors_sha256(encoder),
+        model=name,
+        weights_sha256=sha256,
         transform=encoder.transform.id,
         decoding=options.decoding.id,
         runtime=runtime_name(job.backend, options.compile),
         precision=cast(Any, job.precision),
-        pool=options.pool,
+        pool=options.pool or encoder.pool,
         normalized=options.normalize,
         dtype=options.dtype,
         shape=list(shape),
         shard_rows=options.shard_rows or max(1, min(SHARD_ROWS, PART_BYTES // row_bytes)),
         command=resolved.command(_sources(source)),
         versions=package_versions(),
+        source=encoder.source,
+        image_size=encoder.config.image_size,
+        license=(encoder.record or encoder.config).license,
     )
 
 
@@ -322,14 +353,6 @@ def _sources(source: Source) -> Sequence[str | os.PathLike[str]]:
     if isinstance(source, str | os.PathLike):
         return [source]
     return [] if isinstance(source, ImageIndex) else source
-
-
-def _tensors_sha256(encoder: Encoder) -> str:
-    """Tell random weights apart, which come from no file."""
-    digest = hashlib.sha256()
-    for name, tensor in encoder.vit.state_dict().items():
-        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def embed_index(

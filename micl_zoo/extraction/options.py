@@ -27,7 +27,19 @@ RETRY_WORDS = ("passing", "all", "none", *get_args(Reason))
 
 # The options that change the rows of a store; its manifest gives them as a command line, in this order.
 ROW_OPTIONS = (
-    *("model", "weights", "pool", "dtype", "precision", "backend", "exif", "max_pixels", "shard_rows", "limit"),
+    *(
+        "model",
+        "weights",
+        "image_size",
+        "pool",
+        "dtype",
+        "precision",
+        "backend",
+        "exif",
+        "max_pixels",
+        "shard_rows",
+        "limit",
+    ),
     *("compile", "fast_decode", "normalize", "column", "id_column", "exclude", "default_exclude"),
 )
 
@@ -37,9 +49,10 @@ class ExtractOptions:
     """What can be chosen about an extraction.
 
     Attributes:
-        model: name from `list_models`, or a loaded encoder, which decides `weights`, `devices` and `backend` itself.
-        weights: your own file or folder, see `load`.
-        pool: "cls" token, "mean" of the patch tokens, "cls+mean" concatenated, or all "patches".
+        model: name or path, see `load`, or a loaded encoder, which decides `devices` and `backend` itself.
+        weights: a path, which may as well be given as `model`.
+        pool: see `Encoder.forward`; None is the encoder's own.
+        image_size: side in pixels of the images, see `load`; None is the encoder's own.
         normalize: scale embeddings to unit length.
         dtype: data type of the stored embeddings.
         precision: compute precision; "auto" is bf16 where the device computes it fast, else fp32. ONNX files keep their
@@ -74,9 +87,10 @@ class ExtractOptions:
         UsageError: a value that is not valid.
     """
 
-    model: str | Encoder = DEFAULT
+    model: str | os.PathLike[str] | Encoder = DEFAULT
     weights: str | os.PathLike[str] | None = None
-    pool: Pool = "cls"
+    pool: Pool | None = None
+    image_size: Annotated[int, Between(1, 4096)] | None = None
     normalize: bool = True
     dtype: Dtype = "float32"
     precision: Precision = "auto"

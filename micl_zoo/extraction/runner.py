@@ -161,7 +161,7 @@ class Runner:
     def __init__(
         self, encoder: Encoder, options: ExtractOptions, batch_size: int, workers: int, autocast: torch.dtype | None
     ) -> None:
-        self.model = Model(encoder, pool=options.pool, normalize=options.normalize, autocast=autocast)
+        self.model = Model(encoder, pool=options.pool or encoder.pool, normalize=options.normalize, autocast=autocast)
         self.options, self.batch_size = options, batch_size
         self.made = made_now(runtime_name(encoder.backend, options.compile), options)
         self.decoders = Decoders(encoder.transform, options.decoding, workers, batch_size, options.image_timeout)

@@ -22,7 +22,7 @@ from ..errors import Refused, UsageError, unknown
 from . import formats, tiff
 from .containers import Contents, contents
 from .integrity import Jpeg, check_gif, check_png_rows, check_tags, check_tiff, jpeg_pieces
-from .transform import Filter, Transform, resized_part
+from .transform import Filter, Transform
 
 Exif = Literal["upright", "keep"]
 
@@ -83,36 +83,43 @@ def decode(data: bytes, *, exif: Exif = "upright", max_pixels: int = MAX_PIXELS)
 
 
 def decode_pixels(data: bytes, transform: Transform, decoding: Decoding = Decoding()) -> np.ndarray:
-    """Decode to the (size, size, 3) uint8 an encoder takes: if exact, equal to `transform.pixels(decode(data))`."""
-    if not decoding.fast or transform.size > transform.resize:  # no crop to fuse where it is larger than the picture
+    """Decode to the (*size, 3) uint8 an encoder takes: if exact, equal to `transform.pixels(decode(data))`."""
+    if not decoding.fast:
         image = decode(data, exif=decoding.exif, max_pixels=decoding.max_pixels)
         with _refusals(data, decoding.max_pixels):
             return transform.pixels(image)
-    box, most, exif = functools.partial(_kept, transform), decoding.max_pixels, decoding.exif
     return decode_crop(
-        data, box, transform.size, transform.interpolation, max_pixels=most, margin=FAST_MARGIN, exif=exif
+        data,
+        functools.partial(_kept, transform),
+        transform.size,
+        transform.interpolation,
+        max_pixels=decoding.max_pixels,
+        margin=FAST_MARGIN,
+        exif=decoding.exif,
+        fill=transform.fill,
     )
 
 
 def decode_crop(
     data: bytes,
     box: Callable[[int, int], Sequence[float]],  # upright width and height -> left, top, right, bottom as their shares
-    side: int,  # of the square crop, in pixels
+    size: tuple[int, int],  # height and width of the crop, in pixels
     interpolation: Filter,  # antialiased
     *,
     max_pixels: int = MAX_PIXELS,
     margin: float = 1.0,  # a JPEG is decoded to at least this many times the pixels of the crop in each direction
     exif: Exif = "upright",
+    fill: tuple[int, int, int] = (0, 0, 0),  # RGB of what lies outside of the picture: shares below 0 and above 1
 ) -> np.ndarray:
-    """Decode, cut and resize to (side, side, 3) uint8 in one go; a JPEG is decoded at the scale that the crop needs."""
+    """Decode, cut and resize to (*size, 3) uint8 in one go; a JPEG is decoded at the scale that the crop needs."""
     shares: Sequence[float] = ()
     with _refusals(data, max_pixels):
         opened = _opened(data, max_pixels, scaled=True)
     if opened.contents.jpeg and opened.image:
-        size = (opened.contents.width, opened.contents.height)
+        stored = (opened.contents.width, opened.contents.height)
         turned = exif == "upright" and opened.contents.turn in _TURNED
-        shares = box(*(size[::-1] if turned else size))
-        least = [math.ceil(margin * side / (shares[axis + 2] - shares[axis])) for axis in (0, 1)]
+        shares = box(*(stored[::-1] if turned else stored))
+        least = [math.ceil(margin * size[1 - axis] / (shares[axis + 2] - shares[axis])) for axis in (0, 1)]
         opened.image.draft(
             "RGB", (least[1], least[0]) if turned else (least[0], least[1])
         )  # by 2, 4 or 8, never below that
@@ -121,21 +128,41 @@ def decode_crop(
         picture = _loaded(opened, data, exif)
     shares = shares or box(*picture.size)
     with _refusals(data, max_pixels):
-        left, top, right, bottom = (share * length for share, length in zip(shares, picture.size * 2, strict=True))
-        cut = (left, top, min(right, picture.width), min(bottom, picture.height))  # not above the size by a rounding
-        return np.asarray(picture.resize((side, side), Image.Resampling[interpolation.upper()], box=cut))
+        return _cut(picture, shares, size, Image.Resampling[interpolation.upper()], fill)
+
+
+def _cut(
+    picture: Image.Image,
+    shares: Sequence[float],
+    size: tuple[int, int],
+    kernel: Image.Resampling,
+    fill: tuple[int, int, int],
+) -> np.ndarray:
+    """Cut shares of the sides, resize them to a (height, width), and fill what lies outside of the picture."""
+    near, far, part = [0.0, 0.0], [0.0, 0.0], [0, 0, 0, 0]  # of the picture; of the crop that it covers
+    for axis, side in enumerate(size[::-1]):
+        first, last, length = shares[axis], shares[axis + 2], picture.size[axis]
+        near[axis], far[axis] = max(first, 0) * length, min(last * length, length)  # not above it by a rounding
+        part[axis] = round(max(-first, 0) * side / (last - first))
+        part[axis + 2] = side - round(max(last - 1, 0) * side / (last - first))
+    covers = (part[2] - part[0], part[3] - part[1])
+    cut = picture.resize(covers, kernel, box=(near[0], near[1], far[0], far[1]))
+    if covers == size[::-1]:
+        return np.asarray(cut)
+    canvas = Image.new("RGB", size[::-1], fill)
+    canvas.paste(cut, (part[0], part[1]))
+    return np.asarray(canvas)
 
 
 def _kept(transform: Transform, width: int, height: int) -> tuple[float, float, float, float]:
     """Find what `Transform.pixels` keeps of a picture, as shares of its sides: left, top, right, bottom."""
-    short, side = min(width, height), transform.size
+    strip, resized, starts = transform.geometry(width, height)
     near, far = [0.0, 0.0], [1.0, 1.0]
     for axis, length in enumerate((width, height)):
-        before, strip = resized_part(length, short)
-        scaled = int(transform.resize * strip / short)
-        start = round((scaled - side) / 2)
-        near[axis] = (before + start * strip / scaled) / length
-        far[axis] = (before + (start + side) * strip / scaled) / length
+        before, kept = strip[axis], strip[axis + 2] - strip[axis]
+        start, side = starts[axis], transform.size[1 - axis]
+        near[axis] = (before + start * kept / resized[axis]) / length
+        far[axis] = (before + (start + side) * kept / resized[axis]) / length
     return near[0], near[1], far[0], far[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,11 +28,11 @@ Read = Callable[[Entry], bytes]  # an image of the store to its bytes, or raises
 
 
 class Tile(NamedTuple):
-    """One image of the sheet."""
+    """One image of the sheet, or a text."""
 
     head: str  # first line below it
     name: str  # its id or file, on the lines after that
-    source: bytes | Image.Image | Entry  # the image, encoded or not, or where it is
+    source: bytes | Image.Image | Entry | str  # the image, encoded or not, or where it is; or the text
 
 
 def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]], read: Read) -> None:
@@ -59,19 +60,35 @@ def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]],
 def _draw(sheet: Image.Image, corner: tuple[int, int], side: int, tile: Tile, read: Read) -> None:
     draw, (left, top) = ImageDraw.Draw(sheet), corner
     bold, font = ImageFont.load_default(15), ImageFont.load_default(13)
+    mount = (left, top, left + side - 1, top + side - 1)
     try:
-        found = read(tile.source) if isinstance(tile.source, Entry) else tile.source
-        opened = decode(found) if isinstance(found, bytes) else found
-        image = ImageOps.contain(opened, (side, side), Image.Resampling.LANCZOS)
-        draw.rectangle((left, top, left + side - 1, top + side - 1), MOUNT)
-        sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
+        if isinstance(tile.source, str):
+            draw.rectangle(mount, MOUNT)
+            text, letters = _wrapped(tile.source, side)
+            draw.multiline_text((left + side / 2, top + side / 2), text, INK, letters, "mm", align="center")
+        else:
+            found = read(tile.source) if isinstance(tile.source, Entry) else tile.source
+            opened = decode(found) if isinstance(found, bytes) else found
+            image = ImageOps.contain(opened, (side, side), Image.Resampling.LANCZOS)
+            draw.rectangle(mount, MOUNT)
+            sheet.paste(image, (left + (side - image.width) // 2, top + (side - image.height) // 2))
     except Refused as refused:
         what = "cannot be read" if refused.reason == "unreadable" else refused.reason.replace("_", " ")
-        draw.rectangle((left, top, left + side - 1, top + side - 1), GREY)
+        draw.rectangle(mount, GREY)
         draw.text((left + side / 2, top + side / 2), what, INK, font, "mm")
     draw.text((left, top + side + 4), tile.head, INK, bold)
     for number, text in enumerate(_fitted(printable(tile.name), font, side), 1):
         draw.text((left, top + side + 5 + number * LINE), text, SOFT, font)
+
+
+def _wrapped(text: str, side: int) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """Break a text into lines, and choose the largest letters in which they fit into a square tile."""
+    lines = "\n".join(textwrap.wrap(printable(text), 18, max_lines=9, placeholder=" ..."))
+    fonts = [ImageFont.load_default(size) for size in range(26, 8, -2)]
+    draw = ImageDraw.Draw(Image.new("1", (1, 1)))
+    boxes = (draw.multiline_textbbox((0, 0), lines, font) for font in fonts)
+    fits = (font for font, box in zip(fonts, boxes, strict=True) if max(box[2], box[3]) <= side - GAP)
+    return lines, next(fits, fonts[-1])
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

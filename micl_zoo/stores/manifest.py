@@ -16,9 +16,10 @@ from ..files import Folder
 from ..schema import MAX_BYTES, Between, parse_json, read
 
 FORMAT_VERSION: Literal[2] = 2
+LATER_FIELDS = ("source", "image_size")  # which stores of earlier versions have not
 MANIFEST_FILE = "manifest.json"
 MAX_NUMBERS = 1 << 26  # per row: 256 MB in float32; all patches of a large ViT are 1 << 22
-FREE_FIELDS = ("command", "versions", "rows", "shards", "index_sha256")  # may differ when a store is resumed
+FREE_FIELDS = ("command", "versions", "rows", "shards", "index_sha256", "license")  # may differ when a store is resumed
 CURE = "the files beside it are as they were; give another folder, or extract with --overwrite"
 
 Runtime = Literal["torch", "torch compiled", "openvino", "onnx"]
@@ -27,10 +28,10 @@ Count = Annotated[int, Between(0, 1 << 40)]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What all rows of a store have in common; resuming needs the first eleven fields to agree."""
+    """What all rows of a store have in common; resuming needs the identifying fields to agree."""
 
     model: str  # name of the encoder, `arch.tag`
-    weights_sha256: str  # checksum of the weights file; for random weights, of the tensors
+    weights_sha256: str  # checksum of the weights file; of changed or random weights, of the one `save` writes
     transform: str  # id of the transform
     decoding: str  # id of the decoding, from bytes to pixels: exact or fast, EXIF; in earlier versions the pixel limit
     runtime: Runtime  # what ran the model when the store was begun; a part says by what it was made
@@ -46,6 +47,9 @@ class Manifest:
     rows: Count | None = None  # images in the index, refused ones included; these three are None until all are listed
     shards: Count | None = None
     index_sha256: str | None = None  # fingerprint of the index
+    source: str | None = None  # where the encoder was found on the hub, with the commit; None: it was not
+    image_size: Annotated[int, Between(1, 4096)] | None = None  # that was asked for in the place of the encoder's own
+    license: str | None = None  # of the weights
     format_version: Literal[2] = FORMAT_VERSION  # of this layout
 
     def __post_init__(self) -> None:
@@ -75,6 +79,7 @@ class Manifest:
 
     def _identity(self) -> dict[str, Any]:
         found = {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE_FIELDS}
+        found = {name: value for name, value in found.items() if name not in LATER_FIELDS or value is not None}
         found["decoding"] = re.sub(r"-max\d+$", "", self.decoding)  # a limit changes no accepted pixel
         # These compute the same numbers within the tolerance of the precision. An ONNX file has weights of its own.
         found["runtime"] = "onnx" if self.runtime == "onnx" else "torch or openvino"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..encoders.weights import CHANGED
 from ..encoders.zoo import RECORDS
 from ..errors import StoreError, UsageError, WeightsError
 from ..images.decode import Decoding, decode_pixels
@@ -58,14 +59,15 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
         ) from None
     record = RECORDS.get(manifest.model)
     published = record and (record.onnx and record.onnx.sha256 if manifest.runtime == "onnx" else record.sha256)
-    if weights is None and published != manifest.weights_sha256:
+    if weights is None and manifest.source is None and published != manifest.weights_sha256:
+        saved = "; `encoder.save(FOLDER)` writes them" if manifest.model.endswith(CHANGED) else ""
         raise WeightsError(
             f"the store was made with weights of {manifest.model} that are not published (sha256 "
-            f"{manifest.weights_sha256}): give their file or encoder folder with --weights, from Python with weights=. "
-            "`verify --sample 0` and `search --id` need no encoder."
+            f"{manifest.weights_sha256}): give their file or encoder folder with --weights, from Python with weights="
+            f"{saved}. `verify --sample 0` and `search --id` need no encoder."
         )
-    name: Any = {} if weights else {"name": manifest.model}
-    encoder = load(**name, weights=weights, device=device, backend=backend_again(manifest.runtime, device))
+    name, backend = weights or manifest.source or manifest.model, backend_again(manifest.runtime, device)
+    encoder = load(name, image_size=manifest.image_size, device=device, backend=backend)
     for what, mine, theirs in (
         ("weights of sha256", manifest.weights_sha256, encoder.weights_sha256),
         ("the transform", manifest.transform, encoder.transform.id),

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ..encoders.device import Device
+from ..encoders.text import TextEncoder, Tower, check_pair, check_texts, find_tower, load_text
 from ..errors import Refused, StoreError, UsageError
 from ..files import local_path
 from ..progress import progress
@@ -27,7 +28,7 @@ from .reembed import store_encoder
 from .store import Store, open_store, part_name
 
 if TYPE_CHECKING:  # it imports torch, which a search for ids does without
-    from ..encoders.encoder import ImageLike
+    from ..encoders.inputs import ImageLike
 else:
     ImageLike = Any
 logger = getLogger(__name__)
@@ -64,13 +65,15 @@ def search(
     k: Annotated[int, Between(1)] = 10,
     *,
     ids: Iterable[str] = (),
+    texts: str | Iterable[str] = (),
+    text_weights: str | os.PathLike[str] | TextEncoder | None = None,
     weights: str | os.PathLike[str] | None = None,
     device: Device = "auto",
     exact: bool = True,
     picture: str | os.PathLike[str] | None = None,
     remote: bool = False,
 ) -> list[list[Hit]]:
-    """Find the k rows of a store with the largest cosine to each image.
+    """Find the k rows of a store with the largest cosine to each image, text or id.
 
     The cosines are those of double precision, and rows of equal cosine come in index order, so the answer is the same
     everywhere. Of a store that is still being written, the finished parts are searched.
@@ -80,6 +83,8 @@ def search(
         images: one or many images, as `Encoder.embed` takes them, embedded with the store's encoder at its settings.
         k: hits per image, fewer where the store has fewer rows.
         ids: rows of the store to search for, too; they need no encoder, and a row does not find itself.
+        texts: one or many texts to search for, taken as they are; the store is one of CLIP, SigLIP or PE.
+        text_weights: file or folder with the weights of the text tower, or what `text_encoder` gave; None is the hub.
         weights: file or folder of the store's weights, where they are not published.
         device: see `load`.
         exact: without effect, every search is exact.
@@ -87,22 +92,23 @@ def search(
         remote: draw images of all servers that the index names, too, and not only of the one that the store is at.
 
     Returns:
-        A list of hits for each image, then for each id.
+        A list of hits for each image, then for each text, then for each id.
 
     Raises:
-        UsageError: an image that cannot be read, an id that has no row, a store of patch tokens.
-        WeightsError: see `store_encoder`.
+        UsageError: an image that cannot be read, an id that has no row, a store of patch tokens; see `text_encoder`.
+        WeightsError: see `store_encoder` and `text_encoder`.
         StoreError: a part is damaged.
     """
     store = open_store(store)
-    many, ids = _many(images), list(ids)
-    _check(store, many, ids)
+    many, ids, texts = _many(images), list(ids), [texts] if isinstance(texts, str) else list(texts)
+    _check(store, many, ids, texts)
     out = None if picture is None else _picture(picture)
     store = store.snapshot()
+    spoken = _spoken(store, texts, text_weights) if texts else []
     data, rows = _embedded(store, many, weights, str(device)) if many else ([], [])
     own = _own(store, ids)
-    found = _nearest(store, np.stack([*rows, *(own[name][1] for name in ids)]), k + bool(ids))
-    for place, name in enumerate(ids, len(many)):
+    found = _nearest(store, np.stack([*rows, *spoken, *(own[name][1] for name in ids)]), k + bool(ids))
+    for place, name in enumerate(ids, len(many) + len(texts)):
         found[place] = [hit for hit in found[place] if hit.id != name]
     found = [line[:k] for line in found]
     wanted = {(hit.shard, hit.id) for line in found for hit in line} | {(own[i][0], i) for i in ids if picture}
@@ -110,29 +116,34 @@ def search(
     hits = [[Hit(rank, one.cosine, *entries[one.shard, one.id]) for rank, one in enumerate(line, 1)] for line in found]
     if out is not None:
         queries = [Tile("query", _label(image), one) for image, one in zip(many, data, strict=True)]
+        queries += [Tile("query", "", text) for text in texts]
         queries += [Tile("query", name, entries[own[name][0], name]) for name in ids]
-        tiles = [[Tile(f"{hit.rank}   {hit.cosine:.4f}", hit.id, hit.entry) for hit in line] for line in hits]
-        originals = Originals(store, remote=remote)
-        write_contact_sheet(out, list(zip(queries, tiles, strict=True)), originals.read)
-        if unasked := originals.unasked():
-            logger.warning("not drawn: %s", unasked)
+        _draw(out, queries, hits, Originals(store, remote=remote))
     return hits
+
+
+def _draw(out: Path, queries: Sequence[Tile], hits: Sequence[Sequence[Hit]], originals: Originals) -> None:
+    tiles = [[Tile(f"{hit.rank}   {hit.cosine:.4f}", hit.id, hit.entry) for hit in line] for line in hits]
+    write_contact_sheet(out, list(zip(queries, tiles, strict=True)), originals.read)
+    if unasked := originals.unasked():
+        logger.warning("not drawn: %s", unasked)
 
 
 def _many(images: Any) -> list[Any]:
     if isinstance(images, tuple | list):
         return list(images)
-    from ..encoders.encoder import one_or_many
+    from ..encoders.inputs import one_or_many
 
     return list(one_or_many(images))
 
 
-def _check(store: Store, images: Sequence[Any], ids: Sequence[str]) -> None:
+def _check(store: Store, images: Sequence[Any], ids: Sequence[str], texts: Sequence[str]) -> None:
     for name in ids:
         if not isinstance(name, str):
             raise UsageError(f"ids must be texts, got {name!r}")
-    if not images and not ids:
-        raise UsageError("search needs an image or an id, got 0 to search for")
+    check_texts(texts)
+    if not images and not ids and not texts:
+        raise UsageError("search needs an image, a text or an id, got 0 to search for")
     if len(store.manifest.shape) > 1:
         raise UsageError(
             f"{str(store.folder)!r} holds all patch tokens of each image (pool {store.manifest.pool!r}), and "
@@ -159,7 +170,7 @@ def _embedded(
     store: Store, images: Sequence[Any], weights: str | os.PathLike[str] | None, device: str
 ) -> tuple[list[bytes | Image.Image], list[np.ndarray]]:
     """Embed each image as a (dim,) float64 row, alone, so that no other changes it; also its bytes or its pixels."""
-    from ..encoders.encoder import encoded, open_image
+    from ..encoders.inputs import encoded, open_image
 
     read, data, pixels = [], list[bytes | Image.Image](), []
     for place, image in enumerate(images):  # before a model is loaded
@@ -171,6 +182,43 @@ def _embedded(
         with _own_errors(image, place):
             pixels.append(encoder.pixels(data[-1]))
     return data, [encoder.rows([one])[0].astype(np.float64) for one in pixels]
+
+
+@checked
+def text_encoder(
+    store: Store | str | os.PathLike[str], weights: str | os.PathLike[str] | None = None, *, tower: str | None = None
+) -> TextEncoder:
+    """Load the text tower that belongs to the encoder of a store, for many searches by text.
+
+    Args:
+        store: see `open_store`; its rows are in the space that its encoder shares with texts.
+        weights: see `load_text`.
+        tower: for a store that was made from files of this machine: timm's name of the encoder that they hold.
+
+    Raises:
+        UsageError: the encoder has no text tower, the rows are not in its space, or micl-zoo[text] is not installed.
+        WeightsError: see `load_text`.
+    """
+    store = open_store(store)
+    found = find_tower(store.manifest.model, tower)
+    _check_pair(store, found)
+    return load_text(found, weights, source=_source(store))
+
+
+def _check_pair(store: Store, tower: Tower) -> None:
+    made = store.manifest
+    check_pair(tower, made.model, made.pool, made.shape, _source(store))
+
+
+def _source(store: Store) -> str | None:
+    return getattr(store.manifest, "source", None)
+
+
+def _spoken(store: Store, texts: Sequence[str], text: str | os.PathLike[str] | TextEncoder | None) -> list[np.ndarray]:
+    """Embed each text as a (dim,) float64 row."""
+    encoder = text if isinstance(text, TextEncoder) else text_encoder(store, text)
+    _check_pair(store, encoder.tower)
+    return [*encoder.rows(texts).astype(np.float64)]
 
 
 @contextlib.contextmanager

@@ -277,7 +277,7 @@ def random_encoder(encoder: Encoder, seed: int = 0) -> Encoder:
 
 def pixel_features(images: LabelledImages) -> Features:
     """Take 32 x 32 RGB pixels as features: rows {"pixels": (N, 3072)}."""
-    transform, reader = Transform(PIXELS, PIXELS), Reader()
+    transform, reader = Transform.square(PIXELS, PIXELS), Reader()
     pixels, kept, refused = list[np.ndarray](), list[int](), list[str]()
     for row, entry in enumerate(images.index.entries()):
         try:

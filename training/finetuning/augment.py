@@ -164,5 +164,5 @@ class _Resizing(Dataset[Resized | SourceError]):
                 refused.append(RefusedImage(entry.id, found.reason, found.detail))
             except SourceError as error:
                 return error
-        none = torch.empty(0, self.transform.size, self.transform.size, 3, dtype=torch.uint8)
+        none = torch.empty(0, *self.transform.size, 3, dtype=torch.uint8)
         return Resized(torch.stack(pixels) if pixels else none, torch.tensor(labels, dtype=torch.int64), refused)

@@ -491,7 +491,8 @@ class _Crops(Pieces):
         def box(width: int, height: int) -> Sequence[float]:
             return crop_boxes(draws[None], torch.tensor([width / height]), self.recipe)[0].tolist()
 
-        crop = decode_crop(data, box, self.recipe.crop_size, self.recipe.interpolation)  # (C, C, 3)
+        size = (self.recipe.crop_size, self.recipe.crop_size)
+        crop = decode_crop(data, box, size, self.recipe.interpolation)  # (C, C, 3)
         crop, side, grid = crop[:, ::-1] if flip else crop, self.recipe.patch_size, self.recipe.grid
         patches = crop.reshape(grid, side, grid, side, 3).transpose(0, 2, 4, 1, 3)  # (down, across, 3, p, p)
         return (torch.from_numpy(patches[views // grid, views % grid].reshape(*views.shape, -1)),)

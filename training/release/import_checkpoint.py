@@ -280,7 +280,7 @@ def _config(shape: Arch, name: str | None, license: str) -> EncoderConfig:
         raise UsageError(f"a name is arch.tag, as vit_b16.imported, got {name!r}")
     if arch in ARCHS and arch != known:
         raise UsageError(f"{name!r} was asked for, but the weights are those of {known or 'no arch with a name'}")
-    transform = Transform(shape.image_size, int(shape.image_size / CROP_PCT))
+    transform = Transform.square(shape.image_size, int(shape.image_size / CROP_PCT))
     return EncoderConfig(name, architecture, model_args, shape.embed_dim, transform, license)
 
 

@@ -78,7 +78,8 @@ class Publication:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
-        return {**dataclasses.asdict(self), "folder": str(self.folder), "row": self.row}
+        record = self.record.to_dict()
+        return {**dataclasses.asdict(self), "folder": str(self.folder), "record": record, "row": self.row}
 
 
 def publish(

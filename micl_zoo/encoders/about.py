@@ -1,0 +1,70 @@
+"""What can be said of an encoder before its weights are loaded; of one on the hub, before they are fetched."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, cast
+
+from .device import Output, Pool
+from .hub import hub_config
+from .names import Place, find_place
+from .public import PUBLIC, Public
+from .torch_model import outline
+from .weights import EncoderConfig, local_weights
+
+
+@dataclass(frozen=True)
+class About:
+    """An encoder of the hub, or in a file."""
+
+    config: EncoderConfig
+    place: str  # the file, or hf-hub:OWNER/NAME@COMMIT
+    bytes: int | None  # of the weights
+    sha256: str | None  # of the weights; None where the hub keeps no checksum of them
+    parameters: int
+    shapes: dict[Output, tuple[int, ...]]  # of each output, per image
+    pool: Pool  # its own
+    row: Public | None  # of the curated table
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        config, row = self.config, self.row
+        return {
+            "name": config.name,
+            "place": self.place,
+            "architecture": config.architecture,
+            "licence": config.license,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "parameters": self.parameters,
+            "image_size": list(config.size),
+            "transform": config.transform.id,
+            "pool": self.pool,
+            "outputs": {name: list(shape) for name, shape in self.shapes.items()},
+            "why": row.why if row else "",
+            "published": {"knn": row.knn, "linear": row.linear, "source": row.figures} if row and row.figures else None,
+        }
+
+
+def about(name: str | os.PathLike[str], place: Place | None = None) -> About:
+    """Look at an encoder: of the hub its configuration is fetched and nothing else, of a file its header is read.
+
+    Args:
+        name: see `load`.
+        place: what `find_place` gave for the name, where that is known.
+
+    Raises:
+        UsageError, WeightsError: see `load`.
+    """
+    place = place or find_place(name)
+    if place.path is not None:
+        found = local_weights(place.path)
+        config, where, row = found.config, str(found.path), None
+        size, sha256 = cast("int | None", found.path.stat().st_size), cast("str | None", found.sha256)
+    else:
+        pin, config = place.pinned, hub_config(place)
+        where, row, file = pin.source, PUBLIC.get(config.name), pin.files[pin.weights]
+        size, sha256 = file.bytes, file.sha256
+    parameters, shapes, pool = outline(config)
+    return About(config, where, size, sha256, parameters, shapes, pool, row)
