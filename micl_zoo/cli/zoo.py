@@ -89,6 +89,8 @@ def info(name: str, as_json: bool) -> None:
       micl-zoo info runs/first --json
     """
 
+    from ..encoders.names import find_place
+
     place = find_place(name)
     if place.record is None:
         from ..encoders.about import about
