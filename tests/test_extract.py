@@ -94,6 +94,17 @@ def test_pool_and_normalisation(
     assert (store.manifest.pool, store.manifest.normalized) == (pool, False)
 
 
+def test_an_index_is_a_source(image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:
+    folder, how = image_folder(5), {"weights": encoder_folder, "workers": 0, "devices": "cpu", "shard_rows": 2}
+    index = micl_zoo.index_source(folder)
+    stores = [extract(folder, tmp_path / "a", **how).store, extract(index, tmp_path / "b", **how).store]
+    assert stores[0].manifest.index_sha256 == stores[1].manifest.index_sha256
+    for number in range(3):
+        assert len({store.part_path(number).read_bytes() for store in stores}) == 1
+    part = ImageIndex(index.table.take([3, 1]))
+    assert extract(part, tmp_path / "part", **how).store.ids == part.ids
+
+
 def test_each_bad_image_costs_its_own_line_and_nothing_else(
     image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
 ) -> None:

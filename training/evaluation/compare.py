@@ -89,23 +89,30 @@ def compare(
     with _folder(stores, out) as folder:
         passes = Passes(batch_size=batch_size, workers=workers, stores=folder, show=show)
         for text in encoders:
-            measured = {subject for one in record["encoders"].values() for subject in one["record"]["results"]}
-            left = [name for name in baselines if name not in measured]
-            try:
-                _measure(record, text, sets, protocol, passes, left, device=device, out=out, command=command)
-                record["failed"].pop(text, None)
-            except Exception as error:
-                if (reason := _reason(error)) is None:
-                    raise
-                log.warning("%s is left out: %s", text, reason)
+            holders = {name: one for one in record["encoders"] for name in record["encoders"][one]["record"]["results"]}
+            own = [name for name in baselines if holders.get(name, text) == text]  # once for all encoders
+            if reason := _try(record, text, sets, protocol, passes, own, device=device, out=out, command=command):
+                log.warning("%s failed: %s", text, reason)
                 record["failed"][text] = reason
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             there = dict.fromkeys((*encoders, *record["encoders"]))
             record["encoders"] = {name: record["encoders"][name] for name in there if name in record["encoders"]}
             record["compared"] = compared(record)
             _save(record, out)
     return record
+
+
+def _try(*values: Any, **named: Any) -> str | None:
+    """Measure one encoder, see `_measure`; return why it could not be done, None if it could."""
+    try:
+        _measure(*values, **named)
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        return reason
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next one may be larger
+    return None
 
 
 def _check(encoders: Sequence[str], baselines: Sequence[Baseline]) -> None:

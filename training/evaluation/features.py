@@ -71,7 +71,7 @@ def stored_features(
         model=encoder, pool=_pass(encoder, pools), batch_size=batch_size, workers=workers, normalize=False
     )
     done = extract(images.index, folder, options, show=show)
-    if done.computed:
+    if done.computed > done.tried_again:
         chip = machine(encoder.device)
         now = Speed(
             images=done.computed, seconds=done.seconds, device=str(encoder.device),

@@ -253,7 +253,10 @@ def plot(record: Json, file: Path) -> None:
     """Draw accuracy against images/s: one panel per set, one named dot with its interval per encoder."""
     check_plot(file)
     with own_style():
-        _plot(record, file)
+        figure = draw(record)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a name in a script that the font lacks
+            figure.savefig(file)
 
 
 def _headline(record: Json) -> Column:
@@ -262,7 +265,8 @@ def _headline(record: Json) -> Column:
     return next((one for one in shown if one.method is METHODS["linear"]), shown[0])
 
 
-def _plot(record: Json, file: Path) -> None:
+def draw(record: Json) -> Any:
+    """Make the figure that `plot` writes."""
     from matplotlib.figure import Figure
 
     column, names, speeds = _headline(record), _sets(record), _speeds(record)
@@ -277,11 +281,12 @@ def _plot(record: Json, file: Path) -> None:
             for text, speed in speeds.items()
             if (found := _shown(record, name, column, text))
         }
-        _panel(panel, dots, said, colours)
+        if dots:
+            _panel(panel, dots, said, colours)
+        else:
+            panel.text(0.5, 0.5, "no images/s are known", ha="center", transform=panel.transAxes)
         panel.set_title(printable(f"{name}, {column.heading}"), fontsize=10, loc="left")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name in a script that the font lacks
-        figure.savefig(file)
+    return figure
 
 
 def _panel(
