@@ -237,7 +237,7 @@ def test_models_and_info() -> None:
     assert "86 M parameters" in text
     assert "not measured" in text
     assert "Three ways on" in text
-    assert json.loads(run("info", "vit_l16.in1k", "--json").output)["transform"]["resize"] == 256
+    assert json.loads(run("info", "vit_l16.in1k", "--json").output)["transform"]["resize"] == [256, 256]
 
 
 def test_train_writes_an_encoder(image_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -128,7 +129,7 @@ def test_every_form_of_a_name_is_the_same_encoder(
     oracle = plain_timm(layouts["plain"], folder := tmp_path / "theirs", num_classes=0)
     shutil.copytree(folder, tmp_path / "run" / "encoder")
     pinned = f"hf-hub:{MINE}@{FIRST}"
-    sources = {
+    sources: dict[str | Path, str | None] = {
         **dict.fromkeys((MINE, f"hf_hub:{MINE}", f"hf-hub:{MINE}@main", f"{MINE}@{FIRST}"), pinned),
         **dict.fromkeys((TAG, "test_vit", f"{TAG}@{FIRST[:8]}"), f"{TAG}@{FIRST}"),
         f"timm/{TAG}": f"hf-hub:timm/{TAG}@{FIRST}",
@@ -201,6 +202,10 @@ def test_manifests_of_before_have_the_same_digest() -> None:
     }
     made = Manifest(**fields, runtime="torch", command="", versions={})
     assert made.digest == fields_sha256(fields | {"runtime": "torch or openvino"})
+    on_hub = dataclasses.replace(made, source=f"hf-hub:{MINE}@{FIRST}", license="mit")
+    assert made.differences(on_hub) == on_hub.differences(made) == []  # the same file
+    moved = dataclasses.replace(on_hub, source=f"hf-hub:{MINE}@{SECOND}")
+    assert [one.partition(":")[0] for one in on_hub.differences(moved)] == ["source"]
 
 
 def test_the_curated_table_decides_what_timm_leaves_open(
@@ -283,10 +288,15 @@ def test_a_store_goes_on_with_its_commit_after_the_branch_moved(
         for way in ((), ("--model", name)):
             done("search", store, images / "1.png", "--device", "cpu", *way)
         done(*words, store)
+        folder = _place(f"hf-hub:{MINE}@{FIRST}", tmp_path / "folder")
         shutil.rmtree(tmp_path / "cache")
         for again in (("verify", store), ("search", store, images / "1.png"), (*words, tmp_path / "new")):
             assert "on the hub: HF_HUB_OFFLINE is set. Without a network, run micl-zoo download" in refused(*again)
         assert not (tmp_path / "new").exists()
+        (store / "part-00001.parquet").unlink()
+        done("extract", images, "--model", folder, "--shard-rows", 2, *EMBED, "-o", store)  # as the sentence says
+        done("verify", store, "--model", folder, "--device", "cpu")
+        assert parts(store) == parts(whole)
     assert len(hub.requests) == before
     done(*words, store, "--overwrite")
     assert micl_zoo.open_store(store).manifest.source == f"hf-hub:{MINE}@{SECOND}"

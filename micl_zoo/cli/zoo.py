@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..encoders.device import ONNX_PRECISIONS
-from ..encoders.public import PUBLIC, Public, is_cached
 from ..encoders.zoo import DEFAULT, RECORDS, Record, find_record, is_name
 from . import _options as opt
 
 if TYPE_CHECKING:
     from ..encoders.about import About
+    from ..encoders.public import Public
 
 FIGURES = ("width", "pixels", "M", "GMAC", "images/s", "k-NN", "linear")
 PUBLIC_HEADS = ("name", "weights", *FIGURES, "licence")
@@ -34,6 +34,8 @@ def models(as_json: bool) -> None:
       micl-zoo models
       micl-zoo models --json
     """
+    from ..encoders.public import PUBLIC
+
     width = max(map(len, RECORDS))
     for record in sorted(RECORDS.values(), key=lambda one: (not one.published, one.name)):
         row = {"name": record.name, "published": record.published, "summary": record.summary}
@@ -60,6 +62,8 @@ def _cell(value: Any) -> str:
 
 
 def _public(row: Public) -> dict[str, Any]:
+    from ..encoders.public import is_cached
+
     return {
         "name": row.name,
         "weights": "in the cache" if is_cached(row) else "on the hub",

@@ -159,7 +159,7 @@ class _Why:
             return self.text
         return (
             f"{self.text}. Without a network, run micl-zoo download {name} --to FOLDER where there is one, bring "
-            "FOLDER here and give micl_zoo.load its path"
+            "FOLDER here and give its path in place of the name"
         )
 
 
