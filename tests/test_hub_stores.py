@@ -431,6 +431,19 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(
         assert not (tmp_path / "folder").exists()
 
 
+def test_a_configuration_that_contradicts_the_weights_header(hub: Hub, encoder_folder: Path) -> None:
+    files = {file.name: file.read_bytes() for file in encoder_folder.iterdir()}
+    hub.put("micl/ours", FIRST, files)
+    assert micl_zoo.load("micl/ours", device="cpu").pool == "cls"
+    config = json.loads(files["config.json"])
+    config["pretrained_cfg"]["license"] = "mit"
+    hub.put("micl/ours", SECOND, {**files, "config.json": json.dumps(config).encode()})
+    assert micl_zoo.load("micl/ours", device="cpu").config.license == "mit"
+    config["pretrained_cfg"]["crop_pct"] = 0.5
+    hub.put("micl/ours", "3" * 40, {**files, "config.json": json.dumps(config).encode()})
+    assert "contradicts itself, config.json and the header of model.safetensors" in refused("golden", "micl/ours")
+
+
 def test_other_bytes_in_the_cache_are_never_embedded_with(
     hub: Hub, layouts: dict[str, Layout], images: Path, tmp_path: Path
 ) -> None:
