@@ -139,7 +139,7 @@ def record_weights(record: Record) -> Weights:
 def record_onnx(record: Record) -> tuple[Path, str]:
     """Find the ONNX file of a row of the table, where its weights are, and its sha256."""
     if record.onnx is None:
-        way_on = f'micl-zoo export {record.name} -o DIR, and then micl_zoo.load(weights="DIR", backend="onnx")'
+        way_on = f'micl-zoo export {record.name} -o DIR, and then micl_zoo.load("DIR", backend="onnx")'
         raise WeightsError(f"no ONNX file of {record.name} comes with micl-zoo: {way_on}")
     return _published(record, "ONNX file", record.onnx.file, record.onnx.sha256), record.onnx.sha256
 
@@ -175,6 +175,6 @@ def not_published(record: Record) -> str:
     return (
         f"no weights of {record.name} are published yet. Three ways on: "
         f"(1) train it: micl-zoo train {record.recipe} --data IMAGES --out RUN; "
-        f'(2) load weights of your own: micl_zoo.load("{arch}", weights="RUN"); '
+        f'(2) load weights of your own: micl_zoo.load("RUN"); '
         f'(3) start from random weights: micl_zoo.load("{arch}", pretrained=False).'
     )
