@@ -13,7 +13,7 @@ from ..files import atomic_path, file_sha256
 from ..schema import read_json
 from .names import Place, find_place
 from .pins import Pin, PinnedFile
-from .public import row_of
+from .public import PUBLIC, Public, row_of
 from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
 from .zoo import Record
 
@@ -93,9 +93,25 @@ def hub_config(place: Place) -> EncoderConfig:
     row = row_of(place.architecture, pin.repo)
     if architecture := place.architecture or (row and row.name):
         config = replace(config, name=architecture, architecture=architecture.partition(".")[0])
-    if row:
-        config = replace(config.with_transform(row.transform or config.transform), pool=row.pool)
+    config = _with_row(config, row)
     return replace(config, license=pin.license or config.license, source=place.source)
+
+
+def timm_config(name: str) -> EncoderConfig:
+    """Say how to build an encoder of timm's table, with the choices of ours, for random weights."""
+    import timm
+
+    from .torch_model import features_of
+
+    known = timm.get_pretrained_cfg(name)
+    body = {"architecture": known.architecture, "num_features": features_of(known.architecture)}
+    entry = {key: value for key, value in known.to_dict().items() if value is not None}
+    config = EncoderConfig.from_dict(body | {"pretrained_cfg": entry}, where=f"timm's {name}", tagged=True)
+    return _with_row(config, PUBLIC.get(config.name))
+
+
+def _with_row(config: EncoderConfig, row: Public | None) -> EncoderConfig:
+    return replace(config.with_transform(row.transform or config.transform), pool=row.pool) if row else config
 
 
 def hub_weights(place: Place) -> Weights:
