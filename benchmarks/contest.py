@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
+
+import numpy as np
 
 from micl_zoo.progress import progress
 
@@ -31,3 +34,13 @@ def spread(rates: Sequence[float]) -> tuple[float, float, float]:
 def ratio(value: float | None, base: float | None) -> float | None:
     """Quotient of two rates; None if one of them was not measured."""
     return round(value / base, 3) if value is not None and base else None
+
+
+def rate(embed: Callable[[np.ndarray], object], of: Iterator[np.ndarray], seconds: float) -> float:
+    """Images/s over some seconds, at least one batch."""
+    start, images = time.perf_counter(), 0
+    while not images or time.perf_counter() - start < seconds:
+        batch = next(of)
+        embed(batch)
+        images += len(batch)
+    return images / (time.perf_counter() - start)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import click
 import numpy as np
 import onnx
 import torch
-from contest import in_turn, ratio, spread
+from contest import in_turn, rate, ratio, spread
 from extract import IMAGE_SUFFIXES
 from PIL import Image
 from record import cpu_flags, made_on, missing, options_text
@@ -218,16 +217,6 @@ def batches(pixels: np.ndarray, size: int) -> Iterator[np.ndarray]:
     while True:
         yield np.take(pixels, range(place, place + size), axis=0, mode="wrap")
         place += size
-
-
-def rate(embed: Callable[[np.ndarray], object], of: Iterator[np.ndarray], seconds: float) -> float:
-    """Images/s over some seconds, at least one batch."""
-    start, images = time.perf_counter(), 0
-    while not images or time.perf_counter() - start < seconds:
-        batch = next(of)
-        embed(batch)
-        images += len(batch)
-    return images / (time.perf_counter() - start)
 
 
 def accuracies(folder: Path, encoder: Encoder, opened: dict[str, Encoder]) -> dict[str, float]:

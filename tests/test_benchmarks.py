@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from conftest import TWIN, picture
 
 import micl_zoo
+from micl_zoo.encoders.public import IMAGES_PER_SECOND, SPEED_RECORD
 from micl_zoo.extraction.extract import extract
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -110,6 +111,22 @@ def test_export(script: Script, image_folder: Callable[..., Path], tmp_path: Pat
     assert len(found["drift"]) == 6
     assert all(row["cosine_min"] > 0.9 for row in found["drift"].values())
     assert ("openvino fp32" in rates) == ("openvino fp32: left out" not in said) == bool(find_spec("openvino"))
+
+
+def test_encoders(script: Script, tmp_path: Path) -> None:
+    said = run(script("encoders"), "--trial", "-o", tmp_path / "record.json")
+    found = record_of(tmp_path / "record.json")
+    assert set(found["encoders"]) == set(script("encoders").shown(found)) == {"test_vit.trial", "test_resnet.trial"}
+    for one in found["encoders"].values():
+        assert one["by_itself"] in one["images_per_second"], "what extract takes was not measured"
+        assert one["difference_from_timm"] < 1e-5
+        backends = {name.split()[0] for name in one["images_per_second"]}
+        assert ("openvino" in backends) == ("openvino: left out" not in said) == bool(find_spec("openvino"))
+
+
+def test_the_speeds_of_the_table_are_those_of_its_record(script: Script) -> None:
+    file = BENCHMARKS.parent / SPEED_RECORD
+    assert (script("encoders").shown(record_of(file)) if file.exists() else {}) == IMAGES_PER_SECOND
 
 
 def test_loops(script: Script, image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def export(encoder: str, outputs: str | None, images: tuple[str, ...], as_json: 
     click.echo(f"{made.path}: {made.bytes:,} bytes, sha256 {made.sha256}")
     click.echo(f"Compared with PyTorch on {made.drift.text()}.")
     if not made.card.preprocess:
-        click.echo(f'Load it with micl_zoo.load(weights={str(made.path)!r}, backend="onnx").')
+        click.echo(f'Load it with micl_zoo.load({str(made.path)!r}, backend="onnx").')
 
 
 @click.command(cls=opt.Command)

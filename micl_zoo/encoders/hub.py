@@ -13,7 +13,7 @@ from ..files import atomic_path, file_sha256
 from ..schema import read_json
 from .names import Place, find_place
 from .pins import Pin, PinnedFile
-from .public import row_of
+from .public import PUBLIC, Public, row_of
 from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
 from .zoo import Record
 
@@ -88,8 +88,7 @@ def hub_config(place: Place) -> EncoderConfig:
     config, row = _own_config(pin), row_of(place.architecture, pin.repo)
     if architecture := place.architecture or (row and row.name):
         config = replace(config, name=architecture, architecture=architecture.partition(".")[0])
-    if row:
-        config = replace(config.with_transform(row.transform or config.transform), pool=row.pool)
+    config = _with_row(config, row)
     return replace(config, license=pin.license or config.license, source=place.source)
 
 
@@ -98,6 +97,23 @@ def _own_config(pin: Pin) -> EncoderConfig:
         way_on = f"take a repository of timm's layout, or put timm's {CONFIG_FILE} beside its weights in a folder"
         raise WeightsError(f"{pin.source} has no {CONFIG_FILE}, so it does not say how to build its encoder: {way_on}")
     return EncoderConfig.from_dict(read_json(pin.fetch(CONFIG_FILE), WeightsError), where=pin.source, tagged=True)
+
+
+def timm_config(name: str) -> EncoderConfig:
+    """Say how to build an encoder of timm's table, with the choices of ours, for random weights."""
+    import timm
+
+    from .torch_model import features_of
+
+    known = timm.get_pretrained_cfg(name)
+    body = {"architecture": known.architecture, "num_features": features_of(known.architecture)}
+    entry = {key: value for key, value in known.to_dict().items() if value is not None}
+    config = EncoderConfig.from_dict(body | {"pretrained_cfg": entry}, where=f"timm's {name}", tagged=True)
+    return _with_row(config, PUBLIC.get(config.name))
+
+
+def _with_row(config: EncoderConfig, row: Public | None) -> EncoderConfig:
+    return replace(config.with_transform(row.transform or config.transform), pool=row.pool) if row else config
 
 
 def hub_weights(place: Place) -> Weights:
@@ -150,7 +166,7 @@ def record_weights(record: Record) -> Weights:
 def record_onnx(record: Record) -> tuple[Path, str]:
     """Find the ONNX file of a row of the table, where its weights are, and its sha256."""
     if record.onnx is None:
-        way_on = f'micl-zoo export {record.name} -o DIR, and then micl_zoo.load(weights="DIR", backend="onnx")'
+        way_on = f'micl-zoo export {record.name} -o DIR, and then micl_zoo.load("DIR", backend="onnx")'
         raise WeightsError(f"no ONNX file of {record.name} comes with micl-zoo: {way_on}")
     return _published(record, "ONNX file", record.onnx.file, record.onnx.sha256), record.onnx.sha256
 
@@ -186,6 +202,6 @@ def not_published(record: Record) -> str:
     return (
         f"no weights of {record.name} are published yet. Three ways on: "
         f"(1) train it: micl-zoo train {record.recipe} --data IMAGES --out RUN; "
-        f'(2) load weights of your own: micl_zoo.load("{arch}", weights="RUN"); '
+        f'(2) load weights of your own: micl_zoo.load("RUN"); '
         f'(3) start from random weights: micl_zoo.load("{arch}", pretrained=False).'
     )

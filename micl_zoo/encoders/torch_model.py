@@ -306,6 +306,12 @@ def outline(config: EncoderConfig) -> tuple[int, dict[Output, tuple[int, ...]], 
     return sum(one.numel() for one in model.parameters()), shapes, own_pool(config.pool, model)
 
 
+def features_of(architecture: str) -> int:
+    """Return timm's num_features of an architecture."""
+    with _Shapes():
+        return int(timm.create_model(architecture, pretrained=False).num_features)
+
+
 class _Shapes(TorchFunctionMode):
     """Makes tensors that have shapes and no memory; torch.device("meta") breaks where timm before 1.0.17 reads one."""
 
