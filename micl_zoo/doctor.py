@@ -87,6 +87,7 @@ def examine(*, offline: bool = False) -> Report:
         "disk": disks,
         "weights": embedded_weights,
         "embeddings": golden_embeddings,
+        "public encoders": public_embeddings,
     }
     from .telemetry import no_telemetry
 
@@ -416,16 +417,49 @@ def embedded_weights() -> Iterator[Finding]:
 
 def golden_embeddings() -> Iterator[Finding]:
     """Whether the encoders that come with the package give the published embeddings on this machine."""
-    from .encoders.golden import TOLERANCE, golden_difference, golden_file
-    from .encoders.load import load
+    from .encoders.golden import golden_file
 
     for record in _embedded():
-        encoder = load(record.name)
-        name, difference = f"embeddings of {record.name}", golden_difference(encoder, golden_file(record))
-        found = f"of 4 generated images on {encoder.device.type}: {difference:.1g} from the published ones at most"
-        text = f"{found}, more than the {TOLERANCE:g} that is normal: torch does not compute as it should here"
-        wrong = Finding(name, "problem", text, torch_again())
-        yield Finding(name, "ok", found) if difference <= TOLERANCE else wrong
+        yield _compared(record.name, record.name, golden_file(record))
+
+
+def public_embeddings() -> Iterator[Finding]:
+    """Whether other people's encoders in the cache give the embeddings in their golden files; none is fetched."""
+    from .encoders.golden import golden_file, read_golden
+    from .encoders.names import hub_of
+    from .encoders.pins import is_here
+    from .encoders.public import PUBLIC, is_cached
+    from .errors import WeightsError
+
+    for row in filter(is_cached, PUBLIC.values()):
+        name = f"embeddings of {row.name}"
+        try:
+            file = golden_file(row)
+        except WeightsError:
+            text = f"in the cache; nobody has noted yet what it must give: `micl-zoo golden {row.name}` does"
+            yield Finding(name, "note", text)
+            continue
+        source = read_golden(file).source
+        repo, commit = hub_of(source)
+        if source and repo and commit and is_here(repo, commit):
+            yield _compared(row.name, source, file)
+        else:
+            yield Finding(
+                name, "note", f"not compared: the embeddings of commit {commit} are known, the cache has another"
+            )
+
+
+def _compared(name: str, source: str, file: Path) -> Finding:
+    from .encoders.golden import TOLERANCE, golden_difference
+    from .encoders.load import load
+
+    encoder = load(source)
+    difference = golden_difference(encoder, file)
+    found = f"of 4 generated images on {encoder.device.type}: {difference:.1g} from the published ones at most"
+    if difference <= TOLERANCE:
+        return Finding(f"embeddings of {name}", "ok", found)
+    text = f"{found}, more than the {TOLERANCE:g} that is normal: torch does not compute as it should here"
+    return Finding(f"embeddings of {name}", "problem", text, torch_again())
 
 
 def _embedded() -> list[Record]:

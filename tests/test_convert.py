@@ -297,7 +297,7 @@ def test_the_command_says_what_it_found(file: Path, tmp_path: Path) -> None:
         "vit_small.theirs: 32 wide, 2 blocks, 2 heads (given), patches of 8, images of 32",
         "epoch: 199; licence: unknown",
         "left out: mask_token, decoder_pos_embed, decoder_blocks, head (4 tensors)",
-        f"The encoder is in {tmp_path / 'encoder'}: micl_zoo.load(weights={str(tmp_path / 'encoder')!r}).",
+        f"The encoder is in {tmp_path / 'encoder'}: micl_zoo.load({str(tmp_path / 'encoder')!r}).",
     ]
 
 

@@ -305,7 +305,7 @@ def test_the_command(encoder_folder: Path, tmp_path: Path, image_folder: Callabl
     done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0
     assert "Compared with PyTorch on 10 photographs: cosine 1.000000" in done.output
-    assert f"micl_zoo.load(weights={str(tmp_path / 'onnx' / 'model.onnx')!r}" in done.output
+    assert f"micl_zoo.load({str(tmp_path / 'onnx' / 'model.onnx')!r}" in done.output
     again = CliRunner().invoke(main, words)
     assert again.exit_code == 1
     more = [*words, "--overwrite", "--json", "--images", str(image_folder(11)), "--precision", "fp16"]

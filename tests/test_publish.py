@@ -136,7 +136,12 @@ placed = download(record.name, folder, onnx=True)
 assert [one.kept for one in placed] == [False] * 3, placed
 exported = micl_zoo.load(record.name, device="cpu", backend="onnx")
 assert exported.record is record
-print(json.dumps([one.embed(Image.open(picture))[0].tolist() for one in (encoder, exported)]))
+by_repository = micl_zoo.load(record.hub_repo, device="cpu")
+assert by_repository.record is record
+assert by_repository.source == f"hf-hub:{record.hub_repo}@{record.hub_commit}"
+assert by_repository.config.license == record.license
+encoders = (encoder, exported, by_repository)
+print(json.dumps([one.embed(Image.open(picture))[0].tolist() for one in encoders]))
 """
 
 
@@ -172,6 +177,7 @@ def test_a_run_to_the_hub_and_back(hub: Hub, run: Path, record: Path, tmp_path: 
     rows = np.array(json.loads(fetched.stdout.splitlines()[-1]))
     np.testing.assert_allclose(rows[0], expected, rtol=0, atol=1e-6)
     np.testing.assert_allclose(rows[1], expected, rtol=0, atol=1e-4)
+    assert (rows[2] == rows[0]).all()
     for name in ("config.json", "model.safetensors", "model.onnx"):
         assert (tmp_path / "fetched" / name).read_bytes() == (run / "hub" / name).read_bytes()
 
@@ -187,7 +193,7 @@ def test_the_card_speaks_of_its_repository(run: Path, record: Path) -> None:
     head = yaml.safe_load(text.split("---\n", 2)[1])
     assert head["library_name"] == "timm"
     assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
-    assert f'micl_zoo.load(weights=snapshot_download("{REPO}"))' in text
+    assert f'micl_zoo.load("{REPO}")' in text
     assert "OWNER/NAME" not in text
     assert f"| evaluation | `records/{NAME}.eval.json` |" in text
     assert "| training | `records/run.json` |" in text

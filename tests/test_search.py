@@ -138,7 +138,7 @@ def test_what_cannot_be_searched_for(made: Store, encoder_folder: Path, tmp_path
     ):
         with pytest.raises(UsageError, match=text):
             search(made, images, weights=encoder_folder, device="cpu", **options)  # type: ignore[arg-type]
-    with pytest.raises(WeightsError, match="--weights"):
+    with pytest.raises(WeightsError, match="--model"):
         search(made, bad)
 
 

@@ -371,7 +371,7 @@ def test_a_store_on_an_object_store(sound: Store, tmp_path: Path) -> None:
 
 
 def test_weights_are_asked_for_and_checked(sound: Store, encoder_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"weights of vit_ti16.tin200 that are not published .* --weights"):
+    with pytest.raises(WeightsError, match=r"weights of vit_ti16.tin200 that are not published .* --model"):
         verify(sound)
     published = Path(micl_zoo.__file__).parent / "embedded" / "vit_ti16.tin200.safetensors"
     with pytest.raises(WeightsError, match=rf"but vit_ti16\.tin200 .* has {str(RECORDS[DEFAULT].sha256)[:10]}"):

@@ -155,7 +155,7 @@ def test_a_path_in_the_place_of_a_name(encoder_folder: Path, tmp_path: Path, mon
         micl_zoo.load(Path("nowhere"))
     with pytest.raises(UsageError, match=r"weights of two places were asked for, './vit_l16' and 'other': give one"):
         micl_zoo.load("./vit_l16", weights="other")
-    with pytest.raises(UsageError, match="gives random weights, and weights were asked for, too"):
+    with pytest.raises(UsageError, match="goes with a name of the table or of timm alone"):
         micl_zoo.load("./vit_l16", pretrained=False)
     with pytest.raises(WeightsError, match='load it with backend="onnx"'):
         micl_zoo.load(embedded_file(str(getattr(RECORDS[DEFAULT].onnx, "file", ""))))
@@ -209,8 +209,8 @@ def test_the_download_command(tmp_path: Path) -> None:
     assert (
         f"{folder / 'model.safetensors'}: {RECORDS[DEFAULT].bytes:,} bytes, sha256 {RECORDS[DEFAULT].sha256}\n" in said
     )
-    assert f"micl_zoo.load(weights={str(folder)!r})." in said
-    assert f'micl_zoo.load(weights={str(folder)!r}, backend="onnx")' in said
+    assert f"micl_zoo.load({str(folder)!r})." in said
+    assert f'micl_zoo.load({str(folder)!r}, backend="onnx")' in said
     assert file_sha256(folder / "model.onnx") == getattr(RECORDS[DEFAULT].onnx, "sha256", None)
     assert CliRunner().invoke(main, words).output.count("was there already") == 2
 
@@ -325,8 +325,18 @@ def test_a_run_that_was_stopped_embeds_exports_and_goes_on(image_folder: Callabl
 def test_random_weights_only_when_asked_for() -> None:
     encoder = micl_zoo.load("vit_ti16", pretrained=False, device="cpu")
     assert encoder.weights_sha256 is None
-    with pytest.raises(UsageError, match="gives random weights, and weights were asked for, too"):
+    with pytest.raises(UsageError, match="goes with a name of the table or of timm alone"):
         micl_zoo.load("vit_ti16", weights="x", pretrained=False)
+
+
+def test_a_name_of_timm_has_its_shape_without_weights_and_a_network() -> None:
+    """A curated one with the choices of the table: positions for 37 x 37 patches become 16 x 16."""
+    encoder = micl_zoo.load("vit_small_patch14_reg4_dinov2.lvd142m", pretrained=False, device="cpu")
+    assert (encoder.transform.size, encoder.pool, encoder.row_shape("patches")) == ((224, 224), "cls", (16, 16, 384))
+    other = micl_zoo.load("test_convnext", pretrained=False, image_size=64, device="cpu")
+    assert (other.name, other.pools, other.embed([picture(0)]).shape) == (
+        "test_convnext.r160_in1k", ("native", "mean", "patches"), (1, 64),
+    )  # fmt: skip
 
 
 def test_wrong_files_are_refused(encoder_folder: Path, tmp_path: Path) -> None:

@@ -132,4 +132,4 @@ def import_(checkpoint: Path, out: Path, **options: Any) -> None:
     )
     click.echo(f"epoch: {'not said' if found['epoch'] is None else found['epoch']}; licence: {found['license']}")
     click.echo(f"left out: {', '.join(left_out) or 'nothing'} ({len(found['left_out'])} tensors)")
-    click.echo(f"The encoder is in {out}: micl_zoo.load(weights={str(out)!r}).")
+    click.echo(f"The encoder is in {out}: micl_zoo.load({str(out)!r}).")

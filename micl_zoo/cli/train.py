@@ -30,7 +30,7 @@ SECONDS = opt.value("--seconds", "Length of the measurement in seconds.", type=o
 def train(recipe: str, data: tuple[str, ...], out: Path | None, plan: bool, **options: Any) -> None:
     """Pre-train an encoder by RECIPE (names: `micl-zoo models`).
 
-    Writes run.json, metrics.jsonl, views.png, checkpoints/ and encoder/, which `micl_zoo.load(weights=...)` takes;
+    Writes run.json, metrics.jsonl, views.png, checkpoints/ and encoder/, which `micl_zoo.load(FOLDER)` takes;
     `micl-zoo report` shows a run. A killed run resumes from its last checkpoint with the same numbers, on any number of
     GPUs. SIGTERM and Ctrl-C write a checkpoint first.
 
@@ -54,7 +54,7 @@ def train(recipe: str, data: tuple[str, ...], out: Path | None, plan: bool, **op
 
     made = pretrain(recipe, data[0] if len(data) == 1 else data, out, **options)
     stopped = f"Stopped at --max-steps. Run the same command without it to resume {out}."
-    encoder = f"The encoder is in {made.parent}: micl_zoo.load(weights={str(made.parent)!r})."
+    encoder = f"The encoder is in {made.parent}: micl_zoo.load({str(made.parent)!r})."
     if says():
         click.echo(stopped if made == out else encoder)
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..encoders.device import ONNX_PRECISIONS
-from ..encoders.public import PUBLIC, Public, is_cached
-from ..encoders.zoo import DEFAULT, RECORDS, Record
+from ..encoders.zoo import DEFAULT, RECORDS, Record, find_record, is_name
 from . import _options as opt
 
 if TYPE_CHECKING:
     from ..encoders.about import About
+    from ..encoders.public import Public
 
 FIGURES = ("width", "pixels", "M", "GMAC", "images/s", "k-NN", "linear")
 PUBLIC_HEADS = ("name", "weights", *FIGURES, "licence")
@@ -34,6 +34,8 @@ def models(as_json: bool) -> None:
       micl-zoo models
       micl-zoo models --json
     """
+    from ..encoders.public import PUBLIC
+
     width = max(map(len, RECORDS))
     for record in sorted(RECORDS.values(), key=lambda one: (not one.published, one.name)):
         row = {"name": record.name, "published": record.published, "summary": record.summary}
@@ -60,6 +62,8 @@ def _cell(value: Any) -> str:
 
 
 def _public(row: Public) -> dict[str, Any]:
+    from ..encoders.public import is_cached
+
     return {
         "name": row.name,
         "weights": "in the cache" if is_cached(row) else "on the hub",
@@ -88,17 +92,13 @@ def info(name: str, as_json: bool) -> None:
       micl-zoo info timm/vit_small_patch14_reg4_dinov2.lvd142m
       micl-zoo info runs/first --json
     """
-
-    from ..encoders.names import find_place
-
-    place = find_place(name)
-    if place.record is None:
+    if not is_name(name):
         from ..encoders.about import about
 
-        found = about(name, place)
+        found = about(name)
         click.echo(json.dumps(found.as_dict(), indent=2) if as_json else _about(found))
         return
-    record = place.record
+    record = find_record(name)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(record), indent=2))
         return
@@ -192,8 +192,8 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
 def golden(name: str, out: Path | None, check: bool) -> None:
     """Write the embeddings of four generated images by the encoder NAME, by which other machines are checked.
 
-    The file has timm's version and the sha256 of the weights. `micl-zoo doctor` compares encoders in the cache with
-    the files of micl_zoo/embedded/.
+    The file has timm's version, the pool, and the sha256 of the weights with their commit on the hub. `micl-zoo doctor`
+    compares encoders in the cache with the files of micl_zoo/embedded/.
 
     Examples:
       micl-zoo golden vit_small_patch14_reg4_dinov2.lvd142m
@@ -258,7 +258,7 @@ def export(encoder: str, outputs: str | None, images: tuple[str, ...], as_json: 
     click.echo(f"{made.path}: {made.bytes:,} bytes, sha256 {made.sha256}")
     click.echo(f"Compared with PyTorch on {made.drift.text()}.")
     if not made.card.preprocess:
-        click.echo(f'Load it with micl_zoo.load(weights={str(made.path)!r}, backend="onnx").')
+        click.echo(f'Load it with micl_zoo.load({str(made.path)!r}, backend="onnx").')
 
 
 @click.command(cls=opt.Command)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from .device import Output, Pool
 from .hub import hub_config
-from .names import Place, find_place
+from .names import find_place
 from .public import PUBLIC, Public
 from .torch_model import outline
 from .weights import EncoderConfig, local_weights
@@ -47,17 +47,16 @@ class About:
         }
 
 
-def about(name: str | os.PathLike[str], place: Place | None = None) -> About:
+def about(name: str | os.PathLike[str]) -> About:
     """Look at an encoder: of the hub its configuration is fetched and nothing else, of a file its header is read.
 
     Args:
-        name: see `load`.
-        place: what `find_place` gave for the name, where that is known.
+        name: see `load`; none of our table, which itself says what is known.
 
     Raises:
         UsageError, WeightsError: see `load`.
     """
-    place = place or find_place(name)
+    place = find_place(name)
     if place.path is not None:
         found = local_weights(place.path)
         config, where, row = found.config, str(found.path), None

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._version import package_versions
 from ..errors import WeightsError
 from ..files import write_text
 from ..schema import read, read_json
+from .device import Pool
 from .hub import embedded_file
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .encoder import Encoder
+    from .public import Public
     from .zoo import Record
 
 NUMBERS, DIGITS = 64, 7  # the first NUMBERS of each embedding are kept, rounded
@@ -26,13 +29,27 @@ TOLERANCE = 1e-4  # of each number, in fp32
 
 
 @dataclass(frozen=True)
-class _GoldenFile:
+class GoldenFile:
+    """What an encoder must give; files of before the later fields are of encoders of ours."""
+
     embeddings: dict[str, list[float]]  # by image
+    pool: Pool = "cls"
+    source: str | None = None  # with the commit, see `EncoderConfig`
 
 
-def golden_file(record: Record) -> Path:
-    """Return the golden file of an encoder that comes with the package."""
-    return embedded_file(f"{record.name}.golden.json")
+def golden_file(row: Record | Public) -> Path:
+    """Return the golden file of an encoder that comes with the package; WeightsError where there is none."""
+    return embedded_file(f"{row.name}.golden.json")
+
+
+def read_golden(file: Path) -> GoldenFile:
+    """Read a golden file.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
+    cure = "reinstall micl-zoo"
+    return read(GoldenFile, read_json(file, WeightsError, cure), repr(str(file)), WeightsError, cure, others=True)
 
 
 def golden_images(height: int, width: int) -> dict[str, np.ndarray]:
@@ -52,25 +69,33 @@ def golden_images(height: int, width: int) -> dict[str, np.ndarray]:
     return {**images, "noise": (words >> np.uint64(56)).astype(np.uint8)}
 
 
-def golden_numbers(encoder: Encoder) -> dict[str, list[float]]:
+def golden_numbers(encoder: Encoder, pool: Pool) -> dict[str, list[float]]:
     """Compute by image the first NUMBERS numbers of its embedding."""
     images = golden_images(*encoder.transform.size)
-    rows = encoder.embed(list(images.values()))
+    rows = encoder.embed(list(images.values()), pool=pool)
     return {name: [round(float(n), DIGITS) for n in row[:NUMBERS]] for name, row in zip(images, rows, strict=True)}
 
 
 def write_golden(encoder: Encoder, file: Path) -> None:
-    """Write a golden file, with the sha256 of the weights, one line per image."""
-    lines = ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in golden_numbers(encoder).items())
-    head = f' "encoder": {json.dumps(encoder.name)},\n "weights_sha256": {json.dumps(encoder.weights_sha256)},\n'
-    write_text(file, f'{{\n{head} "embeddings": {{\n{lines}\n }}\n}}\n')
+    """Write a golden file: what the encoder is, and one line per image."""
+    about = {
+        "encoder": encoder.name,
+        "weights_sha256": encoder.weights_sha256,
+        "source": encoder.source,
+        "pool": encoder.pool,
+        "timm": package_versions()["timm"],
+    }
+    head = "\n".join(f" {json.dumps(key)}: {json.dumps(value)}," for key, value in about.items())
+    rows = golden_numbers(encoder, encoder.pool).items()
+    lines = ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in rows)
+    write_text(file, f'{{\n{head}\n "embeddings": {{\n{lines}\n }}\n}}\n')
 
 
 def golden_difference(encoder: Encoder, file: Path) -> float:
     """Return the largest difference to the golden file's numbers; in fp32 any backend keeps it within TOLERANCE."""
-    what, cure = repr(str(file)), "reinstall micl-zoo"
-    wanted = read(_GoldenFile, read_json(file, WeightsError, cure), what, WeightsError, cure, others=True).embeddings
-    made = golden_numbers(encoder)
+    golden = read_golden(file)
+    wanted, made = golden.embeddings, golden_numbers(encoder, golden.pool)
     if {name: len(row) for name, row in wanted.items()} != {name: len(row) for name, row in made.items()}:
-        raise WeightsError(f"{what} is damaged, it has {', '.join(wanted)} with other numbers: {cure}")
+        found = f"it has {', '.join(wanted)} with other numbers"
+        raise WeightsError(f"{str(file)!r} is damaged, {found}: reinstall micl-zoo")
     return max(abs(one - other) for name in wanted for one, other in zip(wanted[name], made[name], strict=True))

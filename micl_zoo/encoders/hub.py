@@ -13,7 +13,7 @@ from ..files import atomic_path, file_sha256
 from ..schema import read_json
 from .names import Place, find_place
 from .pins import Pin, PinnedFile
-from .public import row_of
+from .public import PUBLIC, Public, row_of
 from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
 from .zoo import Record
 
@@ -52,7 +52,7 @@ def download(name: str, folder: str | os.PathLike[str], *, onnx: bool = False, o
         raise WeightsError(not_published(record))
     if onnx and (record is None or record.onnx is None):
         raise WeightsError(f"no ONNX file of {name} is published: leave onnx out, and export it from the folder")
-    sha256 = record.sha256 if record else place.pinned.files[place.pinned.weights].sha256
+    sha256 = record.sha256 if record else _hub_sha256(place.pinned)
     weights, config, exported = (folder / file for file in (WEIGHTS_FILE, CONFIG_FILE, ONNX_FILE))
     wanted = {weights: sha256} | ({exported: record.onnx.sha256} if onnx and record and record.onnx else {})
     kept = {file: _is_there(file, sum_, overwrite) for file, sum_ in wanted.items()}  # raises before any download
@@ -73,6 +73,11 @@ def _weights(place: Place) -> Weights:
     return record_weights(place.record) if place.record else hub_weights(place)
 
 
+def _hub_sha256(pin: Pin) -> str:
+    """Return the sha256 of the weights, which the hub does not tell of files that are small."""
+    return pin.files[pin.weights].sha256 or file_sha256(pin.fetch(pin.weights))
+
+
 def hub_config(place: Place) -> EncoderConfig:
     """Say how to build an encoder of the hub: its own configuration, with the choices of the curated table.
 
@@ -80,21 +85,41 @@ def hub_config(place: Place) -> EncoderConfig:
         WeightsError: it cannot be had, or is no timm configuration.
     """
     pin = place.pinned
+    if CONFIG_FILE not in pin.files:
+        way_on = f"take a repository of timm's layout, or put timm's {CONFIG_FILE} beside its weights in a folder"
+        raise WeightsError(f"{pin.source} has no {CONFIG_FILE}, so it does not say how to build its encoder: {way_on}")
     body = read_json(pin.fetch(CONFIG_FILE), WeightsError)
     config = EncoderConfig.from_dict(body, where=pin.source, tagged=True)
     row = row_of(place.architecture, pin.repo)
     if architecture := place.architecture or (row and row.name):
         config = replace(config, name=architecture, architecture=architecture.partition(".")[0])
-    if row:
-        config = replace(config.with_transform(row.transform or config.transform), pool=row.pool)
+    config = _with_row(config, row)
     return replace(config, license=pin.license or config.license, source=place.source)
+
+
+def timm_config(name: str) -> EncoderConfig:
+    """Say how to build an encoder of timm's table, with the choices of ours, for random weights."""
+    import timm
+
+    from .torch_model import features_of
+
+    known = timm.get_pretrained_cfg(name)
+    body = {"architecture": known.architecture, "num_features": features_of(known.architecture)}
+    entry = {key: value for key, value in known.to_dict().items() if value is not None}
+    config = EncoderConfig.from_dict(body | {"pretrained_cfg": entry}, where=f"timm's {name}", tagged=True)
+    return _with_row(config, PUBLIC.get(config.name))
+
+
+def _with_row(config: EncoderConfig, row: Public | None) -> EncoderConfig:
+    return replace(config.with_transform(row.transform or config.transform), pool=row.pool) if row else config
 
 
 def hub_weights(place: Place) -> Weights:
     """Fetch the weights of an encoder of the hub, by the sha256 that the hub tells."""
     pin, name = place.pinned, place.pinned.weights  # raises before anything is fetched
     config = hub_config(place)
-    return Weights(pin.fetch(name), config, checked=pin.files[name].sha256)
+    file = replace(pin, license=config.license).fetch(name)  # shows it
+    return Weights(file, config, checked=pin.files[name].sha256)
 
 
 def _is_there(file: Path, sha256: str | None, overwrite: bool) -> bool:
@@ -130,7 +155,7 @@ def record_weights(record: Record) -> Weights:
 def record_onnx(record: Record) -> tuple[Path, str]:
     """Find the ONNX file of a row of the table, where its weights are, and its sha256."""
     if record.onnx is None:
-        way_on = f'micl-zoo export {record.name} -o DIR, and then micl_zoo.load(weights="DIR", backend="onnx")'
+        way_on = f'micl-zoo export {record.name} -o DIR, and then micl_zoo.load("DIR", backend="onnx")'
         raise WeightsError(f"no ONNX file of {record.name} comes with micl-zoo: {way_on}")
     return _published(record, "ONNX file", record.onnx.file, record.onnx.sha256), record.onnx.sha256
 
@@ -166,6 +191,6 @@ def not_published(record: Record) -> str:
     return (
         f"no weights of {record.name} are published yet. Three ways on: "
         f"(1) train it: micl-zoo train {record.recipe} --data IMAGES --out RUN; "
-        f'(2) load weights of your own: micl_zoo.load("{arch}", weights="RUN"); '
+        f'(2) load weights of your own: micl_zoo.load("RUN"); '
         f'(3) start from random weights: micl_zoo.load("{arch}", pretrained=False).'
     )

@@ -13,11 +13,11 @@ from ..schema import Between, checked
 from ..telemetry import no_telemetry
 from .device import DTYPES, Backend, Device, find_backend, resolve_device
 from .encoder import Encoder
-from .hub import hub_weights, record_onnx, record_weights
-from .names import Place, find_place
+from .hub import hub_weights, record_onnx, record_weights, timm_config
+from .names import Place, find_place, timm_repository
 from .torch_model import build_model
 from .weights import EncoderConfig, Weights, local_weights
-from .zoo import ARCHS, DEFAULT, Record, record_of, timm_architecture
+from .zoo import ARCHS, DEFAULT, Record, find_record, is_name, record_of, timm_architecture
 
 
 @checked
@@ -47,7 +47,7 @@ def load(
         weights: a path, as `name` takes it; `name` then only says what must be there.
         image_size: side in pixels of the images, where the architecture can take others than it was trained on;
             positions are resampled once, and the transform keeps its crop. None is the encoder's own.
-        pretrained: False gives random weights, and only False does.
+        pretrained: False gives random weights, and only False does; of a name of timm, too, without the network.
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:N" or "mps".
         dtype: of the weights in memory: "float32", "bfloat16" or "float16"; "auto" is float32.
         backend: "torch"; "openvino", faster on Intel's and AMD's CPUs, without gradients, in the precision of
@@ -63,9 +63,7 @@ def load(
     no_telemetry()
     device = str(device)
     _check(backend, device, dtype, providers)
-    place = find_place(name, weights)
-    if not pretrained and place.record is None:
-        raise UsageError("pretrained=False gives random weights, and weights were asked for, too: give one")
+    place = _untrained(name, weights) if not pretrained else find_place(name, weights)
     if backend == "onnx":
         if not pretrained or image_size is not None:
             raise UsageError("backend onnx runs exported files as they are: export with the size wanted")
@@ -81,6 +79,13 @@ def load(
         return Encoder(OpenVinoModel(model), config, record=record, weights_sha256=sha256)
     model.model.to(target, torch.float32 if dtype == "auto" else getattr(torch, dtype))
     return Encoder(model, config, record=record, weights_sha256=sha256)
+
+
+def _untrained(name: str | os.PathLike[str], weights: str | os.PathLike[str] | None) -> Place:
+    """Find a name of the table or of timm, whose shape can be had without weights, and without a network."""
+    if weights is not None or not isinstance(name, str) or not (is_name(name) or timm_repository(name)):
+        raise UsageError("pretrained=False gives random weights, and goes with a name of the table or of timm alone")
+    return Place(record=find_record(name)) if is_name(name) else Place()
 
 
 def _check(backend: str, device: str, dtype: str, providers: Sequence[str] | None) -> None:
@@ -111,7 +116,8 @@ def _find(
         found = hub_weights(place)
         return found.config, found, None
     record = place.record
-    assert record
+    if record is None:
+        return timm_config(str(name)), None, None
     if pretrained:
         found = record_weights(record)
         return found.config, found, record

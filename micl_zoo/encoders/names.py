@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError, unknown
+from ..errors import UsageError, WeightsError, unknown
 from . import pins
 from .pins import Pin
 from .public import PUBLIC
@@ -62,7 +62,11 @@ def find_place(name: str | os.PathLike[str], weights: str | os.PathLike[str] | N
     if path := _path(name):
         return Place(path=path)
     if found := pins.parse(name):
-        return Place(pin=pins.pin(*found))
+        try:
+            return Place(pin=pins.pin(*found))
+        except WeightsError as error:
+            here = "" if name.startswith(pins.PREFIXES) else f"there is no file or folder {name!r} here; "
+            raise WeightsError(f"{here}{error}") from None
     tag, _, revision = name.partition("@")
     if found := timm_repository(tag):
         return Place(pin=pins.pin(found[1], revision or None), architecture=found[0])
@@ -72,7 +76,11 @@ def find_place(name: str | os.PathLike[str], weights: str | os.PathLike[str] | N
 
 
 def _path(text: str) -> Path | None:
-    """Return the path that a text means, if it means one: because it says so, or something is there."""
+    """Return the path that a text means, if it means one: because it says so, or something is there.
+
+    Raises:
+        WeightsError: it looks like OWNER/NAME, and the folder OWNER is here: a path with a mistake in it.
+    """
     if text.startswith(LOCAL):
         return Path(text.removeprefix(LOCAL)).expanduser()
     if not text or text.startswith(pins.PREFIXES):
@@ -81,15 +89,21 @@ def _path(text: str) -> Path | None:
     try:
         if path.exists() or text.endswith(FILES) or text.startswith((".", "~", os.sep)):
             return path.expanduser()
-        owner, *rest = text.split("/")  # OWNER/NAME where no folder is called OWNER: a wrong path is not sent anywhere
-        is_local = os.sep in text and (pins.parse(text) is None or Path(owner).exists())
-        return path if is_local or (rest and pins.parse(text) is None) else None
+        if pins.parse(text) is None:
+            return path if "/" in text or os.sep in text else None
+        is_wrong = path.parent.exists()
     except OSError:  # a name of thousands of letters, a folder that may not be entered
         return path
+    if is_wrong:  # and is not sent anywhere
+        hub = f"if OWNER/NAME on the hub is meant, give {pins.PREFIXES[0]}{text}"
+        raise WeightsError(f"no weights at {text!r}: folder {str(path.parent)!r} is here and has no such entry; {hub}")
+    return None
 
 
 def timm_repository(name: str) -> tuple[str, str] | None:
     """Return `arch.tag` and the repository of timm's weights of that name, or of a bare arch's own default."""
+    if row := PUBLIC.get(name):
+        return row.name, row.repository
     import timm
 
     known = timm.get_pretrained_cfg(name) if timm.models.is_model_pretrained(name) else None

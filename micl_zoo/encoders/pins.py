@@ -17,7 +17,7 @@ from ..errors import UsageError, WeightsError
 from ..files import atomic_path, file_sha256, read_regular
 from ..schema import Between, read, read_json, shown
 from ..telemetry import no_telemetry
-from .weights import WEIGHTS_FILE
+from .weights import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -159,7 +159,7 @@ class _Why:
             return self.text
         return (
             f"{self.text}. Without a network, run micl-zoo download {name} --to FOLDER where there is one, bring "
-            "FOLDER here and give micl_zoo.load its path"
+            "FOLDER here and give its path in place of the name"
         )
 
 
@@ -221,6 +221,15 @@ def pin(repo: str, revision: str | None = None) -> Pin:
         for one in {revision, made.commit}:
             _note(name, one, made)
     return made
+
+
+def is_here(repo: str, commit: str) -> bool:
+    """Whether a commit loads without a request: it is noted, and its weights and what says how to build it are here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    noted = _noted(repo, commit)
+    files = [noted.weights, CONFIG_FILE] if noted else []
+    return bool(files) and all(isinstance(try_to_load_from_cache(repo, one, revision=commit), str) for one in files)
 
 
 # What the hub answers.

@@ -253,8 +253,9 @@ def build_model(config: EncoderConfig, weights: Weights | None) -> TorchModel:
     projects = is_projection(config.architecture, config.num_classes)
     if weights is None:
         return _sized(_create(config, "the configuration", head=projects), config, projects)
-    where = repr(str(weights.path))
-    state = {} if weights.checked else _fitting(config, weights, where)
+    where = config.source or repr(str(weights.path))
+    is_ours = weights.checked is not None and config.source is None  # of a row of our table, whose file fits
+    state = {} if is_ours else _fitting(config, weights, where)
     state = state or read_tensors(weights.path)
     model = _create(config, where, head=projects)
     wanted = model.state_dict()
@@ -305,6 +306,12 @@ def outline(config: EncoderConfig) -> tuple[int, dict[Output, tuple[int, ...]], 
     return sum(one.numel() for one in model.parameters()), shapes, own_pool(config.pool, model)
 
 
+def features_of(architecture: str) -> int:
+    """Return timm's num_features of an architecture."""
+    with _Shapes():
+        return int(timm.create_model(architecture, pretrained=False).num_features)
+
+
 class _Shapes(TorchFunctionMode):
     """Makes tensors that have shapes and no memory; torch.device("meta") breaks where timm before 1.0.17 reads one."""
 
@@ -325,7 +332,8 @@ def _create(config: EncoderConfig, where: str, *, head: bool) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models())
         hint = f", it has {' and '.join(near)}" if near else ""
-        raise WeightsError(f"{where} asks for {name!r}, and timm {timm.__version__} has no model of that name{hint}")
+        has = f"timm {timm.__version__} has no model of that name{hint}"
+        raise WeightsError(f"{where} asks for {name!r}, and {has}: upgrade timm (pip install --upgrade timm)")
     if max(height, width) > MAX_SIDE and not timm.models.is_model_in_modules(name, PLAIN_MODULES):
         raise WeightsError(f"{where} asks for {name!r} of {height} x {width} pixels, at most {MAX_SIDE} are allowed")
     known = timm.get_pretrained_cfg(name)

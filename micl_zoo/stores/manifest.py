@@ -64,9 +64,12 @@ class Manifest:
         return prod(self.shape)
 
     def differences(self, other: Manifest) -> list[str]:
-        """List the fields that keep two manifests from being of one store, as 'field: … in the store, … asked for'."""
+        """List the fields that keep two manifests from being of one store, as 'field: … in the store, … asked for'.
+
+        Where only one says a later field, checksum and transform have to do: the same encoder may come from a folder.
+        """
         mine, theirs = self._identity(), other._identity()
-        unlike = [name for name in mine if mine[name] != theirs[name]]
+        unlike = [name for name in mine if name in theirs and mine[name] != theirs[name]]
         return [f"{name}: {mine[name]!r} in the store, {theirs[name]!r} asked for" for name in unlike]
 
     @property

@@ -48,6 +48,7 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
     """Load the encoder that made a store, by the manifest's name where its weights are published, else from a file."""
     from ..encoders.device import autocast_dtype, backend_again
     from ..encoders.load import load
+    from ..encoders.names import pinned_again
 
     manifest, where = store.manifest, repr(store.folder.at(MANIFEST_FILE))
     try:
@@ -63,10 +64,12 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
         saved = "; `encoder.save(FOLDER)` writes them" if manifest.model.endswith(CHANGED) else ""
         raise WeightsError(
             f"the store was made with weights of {manifest.model} that are not published (sha256 "
-            f"{manifest.weights_sha256}): give their file or encoder folder with --weights, from Python with weights="
+            f"{manifest.weights_sha256}): give their file or encoder folder with --model, from Python with weights="
             f"{saved}. `verify --sample 0` and `search --id` need no encoder."
         )
-    name, backend = weights or manifest.source or manifest.model, backend_again(manifest.runtime, device)
+    name: str | os.PathLike[str] = weights or manifest.source or manifest.model
+    name = pinned_again(name, manifest.source) if isinstance(name, str) else name
+    backend = backend_again(manifest.runtime, device)
     encoder = load(name, image_size=manifest.image_size, device=device, backend=backend)
     for what, mine, theirs in (
         ("weights of sha256", manifest.weights_sha256, encoder.weights_sha256),
@@ -75,7 +78,7 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
         if mine != theirs:
             raise WeightsError(
                 f"the store was made by {manifest.model} with {what} {mine}, but {encoder.name} "
-                f"({weights or 'published'}) has {theirs}: give the weights that made it with --weights"
+                f"({weights or 'published'}) has {theirs}: give the weights that made it with --model"
             )
     if (shape := list(encoder.row_shape(manifest.pool))) != manifest.shape:
         raise StoreError(
