@@ -318,7 +318,7 @@ def test_a_section_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
         yield Finding("cpu", "ok", "2 cores")
         raise ValueError("what is\nthis")
 
-    for section in ("versions", "onnxruntime", "hub", "embedded_weights", "golden_embeddings"):
+    for section in ("versions", "onnxruntime", "hub", "embedded_weights", "golden_embeddings", "public_embeddings"):
         monkeypatch.setattr(doctor, section, lambda **options: [])
     monkeypatch.setattr(doctor, "devices", fails)
     found = examine(offline=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -303,6 +304,16 @@ def test_a_store_goes_on_with_its_commit_after_the_branch_moved(
     assert not np.allclose(rows(store), rows(whole))
 
 
+def test_a_loaded_encoder_is_found_again_by_its_store(hub: Hub, images: Path, tmp_path: Path) -> None:
+    encoder, store = micl_zoo.load(MINE, image_size=48, device="cpu"), tmp_path / "store"
+    made = micl_zoo.extract(images, store, encoder=encoder, workers=0, precision="fp32", show=False).store.manifest
+    assert (made.source, made.image_size) == (f"hf-hub:{MINE}@{FIRST}", 48)
+    assert f"--model hf-hub:{MINE}@{FIRST} --image-size 48" in made.command
+    done("verify", store, "--device", "cpu")
+    done(*shlex.split(made.command)[1:], "-o", tmp_path / "again", "--workers", 0, "--devices", "cpu", "--quiet")
+    np.testing.assert_allclose(rows(tmp_path / "again"), rows(store), atol=1e-6)
+
+
 def test_processes_load_the_pinned_commit_and_ask_nothing(hub: Hub, images: Path, tmp_path: Path) -> None:
     words = ("--model", MINE, "--shard-rows", 2, *EMBED)
     done("extract", images, "-o", tmp_path / "one", *words)
@@ -334,6 +345,7 @@ def test_a_wrong_path_is_told_as_one_and_sent_nowhere(
     for path in ("./runs/frist", "runs/frist/encoder", "local-dir:runs/frist", "frist.safetensors"):
         assert "there is no such file or folder" in refused("info", path)
     assert len(hub.requests) == 2
+    assert "Did you mean vit_base_patch16_224.augreg_in21k" in refused("info", "vit_base_patch16_224.augreg_in21")
 
 
 def test_the_licence_is_shown_once_and_the_card_s_word_counts(
@@ -417,6 +429,19 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(
     if kind not in ("newer timm", "other weights", "other size"):  # which only shows when it is built
         assert REFUSALS[kind] in refused("download", MINE, "--to", tmp_path / "folder")
         assert not (tmp_path / "folder").exists()
+
+
+def test_a_configuration_that_contradicts_the_weights_header(hub: Hub, encoder_folder: Path) -> None:
+    files = {file.name: file.read_bytes() for file in encoder_folder.iterdir()}
+    hub.put("micl/ours", FIRST, files)
+    assert micl_zoo.load("micl/ours", device="cpu").pool == "cls"
+    config = json.loads(files["config.json"])
+    config["pretrained_cfg"]["license"] = "mit"
+    hub.put("micl/ours", SECOND, {**files, "config.json": json.dumps(config).encode()})
+    assert micl_zoo.load("micl/ours", device="cpu").config.license == "mit"
+    config["pretrained_cfg"]["crop_pct"] = 0.5
+    hub.put("micl/ours", "3" * 40, {**files, "config.json": json.dumps(config).encode()})
+    assert "contradicts itself, config.json and the header of model.safetensors" in refused("golden", "micl/ours")
 
 
 def test_other_bytes_in_the_cache_are_never_embedded_with(

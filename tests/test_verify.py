@@ -501,6 +501,14 @@ FIELDS = {
     "normalized": ("yes", 1),
     "versions": ([], {"torch": 2}),
     "model": (3, None),
+    "source": (
+        "hf-hub:a/b",
+        f"/etc/a@{'0' * 40}",
+        f"hf-hub:../a@{'0' * 40}",
+        f"a/b@{'0' * 40}",
+        f"\\\\a\\b@{'0' * 40}",
+        3,
+    ),
     "format_version": (1, 3, "2", None, 2.0),
 }
 

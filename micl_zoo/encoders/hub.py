@@ -85,16 +85,18 @@ def hub_config(place: Place) -> EncoderConfig:
         WeightsError: it cannot be had, or is no timm configuration.
     """
     pin = place.pinned
-    if CONFIG_FILE not in pin.files:
-        way_on = f"take a repository of timm's layout, or put timm's {CONFIG_FILE} beside its weights in a folder"
-        raise WeightsError(f"{pin.source} has no {CONFIG_FILE}, so it does not say how to build its encoder: {way_on}")
-    body = read_json(pin.fetch(CONFIG_FILE), WeightsError)
-    config = EncoderConfig.from_dict(body, where=pin.source, tagged=True)
-    row = row_of(place.architecture, pin.repo)
+    config, row = _own_config(pin), row_of(place.architecture, pin.repo)
     if architecture := place.architecture or (row and row.name):
         config = replace(config, name=architecture, architecture=architecture.partition(".")[0])
     config = _with_row(config, row)
     return replace(config, license=pin.license or config.license, source=place.source)
+
+
+def _own_config(pin: Pin) -> EncoderConfig:
+    if CONFIG_FILE not in pin.files:
+        way_on = f"take a repository of timm's layout, or put timm's {CONFIG_FILE} beside its weights in a folder"
+        raise WeightsError(f"{pin.source} has no {CONFIG_FILE}, so it does not say how to build its encoder: {way_on}")
+    return EncoderConfig.from_dict(read_json(pin.fetch(CONFIG_FILE), WeightsError), where=pin.source, tagged=True)
 
 
 def timm_config(name: str) -> EncoderConfig:
@@ -115,10 +117,19 @@ def _with_row(config: EncoderConfig, row: Public | None) -> EncoderConfig:
 
 
 def hub_weights(place: Place) -> Weights:
-    """Fetch the weights of an encoder of the hub, by the sha256 that the hub tells."""
+    """Fetch the weights of an encoder of the hub, by the sha256 that the hub tells.
+
+    Raises:
+        WeightsError: see `Pin.fetch` and `hub_config`; or their header says something else than config.json.
+    """
     pin, name = place.pinned, place.pinned.weights  # raises before anything is fetched
     config = hub_config(place)
     file = replace(pin, license=config.license).fetch(name)  # shows it
+    if (said := header(file).get("config")) is not None:  # by which a downloaded folder is built
+        both = EncoderConfig.from_dict(said, where=pin.source, tagged=True), _own_config(pin)
+        if replace(both[0], license=both[1].license) != both[1]:
+            differ = f"{CONFIG_FILE} and the header of {name} say differently how to build its encoder"
+            raise WeightsError(f"{pin.source} contradicts itself, {differ}: take another commit, or save it again")
     return Weights(file, config, checked=pin.files[name].sha256)
 
 

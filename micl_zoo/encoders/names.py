@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError, WeightsError, unknown
+from ..errors import UsageError, WeightsError, nearest
 from . import pins
 from .pins import Pin
 from .public import PUBLIC
@@ -70,9 +70,16 @@ def find_place(name: str | os.PathLike[str], weights: str | os.PathLike[str] | N
     tag, _, revision = name.partition("@")
     if found := timm_repository(tag):
         return Place(pin=pins.pin(found[1], revision or None), architecture=found[0])
-    known = [*RECORDS, *{record.arch for record in RECORDS.values()}, *PUBLIC]
-    others = "OWNER/NAME on the hub, hf-hub:OWNER/NAME@REVISION, or a path"
-    raise UsageError(f"{unknown('model', name, known)} Also: any name of timm with weights, {others}.")
+    raise UsageError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    import timm
+
+    ours = sorted([*RECORDS, *{record.arch for record in RECORDS.values()}, *PUBLIC])
+    near = nearest(name, [*ours, *timm.list_pretrained()])
+    others = "any name of timm with weights, OWNER/NAME on the hub, hf-hub:OWNER/NAME@REVISION, or a path"
+    return " ".join(filter(None, [f"unknown model {name!r}.", near, f"Valid: {', '.join(ours)}; {others}."]))
 
 
 def _path(text: str) -> Path | None:

@@ -322,8 +322,9 @@ def _manifest(encoder: Encoder, job: Job, source: Source) -> Manifest:
     shape = encoder.row_shape(options.pool)
     row_bytes = math.prod(shape) * np.dtype(options.dtype).itemsize
     name, sha256 = encoder.identity()
-    asked = name if options.model == encoder.name else options.model
-    resolved = replace(options, model=asked, backend=job.backend, precision=cast(Any, job.precision))
+    image_size = encoder.config.image_size
+    asked: Any = {"model": (encoder.source or name) if options.model == encoder.name else options.model}
+    asked |= {"image_size": image_size, "backend": job.backend, "precision": job.precision}
     return Manifest(
         model=name,
         weights_sha256=sha256,
@@ -336,10 +337,10 @@ def _manifest(encoder: Encoder, job: Job, source: Source) -> Manifest:
         dtype=options.dtype,
         shape=list(shape),
         shard_rows=options.shard_rows or max(1, min(SHARD_ROWS, PART_BYTES // row_bytes)),
-        command=resolved.command(_sources(source)),
+        command=replace(options, **asked).command(_sources(source)),
         versions=package_versions(),
         source=encoder.source,
-        image_size=encoder.config.image_size,
+        image_size=image_size,
         license=(encoder.record or encoder.config).license,
     )
 

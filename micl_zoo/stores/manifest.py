@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal
 from ..encoders.device import PRECISIONS, Pool
 from ..errors import StoreError, unknown
 from ..files import Folder
-from ..schema import MAX_BYTES, Between, parse_json, read
+from ..schema import MAX_BYTES, Between, parse_json, read, shown
 
 FORMAT_VERSION: Literal[2] = 2
 LATER_FIELDS = ("source", "image_size")  # which stores of earlier versions have not
 MANIFEST_FILE = "manifest.json"
 MAX_NUMBERS = 1 << 26  # per row: 256 MB in float32; all patches of a large ViT are 1 << 22
 FREE_FIELDS = ("command", "versions", "rows", "shards", "index_sha256", "license")  # may differ when a store is resumed
+SOURCE = re.compile(r"(hf-hub:[\w.-]+(/[\w.-]+)?|[\w.-]+)@[0-9a-f]{40}", re.ASCII)  # no path on this machine
 CURE = "the files beside it are as they were; give another folder, or extract with --overwrite"
 
 Runtime = Literal["torch", "torch compiled", "openvino", "onnx"]
@@ -57,6 +58,8 @@ class Manifest:
             raise ValueError(f"shape {self.shape} is more than {MAX_NUMBERS:,} numbers per row")
         if self.precision not in PRECISIONS:
             raise ValueError(unknown("precision", self.precision, PRECISIONS))
+        if self.source is not None and not SOURCE.fullmatch(self.source):
+            raise ValueError(f"source is {shown(self.source)}, which is no encoder of the hub at one commit")
 
     @property
     def dim(self) -> int:
