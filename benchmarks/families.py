@@ -165,7 +165,8 @@ def families(only: Collection[str]) -> dict[str, Any]:
             try:
                 measured.append(compared(row))
             except Exception as e:
-                click.echo(f"{row.name} FAIL {type(e).__name__} {str(e)[:400]}"); continue
+                click.echo(f"{row.name} FAIL {type(e).__name__} {str(e)[:400]}")
+                continue
             click.echo(line(measured[-1]))
             tick(1)
     return {
@@ -325,9 +326,7 @@ def drift(encoder: Encoder, precision: Any, traced: bytes, scratch: Path) -> dic
     """Write one precision, open the file by `load`, and compare."""
     row, outputs = CONVERSIONS[precision], write.ordered(encoder, list(encoder.runtime.shapes))
     file = scratch / f"{precision}.onnx"
-    write.save(
-        row.convert(onnx.load_from_string(traced)), write.make_card(encoder, precision, outputs, False), file
-    )
+    write.save(row.convert(onnx.load_from_string(traced)), write.make_card(encoder, precision, outputs, False), file)
     pictures = photographs()
     found = measure(file, encoder, pictures if row.bounds.neighbour_agreement else pictures[: sum(BATCHES)])
     opened = micl_zoo.load(file, backend="onnx", device="cpu")
@@ -347,7 +346,9 @@ def converted(encoder: Encoder, folder: Path) -> Any:
         return f"left out, {why}"
     twin = micl_zoo.load(folder, backend="openvino")
     pictures = [noise(seed, 300, 200) for seed in range(3)]
-    differences = (np.abs(twin.embed(pictures, pool=pool) - encoder.embed(pictures, pool=pool)).max() for pool in encoder.pools)
+    differences = (
+        np.abs(twin.embed(pictures, pool=pool) - encoder.embed(pictures, pool=pool)).max() for pool in encoder.pools
+    )
     return float(f"{max(differences):.2e}")
 
 

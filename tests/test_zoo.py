@@ -94,7 +94,7 @@ def test_unpublished_weights_give_the_three_ways_on(name: str) -> None:
         micl_zoo.load(name)
     text = str(caught.value)
     assert "no weights of" in text
-    for way in ("micl-zoo train vit_", "weights=", "pretrained=False"):
+    for way in ("micl-zoo train vit_", 'micl_zoo.load("RUN")', "pretrained=False"):
         assert way in text
 
 

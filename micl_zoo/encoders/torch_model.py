@@ -404,7 +404,9 @@ def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> None:
         problem = f"the model has tables of {numbers:,} numbers, and at most {MAX_TABLES:,} are allowed"
     else:
         try:
-            found = find_anatomy(model, config.trained_size or config.size, projects=False).shapes.get("patches", (1, 1))
+            found = find_anatomy(model, config.trained_size or config.size, projects=False).shapes.get(
+                "patches", (1, 1)
+            )
             if math.prod(found[:2]) > MAX_PATCHES:  # of a model that does not say it before
                 problem = f"images have {found[0]} x {found[1]} patches, and must have 1 to {MAX_PATCHES:,}"
         except WeightsError as error:
