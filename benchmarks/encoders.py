@@ -139,7 +139,8 @@ def plain(encoder: Encoder, precision: str) -> Embed:
 
     @torch.inference_mode()
     def embed(pixels: np.ndarray) -> np.ndarray:
-        images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std  # (B, 3, S, S)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S), laid out as by ToTensor
+        images = (images.float() / 255 - mean) / std
         with autocasting(encoder.device, kind):
             rows = model.forward_features(images)[:, 0] if of_token else model(images)  # (B, D)
         return np.asarray(rows.float())

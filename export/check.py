@@ -114,8 +114,8 @@ def _by_file(session: Any, card: OnnxCard, batch: Sequence[Image.Image]) -> list
     else:  # through the file's own transform, as a user's images will go
         normalised = torch.stack([card.config.transform(image) for image in batch])
         raw = session.run(None, {"pixel_values": normalised.numpy()})
-    tokens = len(card.pooled)
-    return [*(np.split(raw[0], tokens, axis=1) if tokens else []), *raw[min(tokens, 1) :]]
+    ends = np.cumsum(card.widths)
+    return [*(np.split(raw[0], ends[:-1], axis=1) if len(ends) else []), *raw[min(len(ends), 1) :]]
 
 
 @torch.inference_mode()

@@ -106,7 +106,7 @@ def to_onnx(
     if encoder.backend != "torch":
         raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
     encoder = _at_size(encoder, image_size).cpu().float()
-    ordered = _ordered(encoder, outputs)
+    chosen = ordered(encoder, outputs)
     if with_preprocess:
         resize_text(encoder.transform)  # raises
     row = CONVERSIONS[precision]
@@ -116,8 +116,8 @@ def to_onnx(
         pictures = pictures[: sum(BATCHES)]  # the whole ones: quarters are there for neighbours to differ
     with progress(f"exporting {encoder.name}", len(pictures), show=show) as tick:
         tick(0, "tracing")
-        graph = row.convert(encoder_graph(encoder, ordered, opset))
-        card = make_card(encoder, precision, ordered, with_preprocess)
+        graph = row.convert(encoder_graph(encoder, chosen, opset))
+        card = make_card(encoder, precision, chosen, with_preprocess)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary:
             save(graph, card, temporary)
@@ -153,7 +153,7 @@ def _at_size(encoder: Encoder, side: int | None) -> Encoder:
     return Encoder(model, config, record=encoder.record, weights_sha256=encoder.weights_sha256)
 
 
-def _ordered(encoder: Encoder, outputs: Sequence[Output] | None) -> list[Output]:
+def ordered(encoder: Encoder, outputs: Sequence[Output] | None) -> list[Output]:
     """Sort outputs; None is the encoder's own pool."""
     asked = encoder.pool.split("+") if outputs is None else outputs
     if not asked:
@@ -170,7 +170,8 @@ def make_card(encoder: Encoder, precision: Precision, outputs: Sequence[Output],
     config = encoder.config
     if encoder.record:  # whose terms are complete, unlike those of the weights' own config
         config = dataclasses.replace(config, license=encoder.record.license)
-    config = config.settled(resampled=hasattr(encoder.model, "set_input_size"))
+    resampled = hasattr(encoder.model, "set_input_size")
+    config = dataclasses.replace(config.settled(resampled=resampled), pool=encoder.pool)  # by the name it has there
     shapes = {name: encoder.runtime.shapes[name] for name in outputs}
     return OnnxCard(config, encoder.weights_sha256, precision, tuple(outputs), shapes, preprocess, versions)
 

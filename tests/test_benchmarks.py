@@ -23,7 +23,11 @@ from conftest import TWIN, picture
 
 import micl_zoo
 from micl_zoo.encoders.public import IMAGES_PER_SECOND, SPEED_RECORD
+from micl_zoo.encoders.zoo import DEFAULT, RECORDS
+from micl_zoo.errors import UsageError
 from micl_zoo.extraction.extract import extract
+from micl_zoo.training.evaluation.ranking import compared
+from micl_zoo.training.evaluation.record import Bits, read_comparison
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the installed package has no benchmarks")
@@ -127,6 +131,19 @@ def test_encoders(script: Script, tmp_path: Path) -> None:
 def test_the_speeds_of_the_table_are_those_of_its_record(script: Script) -> None:
     file = BENCHMARKS.parent / SPEED_RECORD
     assert (script("encoders").shown(record_of(file)) if file.exists() else {}) == IMAGES_PER_SECOND
+
+
+def test_the_record_of_encoders_compared_is_what_its_images_say() -> None:
+    file = BENCHMARKS / "records" / "2026-11-28-encoders-compared.json"
+    record = read_comparison(file, UsageError, "make it again")
+    for one in record["encoders"].values():
+        (results,) = one["record"]["results"].values()
+        assert set(results) == {"caltech101", "flowers5", "cifar10"}
+        for data, method, key in ((d, m, k) for d, some in results.items() for m, keys in some.items() for k in keys):
+            right = Bits(**one["right"][data][method][key]).array()
+            assert results[data][method][key]["accuracy"] == pytest.approx(100 * right.mean(), abs=0.01)
+    assert record["encoders"][DEFAULT]["record"]["encoder"]["weights_sha256"] == RECORDS[DEFAULT].sha256
+    assert json.loads(json.dumps(compared(record))) == record["compared"]
 
 
 def test_loops(script: Script, image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path) -> None:

@@ -254,8 +254,9 @@ def test_another_size_of_image(encoder: Encoder, tmp_path: Path) -> None:
     ("options", "text"),
     [
         ({"precision": "fp8"}, "unknown precision 'fp8'. Valid: fp16, fp32, int8"),
-        ({"outputs": ("cls", "token")}, "unknown output 'token'. Valid: cls, mean, patches"),
-        ({"outputs": ()}, "an export needs an output: cls, mean, patches"),
+        ({"outputs": ("cls", "token")}, "unknown output 'token'. Valid: cls, mean, native, patches, projection"),
+        ({"outputs": ("projection",)}, r"has no output 'projection': take some of native, mean, patches, cls"),
+        ({"outputs": ()}, "an export needs an output: native, "),
         ({"opset": 17}, "opset must be 18 or later, got 17"),
         ({"opset": 10**20}, "and the newest that the installed onnx knows is"),
         ({"image_size": 50}, "image_size must be a multiple of the patch size, 8; got 50"),

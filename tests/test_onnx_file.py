@@ -213,7 +213,12 @@ def test_a_transform_or_a_grid_that_is_another(exported: Path, tmp_path: Path) -
         ("outputs", "patches,cls"),
         ("precision", "bf16"),
         ("weights_sha256", "mine"),
-        ("config", said["config"].replace('"num_features": 32', '"num_features": 64')),
+        ("widths", "{}"),
+        ("widths", '{"cls": 32}'),
+        ("widths", '{"cls": 16, "patches": 32}'),
+        ("widths", '{"cls": 32, "patches": 0}'),
+        ("widths", '{"cls": 32, "patches": 1e99}'),
+        ("widths", '{"cls": 32, "patches": 32, "mean": 32}'),
         ("config", said["config"].replace('"model_args": {', '"model_args": {"checkpoint_path": "x", ')),
         ("config", said["config"].replace('"architecture": "', '"architecture": "hf-hub:')),
     ]:

@@ -22,6 +22,7 @@ MAX_SIDE = 1536  # pixels, of images of the others
 PROJECTIONS = (384, 512, 640, 768, 896, 1024, 1152, 1280)
 TOWERS = re.compile(r"clip|_mci|fastvit_mci|_pe_core_|vitamin")  # in names of architectures that have one
 MAX_PARAMETERS = 4_000_000_000  # timm's largest of them has 2.7e9
+MAX_TABLES = 1 << 28  # numbers that a model makes itself, of which a file has none: BEiT's places by pairs of patches
 MAX_GRID = 128  # patches along a side
 MAX_PATCHES = MAX_GRID * MAX_GRID  # per image
 ARCHITECTURE = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)  # no hf-hub:, no local-dir:, no path, no tag

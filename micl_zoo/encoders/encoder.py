@@ -252,7 +252,8 @@ class Encoder(nn.Module):
         if pool not in get_args(Pool):
             raise UsageError(unknown("pool", pool, self.pools))
         if pool not in self.pools:
-            raise UsageError(f"{self.name} has no pool {pool!r}: take one of {', '.join(self.pools)}")
+            way_on = " or export the encoder again with --outputs" if self.card else ""
+            raise UsageError(f"{self.name} has no pool {pool!r}: take one of {', '.join(self.pools)}{way_on}")
         shapes = [self.runtime.shapes[cast(Output, part)] for part in pool.split("+")]
         return shapes[0] if len(shapes) == 1 else (sum(width for (width,) in shapes),)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError, WeightsError
-from .config import MAX_PARAMETERS, MAX_PATCHES, MAX_SIDE, PLAIN_MODULES, is_projection
+from .config import MAX_PARAMETERS, MAX_PATCHES, MAX_SIDE, MAX_TABLES, PLAIN_MODULES, is_projection
 from .device import Backend, Output, Pool, Precision
 from .weights import EncoderConfig, Weights, read_tensors, shapes
 
@@ -29,6 +29,7 @@ from .weights import EncoderConfig, Weights, read_tensors, shapes
 _BITS = {1: (torch.int8, torch.int32), 2: (torch.int16, torch.int32)}
 _BITS |= {4: (torch.int32, torch.int32), 8: (torch.int64, torch.int64)}
 INITIALISERS = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
+FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.arange}  # of all that grows with the image
 # What a model computes, before pooling by us: (B, T, D) tokens, or a map (B, D, h, w), and its own pooled rows (B, D).
 Raw = Literal["tokens", "map", "native", "projection"]
 ROWS: tuple[Literal["native", "projection"], ...] = ("native", "projection")
@@ -87,6 +88,10 @@ def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchMo
     Raises:
         UsageError: it takes images of one size only, or not of this one.
     """
+    down, across = _patch(model)
+    if config.size[0] % down or config.size[1] % across:  # the rest would be left out, without a word
+        asked = " x ".join(str(side) for side in sorted({*config.size}, key=config.size.index))
+        raise UsageError(f"image_size must be a multiple of the patch size, {down}; got {asked}")
     try:
         if hasattr(model, "set_input_size"):
             cast(Any, model).set_input_size(img_size=config.size)
@@ -97,6 +102,13 @@ def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchMo
         wrong = f"{config.name} cannot take images of {height} x {width} pixels ({said}): give another image_size"
         raise UsageError(wrong) from None
     return made
+
+
+def _patch(model: Any) -> tuple[int, int]:
+    """Return (height, width) of what a model cuts images into; (1, 1) where it leaves no pixel out."""
+    embed = getattr(model, "patch_embed", None)
+    size = 1 if getattr(embed, "dynamic_img_pad", False) else getattr(embed, "patch_size", 1)
+    return cast("tuple[int, int]", tuple(size) if isinstance(size, list | tuple) else (size, size))
 
 
 def own_pool(pool: Pool, model: nn.Module | None) -> Pool:
@@ -321,7 +333,7 @@ class _Shapes(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if getattr(func, "__name__", "") in INITIALISERS and args and args[0].is_meta:
             return args[0]  # there is nothing to fill, and torch takes a second to find that out
-        if func in (torch.empty, torch.zeros, torch.ones, torch.randn) and kwargs.get("device") is None:
+        if func in FACTORIES and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
@@ -380,17 +392,23 @@ def _fitting(config: EncoderConfig, weights: Weights, where: str) -> dict[str, T
 
 def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> None:
     """Refuse a model that is none of ours, or is not what its configuration says elsewhere."""
-    found, problem = getattr(model, "num_features", config.embed_dim), ""
+    width, problem = getattr(model, "num_features", config.embed_dim), ""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (1, 1)
-    if found != config.embed_dim:
-        problem = f"num_features is {config.embed_dim}, and its tokens have {found} numbers"
+    if width != config.embed_dim:
+        problem = f"num_features is {config.embed_dim}, and its tokens have {width} numbers"
     elif not 1 <= math.prod(grid) <= MAX_PATCHES:
         problem = f"images have {grid[0]} x {grid[1]} patches, and must have 1 to {MAX_PATCHES:,}"
     elif (numbers := sum(one.numel() for one in model.parameters())) > MAX_PARAMETERS:
         problem = f"the model has {numbers:,} parameters, and at most {MAX_PARAMETERS:,} are allowed"
+    elif (numbers := sum(one.numel() for one in model.buffers())) > MAX_TABLES:
+        problem = f"the model has tables of {numbers:,} numbers, and at most {MAX_TABLES:,} are allowed"
     else:
         try:
-            find_anatomy(model, config.trained_size or config.size, projects=False)
+            found = find_anatomy(model, config.trained_size or config.size, projects=False).shapes.get(
+                "patches", (1, 1)
+            )
+            if math.prod(found[:2]) > MAX_PATCHES:  # of a model that does not say it before
+                problem = f"images have {found[0]} x {found[1]} patches, and must have 1 to {MAX_PATCHES:,}"
         except WeightsError as error:
             problem = str(error)
     if problem:
