@@ -26,6 +26,7 @@ from micl_zoo import doctor
 from micl_zoo.cli import main
 from micl_zoo.encoders.golden import NUMBERS, golden_file
 from micl_zoo.encoders.hub import download
+from micl_zoo.encoders.names import pinned_again
 from micl_zoo.encoders.public import PUBLIC
 from micl_zoo.errors import WeightsError
 from micl_zoo.files import file_sha256
@@ -132,8 +133,7 @@ def test_every_form_of_a_name_is_the_same_encoder(
     pinned = f"hf-hub:{MINE}@{FIRST}"
     sources: dict[str | Path, str | None] = {
         **dict.fromkeys((MINE, f"hf_hub:{MINE}", f"hf-hub:{MINE}@main", f"{MINE}@{FIRST}"), pinned),
-        **dict.fromkeys((TAG, "test_vit", f"{TAG}@{FIRST[:8]}"), f"{TAG}@{FIRST}"),
-        f"timm/{TAG}": f"hf-hub:timm/{TAG}@{FIRST}",
+        **dict.fromkeys((TAG, "test_vit", f"{TAG}@{FIRST[:8]}", f"timm/{TAG}"), f"hf-hub:timm/{TAG}@{FIRST}"),
         **dict.fromkeys((f"local-dir:{folder}", str(folder), folder, tmp_path / "run", folder / "model.safetensors")),
     }
     sha256 = hashlib.sha256(layouts["plain"]["model.safetensors"]).hexdigest()
@@ -209,6 +209,18 @@ def test_manifests_of_before_have_the_same_digest() -> None:
     assert [one.partition(":")[0] for one in on_hub.differences(moved)] == ["source"]
 
 
+def test_names_of_one_encoder_go_on_with_the_same_commit() -> None:
+    """And timm's name of the same weights with another activation does not: its rows are others."""
+    repo, gelu = PUBLIC[CLIP].repository, "vit_base_patch32_clip_224.openai"
+    source = f"hf-hub:{repo}@{FIRST}"
+    for name in (CLIP, repo, f"hf-hub:{repo}"):
+        assert pinned_again(name, source) == source
+    assert pinned_again(gelu, f"{gelu}@{FIRST}") == f"{gelu}@{FIRST}"
+    for name, other in ((gelu, source), (CLIP, f"{gelu}@{FIRST}"), (f"{repo}@main", source), ("runs/first", source)):
+        assert pinned_again(name, other) == name
+    assert pinned_again(CLIP, None) == CLIP
+
+
 def test_the_curated_table_decides_what_timm_leaves_open(
     hub: Hub, layouts: dict[str, Layout], images: Path, tmp_path: Path
 ) -> None:
@@ -229,7 +241,7 @@ def test_the_curated_table_decides_what_timm_leaves_open(
     store = tmp_path / "store"
     done("extract", images, "-o", store, "--model", DINO, "--image-size", 56, *EMBED)
     manifest = micl_zoo.open_store(store).manifest
-    assert (manifest.source, manifest.image_size, manifest.license) == (f"{DINO}@{FIRST}", 56, "mit")
+    assert (manifest.source, manifest.image_size, manifest.license) == (f"hf-hub:timm/{DINO}@{FIRST}", 56, "mit")
     done("verify", store, "--device", "cpu")
 
 
@@ -487,7 +499,7 @@ def test_golden_files_of_public_encoders(
     assert {name: value for name, value in golden.items() if name != "embeddings"} == {
         "encoder": CLIP,
         "weights_sha256": hashlib.sha256(layouts["clip"]["model.safetensors"]).hexdigest(),
-        "source": f"{CLIP}@{FIRST}",
+        "source": f"hf-hub:{PUBLIC[CLIP].repository}@{FIRST}",
         "pool": "projection",
         "timm": timm.__version__,
     }
@@ -504,6 +516,6 @@ def test_golden_files_of_public_encoders(
     assert (found().state, found().commands) == ("problem", doctor.torch_again())
     assert invoke("golden", CLIP, "--check").exit_code == 1
     hub.requests.clear()
-    file.write_text(json.dumps(golden | {"source": f"{CLIP}@{SECOND}"}))
+    file.write_text(json.dumps(golden | {"source": f"hf-hub:{PUBLIC[CLIP].repository}@{SECOND}"}))
     assert (found().state, SECOND in found().text) == ("note", True)
     assert not hub.requests

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from dataclasses import dataclass, replace
+from logging import getLogger
 from pathlib import Path
 
 from ..errors import UsageError, WeightsError
@@ -16,6 +17,8 @@ from .pins import Pin, PinnedFile
 from .public import PUBLIC, Public, row_of
 from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
 from .zoo import Record
+
+logger = getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def hub_config(place: Place) -> EncoderConfig:
     config, row = _own_config(pin), row_of(place.architecture, pin.repo)
     if architecture := place.architecture or (row and row.name):
         config = replace(config, name=architecture, architecture=architecture.partition(".")[0])
+    if place.architecture and (usual := row_of(None, pin.repo)):
+        logger.warning("%s is not what its authors run, that is %s: %s", config.name, usual.name, usual.why)
     config = _with_row(config, row)
     return replace(config, license=pin.license or config.license, source=place.source)
 

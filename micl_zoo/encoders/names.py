@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import UsageError, WeightsError, nearest
 from . import pins
 from .pins import Pin
-from .public import PUBLIC
+from .public import PUBLIC, row_of
 from .zoo import DEFAULT, RECORDS, Record, find_record, is_name
 
 LOCAL = "local-dir:"  # as timm writes it
@@ -23,7 +23,7 @@ class Place:
     record: Record | None = None  # its row, whose weights come with the package, or are published, or not yet
     path: Path | None = None  # on this machine
     pin: Pin | None = None  # on the hub
-    architecture: str | None = None  # asked for by timm's name; several take the same weights, to other embeddings
+    architecture: str | None = None  # asked for by timm's name, where the repository alone means another
 
     @property
     def pinned(self) -> Pin:
@@ -69,7 +69,8 @@ def find_place(name: str | os.PathLike[str], weights: str | os.PathLike[str] | N
             raise WeightsError(f"{here}{error}") from None
     tag, _, revision = name.partition("@")
     if found := timm_repository(tag):
-        return Place(pin=pins.pin(found[1], revision or None), architecture=found[0])
+        other = None if _means(found[1]) == found[0] else found[0]
+        return Place(pin=pins.pin(found[1], revision or None), architecture=other)
     raise UsageError(_unknown(name))
 
 
@@ -129,7 +130,15 @@ def hub_of(source: str | None) -> tuple[str | None, str | None]:
 
 def pinned_again(name: str, source: str | None) -> str:
     """Return the source of an earlier call, if a name without a revision means the same encoder; else the name."""
-    plain = [text.removeprefix(prefix) for text, prefix in ((name, pins.PREFIXES[0]), (source or "", pins.PREFIXES[0]))]
-    known, _, commit = plain[1].partition("@")
-    asked = timm_repository(plain[0]) or (plain[0], "")
-    return source if source and commit and known in (plain[0], asked[0]) else name
+    asked, known = pins.parse(name), source and (pins.parse(source) or source.split("@"))
+    if asked is None and (found := timm_repository(name)):
+        arch, repo = found
+        asked = (repo if _means(repo) == arch else arch), None
+    same = asked is not None and asked[1] is None and known and known[0] == asked[0]
+    return source if same and source else name
+
+
+def _means(repo: str) -> str:
+    """Say which `arch.tag` a repository alone means: that of the curated table, else that of its own name."""
+    row = row_of(None, repo)
+    return row.name if row else repo.partition("/")[2]
