@@ -5,8 +5,10 @@ Shapes: B images of H x W pixels, as the transform makes them, h x w patches, D 
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from onnx import ModelProto, checker, compose, parser
@@ -47,8 +49,7 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
     if opset > (newest := onnx_opset_version()):
         raise ExportError(f"opset {opset} was asked for, and the newest that the installed onnx knows is {newest}")
     names = ["embedding"] * (set(outputs) != {"patches"}) + ["patches"] * ("patches" in outputs)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # meant for torch's own developers
+    with _quiet(), torch.no_grad():
         try:
             made = torch.onnx.export(
                 _Outputs(encoder, outputs).eval(),
@@ -62,9 +63,8 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
                 verbose=False,
             )
         except Exception as error:  # the exporter's own classes differ from one torch to the next
-            what = f"torch {torch.__version__} could not export {encoder.name} to opset {opset}"
-            said = (str(error).splitlines() or [""])[0]
-            raise ExportError(f"{what}: {type(error).__name__}: {said}") from error
+            what = f"torch {torch.__version__} could not export {encoder.name} ({encoder.config.architecture})"
+            raise ExportError(f"{what} to opset {opset}: {_reason(error)}. Nothing was written") from error
     assert made is not None  # it is None only for the older exporter
     model: ModelProto = made.model_proto
     if (found := _opset(model)) != opset:
@@ -80,6 +80,27 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
         del item.metadata_props[:]  # torch notes for each node files and lines of this machine
         item.doc_string = ""
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what is meant for torch's own developers: warnings, and the whole graph where an operator is missing."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what was wrong first, which names the operator or the shape; torch wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = (str(error).splitlines() or [""])[0].partition(" Failure message:")[0]
+    return f"{type(error).__name__}: {said.rstrip('.')}"
 
 
 def _opset(model: ModelProto) -> int:

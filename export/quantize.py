@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from micl_zoo.errors import ExportError
+
 from .check import Bounds
 
 # What stays in float32 where the rest is fp16: norms, the softmax, the mean over patches.
@@ -95,6 +97,8 @@ def to_int8(model: ModelProto) -> ModelProto:
             nodes += _integer_product(node)
         else:
             nodes.append(node)
+    if len(nodes) == len(model.graph.node):
+        raise ExportError("int8 is for the matrix products of transformers, and this encoder has none: take precision fp16")
     return _rebuilt(model, nodes, [*tensors.values(), *added])
 
 

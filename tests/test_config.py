@@ -188,6 +188,49 @@ def test_a_configuration_that_is_not_one(
     assert "\n" not in str(caught.value).replace("\n'", "'").replace("x\n", "x")
 
 
+def refusals() -> list[tuple[str, int, int, dict[str, Any], str]]:
+    """Architecture, num_features, side, model_args that ask for too much or do not go together, and what is said."""
+    beit, swin, convnext, resnet = "beit_base_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet18"
+    return [
+        (beit, 768, 1536, {}, "the model has tables of 1,019,446,284 numbers, and at most 268,435,456 are allowed"),
+        (beit, 768, 128, {"patch_size": 1}, "the model has tables of"),
+        (beit, 768, 4096, {}, "of 4096 x 4096 pixels, at most 1536 are allowed"),
+        ("vit_relpos_base_patch16_224", 768, 256, {"patch_size": 2}, "the model has tables of"),
+        (swin, 768, 1536, {"window_size": 64}, "images have 384 x 384 patches, and must have 1 to 16,384"),
+        (swin, 768, 224, {"window_size": 65}, "window_size"),
+        (swin, 768, 224, {"num_heads": [1]}, "timm cannot build"),
+        (swin, 768, 224, {"depths": [0]}, r"depths\[0\] is 0|depths must"),
+        (swin, 768, 224, {"depths": [2] * 9}, "depths"),
+        (convnext, 768, 224, {"depths": [1, 1]}, "timm cannot build"),
+        (convnext, 768, 224, {"dims": [3, 3, 3]}, "timm cannot build"),
+        (convnext, 768, 224, {"dims": [8192] * 4, "depths": [9] * 4}, "num_features is 768, and its tokens have 8192"),
+        (convnext, 8192, 224, {"dims": [8192] * 4, "depths": [9] * 4}, "parameters, and at most 8,000,000,000"),
+        (convnext, 768, 224, {"kernel_sizes": 64}, "the model cannot take images of 224 x 224 pixels"),
+        (resnet, 512, 224, {"channels": [1]}, "num_features is 512, and its tokens have 1 numbers"),
+        (resnet, 512, 224, {"base_width": 8192}, "timm cannot build"),
+        (resnet, 512, 224, {"num_classes": 1 << 21}, "num_classes is 2,?097,?152"),
+        (resnet, 512, 224, {"global_pool": "__class__"}, "global_pool must be one of"),
+        (resnet, 512, 4096, {}, "of 4096 x 4096 pixels"),
+        ("pvt_v2_b0", 256, 224, {"sr_ratios": [64] * 4, "embed_dims": [8192] * 4}, "timm cannot build"),
+        ("eva02_tiny_patch14_224", 192, 224, {"rope_type": "dinov4"}, "rope_type must be one of"),
+        ("eva02_tiny_patch14_224", 192, 224, {"ref_feat_shape": [0, 1]}, "ref_feat_shape"),
+    ]
+
+
+@pytest.mark.parametrize(("architecture", "width", "side", "asked", "text"), refusals())
+def test_other_architectures_ask_for_too_much(
+    tmp_path: Path, architecture: str, width: int, side: int, asked: dict[str, Any], text: str
+) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    image = {"img_size": side} if architecture[:3] in ("bei", "vit", "swi") and side != 224 else {}
+    entry = {"input_size": [3, side, side]}
+    body = {"architecture": architecture, "num_features": width, "pretrained_cfg": entry, "model_args": image | asked}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    with pytest.raises(WeightsError, match=text) as caught:
+        micl_zoo.load(tmp_path, device="cpu")
+    assert str(tmp_path) in str(caught.value)
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"[" * 100_000, b"NaN", b"[]", b"null", b'"x"', b"1" * 9999, b"{}"])
 def test_a_config_json_that_is_none(written: Written, data: bytes) -> None:
     folder = written({})
@@ -319,7 +362,7 @@ def test_files_that_claim_to_be_huge_are_refused_before_they_are_read(
     for name, one in vit.state_dict().items():
         large[name] = {"dtype": "F32", "shape": [*one.shape], "data_offsets": [end, end + 4 * one.numel()]}
         end += 4 * one.numel()
-    with pytest.raises(WeightsError, match=r"the model has 80,.* parameters, and at most 4,000,000,000 are allowed"):
+    with pytest.raises(WeightsError, match=r"the model has 80,.* parameters, and at most 8,000,000,000 are allowed"):
         micl_zoo.load(save(tmp_path / "large.safetensors", large, b"", sparse=end))
 
 

@@ -212,6 +212,15 @@ def test_int8_rows_do_not_depend_on_their_batch(encoder: Encoder, graph: bytes) 
     assert not [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constant]
 
 
+def test_int8_of_a_network_without_matrix_products_is_refused() -> None:
+    model = onnx.parser.parse_model("""
+<ir_version: 8, opset_import: ["" : 18]>
+network (float[batch, 3, 8, 8] pixel_values) => (float[batch, 3, 8, 8] embedding) { embedding = Relu(pixel_values) }
+""")
+    with pytest.raises(ExportError, match="int8 is for the matrix products of transformers, and this encoder has none"):
+        to_int8(model)
+
+
 def test_norms_and_softmax_of_fp16_compute_in_float32(graph: bytes) -> None:
     model = to_fp16(onnx.load_from_string(graph))
     casts = {node.output[0]: node.attribute[0].i for node in model.graph.node if node.op_type == "Cast"}

@@ -21,7 +21,7 @@ MAX_SIDE = 1536  # pixels, of images of the others
 # Widths of the spaces that towers share with texts; timm keeps a tower's projection as its classifier.
 PROJECTIONS = (384, 512, 640, 768, 896, 1024, 1152, 1280)
 TOWERS = re.compile(r"clip|_mci|fastvit_mci|_pe_core_|vitamin")  # in names of architectures that have one
-MAX_PARAMETERS = 4_000_000_000  # timm's largest of them has 2.7e9
+MAX_PARAMETERS = 8_000_000_000  # timm's largest, vit_7b_patch16_dinov3, has 6.7e9
 MAX_TABLES = 1 << 28  # numbers that a model makes itself, of which a file has none: BEiT's places by pairs of patches
 MAX_GRID = 128  # patches along a side
 MAX_PATCHES = MAX_GRID * MAX_GRID  # per image
@@ -55,7 +55,7 @@ class ModelArgs:
 
     num_classes: Classes | None = None
     in_chans: Literal[3] | None = None
-    global_pool: Literal["", "avg", "avgmax", "catavgmax", "max", "fast", "token", "map", "soft", "merge"] | None = None
+    global_pool: Literal["", "avg", "avgmax", "catavgmax", "max", "fast", "token", "map", "soft", "merge", "align"] | None = None
     img_size: tuple[Side, Side] | Side | None = None
     patch_size: tuple[Side, Side] | Side | None = None
     # widths and depths

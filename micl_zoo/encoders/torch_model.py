@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import math
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -29,7 +30,7 @@ from .weights import EncoderConfig, Weights, read_tensors, shapes
 _BITS = {1: (torch.int8, torch.int32), 2: (torch.int16, torch.int32)}
 _BITS |= {4: (torch.int32, torch.int32), 8: (torch.int64, torch.int64)}
 INITIALISERS = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
-FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.arange}  # of all that grows with the image
+FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.arange, torch.eye}  # of all that grows with the image
 # What a model computes, before pooling by us: (B, T, D) tokens, or a map (B, D, h, w), and its own pooled rows (B, D).
 Raw = Literal["tokens", "map", "native", "projection"]
 ROWS: tuple[Literal["native", "projection"], ...] = ("native", "projection")
@@ -94,7 +95,9 @@ def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchMo
         raise UsageError(f"image_size must be a multiple of the patch size, {down}; got {asked}")
     try:
         if hasattr(model, "set_input_size"):
-            cast(Any, model).set_input_size(img_size=config.size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, of how BEiT's tables are resampled
+                cast(Any, model).set_input_size(img_size=config.size)
         made = TorchModel(model, config.size, projects)
         made.anatomy  # noqa: B018, which passes an image through
     except Exception as error:  # of timm's layers, for sides that are no multiple of what they cut
@@ -351,7 +354,7 @@ def _create(config: EncoderConfig, where: str, *, head: bool) -> nn.Module:
     known = timm.get_pretrained_cfg(name)
     fixed = known is not None and known.fixed_input_size if config.fixed_size is None else config.fixed_size
     said = {"architecture": name, "input_size": (3, height, width), "fixed_input_size": fixed}
-    said |= {"first_conv": known.first_conv, "classifier": known.classifier} if known else {}
+    said |= {"first_conv": known.first_conv, "classifier": known.classifier, "tag": known.tag} if known else {}
     arguments = {**config.model_args, "num_classes": config.num_classes if head else 0}
     try:
         return cast(nn.Module, timm.create_model(name, pretrained=False, pretrained_cfg=said, **arguments))
