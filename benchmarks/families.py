@@ -141,7 +141,9 @@ COMPILED = ("test_vit", "vit_small_patch16_dinov3", "test_convnext", "test_effic
 
 
 @click.command()
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Record to write; rows that it has are measured anew.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Record to write; rows that it has are measured anew."
+)
 @click.option("--only", multiple=True, help="Architecture to measure; none is all.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @click.option("--configurations", "full", is_flag=True, help="Read those of all of timm's architectures instead.")
@@ -165,7 +167,8 @@ def families(only: Collection[str], jobs: int) -> list[dict[str, Any]]:
             try:
                 measured.append(done.result())
             except Exception as e:
-                click.echo(f"FAIL {type(e).__name__} {str(e)[:400]}"); continue
+                click.echo(f"FAIL {type(e).__name__} {str(e)[:400]}")
+                continue
             click.echo(line(measured[-1]))
             tick(1)
     return measured
@@ -347,9 +350,7 @@ def drift(encoder: Encoder, precision: Any, traced: bytes, scratch: Path) -> dic
     """Write one precision, open the file by `load`, and compare."""
     row, outputs = CONVERSIONS[precision], write.ordered(encoder, list(encoder.runtime.shapes))
     file = scratch / f"{precision}.onnx"
-    write.save(
-        row.convert(onnx.load_from_string(traced)), write.make_card(encoder, precision, outputs, False), file
-    )
+    write.save(row.convert(onnx.load_from_string(traced)), write.make_card(encoder, precision, outputs, False), file)
     pictures = photographs()
     found = measure(file, encoder, pictures if row.bounds.neighbour_agreement else pictures[: sum(BATCHES)])
     opened = micl_zoo.load(file, backend="onnx", device="cpu")
@@ -369,7 +370,9 @@ def converted(encoder: Encoder, folder: Path) -> Any:
         return f"left out, {why}"
     twin = micl_zoo.load(folder, backend="openvino")
     pictures = [noise(seed, 300, 200) for seed in range(3)]
-    differences = (np.abs(twin.embed(pictures, pool=pool) - encoder.embed(pictures, pool=pool)).max() for pool in encoder.pools)
+    differences = (
+        np.abs(twin.embed(pictures, pool=pool) - encoder.embed(pictures, pool=pool)).max() for pool in encoder.pools
+    )
     return float(f"{max(differences):.2e}")
 
 

@@ -257,7 +257,7 @@ def _sibling(name: str, data: bytes) -> dict[str, Any]:
 
 def environment_for(hub: Hub, cache: Path) -> dict[str, str]:
     """For a process that asks this hub and no other, and keeps what it gets in a folder."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     return {**os.environ, **settings, "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 

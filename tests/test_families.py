@@ -110,7 +110,9 @@ def test_what_stops_an_export_is_named_before_anything_is_written(
     encoder = micl_zoo.load(saved("test_resnet"), device="cpu")
     head: Any = encoder.model.forward_head
     monkeypatch.setattr(encoder.model, "forward_head", lambda *a, **k: torch.special.bessel_j0(head(*a, **k)))
-    with pytest.raises(ExportError, match=r"could not export test_resnet.local .*bessel_j0.*\. Nothing was written") as caught:
+    with pytest.raises(
+        ExportError, match=r"could not export test_resnet.local .*bessel_j0.*\. Nothing was written"
+    ) as caught:
         to_onnx(encoder, tmp_path / "new", outputs=("native",))
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)

@@ -44,6 +44,7 @@ COMMANDS = {
     "convert": "convert {store} {array}",
     "convert tensors": "convert {store} {out}.safetensors",
     "info": "info {name}",
+    "golden": "golden {name} -o {page}",
     "download": "download {name} --to {out}",
     "export": "export {encoder} -o {out} --images {source}",
     "train": "train vit_ti16.tin200 {twin} --data {source} --out {out} --max-steps 1 --device cpu --workers 0",

@@ -30,7 +30,14 @@ from .weights import EncoderConfig, Weights, read_tensors, shapes
 _BITS = {1: (torch.int8, torch.int32), 2: (torch.int16, torch.int32)}
 _BITS |= {4: (torch.int32, torch.int32), 8: (torch.int64, torch.int64)}
 INITIALISERS = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
-FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.arange, torch.eye}  # of all that grows with the image
+FACTORIES = {
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.randn,
+    torch.arange,
+    torch.eye,
+}  # of all that grows with the image
 # What a model computes, before pooling by us: (B, T, D) tokens, or a map (B, D, h, w), and its own pooled rows (B, D).
 Raw = Literal["tokens", "map", "native", "projection"]
 ROWS: tuple[Literal["native", "projection"], ...] = ("native", "projection")
