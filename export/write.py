@@ -102,10 +102,10 @@ def to_onnx(
         from .quantize import CONVERSIONS
     except ImportError as error:
         raise UsageError(f"an export needs {error.name}: {INSTALL}") from None
-    encoder = model if isinstance(model, Encoder) else load(model, weights=weights, device="cpu")
-    if encoder.backend != "torch":
-        raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
-    encoder = _at_size(encoder, image_size).cpu().float()
+    if isinstance(model, Encoder):
+        encoder = _own_copy(model, image_size)
+    else:
+        encoder = load(model, weights=weights, image_size=image_size, device="cpu")
     chosen = ordered(encoder, outputs)
     if with_preprocess:
         resize_text(encoder.transform)  # raises
@@ -143,13 +143,15 @@ def _check(precision: str, outputs: Sequence[str], opset: int) -> None:
         raise UsageError(f"opset must be {OLDEST_OPSET} or later, got {opset}")
 
 
-def _at_size(encoder: Encoder, side: int | None) -> Encoder:
-    """Return the encoder for another size of image; the one given stays as it is."""
+def _own_copy(encoder: Encoder, side: int | None) -> Encoder:
+    """Copy an encoder to the CPU in float32, for another size of image where one is given."""
+    if not isinstance(encoder.runtime, TorchModel):
+        raise UsageError(f"an encoder of backend {encoder.backend} cannot be exported: load it with backend torch")
+    made = copy.deepcopy(encoder).cpu().float().eval()
     if side is None:
-        return encoder
-    assert isinstance(encoder.runtime, TorchModel)
-    runtime, config = copy.deepcopy(encoder.runtime), encoder.config.at_size(side)
-    model = resample(runtime.model, config, runtime.projects)
+        return made
+    config = encoder.config.at_size(side)
+    model = resample(made.model, config, encoder.runtime.projects)
     return Encoder(model, config, record=encoder.record, weights_sha256=encoder.weights_sha256)
 
 

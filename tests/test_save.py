@@ -194,3 +194,50 @@ def test_the_store_of_a_changed_encoder_knows_it_again(
         micl_zoo.extract(images, out, encoder=encoder, model="vit_ti16")
     with pytest.raises(UsageError, match=r"model must be .*Encoder, it is 7"):
         micl_zoo.extract(images, out, encoder=7)
+
+
+@pytest.fixture
+def resnet(tmp_path: Path) -> Encoder:
+    save_for_hf(timm.create_model("test_resnet"), tmp_path / "resnet", safe_serialization=True)
+    return micl_zoo.load(tmp_path / "resnet", device="cpu")
+
+
+def test_rows_are_those_of_eval_mode_also_while_somebody_trains(resnet: Encoder) -> None:
+    """Else a batch's own statistics would be in the rows, and embedding would change the weights."""
+    pictures = [picture(number) for number in range(3)]
+    expected = resnet.embed(pictures)
+    resnet.train()
+    np.testing.assert_array_equal(resnet.embed(pictures), expected)
+    assert resnet.model.training
+    assert not resnet.changed
+
+
+def test_a_new_head_is_saved_and_left_out_of_the_rows(resnet: Encoder, tmp_path: Path) -> None:
+    resnet.model.reset_classifier(10)  # type: ignore[operator]
+    resnet.save(tmp_path / "mine")
+    assert timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True).num_classes == 10
+    found = micl_zoo.load(tmp_path / "mine", device="cpu")
+    np.testing.assert_array_equal(found.embed([picture(1)]), resnet.embed([picture(1)]))
+
+
+def test_what_no_configuration_says_is_a_change_and_not_saved(resnet: Encoder, tmp_path: Path) -> None:
+    hook = resnet.model.layer4.register_forward_hook(lambda *_: None)  # type: ignore[operator, union-attr]
+    assert resnet.changed
+    hook.remove()
+    assert not resnet.changed
+    resnet.model.reset_classifier(0, "max")  # type: ignore[operator]
+    assert resnet.changed
+    with pytest.raises(UsageError, match="not what timm makes of test_resnet any more"):
+        resnet.save(tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_pool_and_a_size_that_were_chosen_are_saved(encoder: Encoder, encoder_folder: Path, tmp_path: Path) -> None:
+    encoder.pool = "mean"
+    encoder.save(tmp_path / "mean")
+    other = micl_zoo.load(encoder_folder, image_size=64, device="cpu")
+    other.save(tmp_path / "large")
+    for folder, one in (("mean", encoder), ("large", other)):
+        found = micl_zoo.load(tmp_path / folder, device="cpu")
+        assert (found.pool, found.transform) == (one.pool, one.transform)
+        np.testing.assert_array_equal(found.embed([picture(1)]), one.embed([picture(1)]))

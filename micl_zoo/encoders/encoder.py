@@ -28,7 +28,7 @@ from ..images.transform import Transform
 from ..progress import progress as progress_bar
 from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
 from .inputs import ImageLike, Skipped, each_made, one_or_many
-from .torch_model import fingerprint, own_pool
+from .torch_model import check_described, evaluating, fingerprint, own_pool
 from .weights import CHANGED, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
 from .zoo import Record
 
@@ -195,13 +195,15 @@ class Encoder(nn.Module):
             The path of model.safetensors.
 
         Raises:
-            UsageError: the encoder has no torch model, there is an encoder already, or the folder cannot be written to.
+            UsageError: the encoder has no torch model, or one that was rebuilt in memory; there is an encoder already,
+                or the folder cannot be written to.
         """
         if self.runtime.model is None:
             raise UsageError("an exported file has no torch model to save: copy the file")
         place = local_path(folder)
         if not overwrite and (there := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (place / name).exists()]):
             raise UsageError(f"{str(place / there[0])!r} exists: take another folder, or overwrite=True")
+        check_described(self.runtime.model, self._config_to_save())
         state, changed = self.runtime.model.state_dict(), self.changed if self._file_sha256 else None
         source = {"encoder": self.name, "source": self.config.source, "encoder_sha256": self._file_sha256}
         try:
@@ -211,10 +213,11 @@ class Encoder(nn.Module):
 
     def _config_to_save(self) -> EncoderConfig:
         name = f"{self.name.removesuffix(CHANGED)}{CHANGED}" if self.changed else self.name
-        classes = self.config.num_classes if "projection" in self.pools else 0  # a classifier was left out
+        classes = getattr(self.model, "num_classes", 0)  # that of the file was left out, one may be new
         terms = self.record.license if self.record else self.config.license
         config = self.config.settled(resampled=hasattr(self.model, "set_input_size"))
-        return replace(config, name=name, num_classes=classes, license=terms)
+        how: Any = {"pool": self.pool, "transform": self.transform}
+        return replace(config, name=name, num_classes=classes, license=terms, **how)
 
     @property
     def device(self) -> torch.device:
@@ -419,7 +422,7 @@ class Encoder(nn.Module):
         count = len(pixels)
         if self._compiled_size and count < self._compiled_size:
             pixels = F.pad(pixels, (0, 0) * 3 + (0, self._compiled_size - count))
-        with autocasting(self.device, None if self.precision else autocast):
+        with evaluating(self.runtime.model), autocasting(self.device, None if self.precision else autocast):
             rows = self(self.transform.normalise(pixels), pool)[:count].float()
         return F.normalize(rows, dim=-1) if normalize else rows
 

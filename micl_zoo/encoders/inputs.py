@@ -165,6 +165,10 @@ def _decoded(image: Any) -> Image.Image:
         return image
     if isinstance(image, Tensor):
         return _from_array(_channels_last(_on_host(image).numpy()))
+    if isinstance(image, np.ma.MaskedArray):
+        raise Refused(
+            "unsupported", "a masked array has no pixels where it is masked: give array.filled(255), or another"
+        )
     if isinstance(image, np.ndarray):
         return _from_array(image)
     raise Refused("unsupported", f"{_WANTED}; got {_shown(image)}")
@@ -206,8 +210,16 @@ def _read(file: BinaryIO) -> bytes:
 
 def _on_host(tensor: Tensor) -> Tensor:
     """Copy a tensor of pixels from wherever it is, in a type that NumPy has."""
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout)
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.is_quantized:
+        kind = (
+            "quantized"
+            if tensor.is_quantized
+            else "nested"
+            if tensor.is_nested
+            else "meta"
+            if tensor.is_meta
+            else str(tensor.layout)
+        )
         raise Refused("unsupported", f"a tensor must be dense, with its pixels in memory; got a {kind} one")
     tensor = tensor.detach().cpu().resolve_neg().resolve_conj()
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor

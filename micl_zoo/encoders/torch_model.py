@@ -11,7 +11,8 @@ import hashlib
 import math
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -299,18 +300,56 @@ def _sized(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchMode
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """Hash what tells changed weights from the same ones: sums of their bits, the same on every device.
+    """Hash what tells a changed model from the same one: its layers, and sums of its weights' bits, on any device.
 
     Whole numbers are summed, exactly and in no time (0.1 s for a ViT-B where sha256 takes 0.5 s), by rows and by
     columns, so that values that change places are noticed, too.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(build_of(model).encode())
     for name, tensor in model.state_dict().items():
         kind, total = _BITS[tensor.itemsize]
         bits = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim > 1 else max(tensor.numel(), 1)).view(kind)
         sums = [bits.sum(axis, dtype=total).cpu().numpy().tobytes() for axis in (0, 1)]
         digest.update(repr((name, tensor.dtype, tensor.shape, sums)).encode())
     return digest.hexdigest()
+
+
+def build_of(model: Any) -> str:
+    """Say how a model is built: its layers with their settings, how it pools, and what was hooked into it."""
+    hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
+    pools = [getattr(model, name, None) for name in ("global_pool", "num_prefix_tokens", "num_classes")]
+    return repr((repr(model), [one for one in pools if isinstance(one, str | int)], hooks))
+
+
+def check_described(model: nn.Module, config: EncoderConfig) -> None:
+    """Refuse a model that was rebuilt in memory and is not what timm makes of its configuration any more.
+
+    Raises:
+        UsageError: its layers, its pooling or its tensors are others.
+    """
+    head = bool(getattr(model, "num_classes", 0))
+    with _Shapes():
+        made = _create(config, "the configuration", head=head)
+    same_tensors = _sizes(made.state_dict()) == _sizes(model.state_dict())
+    if not same_tensors or build_of(made) != build_of(model):
+        raise UsageError(
+            f"the model is not what timm makes of {config.architecture} any more: its layers, pooling, sizes or hooks "
+            "were changed in memory. timm.models.save_for_hf(encoder.model, FOLDER, safe_serialization=True) writes "
+            "what timm knows of it"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module | None) -> Iterator[None]:
+    """Put all parts of a model into eval mode, in which no image changes another's row, and back."""
+    training = [one for one in model.modules() if one.training] if model is not None else []
+    for one in training:
+        one.training = False
+    try:
+        yield
+    finally:
+        for one in training:
+            one.training = True
 
 
 def outline(config: EncoderConfig) -> tuple[int, dict[Output, tuple[int, ...]], Pool]:
