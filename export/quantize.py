@@ -98,7 +98,9 @@ def to_int8(model: ModelProto) -> ModelProto:
         else:
             nodes.append(node)
     if len(nodes) == len(model.graph.node):
-        raise ExportError("int8 is for the matrix products of transformers, and this encoder has none: take precision fp16")
+        raise ExportError(
+            "int8 is for the matrix products of transformers, and this encoder has none: take precision fp16"
+        )
     return _rebuilt(model, nodes, [*tensors.values(), *added])
 
 

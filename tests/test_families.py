@@ -110,7 +110,9 @@ def test_what_stops_an_export_is_named_before_anything_is_written(
     encoder = micl_zoo.load(saved("test_resnet"), device="cpu")
     head: Any = encoder.model.forward_head
     monkeypatch.setattr(encoder.model, "forward_head", lambda *a, **k: torch.special.bessel_j0(head(*a, **k)))
-    with pytest.raises(ExportError, match=r"could not export test_resnet.local .*bessel_j0.*\. Nothing was written") as caught:
+    with pytest.raises(
+        ExportError, match=r"could not export test_resnet.local .*bessel_j0.*\. Nothing was written"
+    ) as caught:
         to_onnx(encoder, tmp_path / "new", outputs=("native",))
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
@@ -160,4 +162,7 @@ def test_every_architecture_of_the_table(families: Any) -> None:
 
 @pytest.mark.slow
 def test_every_configuration_that_timm_writes(families: Any) -> None:
-    assert families.configurations(timm.list_models())["refused"] == {}
+    found = families.configurations(timm.list_models())
+    assert found["load"] >= 0.98 * found["architectures"]
+    for why in found["refused"].values():  # parts of language models, whose features are no rows
+        assert "cannot take images" in why or "no row of numbers" in why, why

@@ -55,7 +55,9 @@ class ModelArgs:
 
     num_classes: Classes | None = None
     in_chans: Literal[3] | None = None
-    global_pool: Literal["", "avg", "avgmax", "catavgmax", "max", "fast", "token", "map", "soft", "merge", "align"] | None = None
+    global_pool: (
+        Literal["", "avg", "avgmax", "catavgmax", "max", "fast", "token", "map", "soft", "merge", "align"] | None
+    ) = None
     img_size: tuple[Side, Side] | Side | None = None
     patch_size: tuple[Side, Side] | Side | None = None
     # widths and depths

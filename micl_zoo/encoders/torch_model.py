@@ -30,7 +30,14 @@ from .weights import EncoderConfig, Weights, read_tensors, shapes
 _BITS = {1: (torch.int8, torch.int32), 2: (torch.int16, torch.int32)}
 _BITS |= {4: (torch.int32, torch.int32), 8: (torch.int64, torch.int64)}
 INITIALISERS = {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
-FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.arange, torch.eye}  # of all that grows with the image
+FACTORIES = {
+    torch.empty,
+    torch.zeros,
+    torch.ones,
+    torch.randn,
+    torch.arange,
+    torch.eye,
+}  # of all that grows with the image
 # What a model computes, before pooling by us: (B, T, D) tokens, or a map (B, D, h, w), and its own pooled rows (B, D).
 Raw = Literal["tokens", "map", "native", "projection"]
 ROWS: tuple[Literal["native", "projection"], ...] = ("native", "projection")
@@ -399,7 +406,9 @@ def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> None:
         problem = f"the model has tables of {numbers:,} numbers, and at most {MAX_TABLES:,} are allowed"
     else:
         try:
-            found = find_anatomy(model, config.trained_size or config.size, projects=False).shapes.get("patches", (1, 1))
+            found = find_anatomy(model, config.trained_size or config.size, projects=False).shapes.get(
+                "patches", (1, 1)
+            )
             if math.prod(found[:2]) > MAX_PATCHES:  # of a model that does not say it before
                 problem = f"images have {found[0]} x {found[1]} patches, and must have 1 to {MAX_PATCHES:,}"
         except WeightsError as error:
