@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -164,11 +165,7 @@ def families(only: Collection[str], jobs: int) -> list[dict[str, Any]]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn) as pool, progress("comparing with timm", len(places)) as tick:
         for done in as_completed([pool.submit(compared, at) for at in places]):
-            try:
-                measured.append(done.result())
-            except Exception as e:
-                click.echo(f"FAIL {type(e).__name__} {str(e)[:400]}")
-                continue
+            measured.append(done.result())
             click.echo(line(measured[-1]))
             tick(1)
     return measured
@@ -286,7 +283,7 @@ def by_timm(bare: Any, whole: Any, pixels: Tensor, pool: Pool) -> Tensor:
     if pool == "cls":
         return cast(Tensor, bare.forward_features(pixels)[:, 0])
     if pool == "cls+mean":
-        return torch.cat([by_timm(bare, whole, pixels, one) for one in ("cls", "mean")], dim=1)  # type: ignore[arg-type]
+        return torch.cat([by_timm(bare, whole, pixels, one) for one in ("cls", "mean")], dim=1)
     (last,) = bare.forward_intermediates(
         pixels, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
     )  # (B, D, h, w)
@@ -343,7 +340,7 @@ def exported(encoder: Encoder, scratch: Path) -> dict[str, Any]:
     """Export all outputs in each precision; the drift from PyTorch on photographs, or why not."""
     outputs = list(encoder.runtime.shapes)
     traced = encoder_graph(encoder, write.ordered(encoder, outputs), write.OPSET).SerializeToString()
-    return {one: or_why_not(lambda one=one: drift(encoder, one, traced, scratch)) for one in ONNX_PRECISIONS}
+    return {one: or_why_not(partial(drift, encoder, one, traced, scratch)) for one in ONNX_PRECISIONS}
 
 
 def drift(encoder: Encoder, precision: Any, traced: bytes, scratch: Path) -> dict[str, Any]:
@@ -391,7 +388,6 @@ def configurations(names: Collection[str]) -> dict[str, Any]:
         for name in names:
             if (why := configured(name, Path(scratch) / "config.json")) is not None:
                 refused[name] = why
-                print(name, why, flush=True)
             tick(1)
     return {"architectures": len(names), "load": len(names) - len(refused), "refused": refused}
 
@@ -410,18 +406,14 @@ def configured(name: str, file: Path) -> str | None:
 
 def line(found: dict[str, Any]) -> str:
     """One architecture, for a person."""
+    pixels = "same pixels" if found["pixels_equal"] else "OTHER PIXELS"
     pools = ", ".join(f"{pool} {shape[-1]}" for pool, shape in found["shapes"].items())
-    onnx_text = found.get("onnx", "-")
-    if isinstance(onnx_text, dict):
-        onnx_text = ", ".join(
-            f"{name} {one['cosine_min']:.5f}" if isinstance(one, dict) else f"{name}: {one}"
-            for name, one in found["onnx"].items()
-        )
-    parts = [
-        f"{found['architecture']:40}{found['largest_difference']:8.0e} {'same pixels' if found['pixels_equal'] else 'OTHER PIXELS'}",
-        *(f"{name} {found[name]}" for name in ("image_size", "store", "openvino", "compiled") if name in found),
-    ]
-    return " | ".join([*parts, f"onnx {onnx_text}", pools])
+    parts = [f"{found['architecture']:40}{found['largest_difference']:8.0e} {pixels}", pools]
+    parts += [f"{name} {found[name]}" for name in ("image_size", "store", "openvino", "compiled") if name in found]
+    if isinstance(exports := found.get("onnx", "not exported"), str):
+        return " | ".join([*parts, exports])
+    drifts = (f"{name} {one['cosine_min']:.5f}" if isinstance(one, dict) else one for name, one in exports.items())
+    return " | ".join([*parts, *drifts])
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what is meant for torch's own developers: warnings, and the whole graph where an operator is missing."""
+    """Leave out what torch says to its own developers: warnings, and a whole graph where an operator is missing."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -96,7 +96,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of what was wrong first, which names the operator or the shape; torch wraps it in advice."""
+    """Return the first line of the first cause, which names the operator or the shape; torch wraps it in advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     said = (str(error).splitlines() or [""])[0].partition(" Failure message:")[0]

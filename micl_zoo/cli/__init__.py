@@ -69,10 +69,11 @@ def _failed(text: str, code: int) -> int:
 )
 @click.version_option(__version__, prog_name="micl-zoo")
 def main() -> None:
-    """Image embeddings from encoders pre-trained with masked image contrastive learning (MiCL, also called OCL).
+    """Image embeddings from any encoder of timm, and encoders of one's own by masked image contrastive learning (MiCL).
 
     Examples:
       micl-zoo extract ~/Pictures -o embeddings
+      micl-zoo extract ~/Pictures -o dinov2 --model vit_small_patch14_reg4_dinov2.lvd142m
       micl-zoo models
       micl-zoo train vit_ti16.tin200 --data images/ --out runs/first
     """

@@ -24,7 +24,7 @@ PUBLIC_HEADS = ("name", "weights", *FIGURES, "licence")
 @click.command(cls=opt.Command)
 @opt.flag("--json", "as_json", "Print one JSON object per line.")
 def models(as_json: bool) -> None:
-    """List the encoders: ours, those with published weights first, and other people's that reference code was read for.
+    """List the encoders: ours, published ones first, and other people's, with the pooling and pixels of their code.
 
     Of the others: where the weights are, numbers per embedding, side of the images, millions of parameters, 1e9
     multiply-adds per image, images/s on a reference machine, published k-NN and linear accuracy on ImageNet-1k, and
@@ -203,6 +203,10 @@ def golden(name: str, out: Path | None, check: bool) -> None:
     from ..encoders.load import load
 
     encoder = load(name)
+    if check and not (out or Path(f"{encoder.name}.golden.json")).exists():
+        raise click.UsageError(
+            f"there is no {out or f'{encoder.name}.golden.json'} to compare with: write it without --check"
+        )
     file = out or Path(f"{encoder.name}.golden.json")
     if not check:
         write_golden(encoder, file)

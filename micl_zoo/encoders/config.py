@@ -231,7 +231,9 @@ def read_config(found: Any, what: str) -> tuple[ConfigFile, dict[str, Any]]:
         what: names the file in the WeightsError.
     """
     if isinstance(found, dict) and "model_type" in found and "architecture" not in found:
-        raise WeightsError(f"{what} is of the transformers library: take the encoder's repository of timm's layout")
+        raise WeightsError(
+            f"{what} is of the transformers library: `micl-zoo models` names many such encoders in timm's layout"
+        )
     if isinstance(found, dict) and "pretrained_cfg" not in found:  # as timm wrote it at first
         found = found | {"pretrained_cfg": found}
     body = read(ConfigFile, found, what, WeightsError, CURE, others=True)

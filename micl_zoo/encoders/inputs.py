@@ -183,6 +183,8 @@ def encoded(image: Any) -> bytes | None:
         path = os.fsdecode(image)
         if "://" in path and not Path(path).exists():
             raise Refused("unreadable", "an address is not fetched here: `extract` reads it, or give its bytes")
+        if Path(path).is_dir():
+            raise Refused("unreadable", "it is a folder: give its files; `extract` embeds all images of a folder")
         return read_regular(Path(path))
     return None if isinstance(image, Image.Image) or not hasattr(image, "read") else _read(image)
 

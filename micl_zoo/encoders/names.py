@@ -13,6 +13,7 @@ from .public import PUBLIC, row_of
 from .zoo import DEFAULT, RECORDS, Record, find_record, is_name
 
 LOCAL = "local-dir:"  # as timm writes it
+PAGES = ("https://huggingface.co/", "huggingface.co/", "https://hf.co/")
 FILES = (".safetensors", ".onnx")
 
 
@@ -66,21 +67,36 @@ def find_place(name: str | os.PathLike[str], weights: str | os.PathLike[str] | N
             return Place(pin=pins.pin(*found))
         except WeightsError as error:
             here = "" if name.startswith(pins.PREFIXES) else f"there is no file or folder {name!r} here; "
-            raise WeightsError(f"{here}{error}") from None
+            near = _near_timm(name) if name.startswith("timm/") else ""
+            raise WeightsError(f"{here}{error}{near}") from None
     tag, _, revision = name.partition("@")
     if found := timm_repository(tag):
         other = None if _means(found[1]) == found[0] else found[0]
-        return Place(pin=pins.pin(found[1], revision or None), architecture=other)
+        return Place(pin=pins.pin(found[1], revision or None, name=name), architecture=other)
     raise UsageError(_unknown(name))
+
+
+def _near_timm(name: str) -> str:
+    import timm
+
+    text = name.removeprefix("timm/").partition("@")[0]
+    near = "" if timm.models.is_model_pretrained(text) and "." in text else nearest(text, timm.list_pretrained())
+    return f". {near}" if near else ""
 
 
 def _unknown(name: str) -> str:
     import timm
 
-    ours = sorted([*RECORDS, *{record.arch for record in RECORDS.values()}, *PUBLIC])
-    near = nearest(name, [*ours, *timm.list_pretrained()])
-    others = "any name of timm with weights, OWNER/NAME on the hub, hf-hub:OWNER/NAME@REVISION, or a path"
-    return " ".join(filter(None, [f"unknown model {name!r}.", near, f"Valid: {', '.join(ours)}; {others}."]))
+    ours = [*RECORDS, *{record.arch for record in RECORDS.values()}, *PUBLIC]
+    asked, every = name.strip().lower(), [*ours, *timm.list_pretrained()]
+    inside = [one for one in every if len(asked) > 2 and asked in one.lower()]  # dinov2, clip
+    near = f"Did you mean {' or '.join(inside[:2])}?" if inside else nearest(asked, every)
+    here = nearest(name, [one.name for one in Path().iterdir()]) if Path().is_dir() else ""
+    what = "no encoder has it, and no file or folder here" + (f" ({here})" if here else "")
+    way_on = (
+        "`micl-zoo models` lists names; any name of timm with weights, OWNER/NAME on the hub and a path are names, too"
+    )
+    return " ".join(filter(None, [f"unknown model {name!r}: {what}.", near, f"{way_on}."]))
 
 
 def _path(text: str) -> Path | None:
@@ -89,6 +105,10 @@ def _path(text: str) -> Path | None:
     Raises:
         WeightsError: it looks like OWNER/NAME, and the folder OWNER is here: a path with a mistake in it.
     """
+    if text.startswith(PAGES):
+        raise UsageError(
+            f"{text!r} is a page: give {text.partition('.co/')[2].split('/tree/')[0]!r}, the repository's name"
+        )
     if text.startswith(LOCAL):
         return Path(text.removeprefix(LOCAL)).expanduser()
     if not text or text.startswith(pins.PREFIXES):

@@ -17,7 +17,7 @@ from ..errors import UsageError, WeightsError
 from ..files import atomic_path, file_sha256, read_regular
 from ..schema import Between, read, read_json, shown
 from ..telemetry import no_telemetry
-from .weights import CONFIG_FILE, WEIGHTS_FILE
+from .weights import CONFIG_FILE, PICKLES, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -29,7 +29,6 @@ SHA256 = re.compile("[0-9a-f]{64}")
 MOST_FILES, LONGEST_NAME = 10_000, 400  # of a repository; those of encoders have tens of files, with short names
 SHARDS = f"{WEIGHTS_FILE}.index.json"
 OPEN_CLIP = "open_clip_model.safetensors"  # both towers, under open_clip's names
-PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pth.tar")
 FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 BUSY = (408, 429)  # the hub answers, and would say something else later
@@ -186,7 +185,7 @@ def parse(text: str) -> tuple[str, str | None] | None:
     return None
 
 
-def pin(repo: str, revision: str | None = None) -> Pin:
+def pin(repo: str, revision: str | None = None, *, name: str | None = None) -> Pin:
     """Find the commit of a revision and what it holds, by one request; no file is downloaded.
 
     What was learnt is noted. A full commit that is noted needs no request, and without a network any note will do.
@@ -194,6 +193,7 @@ def pin(repo: str, revision: str | None = None) -> Pin:
     Args:
         repo: OWNER/NAME.
         revision: branch, tag or commit; None is main.
+        name: what the user calls it, for the way on; None is the repository's own name.
 
     Raises:
         UsageError: an impossible name.
@@ -215,7 +215,7 @@ def pin(repo: str, revision: str | None = None) -> Pin:
         if why.passing and (noted := _noted(repo, revision)):
             logger.warning("%s: %s of %s is commit %s, from the cache", why.text, revision, repo, noted.commit)
             return noted
-        raise WeightsError(f"cannot find {asked} on the hub: {why.way_on(PREFIXES[0] + asked)}") from None
+        raise WeightsError(f"cannot find {asked} on the hub: {why.way_on(name or PREFIXES[0] + asked)}") from None
     made = _pin(info, repo, revision)
     for name in {repo, made.repo}:
         for one in {revision, made.commit}:

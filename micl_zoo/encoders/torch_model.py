@@ -100,7 +100,9 @@ def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchMo
     down, across = _patch(model)
     if config.size[0] % down or config.size[1] % across:  # the rest would be left out, without a word
         asked = " x ".join(str(side) for side in sorted({*config.size}, key=config.size.index))
-        raise UsageError(f"image_size must be a multiple of the patch size, {down}; got {asked}")
+        near = config.size[0] // down * down
+        way_on = f"take {near} or {near + down}" if near else f"take {down} or more"
+        raise UsageError(f"image_size must be a multiple of the patch size, {down}; got {asked}: {way_on}")
     try:
         if hasattr(model, "set_input_size"):
             with warnings.catch_warnings():
@@ -110,8 +112,8 @@ def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchMo
         made.anatomy  # noqa: B018, which passes an image through
     except Exception as error:  # of timm's layers, for sides that are no multiple of what they cut
         said, (height, width) = (str(error).splitlines() or [type(error).__name__])[0], config.size
-        wrong = f"{config.name} cannot take images of {height} x {width} pixels ({said}): give another image_size"
-        raise UsageError(wrong) from None
+        why = said if isinstance(error, WeightsError) else f"it cannot take images of {height} x {width} pixels: {said}"
+        raise UsageError(f"{config.name}: {why}; give another image_size") from None
     return made
 
 

@@ -33,6 +33,11 @@ CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,14})\.safetensors")  # not
 CHECKPOINT_KEYS = {"step", "seconds"}  # in the headers of training's checkpoints
 MAX_HEADER = 16 << 20  # bytes; that of a ViT-L's checkpoint has 0.2 MB
 NUMBERS = ("F16", "BF16", "F32", "F64", "I64", "I32", "BOOL")  # safetensors' dtypes of weights, and of counters
+PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pth.tar")
+CONVERSION = (
+    "load it once into its model (torch.load(FILE, weights_only=True) runs no code) and write that by timm's "
+    "save_for_hf(model, FOLDER, safe_serialization=True)"
+)
 Value = TypeVar("Value")
 
 
@@ -189,8 +194,7 @@ def local_weights(path: Path) -> Weights:
         raise WeightsError(f'{str(file)!r} is an ONNX file: load it with backend="onnx", extract with --backend onnx')
     if file.suffix != ".safetensors":
         raise WeightsError(
-            f"{str(file)!r} is not a .safetensors file. Other formats can run code when they are read; convert it "
-            "once with safetensors.torch.save_file(state_dict, 'model.safetensors') on a machine you can lose"
+            f"{str(file)!r} is not a .safetensors file. Other formats can run code when they are read: {CONVERSION}"
         )
     said = header(file).get("config")
     if is_checkpoint(file):
@@ -214,10 +218,20 @@ def _file_at(path: Path) -> Path:
             choices = [path / WEIGHTS_FILE, path / "encoder" / WEIGHTS_FILE, *checkpoints]
             file = next((choice for choice in choices if choice.is_file()), choices[0])
         if not file.is_file():
-            raise WeightsError(f"no weights at {str(path)!r}: expected {wanted}")
+            raise WeightsError(f"no weights at {str(path)!r}{_others(path)}: expected {wanted}")
         return file
     except OSError as error:  # a folder that may not be entered, a name of thousands of letters
         raise WeightsError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+
+
+def _others(path: Path) -> str:
+    """Say what is in a folder in the place of what should be."""
+    names = sorted(file.name for file in path.glob("*") if file.is_file()) if path.is_dir() else []
+    if found := [name for name in names if name.endswith(".safetensors")]:
+        return f", but {found[0]}, which can be given itself"
+    if found := [name for name in names if name.endswith(PICKLES)]:
+        return f", but the pickle {found[0]}, which can run code when it is read: {CONVERSION}"
+    return ""
 
 
 def _checkpoint_config(file: Path, said: Any) -> EncoderConfig:
