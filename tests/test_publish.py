@@ -74,6 +74,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with hub_on_loopback() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
@@ -370,6 +371,7 @@ def test_what_the_hub_refuses_is_one_line_and_the_folder_stays(
     monkeypatch.setenv("HF_TOKEN", "hf_of_another")
     assert "the hub does not know the token: make a new one" in refused(REPO)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert f"{REPO} could not be sent to http://127.0.0.1:1: " in refused(REPO)
     assert not hub.made
 

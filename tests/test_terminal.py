@@ -277,10 +277,10 @@ MOMENTS = {  # what the command `info` does
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_program_quietly(moment: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "hits.py").write_text("from __main__ import hit; hit()")
-    found = "import micl_zoo.encoders.names as names\ndef find(name):\n" + textwrap.indent(
+    found = "import micl_zoo.cli.zoo as zoo\ndef find(name):\n" + textwrap.indent(
         textwrap.dedent(MOMENTS[moment]), "    "
     )
-    run = "\nnames.find_place = find\nfrom micl_zoo.__main__ import main\nmain(['info', 'x'])"
+    run = "\nzoo.find_record = find\nfrom micl_zoo.__main__ import main\nmain(['info', 'vit_b16'])"
     result = program("-c", HIT + found + run, name, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 128 + getattr(signal, name), result.stderr
     assert result.stderr in ("", f"Error: stopped by {name}\n")
@@ -378,13 +378,13 @@ def test_other_errors_are_not_the_system_s() -> None:
 def test_a_limit_is_named(limit: str, value: int, act: str, tmp_path: Path) -> None:
     code = f"""
 import resource, sys
-import micl_zoo.encoders.names as names
+import micl_zoo.cli.zoo as zoo
 from micl_zoo.__main__ import main
 def find(name):
     resource.setrlimit(resource.RLIMIT_{limit}, ({value}, {value}))
     {act}
-names.find_place = find
-main(["info", "x"])
+zoo.find_record = find
+main(["info", "vit_b16"])
 """
     result = program("-c", code, str(tmp_path / "file"))
     assert result.returncode == 1
@@ -395,8 +395,8 @@ main(["info", "x"])
 
 @posix
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
-    code = "import os, micl_zoo.cli.zoo as zoo\nnames.find_place = lambda name: os.getcwd()\n"
-    code += "from micl_zoo.__main__ import main\nmain(['info', 'x'])"
+    code = "import os, micl_zoo.cli.zoo as zoo\nzoo.find_record = lambda name: os.getcwd()\n"
+    code += "from micl_zoo.__main__ import main\nmain(['info', 'vit_b16'])"
     result = program("-c", code, shell=f'cd {tmp_path}; mkdir gone; cd gone; rmdir ../gone; exec "$@"')
     wanted = "Error: the current folder does not exist any more: change to another\n"
     assert (result.returncode, result.stderr) == (1, wanted)

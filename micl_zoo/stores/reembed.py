@@ -64,8 +64,8 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
         saved = "; `encoder.save(FOLDER)` writes them" if manifest.model.endswith(CHANGED) else ""
         raise WeightsError(
             f"the store was made with weights of {manifest.model} that are not published (sha256 "
-            f"{manifest.weights_sha256}), by `{manifest.command}`: give their file or encoder folder with --model, from "
-            f"Python with weights={saved}. `verify --sample 0` and `search --id` need no encoder."
+            f"{manifest.weights_sha256}), by `{manifest.command}`: give their file or encoder folder with --model, "
+            f"from Python with weights={saved}. `verify --sample 0` and `search --id` need no encoder."
         )
     name: str | os.PathLike[str] = weights or manifest.source or manifest.model
     name = pinned_again(name, manifest.source) if isinstance(name, str) else name
