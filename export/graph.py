@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from onnx import ModelProto, checker, compose, parser
 from onnx.defs import onnx_opset_version
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from micl_zoo.encoders.device import Output
 from micl_zoo.encoders.encoder import Encoder
@@ -49,7 +52,7 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
     if opset > (newest := onnx_opset_version()):
         raise ExportError(f"opset {opset} was asked for, and the newest that the installed onnx knows is {newest}")
     names = ["embedding"] * (set(outputs) != {"patches"}) + ["patches"] * ("patches" in outputs)
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _PlainMean():
         try:
             made = torch.onnx.export(
                 _Outputs(encoder, outputs).eval(),
@@ -80,6 +83,17 @@ def encoder_graph(encoder: Encoder, outputs: Sequence[Output], opset: int) -> Mo
         del item.metadata_props[:]  # torch notes for each node files and lines of this machine
         item.doc_string = ""
     return model
+
+
+class _PlainMean(TorchFunctionMode):
+    """Pools a whole map by a mean: torch's own pooling of channels that lie last becomes a walk over their places."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.adaptive_avg_pool2d and not kwargs and args[1] in (1, (1, 1)):
+            return args[0].mean((-2, -1), keepdim=True)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
