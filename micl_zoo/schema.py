@@ -27,6 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 MAX_BYTES = 64 << 20  # of a file of facts; the largest, metrics.jsonl of a long run, is read line by line
 NUMPY = np.number | np.bool_  # scalars of arrays, which people have at hand
+MANY = 20  # fields that are too many to be listed in an error
 SHOWN = 60  # letters of a wrong value in an error
 _NAMES: dict[Any, str] = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false"}
 _NAMES |= {type(None): "null", os.PathLike: "a name or a path", Iterable: "a list", Callable: "a function"}
@@ -69,7 +70,10 @@ def parse_json(data: bytes | str, what: str, error: type[MiclZooError], cure: st
         raise error(f"{what} is damaged, it is no JSON ({why}){_tail(cure)}") from None
 
 
-def read(kind: type[T], found: Any, what: str, error: type[MiclZooError], cure: str = "", *, others: bool = False) -> T:
+def read(
+    kind: type[T], found: Any, what: str, error: type[MiclZooError], cure: str = "", *,
+    others: bool = False, said: str = "is damaged",
+) -> T:  # fmt: skip
     """Make a `kind`, a dataclass, of parsed JSON; lists become tuples where it says so, whole numbers floats.
 
     Args:
@@ -78,11 +82,12 @@ def read(kind: type[T], found: Any, what: str, error: type[MiclZooError], cure: 
         error: is raised where a field is missing, of another type or outside its range, or unknown.
         cure: what to do about it; ends the error.
         others: accept unknown fields, and leave them out.
+        said: says of a file that may be good for others what is the matter.
     """
     try:
         return _object(kind, found, "", others)
     except _Wrong as problem:
-        raise error(f"{what} is damaged: {problem}{_tail(cure)}") from None
+        raise error(f"{what} {said}: {problem}{_tail(cure)}") from None
 
 
 def wrong_fields(made: Any) -> list[str]:
@@ -132,7 +137,8 @@ def _object(kind: type[T], found: Any, at: str, others: bool) -> T:
     hints, fields = _hints(kind), {one.name: one for one in dataclasses.fields(kind) if one.init}  # type: ignore[arg-type]
     prefix = f"{at}." if at else ""
     if not others and (unknown := [key for key in found if key not in fields]):
-        raise _Wrong(f"{prefix}{shown(unknown[0])} is no field of it; those are {', '.join(fields)}")
+        near = nearest(str(unknown[0]), fields) if len(fields) > MANY else f"those are {', '.join(fields)}"
+        raise _Wrong(f"{prefix}{shown(unknown[0])} is no field of it; {near or f'it may have {len(fields)} others'}")
     for name, one in fields.items():
         if name not in found and one.default is one.default_factory is dataclasses.MISSING:
             raise _Wrong(f"{prefix}{name} is missing")

@@ -101,7 +101,7 @@ def test_timm_s_own_layout_loads_and_embeds_as_timm_does(written: Written, vit: 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model_args.checkpoint_path": "evil.pth"}, "'checkpoint_path' is no field of it; those are num_classes"),
+        ({"model_args.checkpoint_path": "evil.pth"}, "'checkpoint_path' is no field of it"),
         ({"model_args.pretrained": True}, "'pretrained' is no field"),
         ({"model_args.pretrained_cfg": {"url": "http://192.0.2.1"}}, "'pretrained_cfg' is no field"),
         ({"model_args.pretrained_cfg_overlay": {"file": "x"}}, "'pretrained_cfg_overlay' is no field"),
@@ -235,7 +235,7 @@ def test_other_architectures_ask_for_too_much(
 def test_a_config_json_that_is_none(written: Written, data: bytes) -> None:
     folder = written({})
     (folder / "config.json").write_bytes(data)
-    with pytest.raises(WeightsError, match=r"config\.json' is damaged"):
+    with pytest.raises(WeightsError, match=r"config\.json' (is damaged|cannot be used)"):
         micl_zoo.load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"says nothing of its architecture: put timm's config\.json beside it"):
@@ -379,7 +379,7 @@ def test_a_path_that_is_not_there_is_told_as_such(path: str, tmp_path: Path, mon
 
 
 def test_a_name_is_still_a_name() -> None:
-    with pytest.raises(UsageError, match=r"unknown model 'vit_l61'\. Did you mean vit_l16"):
+    with pytest.raises(UsageError, match=r"unknown model 'vit_l61': no encoder has it, .*\. Did you mean vit_l16"):
         micl_zoo.load("vit_l61")
 
 

@@ -28,7 +28,8 @@ MAX_PATCHES = MAX_GRID * MAX_GRID  # per image
 ARCHITECTURE = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)  # no hf-hub:, no local-dir:, no path, no tag
 NAME = re.compile(r"\w(?:[\w.+ ()-]*[\w.+)-])?")  # also part of file names
 MIN_CROP, MAX_CROP = 0.05, 4  # share of the resized side; less only costs memory, more only adds a border
-CURE = "take the config.json that timm or micl-zoo wrote for these weights"
+SAID = "cannot be used"  # it may be good for timm
+CURE = "encoders of 3 channels load, by a config.json as timm or micl-zoo writes it, with timm's plain arguments"
 
 Side = Annotated[int, Between(1, 4096)]  # pixels
 Aim = Annotated[int, Between(1, 4096 / MIN_CROP)]  # pixels of a side after the resize
@@ -98,6 +99,7 @@ class ModelArgs:
     linear: bool | None = None
     stem_type: Literal["", "patch", "overlap", "overlap_tiered", "overlap_act", "deep", "deep_tiered"] | None = None
     avg_down: bool | None = None
+    output_stride: Literal[8, 16, 32] | None = None
     norm_eps: Annotated[float, Between(1e-12, 0.1)] | None = None
     proj_bias: bool | None = None
     init_values: Annotated[float, Between(0, 10)] | None = None
@@ -236,8 +238,8 @@ def read_config(found: Any, what: str) -> tuple[ConfigFile, dict[str, Any]]:
         )
     if isinstance(found, dict) and "pretrained_cfg" not in found:  # as timm wrote it at first
         found = found | {"pretrained_cfg": found}
-    body = read(ConfigFile, found, what, WeightsError, CURE, others=True)
-    asked = read(ModelArgs, body.model_args, f"{what}, model_args,", WeightsError, CURE)
+    body = read(ConfigFile, found, what, WeightsError, CURE, others=True, said=SAID)
+    asked = read(ModelArgs, body.model_args, f"{what}, model_args,", WeightsError, CURE, said=SAID)
     own = body.micl_zoo
     if body.pretrained_cfg.fixed_input_size and not (own and own.trained_size) and (size := asked.img_size):
         size = (size, size) if isinstance(size, int) else size  # as timm reads it

@@ -235,11 +235,11 @@ def find_anatomy(model: nn.Module, size: tuple[int, int], projects: bool) -> Ana
 def _probed(model: nn.Module, size: tuple[int, int], projects: bool) -> dict[str, Any]:
     probe, where = _Probe(model, projects), next(model.parameters())
     state = {name: one.to("meta") for name, one in (*probe.named_parameters(), *probe.named_buffers())}
-    was_training = model.training
-    model.eval()  # dropping patches would change the shapes
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):  # dropping patches would change the shapes
             try:
+                if _steps(model):  # which take minutes one by one without numbers
+                    raise NotImplementedError
                 image = torch.empty(1, 3, *size, device="meta", dtype=where.dtype)
                 return cast("dict[str, Any]", torch.func.functional_call(probe, state, (image,)))
             except Exception:  # it has tensors outside of its state, or looks at numbers: then with numbers
@@ -247,8 +247,11 @@ def _probed(model: nn.Module, size: tuple[int, int], projects: bool) -> dict[str
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"the model cannot take images of {size[0]} x {size[1]} pixels: {said}") from None
-    finally:
-        model.train(was_training)
+
+
+def _steps(model: nn.Module) -> bool:
+    """Whether a model goes through its input step by step."""
+    return any(isinstance(one, nn.RNNBase) for one in model.modules())
 
 
 def _is_tokens(features: Any) -> bool:
@@ -453,11 +456,10 @@ def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> None:
         problem = f"the model has {numbers:,} parameters, and at most {MAX_PARAMETERS:,} are allowed"
     elif (numbers := sum(one.numel() for one in model.buffers())) > MAX_TABLES:
         problem = f"the model has tables of {numbers:,} numbers, and at most {MAX_TABLES:,} are allowed"
-    else:
+    elif not _steps(model):
         try:
-            found = find_anatomy(model, config.trained_size or config.size, projects=False).shapes.get(
-                "patches", (1, 1)
-            )
+            size = config.trained_size or config.size
+            found = find_anatomy(model, size, projects=False).shapes.get("patches", (1, 1))
             if math.prod(found[:2]) > MAX_PATCHES:  # of a model that does not say it before
                 problem = f"images have {found[0]} x {found[1]} patches, and must have 1 to {MAX_PATCHES:,}"
         except WeightsError as error:
