@@ -40,7 +40,7 @@ def test_names() -> None:
     assert micl_zoo.list_models() == sorted(RECORDS)
     assert set(micl_zoo.list_models(published_only=True)) == {n for n, r in RECORDS.items() if r.published}
     assert find_record("vit_l16").name == "vit_l16.in1k"
-    with pytest.raises(UsageError, match=r"unknown model 'vit_l61'\. Did you mean vit_l16"):
+    with pytest.raises(UsageError, match=r"unknown model 'vit_l61': .*Did you mean vit_l16"):
         micl_zoo.load("vit_l61")
 
 
@@ -147,7 +147,7 @@ def test_a_path_in_the_place_of_a_name(encoder_folder: Path, tmp_path: Path, mon
         micl_zoo.load("vit_l16")  # a name is a name, whatever lies around
     assert micl_zoo.load(Path("vit_l16"), device="cpu").weights_sha256 == sha256
     assert micl_zoo.load("./vit_l16", device="cpu").weights_sha256 == sha256
-    with pytest.raises(UsageError, match=r"unknown model 'vit_l61'\. Did you mean vit_l16"):
+    with pytest.raises(UsageError, match=r"unknown model 'vit_l61': .*Did you mean vit_l16"):
         micl_zoo.load("vit_l61")
     with pytest.raises(UsageError, match="load: name must be a name or a path, it is ''"):
         micl_zoo.load("")
