@@ -113,6 +113,8 @@ class Encoder(nn.Module):
         self.record = record
         self.name = config.name
         self.pool: Pool = own_pool(config.pool, runtime.model)
+        if runtime.model is None and self.pool not in self.pools:
+            self.pool = self.pools[0]  # what an exported file was made for
         self.card: OnnxCard | None = getattr(runtime, "card", None)
         self._file_sha256 = weights_sha256
         self._loaded = self._fingerprint() if weights_sha256 else ""  # of the weights as they came from that file
