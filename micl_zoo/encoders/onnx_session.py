@@ -126,7 +126,7 @@ class OnnxCard:
 
 
 def _shapes(card: CardFile, width: int, where: str) -> dict[Output, tuple[int, ...]]:
-    widths = card.widths or dict.fromkeys(card.outputs, width)
+    widths = dict.fromkeys(card.outputs, width) if card.widths is None else card.widths
     if set(widths) != set(card.outputs) or ("patches" in widths and card.grid is None):
         raise WeightsError(f"the metadata of {where} are damaged, they lack sizes of {', '.join(card.outputs)}: {CURE}")
     grid = card.grid or ()
