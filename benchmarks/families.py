@@ -268,8 +268,9 @@ def pool_differences(encoder: Encoder, folder: Path, side: int | None = None) ->
     pixels = torch.randn(2, 3, *encoder.transform.size, generator=torch.Generator().manual_seed(1))
     bare, whole = in_timm(folder, num_classes=0), in_timm(folder)
     if side is not None and hasattr(bare, "set_input_size"):
-        for model in (bare, whole):
-            model.set_input_size(img_size=encoder.transform.size)
+        with quiet():
+            for model in (bare, whole):
+                model.set_input_size(img_size=encoder.transform.size)
     expected = {pool: by_timm(bare, whole, pixels, pool) for pool in encoder.pools}
     return {pool: apart(encoder(pixels, pool), expected[pool]) for pool in encoder.pools}
 
