@@ -417,7 +417,7 @@ REFUSALS = {
     "gated": "it is gated: accept its terms at http",
     "missing": f"there is no {MINE}, or it is private: look the name up",
     "rate-limited": "the hub takes no more requests for now (status 429): wait some minutes",
-    "transformers": "is of the transformers library: .micl-zoo models. names many such encoders",
+    "transformers": "is of the transformers library: `micl-zoo models` names many such encoders",
     "pickles": "has pickles alone (pytorch_model.bin)",
     "sharded": "are in several files (model.safetensors.index.json): write them into one",
     "no configuration": f"hf-hub:{MINE}@{FIRST} has no config.json, so it does not say how to build its encoder: take",
