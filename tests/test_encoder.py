@@ -322,7 +322,7 @@ def test_an_openvino_encoder_is_copied_and_pickled(encoder_folder: Path) -> None
     pytest.importorskip("openvino")
     fast, pixels = micl_zoo.load(weights=encoder_folder, backend="openvino"), made_up_pixels(2)
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert twin.vit is twin.runtime.vit is not fast.vit
+        assert twin.vit is twin.runtime.model is not fast.vit
         torch.testing.assert_close(twin.embed_tensor(pixels), fast.embed_tensor(pixels), rtol=1e-5, atol=1e-5)
 
 
