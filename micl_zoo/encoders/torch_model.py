@@ -111,9 +111,11 @@ def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchMo
         made = TorchModel(model, config.size, projects)
         made.anatomy  # noqa: B018, which passes an image through
     except Exception as error:  # of timm's layers, for sides that are no multiple of what they cut
-        said, (height, width) = (str(error).splitlines() or [type(error).__name__])[0], config.size
-        why = said if isinstance(error, WeightsError) else f"it cannot take images of {height} x {width} pixels: {said}"
-        raise UsageError(f"{config.name}: {why}; give another image_size") from None
+        height, width = config.size
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = said.rpartition("pixels: ")[2]  # as find_anatomy says it
+        wrong = f"{config.name} cannot take images of {height} x {width} pixels ({said}): give another image_size"
+        raise UsageError(wrong) from None
     return made
 
 
