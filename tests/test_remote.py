@@ -329,6 +329,7 @@ def test_a_failing_server_is_asked_three_times(serve: Callable[..., str], monkey
 def test_a_data_set_of_the_hub(serve: Callable[..., str], tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = pytest.importorskip("fsspec.config")
     monkeypatch.setitem(config.conf, "hf", {"endpoint": serve(Hub), "token": False})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     for source in ("photos", "photos/b.jpg", "tars/*.tar", "zips/t-00.zip", "tables", "tables/t-{0,2}.parquet"):
         assert listed(f"hf://datasets/micl/tiny/{source}") == listed(tree / source), source
 
@@ -336,6 +337,7 @@ def test_a_data_set_of_the_hub(serve: Callable[..., str], tree: Path, monkeypatc
 def test_a_labelled_set_of_the_hub(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = pytest.importorskip("fsspec.config")
     monkeypatch.setitem(config.conf, "hf", {"endpoint": serve(Hub), "token": False})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     found = LabelledSet.open("micl/tiny")
     assert (found.name, found.classes) == ("micl/tiny", ("3", "7"))
     assert found.train.labels.tolist() == [1, 0, 1]
