@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from micl_zoo.encoders.device import Output
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.onnx_file import OPERATORS
-from micl_zoo.encoders.torch_model import TorchModel, compute_raw, finish, raw_for
+from micl_zoo.encoders.torch_model import TorchModel, compute
 from micl_zoo.errors import ExportError
 from micl_zoo.images.transform import MAX_ASPECT, Transform
 
@@ -39,9 +39,7 @@ class _Outputs(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Compute `embedding` (B, the widths' sum) and `patches` (B, h, w, D), or one of them, of (B, 3, S, S)."""
-        names = raw_for(self.anatomy, self.outputs)
-        raw = dict(zip(names, compute_raw(self.model, pixel_values, names), strict=True))
-        found = finish(self.anatomy, raw, self.outputs)
+        found = compute(self.model, self.anatomy, pixel_values, self.outputs)
         parts = [found[name] for name in self.outputs if name != "patches"]
         pooled = [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]] if parts else []
         return tuple(pooled + [found[name] for name in self.outputs if name == "patches"])

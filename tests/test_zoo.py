@@ -21,11 +21,14 @@ from click.testing import CliRunner
 from conftest import TWIN, picture
 from hub import Hub, environment_for, hub_on_loopback
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.encoders import hub as hub_module
-from micl_zoo.encoders.hub import download, embedded_file
+from micl_zoo.encoders import torch_model
+from micl_zoo.encoders.hub import download, embedded_file, timm_config
+from micl_zoo.encoders.public import PUBLIC
 from micl_zoo.encoders.weights import header
 from micl_zoo.encoders.zoo import ARCHS, DEFAULT, RECORDS, find_record, timm_architecture
 from micl_zoo.errors import UsageError, WeightsError
@@ -327,6 +330,23 @@ def test_random_weights_only_when_asked_for() -> None:
     assert encoder.weights_sha256 is None
     with pytest.raises(UsageError, match="goes with a name of the table or of timm alone"):
         micl_zoo.load("vit_ti16", weights="x", pretrained=False)
+
+
+SMALL = ("vit_small_patch14_reg4_dinov2.lvd142m", "vit_base_patch32_clip_quickgelu_224.openai", "resnet50.a1_in1k")
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in SMALL)) for one in PUBLIC])
+def test_the_costs_of_the_curated_table_are_those_of_timm_s_models(name: str) -> None:
+    """Parameters and width exactly; multiplications as torch counts them, by twos, with shapes alone."""
+    row, config = PUBLIC[name], timm_config(name)
+    parameters, outputs, pool = torch_model.outline(config)
+    assert (parameters, outputs[row.pool], pool) == (row.parameters, (row.width,), row.pool)
+    with torch_model._Shapes():
+        model = torch_model._create(config, name, head=row.pool == "projection")
+        model = torch_model._sized(model, config, row.pool == "projection").model.to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, row.pixels, row.pixels, device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(row.gmacs, abs=0.0051)
 
 
 def test_a_name_of_timm_has_its_shape_without_weights_and_a_network() -> None:

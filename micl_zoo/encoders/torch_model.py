@@ -86,9 +86,7 @@ class TorchModel:
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs, with gradients where torch records them."""
-        pixel_values = pixel_values.to(next(self.model.parameters()))
-        raw = raw_for(self.anatomy, wanted)
-        return finish(self.anatomy, dict(zip(raw, compute_raw(self.model, pixel_values, raw), strict=True)), wanted)
+        return compute(self.model, self.anatomy, pixel_values.to(next(self.model.parameters())), wanted)
 
 
 def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchModel:
@@ -139,6 +137,12 @@ def raw_for(anatomy: Anatomy, wanted: Collection[Output]) -> tuple[Raw, ...]:
     ours = {"cls", "mean", "patches"} & set(wanted)
     pieces: list[Raw] = ["map" if anatomy.prefix is None else "tokens"] if ours else []
     return (*pieces, *(one for one in ROWS if one in wanted))
+
+
+def compute(model: Any, anatomy: Anatomy, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
+    """Compute outputs of (B, 3, H, W) by a timm model."""
+    raw = raw_for(anatomy, wanted)
+    return finish(anatomy, dict(zip(raw, compute_raw(model, pixel_values, raw), strict=True)), wanted)
 
 
 def compute_raw(model: Any, pixel_values: Tensor, raw: Collection[Raw]) -> tuple[Tensor, ...]:

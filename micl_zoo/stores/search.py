@@ -202,16 +202,12 @@ def text_encoder(
     store = open_store(store)
     found = find_tower(store.manifest.model, tower)
     _check_pair(store, found)
-    return load_text(found, weights, source=_source(store))
+    return load_text(found, weights, source=store.manifest.source)
 
 
 def _check_pair(store: Store, tower: Tower) -> None:
     made = store.manifest
-    check_pair(tower, made.model, made.pool, made.shape, _source(store))
-
-
-def _source(store: Store) -> str | None:
-    return getattr(store.manifest, "source", None)
+    check_pair(tower, made.model, made.pool, made.shape, made.source)
 
 
 def _spoken(store: Store, texts: Sequence[str], text: str | os.PathLike[str] | TextEncoder | None) -> list[np.ndarray]:
