@@ -17,11 +17,11 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 import micl_zoo
+from micl_zoo.encoders.build import fingerprint
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.torch_model import fingerprint
-from micl_zoo.encoders.weights import header
 from micl_zoo.errors import StoreError, UsageError, WeightsError
 from micl_zoo.files import file_sha256
+from micl_zoo.zoo.weights import header
 
 
 @pytest.fixture
