@@ -46,7 +46,7 @@ from micl_zoo.export.quantize import CONVERSIONS
 from micl_zoo.progress import progress
 from micl_zoo.stores.search import search
 from micl_zoo.stores.verify import verify
-from micl_zoo.zoo.config import Pool
+from micl_zoo.zoo.pools import Pool
 from micl_zoo.zoo.weights import EncoderConfig
 
 BOUND = 1e-5  # of the difference of two pooled numbers

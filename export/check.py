@@ -22,7 +22,7 @@ from micl_zoo.errors import ExportError, Refused, UsageError, WeightsError
 from micl_zoo.images.decode import decode
 from micl_zoo.sources.listing import SourceLike, index_source
 from micl_zoo.sources.reader import Reader
-from micl_zoo.zoo.config import Output
+from micl_zoo.zoo.pools import Output
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 BATCHES = (1, 2, 7)  # sizes to run, the last one over and over: a batch frozen at the exporter's example fails

@@ -23,8 +23,8 @@ from micl_zoo.errors import ExportError, UsageError, unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
 from micl_zoo.progress import progress
 from micl_zoo.sources.listing import SourceLike
-from micl_zoo.zoo.config import Output
 from micl_zoo.zoo.ours import DEFAULT
+from micl_zoo.zoo.pools import Output
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -210,7 +210,14 @@ def test_the_command_line_imports_lightly() -> None:
         "sys",
     }
     light |= {"typing"}
-    own = ("micl_zoo._version", "micl_zoo.cli", "micl_zoo.errors", "micl_zoo.zoo.ours", "micl_zoo.encoders.device")
+    own = (
+        "micl_zoo._version",
+        "micl_zoo.cli",
+        "micl_zoo.errors",
+        "micl_zoo.zoo.ours",
+        "micl_zoo.zoo.pools",
+        "micl_zoo.encoders.device",
+    )
     own += ("micl_zoo.limits", "micl_zoo.printing", "micl_zoo.sources.names", "micl_zoo.stop")
     for module, file in modules().items():
         if module.startswith("micl_zoo.cli"):

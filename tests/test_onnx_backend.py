@@ -26,8 +26,8 @@ from micl_zoo.stores.search import search
 from micl_zoo.stores.store import open_store
 from micl_zoo.stores.verify import verify
 from micl_zoo.zoo import ours
-from micl_zoo.zoo.config import Pool
 from micl_zoo.zoo.hub import embedded_file
+from micl_zoo.zoo.pools import Pool
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

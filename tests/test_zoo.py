@@ -31,7 +31,7 @@ from micl_zoo.files import file_sha256
 from micl_zoo.training.pretraining.pretrain import pretrain
 from micl_zoo.training.recipes import Recipe
 from micl_zoo.zoo import hub as hub_module
-from micl_zoo.zoo.hub import download, embedded_file, timm_config
+from micl_zoo.zoo.hub import download, embedded_file
 from micl_zoo.zoo.ours import ARCHS, DEFAULT, RECORDS, find_record, timm_architecture
 from micl_zoo.zoo.public import PUBLIC
 from micl_zoo.zoo.weights import header
@@ -338,7 +338,7 @@ SMALL = ("vit_small_patch14_reg4_dinov2.lvd142m", "vit_base_patch32_clip_quickge
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in SMALL)) for one in PUBLIC])
 def test_the_costs_of_the_curated_table_are_those_of_timm_s_models(name: str) -> None:
     """Parameters and width exactly; multiplications as torch counts them, by twos, with shapes alone."""
-    row, config = PUBLIC[name], timm_config(name)
+    row, config = PUBLIC[name], build.timm_config(name)
     parameters, outputs, pool = build.outline(config)
     assert (parameters, outputs[row.pool], pool) == (row.parameters, (row.width,), row.pool)
     with build._Shapes():

@@ -9,8 +9,8 @@ import click
 
 from ..encoders.device import BACKENDS, PRECISIONS
 from ..sources.names import EXCLUDED
-from ..zoo.config import Pool
 from ..zoo.ours import DEFAULT
+from ..zoo.pools import Pool
 from . import _options as opt
 
 REFUSED_EXIT_CODE = 3

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Any, cast
 
-from ..zoo.config import Output, Pool
 from ..zoo.hub import hub_config
 from ..zoo.names import find_place
+from ..zoo.pools import Output, Pool
 from ..zoo.public import PUBLIC, Public
 from ..zoo.weights import EncoderConfig, local_weights
 from .build import outline

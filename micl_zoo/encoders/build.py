@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UsageError, WeightsError
-from ..zoo.config import MAX_PARAMETERS, MAX_PATCHES, MAX_SIDE, MAX_TABLES, PLAIN_MODULES, Output, Pool, is_projection
+from ..zoo.config import MAX_PARAMETERS, MAX_PATCHES, MAX_SIDE, MAX_TABLES, PLAIN_MODULES, is_projection
 from ..zoo.hub import with_row
+from ..zoo.pools import Output, Pool
 from ..zoo.public import PUBLIC
 from ..zoo.weights import EncoderConfig, Weights, read_tensors, shapes
 from .torch_model import TorchModel, find_anatomy, goes_by_steps, own_pool
@@ -26,7 +27,8 @@ from .torch_model import TorchModel, find_anatomy, goes_by_steps, own_pool
 # Bytes of a number -> the whole numbers that its bits are, and those that add them up.
 _BITS = {1: (torch.int8, torch.int32), 2: (torch.int16, torch.int32)}
 _BITS |= {4: (torch.int32, torch.int32), 8: (torch.int64, torch.int64)}
-RANDOM = {"uniform_", "normal_", "erfinv_"}
+RANDOM = {"uniform_", "normal_", "erfinv_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_"}
+RANDOM |= {"xavier_uniform_", "xavier_normal_"}
 INITIALISERS = RANDOM | {"mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.arange, torch.eye}  # of what grows with the image
 
@@ -198,7 +200,10 @@ class _Unset(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return args[0] if getattr(func, "__name__", "") in RANDOM else func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in RANDOM and (args or "tensor" in kwargs):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _create(config: EncoderConfig, where: str, *, head: bool) -> nn.Module:

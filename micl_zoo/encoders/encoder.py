@@ -26,8 +26,8 @@ from ..errors import UsageError, unknown
 from ..files import file_sha256, local_path
 from ..images.transform import Transform
 from ..progress import progress as progress_bar
-from ..zoo.config import Output, Pool
 from ..zoo.ours import Record
+from ..zoo.pools import Output, Pool
 from ..zoo.weights import CHANGED, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
 from .build import check_described, fingerprint
 from .device import BACKENDS, Backend, Precision, autocasting, has_compiler

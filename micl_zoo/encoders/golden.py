@@ -14,8 +14,8 @@ from .._version import package_versions
 from ..errors import WeightsError
 from ..files import write_text
 from ..schema import read, read_json
-from ..zoo.config import Pool
 from ..zoo.hub import embedded_file
+from ..zoo.pools import Pool
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,8 @@ from ..errors import MiclZooError, UsageError, WeightsError
 from ..files import file_sha256
 from ..schema import parse_json, read, shown
 from ..telemetry import no_telemetry
-from ..zoo.config import Output, Side, TransformFile, Width
+from ..zoo.config import Side, TransformFile, Width
+from ..zoo.pools import Output
 from ..zoo.weights import ONNX_FILE, EncoderConfig, config_text
 from .device import BACKENDS, ONNX_PRECISIONS, Backend, Precision
 from .onnx_file import check_file

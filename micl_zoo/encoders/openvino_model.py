@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..telemetry import no_telemetry
-from ..zoo.config import Output
+from ..zoo.pools import Output
 from .device import BACKENDS, PRECISIONS, Backend, Precision
 from .torch_model import RawModel, TorchModel, finish, raw_for
 

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from ..zoo.config import Output, Pool
+from ..zoo.pools import Output, Pool
 from .device import Backend, Precision
 
 # What a model computes, before pooling by us: (B, T, D) tokens, or a map (B, D, h, w), and its own pooled rows (B, D).

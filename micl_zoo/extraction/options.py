@@ -13,8 +13,8 @@ from ..errors import Reason, UsageError, unknown
 from ..images.decode import MAX_PIXELS, Decoding, Exif
 from ..schema import Between, wrong_fields
 from ..sources.selection import Selection
-from ..zoo.config import Pool
 from ..zoo.ours import DEFAULT
+from ..zoo.pools import Pool
 
 if TYPE_CHECKING:  # it imports torch, which a command line that only shows its help does without
     from ..encoders.encoder import Encoder

@@ -21,7 +21,7 @@ from ..sources.index import Entry, ImageIndex
 from ..stores.manifest import Runtime
 from ..stores.parts import Made, RefusedRow, Rows
 from ..stores.store import Store
-from ..zoo.config import Pool
+from ..zoo.pools import Pool
 from .decoders import Batch, Decoders
 from .options import ExtractOptions
 from .retry import begins, check_part_fits, made_now, merged, tried_again

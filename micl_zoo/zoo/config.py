@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from ..errors import WeightsError
 from ..images.transform import Filter, Mode, Transform
 from ..schema import Between, read
+from .pools import Pool
 
 # Modules of timm whose models take no more than their patches ask for; others have tables by pairs of patches.
 PLAIN_MODULES = ("vision_transformer", "deit", "eva", "naflexvit")
@@ -30,8 +31,6 @@ MIN_CROP, MAX_CROP = 0.05, 4  # share of the resized side; less only costs memor
 SAID = "cannot be used"  # it may be good for timm
 CURE = "encoders of 3 channels load, by a config.json as timm or micl-zoo writes it, with timm's plain arguments"
 
-Output = Literal["native", "projection", "cls", "mean", "patches"]  # of a model; pools are made of them
-Pool = Literal["native", "projection", "cls", "mean", "cls+mean", "patches"]
 Side = Annotated[int, Between(1, 4096)]  # pixels
 Aim = Annotated[int, Between(1, 4096 / MIN_CROP)]  # pixels of a side after the resize
 Width = Annotated[int, Between(1, 8192)]  # numbers per token

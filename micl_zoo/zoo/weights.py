@@ -16,8 +16,9 @@ from ..errors import WeightsError
 from ..files import atomic_path, file_sha256, read_regular, sum_file, write_text
 from ..images.transform import Transform
 from ..schema import parse_json, read, read_json, shown
-from .config import Pool, RunFile, read_config
+from .config import RunFile, read_config
 from .ours import ARCHS, RECORDS, timm_architecture, vit_sizes
+from .pools import Pool
 
 if TYPE_CHECKING:
     from torch import Tensor

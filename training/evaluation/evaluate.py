@@ -31,7 +31,7 @@ from micl_zoo.images.transform import Transform
 from micl_zoo.progress import progress
 from micl_zoo.sources.reader import Reader
 from micl_zoo.stores.store import Store
-from micl_zoo.zoo.config import Pool
+from micl_zoo.zoo.pools import Pool
 
 from ..micl import init_weights, position_table
 from ..run.order import seeded

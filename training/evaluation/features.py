@@ -18,7 +18,7 @@ from micl_zoo.extraction.extract import embed_index, extract
 from micl_zoo.extraction.options import ExtractOptions
 from micl_zoo.files import write_text
 from micl_zoo.stores.store import Store
-from micl_zoo.zoo.config import Pool
+from micl_zoo.zoo.pools import Pool
 
 from ..run.provenance import machine
 from .labelled import Label, LabelledImages, labels_of

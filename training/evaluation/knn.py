@@ -11,7 +11,7 @@ from torch import Tensor
 
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import UsageError
-from micl_zoo.zoo.config import Pool
+from micl_zoo.zoo.pools import Pool
 
 from .features import Device, Features, Figures, embed_labelled
 from .labelled import LabelledSet

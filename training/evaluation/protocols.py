@@ -8,7 +8,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from micl_zoo.errors import UsageError, unknown
-from micl_zoo.zoo.config import Pool
+from micl_zoo.zoo.pools import Pool
 
 POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")  # of one pass over the images
 ROW_POOLS: tuple[Pool, ...] = ("native", "projection", *POOLS)  # that give one row per image

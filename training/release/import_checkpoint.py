@@ -113,7 +113,8 @@ def import_checkpoint(
         shape, heads_from = _shape(state, num_heads, str(found.args.get("model", "")), where)
         _check_state(state, shape, where)
         config, sizes = _config(shape, name, license), {**shape.sizes, "num_heads_from": heads_from}
-    return save_weights(out, state, config, provenance | {"shape": sizes, "left_out": left_out}, "float32")
+    kept = {"shape": sizes, "left_out": left_out}
+    return save_weights(out, state, config, provenance | kept, "float32" if architecture is None else None)
 
 
 def _timm_config(architecture: str, state: Mapping[str, Tensor], name: str | None, license: str) -> EncoderConfig:
