@@ -22,11 +22,11 @@ from record import made_on, missing, options_text
 from record import write as write_record
 
 from micl_zoo import Encoder, Transform
+from micl_zoo.encoders.build import build_model
 from micl_zoo.encoders.device import autocast_dtype, autocasting, choose_backend, fast_precision
 from micl_zoo.encoders.openvino_model import OpenVinoModel
-from micl_zoo.encoders.public import IMAGENET, PUBLIC, Public
-from micl_zoo.encoders.torch_model import build_model
-from micl_zoo.encoders.weights import EncoderConfig
+from micl_zoo.zoo.public import IMAGENET, PUBLIC, Public
+from micl_zoo.zoo.weights import EncoderConfig
 
 MOST_PARAMETERS, MOST_GMACS = 100_000_000, 25.0
 Embed = Callable[[np.ndarray], np.ndarray]  # (B, S, S, 3) uint8 -> (B, D)

@@ -28,8 +28,6 @@ from toys import SMALL, random_encoder
 
 import micl_zoo
 from micl_zoo import Encoder
-from micl_zoo.encoders.weights import save_weights
-from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.export import quantize, write
 from micl_zoo.export.check import measure, photographs
 from micl_zoo.export.graph import encoder_graph
@@ -37,6 +35,8 @@ from micl_zoo.images.decode import decode
 from micl_zoo.progress import progress
 from micl_zoo.training.evaluation.knn import measure_knn
 from micl_zoo.training.evaluation.labelled import LabelledSet
+from micl_zoo.zoo.ours import DEFAULT
+from micl_zoo.zoo.weights import save_weights
 
 OPSET = write.OPSET
 KNN_IMAGES = 10_000  # to search, of each set

@@ -37,9 +37,8 @@ from toys import photographs as write_photographs
 
 import micl_zoo
 from micl_zoo import Encoder, MiclZooError
-from micl_zoo.encoders.device import ONNX_PRECISIONS, Pool
-from micl_zoo.encoders.torch_model import _check_model, _create, _Shapes
-from micl_zoo.encoders.weights import EncoderConfig
+from micl_zoo.encoders.build import _check_model, _create, _Shapes
+from micl_zoo.encoders.device import ONNX_PRECISIONS
 from micl_zoo.export import write
 from micl_zoo.export.check import BATCHES, measure, photographs
 from micl_zoo.export.graph import encoder_graph
@@ -47,6 +46,8 @@ from micl_zoo.export.quantize import CONVERSIONS
 from micl_zoo.progress import progress
 from micl_zoo.stores.search import search
 from micl_zoo.stores.verify import verify
+from micl_zoo.zoo.pools import Pool
+from micl_zoo.zoo.weights import EncoderConfig
 
 BOUND = 1e-5  # of the difference of two pooled numbers
 SIZES = [(48, 40), (40, 48), (333, 250), (250, 333), (65, 64), (31, 200), (301, 40), (2, 3)]  # width, height

@@ -356,7 +356,7 @@ def join(out: Path, file: Path) -> None:
 def rescue(run: Path, folder: Path) -> None:
     """Write the encoder of a stopped run, that of its newest checkpoint, into FOLDER in float16."""
     import micl_zoo
-    from micl_zoo.encoders.weights import save_weights
+    from micl_zoo.zoo.weights import save_weights
 
     encoder = micl_zoo.load(weights=run, device="cpu")
     provenance = {"run": "stopped before its end", "weights_sha256": encoder.weights_sha256}

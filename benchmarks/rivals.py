@@ -43,7 +43,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
 from micl_zoo.encoders.device import default_workers, resolve_device
-from micl_zoo.encoders.weights import WEIGHTS_FILE, save_weights
 from micl_zoo.errors import unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
 from micl_zoo.progress import progress
@@ -59,6 +58,7 @@ from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
 from micl_zoo.training.run.optim import set_learning_rate
 from micl_zoo.training.run.provenance import made_with
 from micl_zoo.training.run.rundir import encoder_config
+from micl_zoo.zoo.weights import WEIGHTS_FILE, save_weights
 
 if TYPE_CHECKING:
     from methods import Method

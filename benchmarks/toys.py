@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from micl_zoo.encoders.weights import save_weights
 from micl_zoo.training.pretraining.pretrain import initial_model
 from micl_zoo.training.recipes import get_recipe
 from micl_zoo.training.run.rundir import encoder_config
+from micl_zoo.zoo.weights import save_weights
 
 # A network of milliseconds, for --trial and for what does not depend on the weights.
 SMALL = ("name=vit_ti8.small", "image_size=64", "crop_size=64", "patch_size=8", "depth=4")

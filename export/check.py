@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from micl_zoo.encoders.device import Output
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.onnx_session import OnnxCard, choose_providers, open_session
 from micl_zoo.errors import ExportError, Refused, UsageError, WeightsError
 from micl_zoo.images.decode import decode
 from micl_zoo.sources.listing import SourceLike, index_source
 from micl_zoo.sources.reader import Reader
+from micl_zoo.zoo.pools import Output
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 BATCHES = (1, 2, 7)  # sizes to run, the last one over and over: a batch frozen at the exporter's example fails

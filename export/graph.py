@@ -18,12 +18,12 @@ from onnx.defs import onnx_opset_version
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from micl_zoo.encoders.device import Output
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.onnx_file import OPERATORS
 from micl_zoo.encoders.torch_model import TorchModel, compute
 from micl_zoo.errors import ExportError
 from micl_zoo.images.transform import MAX_ASPECT, Transform
+from micl_zoo.zoo.pools import Output
 
 EXAMPLES = 2  # images to trace with: torch takes a batch of one for a constant
 MOST = 2**31 - 1  # images per batch; torch 2.6 needs a bound

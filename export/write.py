@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.device import ONNX_PRECISIONS, Output, Precision
+from micl_zoo.encoders.build import resample
+from micl_zoo.encoders.device import ONNX_PRECISIONS, Precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.load import load
 from micl_zoo.encoders.onnx_session import INSTALL, OnnxCard, runtime
-from micl_zoo.encoders.torch_model import TorchModel, resample
-from micl_zoo.encoders.zoo import DEFAULT
+from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import ExportError, UsageError, unknown
 from micl_zoo.files import atomic_path, file_sha256, write_text
 from micl_zoo.progress import progress
 from micl_zoo.sources.listing import SourceLike
+from micl_zoo.zoo.ours import DEFAULT
+from micl_zoo.zoo.pools import Output
 
 if TYPE_CHECKING:
     from onnx import ModelProto

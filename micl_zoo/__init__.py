@@ -18,9 +18,7 @@ if TYPE_CHECKING:  # what _LATER says; a test compares the two
     from typing import Any
 
     from .encoders.encoder import Embedded, Encoder, Features
-    from .encoders.hub import download
     from .encoders.load import load
-    from .encoders.zoo import Record, list_models
     from .errors import (
         ExportError,
         Interrupted,
@@ -41,12 +39,12 @@ if TYPE_CHECKING:  # what _LATER says; a test compares the two
     from .stores.search import search, text_encoder
     from .stores.store import Store, open_store
     from .stores.verify import verify
+    from .zoo.hub import download
+    from .zoo.ours import Record, list_models
 
 _LATER = {
     "encoders.encoder": ("Embedded", "Encoder", "Features"),
-    "encoders.hub": ("download",),
     "encoders.load": ("load",),
-    "encoders.zoo": ("Record", "list_models"),
     "errors": (
         "ExportError",
         "Interrupted",
@@ -67,6 +65,8 @@ _LATER = {
     "stores.search": ("search", "text_encoder"),
     "stores.store": ("Store", "open_store"),
     "stores.verify": ("verify",),
+    "zoo.hub": ("download",),
+    "zoo.ours": ("Record", "list_models"),
 }
 
 __all__ = [

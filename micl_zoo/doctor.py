@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from .encoders.zoo import Record
+    from .zoo.ours import Record
 
 IMPORTED = ("torch", "torchvision", "timm")  # in this order: each needs those before it
 MODULE, GPU_PACKAGE, CUDA = "onnxruntime", "onnxruntime-gpu", "CUDAExecutionProvider"
@@ -402,7 +402,7 @@ def disks() -> Iterator[Finding]:
 
 def embedded_weights() -> Iterator[Finding]:
     """Whether the weights and ONNX files that come with the package are the published ones."""
-    from .encoders.hub import record_onnx, record_weights
+    from .zoo.hub import record_onnx, record_weights
 
     for record in _embedded():
         onnx = record.onnx.file if record.onnx else None
@@ -426,10 +426,10 @@ def golden_embeddings() -> Iterator[Finding]:
 def public_embeddings() -> Iterator[Finding]:
     """Whether other people's encoders in the cache give the embeddings in their golden files; none is fetched."""
     from .encoders.golden import golden_file, read_golden
-    from .encoders.names import hub_of
-    from .encoders.pins import is_here
-    from .encoders.public import PUBLIC, is_cached
     from .errors import WeightsError
+    from .zoo.names import hub_of
+    from .zoo.pins import is_here
+    from .zoo.public import PUBLIC, is_cached
 
     for row in filter(is_cached, PUBLIC.values()):
         name = f"embeddings of {row.name}"
@@ -463,7 +463,7 @@ def _compared(name: str, source: str, file: Path) -> Finding:
 
 
 def _embedded() -> list[Record]:
-    from .encoders.zoo import RECORDS
+    from .zoo.ours import RECORDS
 
     return [record for record in RECORDS.values() if record.published and record.embedded]
 

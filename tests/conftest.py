@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from micl_zoo.encoders.weights import save_weights
 from micl_zoo.training.micl import init_weights, position_table
 from micl_zoo.training.recipes import Recipe, get_recipe
 from micl_zoo.training.run.rundir import encoder_config
+from micl_zoo.zoo.weights import save_weights
 
 # A twin of the shipped recipe that trains in seconds; every code path is the real one.
 TWIN = (

@@ -117,11 +117,11 @@ def store_target(folder: Path) -> Target:
 
 def checkpoint_target(folder: Path) -> Target:
     """One file of a training run changed, its kind by the first byte; then it is loaded, reported and resumed."""
-    from micl_zoo.encoders.weights import local_weights
     from micl_zoo.training.pretraining.report import _read_history
     from micl_zoo.training.recipes import recorded_recipe
     from micl_zoo.training.release.trained import run_record
     from micl_zoo.training.run.record import read_run
+    from micl_zoo.zoo.weights import local_weights
 
     good = _run(folder)
     newest = sorted(good.glob("checkpoints/*.safetensors"))[-1].relative_to(good).as_posix()
@@ -229,9 +229,9 @@ def _parquets(png: bytes) -> Iterator[bytes]:
 def _encoder(folder: Path) -> Path:
     from conftest import TWIN, small_vit
 
-    from micl_zoo.encoders.weights import save_weights
     from micl_zoo.training.recipes import get_recipe
     from micl_zoo.training.run.rundir import encoder_config
+    from micl_zoo.zoo.weights import save_weights
 
     recipe = get_recipe("vit_ti16.tin200", TWIN)
     save_weights(folder, small_vit().state_dict(), encoder_config(recipe), {"recipe": "none"}, "float32")

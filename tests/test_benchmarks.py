@@ -22,12 +22,12 @@ from click.testing import CliRunner
 from conftest import TWIN, picture
 
 import micl_zoo
-from micl_zoo.encoders.public import IMAGES_PER_SECOND, SPEED_RECORD
-from micl_zoo.encoders.zoo import DEFAULT, RECORDS
 from micl_zoo.errors import UsageError
 from micl_zoo.extraction.extract import extract
 from micl_zoo.training.evaluation.ranking import compared
 from micl_zoo.training.evaluation.record import Bits, read_comparison
+from micl_zoo.zoo.ours import DEFAULT, RECORDS
+from micl_zoo.zoo.public import IMAGES_PER_SECOND, SPEED_RECORD
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the installed package has no benchmarks")

@@ -18,7 +18,6 @@ from click.testing import CliRunner, Result
 from damaged import complaint, wrecks
 
 from micl_zoo.cli import main
-from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256
 from micl_zoo.training.corpora import CORPORA
@@ -26,6 +25,7 @@ from micl_zoo.training.evaluation.protocols import METHODS, Method
 from micl_zoo.training.evaluation.tables import merge
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
 from micl_zoo.training.release import card, trained
+from micl_zoo.zoo.ours import RECORDS
 
 NAME = "vit_ti16.tin200"
 MADE = {

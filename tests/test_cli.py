@@ -18,13 +18,13 @@ from conftest import TWIN
 from micl_zoo import __version__
 from micl_zoo.cli import main
 from micl_zoo.cli._options import LocalPath
-from micl_zoo.encoders.public import PUBLIC
-from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import Interrupted
 from micl_zoo.extraction.runner import Event, Times
 from micl_zoo.extraction.work import Work
 from micl_zoo.stores.parts import Rows
 from micl_zoo.stores.store import Store
+from micl_zoo.zoo.ours import RECORDS
+from micl_zoo.zoo.public import PUBLIC
 
 README = Path(__file__).parent.parent / "README.md"
 

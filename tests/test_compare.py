@@ -21,7 +21,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoders.weights import save_weights
 from micl_zoo.errors import UsageError
 from micl_zoo.extraction.runner import Model
 from micl_zoo.training.evaluation import ranking
@@ -33,6 +32,7 @@ from micl_zoo.training.evaluation.record import Bits, Speed, read_evaluation, re
 from micl_zoo.training.evaluation.tables import own_style
 from micl_zoo.training.recipes import Recipe
 from micl_zoo.training.run.rundir import encoder_config
+from micl_zoo.zoo.weights import save_weights
 
 QUICK = Protocol(ks=(1, 3), epochs=2, inverse_penalties=(0.01, 1.0), shots=(1, 2, 30), draws=2)
 KNN = Protocol(methods=("knn",), ks=(1, 3))
@@ -73,9 +73,10 @@ def sets(colours: Path) -> list[LabelledSet]:
 def compared(
     sets: list[LabelledSet], encoder_folder: Path, other_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path]:
-    """A record of two encoders and one that is not there, and its file."""
+    """A record of two encoders and of an empty folder, and its file."""
     out = tmp_path_factory.mktemp("compared") / "record.json"
-    names = [str(other_folder), str(out / "nowhere"), str(encoder_folder)]
+    (empty := out.with_name("nowhere")).mkdir()
+    names = [str(other_folder), str(empty), str(encoder_folder)]
     return compare(names, sets, QUICK, out=out, baselines=("pixels",), command="it", **HOW), out
 
 
@@ -111,8 +112,8 @@ def test_each_part_is_what_its_encoder_gives_alone(
                 assert accuracy == pytest.approx(100 * right.mean(), abs=0.01)
         own = one["record"]["encoder"]["weights_sha256"]
         assert read_measured(out, own)["encoder"]["name"] == encoder.name
-    assert list(record["failed"]) == [str(out / "nowhere")]
-    assert "there is no such file or folder" in record["failed"][str(out / "nowhere")]
+    assert list(record["failed"]) == [empty := str(out.with_name("nowhere"))]
+    assert "no weights at" in record["failed"][empty]
     with pytest.raises(UsageError, match="has no encoder with these weights, sha256 abc"):
         read_measured(out, "abc")
 
@@ -225,10 +226,14 @@ def test_the_command(colours: Path, encoder_folder: Path, other_folder: Path, tm
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     words = ("--data", colours, "-k", 1, "--device", "cpu", "--workers", 0)
+    (tmp_path / "none.safetensors").write_bytes(b"")
+    for wrong in ("vit_ti17", tmp_path / "nowhere"):
+        refused = run("knn", other_folder, wrong, *words)
+        assert (refused.exit_code, refused.stdout) == (1, ""), "before anything is measured"
     made = run("knn", other_folder, tmp_path / "none.safetensors", encoder_folder, *words, "--plot", tmp_path / "r.png")
     assert made.exit_code == 1
     assert "1 of 3 encoders could not be measured" in made.output
-    assert f"none.safetensors failed: no weights at '{tmp_path / 'none.safetensors'}'" in made.output
+    assert "none.safetensors failed: " in made.output
     lines = [line.split("|") for line in made.stdout.splitlines() if line.startswith("|")]
     assert [line[1].strip() for line in lines[2:]] == ["other0", "none.safetensors", "encoder0"]
     assert lines[3][2].strip() == "failed"
@@ -237,7 +242,8 @@ def test_the_command(colours: Path, encoder_folder: Path, other_folder: Path, tm
     kept = run("knn", encoder_folder, *words, "--stores", tmp_path / "kept", "--json")
     assert "encoders" not in json.loads(kept.stdout)
     assert len(list((tmp_path / "kept").glob("vit_ti16.tin200-*/colours-*"))) == 4
-    none = run("knn", tmp_path / "a", tmp_path / "b", *words, "--plot", tmp_path / "none.png")
+    (tmp_path / "b").mkdir()
+    none = run("knn", tmp_path / "none.safetensors", tmp_path / "b", *words, "--plot", tmp_path / "none.png")
     assert "2 of 2 encoders could not be measured" in none.output
     assert not (tmp_path / "none.png").exists()
 

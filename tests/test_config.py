@@ -25,13 +25,13 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
-from micl_zoo.encoders import torch_model
-from micl_zoo.encoders.config import ModelArgs, read_config
+from micl_zoo.encoders import build
 from micl_zoo.encoders.golden import golden_difference
-from micl_zoo.encoders.hub import download
-from micl_zoo.encoders.weights import EncoderConfig
-from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import UsageError, WeightsError
+from micl_zoo.zoo.config import ModelArgs, read_config
+from micl_zoo.zoo.hub import download
+from micl_zoo.zoo.ours import DEFAULT
+from micl_zoo.zoo.weights import EncoderConfig
 
 NAN, INF = float("nan"), float("inf")
 TIMM = {  # as timm's hub repositories have it
@@ -181,7 +181,7 @@ def test_a_configuration_that_is_not_one(
     written: Written, changes: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = written(changes)
-    monkeypatch.setattr(torch_model, "read_tensors", lambda _: pytest.fail("nothing is read before it is known to fit"))
+    monkeypatch.setattr(build, "read_tensors", lambda _: pytest.fail("nothing is read before it is known to fit"))
     with pytest.raises(WeightsError, match=text) as caught:
         micl_zoo.load(folder, device="cpu")
     assert str(folder) in str(caught.value)
@@ -347,7 +347,7 @@ def test_files_that_claim_to_be_huge_are_refused_before_they_are_read(
     encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head, body = own_file(encoder_folder)
-    monkeypatch.setattr("micl_zoo.encoders.weights.file_sha256", lambda _: pytest.fail("hashing it takes minutes"))
+    monkeypatch.setattr("micl_zoo.zoo.weights.file_sha256", lambda _: pytest.fail("hashing it takes minutes"))
     tail = {"dtype": "F32", "shape": [10**10], "data_offsets": [len(body), len(body) + 4 * 10**10]}
     file = save(tmp_path / "tail.safetensors", {**head, "tail": tail}, body, sparse=4 * 10**10)
     with pytest.raises(WeightsError, match="it has also tail"):
@@ -355,8 +355,8 @@ def test_files_that_claim_to_be_huge_are_refused_before_they_are_read(
     said = json.loads(head["__metadata__"]["micl_zoo"])  # all of it fits together, and is 323 GB
     said["config"]["model_args"] |= {"embed_dim": 8192, "depth": 100, "num_heads": 64}
     said["config"]["num_features"] = 8192
-    with torch_model._Shapes():
-        vit = torch_model._create(EncoderConfig.from_dict(said["config"], where="here"), "here", head=False)
+    with build._Shapes():
+        vit = build._create(EncoderConfig.from_dict(said["config"], where="here"), "here", head=False)
     large: dict[str, Any] = {"__metadata__": {"micl_zoo": json.dumps(said)}}
     end = 0
     for name, one in vit.state_dict().items():

@@ -24,11 +24,11 @@ from torch import Tensor
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoders.weights import header
 from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.files import file_sha256
 from micl_zoo.training.micl import init_weights, position_table
 from micl_zoo.training.release.import_checkpoint import import_checkpoint
+from micl_zoo.zoo.weights import header
 
 REFERENCE = Path(__file__).parent / "reference"
 State = dict[str, Any]
@@ -77,7 +77,7 @@ def test_a_checkpoint_becomes_an_encoder(vit: VisionTransformer, file: Path, tmp
     torch.testing.assert_close(features.cls, tokens[:, 0], rtol=0, atol=1e-6)
     torch.testing.assert_close(features.patches.flatten(1, 2), tokens[:, 1:], rtol=0, atol=1e-6)
     found = header(weights)["provenance"]
-    assert found["imported_from"] == {"file": file.name, "sha256": file_sha256(file)}
+    assert found["imported_from"] == {"file": file.name, "sha256": file_sha256(file), "key": "model"}
     assert (found["epoch"], found["license"]) == (199, "CC BY-NC 4.0")
     assert found["args"] == {
         "model": "mae_vit_small_test",
@@ -237,7 +237,7 @@ def change(**changes: Any) -> Callable[[State], object]:
         ),
         (lambda s: s.update({k: v.half() for k, v in s.items()}), r"pos_embed is not the fixed sin-cos table"),
         (lambda s: s["norm.bias"].fill_(float("nan")), r"not finite: norm\.bias\. The run had failed"),
-        (lambda s: s.clear(), r"has no state dict, neither as `model` nor as a whole: it is a dict with model, optim"),
+        (lambda s: s.clear(), r"has no state dict, as 'model': it is a dict with model, optim"),
         (change(extra="text"), r"has no state dict"),
     ],
 )
@@ -276,6 +276,37 @@ def test_wrong_files_and_arguments(file: Path, tmp_path: Path) -> None:
     import_checkpoint(file, out, num_heads=2)
     with pytest.raises(UsageError, match="holds an encoder already: give a new folder"):
         import_checkpoint(file, out, num_heads=2)
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet.r160_in1k", "test_vit"])
+def test_checkpoints_of_timm_become_encoders(architecture: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, untrained = (timm.create_model(architecture.partition(".")[0], num_classes=7).eval() for _ in range(2))
+    body = {"epoch": 3, "state_dict": {f"module.model.{key}": one for key, one in model.state_dict().items()}}
+    torch.save(body | {"state_dict_ema": untrained.state_dict(), "optimizer": {}}, tmp_path / "best.pth.tar")
+    for key, meant in ((None, model), ("state_dict_ema", untrained)):
+        out = tmp_path / f"encoder-{key}"
+        made = header(
+            import_checkpoint(tmp_path / "best.pth.tar", out, architecture=architecture, key=key, license="mit")
+        )
+        encoder = micl_zoo.load(out, device="cpu")
+        assert encoder.name == f"{architecture.partition('.')[0]}.imported"
+        assert encoder.transform == micl_zoo.load(architecture, pretrained=False).transform
+        assert made["provenance"]["imported_from"]["key"] == (key or "state_dict")
+        assert made["provenance"]["epoch"] == 3
+        assert {one.partition(".")[0] for one in made["provenance"]["left_out"]} <= {"head", "fc"}
+        with torch.inference_mode():
+            expected = meant.forward_head(meant.forward_features(pixels(160)), pre_logits=True)
+            torch.testing.assert_close(encoder(pixels(160)), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match=r"has no entry 'ema': it has epoch, state_dict, state_dict_ema, optimizer"):
+        import_checkpoint(tmp_path / "best.pth.tar", tmp_path / "x", architecture=architecture, key="ema")
+    with pytest.raises(WeightsError, match=r"best.pth.tar' does not fit its configuration: it lacks .*; has also"):
+        import_checkpoint(tmp_path / "best.pth.tar", tmp_path / "x", architecture="test_convnext")
+    with pytest.raises(UsageError, match=r"has no 'test_vitt'\. Did you mean test_vit"):
+        import_checkpoint(tmp_path / "best.pth.tar", tmp_path / "x", architecture="test_vitt")
+    with pytest.raises(UsageError, match=r"has no 'test_resnet\.in21k'"):
+        import_checkpoint(tmp_path / "best.pth.tar", tmp_path / "x", architecture="test_resnet.in21k")
+    assert not (tmp_path / "x").exists()
 
 
 def test_odd_arguments_of_a_run_become_json(vit: VisionTransformer, tmp_path: Path) -> None:

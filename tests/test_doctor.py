@@ -289,7 +289,7 @@ def test_a_disk_that_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_embedded_weights_that_were_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.state for one in doctor.embedded_weights()] == ["ok", "ok"]
-    monkeypatch.setattr("micl_zoo.encoders.hub.file_sha256", lambda file: "0" * 64)
+    monkeypatch.setattr("micl_zoo.zoo.hub.file_sha256", lambda file: "0" * 64)
     weights, onnx = doctor.embedded_weights()
     assert [weights.state, onnx.state] == ["problem", "problem"]
     assert "are not the published ones" in weights.text

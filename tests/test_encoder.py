@@ -28,7 +28,6 @@ from micl_zoo.encoders.device import (
     ONNX_PRECISIONS,
     PRECISIONS,
     Backend,
-    Pool,
     Precision,
     autocast_dtype,
     backend_again,
@@ -39,6 +38,7 @@ from micl_zoo.encoders.device import (
 )
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import UsageError
+from micl_zoo.zoo.pools import Pool
 
 SHAPES: dict[Pool, tuple[int, ...]] = {"cls": (32,), "mean": (32,), "cls+mean": (64,), "patches": (4, 4, 32)}
 CPU = torch.device("cpu")

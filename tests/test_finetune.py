@@ -30,7 +30,6 @@ from safetensors.torch import load_file
 import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.weights import header
 from micl_zoo.errors import Interrupted, SourceError, TrainingError, UsageError
 from micl_zoo.training.evaluation.labelled import LabelledSet
 from micl_zoo.training.finetuning import finetune as module
@@ -50,6 +49,7 @@ from micl_zoo.training.recipes import (
 from micl_zoo.training.release.trained import of_run
 from micl_zoo.training.run.optim import make_layered_optimizer
 from micl_zoo.training.run.ranks import Ranks
+from micl_zoo.zoo.weights import header
 
 CPU = torch.device("cpu")
 COLORS = {"blue": (30, 60, 200), "green": (40, 170, 60), "red": (200, 40, 40)}

@@ -13,7 +13,7 @@ import micl_zoo
 from micl_zoo import doctor
 from micl_zoo.encoders.device import Backend
 from micl_zoo.encoders.golden import NUMBERS, TOLERANCE, golden_difference, golden_file, golden_images, write_golden
-from micl_zoo.encoders.zoo import DEFAULT, RECORDS
+from micl_zoo.zoo.ours import DEFAULT, RECORDS
 
 FILE = golden_file(RECORDS[DEFAULT])
 

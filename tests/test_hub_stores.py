@@ -25,12 +25,12 @@ import micl_zoo
 from micl_zoo import doctor
 from micl_zoo.cli import main
 from micl_zoo.encoders.golden import NUMBERS, golden_file
-from micl_zoo.encoders.hub import download
-from micl_zoo.encoders.names import pinned_again
-from micl_zoo.encoders.public import PUBLIC
 from micl_zoo.errors import WeightsError
 from micl_zoo.files import file_sha256
 from micl_zoo.stores.manifest import Manifest, fields_sha256
+from micl_zoo.zoo.hub import download
+from micl_zoo.zoo.names import pinned_again
+from micl_zoo.zoo.public import PUBLIC
 
 FIRST, SECOND = "1" * 40, "2" * 40
 MINE, TAG = "micl/mine", "test_vit.r160_in1k"

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import micl_zoo
-from micl_zoo.encoders.zoo import DEFAULT, RECORDS
 from micl_zoo.training.evaluation.tables import RUNS_TO_PREDICT, foretold, merge
 from micl_zoo.training.release.card import ablations_page, check_card, repeated, repository_card
 from micl_zoo.training.release.trained import published
+from micl_zoo.zoo.ours import DEFAULT, RECORDS
 
 ROOT = Path(__file__).parent.parent
 TRAINING = ROOT / "training" / "records"
@@ -27,7 +27,16 @@ in_checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason=
 # never each other, and only the command line names them.
 BOTTOM = ("errors", "files", "limits", "printing", "progress", "schema", "stop", "telemetry", "_version")
 ORDER = {
-    "micl_zoo": [BOTTOM, ("images",), ("sources",), ("encoders",), ("stores",), ("extraction",), ("cli", "doctor")],
+    "micl_zoo": [
+        BOTTOM,
+        ("images",),
+        ("sources",),
+        ("zoo",),
+        ("encoders",),
+        ("stores",),
+        ("extraction",),
+        ("cli", "doctor"),
+    ],
     "micl_zoo.training": [
         ("micl", "recipes", "corpora", "records"),
         ("run",),
@@ -37,9 +46,15 @@ ORDER = {
     ],
     "micl_zoo.export": [("write", "graph", "check", "quantize", "photographs")],
 }
-BELOW_EXPORT = 3  # export takes encoders and what they stand on
+BELOW_EXPORT = 4  # export takes encoders and what they stand on
 HOMES = {"micl_zoo": ROOT / "micl_zoo", "micl_zoo.training": ROOT / "training", "micl_zoo.export": ROOT / "export"}
-WITHOUT_TORCH = ("micl_zoo.images", "micl_zoo.sources", "micl_zoo.extraction.decoders", "micl_zoo.extraction.processes")
+WITHOUT_TORCH = (
+    "micl_zoo.images",
+    "micl_zoo.sources",
+    "micl_zoo.zoo",
+    "micl_zoo.extraction.decoders",
+    "micl_zoo.extraction.processes",
+)
 
 
 class Import(NamedTuple):
@@ -195,7 +210,14 @@ def test_the_command_line_imports_lightly() -> None:
         "sys",
     }
     light |= {"typing"}
-    own = ("micl_zoo._version", "micl_zoo.cli", "micl_zoo.errors", "micl_zoo.encoders.zoo", "micl_zoo.encoders.device")
+    own = (
+        "micl_zoo._version",
+        "micl_zoo.cli",
+        "micl_zoo.errors",
+        "micl_zoo.zoo.ours",
+        "micl_zoo.zoo.pools",
+        "micl_zoo.encoders.device",
+    )
     own += ("micl_zoo.limits", "micl_zoo.printing", "micl_zoo.sources.names", "micl_zoo.stop")
     for module, file in modules().items():
         if module.startswith("micl_zoo.cli"):

@@ -17,10 +17,7 @@ from conftest import picture
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoders import zoo
-from micl_zoo.encoders.device import Pool
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.hub import embedded_file
 from micl_zoo.encoders.onnx_session import OnnxSession, choose_providers, local_onnx, open_session
 from micl_zoo.errors import MiclZooError, UsageError, WeightsError
 from micl_zoo.extraction.extract import extract
@@ -28,6 +25,9 @@ from micl_zoo.extraction.runner import Model
 from micl_zoo.stores.search import search
 from micl_zoo.stores.store import open_store
 from micl_zoo.stores.verify import verify
+from micl_zoo.zoo import ours
+from micl_zoo.zoo.hub import embedded_file
+from micl_zoo.zoo.pools import Pool
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -65,7 +65,7 @@ def test_the_default_comes_with_the_package() -> None:
     opened = micl_zoo.load(backend="onnx", device="cpu")
     images = [picture(number, 300, 240) for number in range(3)]
     np.testing.assert_allclose(opened.embed(images), micl_zoo.load(device="cpu").embed(images), rtol=0, atol=1e-4)
-    record = zoo.RECORDS[zoo.DEFAULT]
+    record = ours.RECORDS[ours.DEFAULT]
     assert record.onnx is not None
     assert opened.weights_sha256 == record.onnx.sha256
     assert opened.record is record
@@ -78,10 +78,10 @@ def test_the_default_comes_with_the_package() -> None:
 
 
 def test_changed_bytes_of_the_package_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = zoo.RECORDS[zoo.DEFAULT]
+    record = ours.RECORDS[ours.DEFAULT]
     assert record.onnx is not None
     other = dataclasses.replace(record, onnx=dataclasses.replace(record.onnx, sha256="0" * 64))
-    monkeypatch.setitem(zoo.RECORDS, zoo.DEFAULT, other)
+    monkeypatch.setitem(ours.RECORDS, ours.DEFAULT, other)
     with pytest.raises(WeightsError, match=r"are not the published ones: sha256 .*, expected 0000"):
         micl_zoo.load(backend="onnx")
 

@@ -17,10 +17,10 @@ from conftest import picture
 
 import micl_zoo
 from micl_zoo.encoders import onnx_file
-from micl_zoo.encoders.hub import embedded_file
 from micl_zoo.encoders.onnx_file import OPERATORS, check_file
-from micl_zoo.encoders.zoo import DEFAULT, RECORDS
 from micl_zoo.errors import MiclZooError, WeightsError
+from micl_zoo.zoo.hub import embedded_file
+from micl_zoo.zoo.ours import DEFAULT, RECORDS
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

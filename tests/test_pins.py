@@ -18,8 +18,8 @@ from hub import TOKEN, Hub, environment_for, hub_on_loopback
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
-from micl_zoo.encoders.pins import MOST_FILES, Pin, PinnedFile, parse, pin
 from micl_zoo.errors import UsageError, WeightsError
+from micl_zoo.zoo.pins import MOST_FILES, Pin, PinnedFile, parse, pin
 
 REPO, WEIGHTS = "timm/tiny.a1", "model.safetensors"
 FIRST, SECOND = "1" * 40, "0123456789abcdef0123456789abcdef01234567"
@@ -269,7 +269,7 @@ def test_a_download_that_is_cut_goes_on_where_it_was(hub: Hub) -> None:
 
 
 def test_a_download_that_is_killed_is_done_again(hub: Hub, tmp_path: Path) -> None:
-    code = f"import sys; from micl_zoo.encoders.pins import pin; p = pin({REPO!r}); p.fetch({WEIGHTS!r})"
+    code = f"import sys; from micl_zoo.zoo.pins import pin; p = pin({REPO!r}); p.fetch({WEIGHTS!r})"
     hub.stalls.add(WEIGHTS)
     with subprocess.Popen([sys.executable, "-c", code], env=environment_for(hub, tmp_path)) as process:
         assert hub.stalled.wait(60)
@@ -309,14 +309,17 @@ def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
     with pytest.raises(WeightsError, match=r"cannot fetch .*is full: make room, or set HF_HOME to another"):
         made.fetch(WEIGHTS)
-    monkeypatch.setattr("micl_zoo.encoders.pins.atomic_path", full)
+    monkeypatch.setattr("micl_zoo.zoo.pins.atomic_path", full)
     assert pin(REPO) == made
 
 
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["config.json", "pytorch_model.bin"], "pickles alone .pytorch_model.bin.*micl-zoo import FILE -o FOLDER"),
+        (
+            ["config.json", "pytorch_model.bin"],
+            "pickles alone .pytorch_model.bin.*micl-zoo import FILE -o FOLDER",
+        ),
         (["a.safetensors", "b.safetensors"], "has 2 safetensors files .a.safetensors, b.safetensors. and none is"),
         (["model.safetensors.index.json", "model-1-of-2.safetensors"], "in several files .*: write them into one"),
         (["open_clip_model.safetensors"], "both towers in open_clip's own layout"),

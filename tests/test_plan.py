@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from micl_zoo.encoders.weights import save_weights
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.training.micl import MiCL, draw_views, init_weights
 from micl_zoo.training.pretraining.plan import (
@@ -31,6 +30,7 @@ from micl_zoo.training.recipes import RECIPES, Recipe, corpus_images, get_recipe
 from micl_zoo.training.run.gpus import GPUS
 from micl_zoo.training.run.order import images_per_process
 from micl_zoo.training.run.rundir import encoder_config
+from micl_zoo.zoo.weights import save_weights
 
 IMAGENET = 1_281_167
 SMALL = (

@@ -30,8 +30,6 @@ from safetensors.torch import load_file, save_file
 from traps import set_traps
 
 import micl_zoo
-from micl_zoo.encoders.weights import header
-from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.extraction.processes import python
 from micl_zoo.files import file_sha256
@@ -41,6 +39,8 @@ from micl_zoo.training.pretraining.pretrain import pretrain
 from micl_zoo.training.recipes import RECIPES, get_recipe
 from micl_zoo.training.run import rundir
 from micl_zoo.training.run.step import fsdp_works_on
+from micl_zoo.zoo.ours import DEFAULT
+from micl_zoo.zoo.weights import header
 
 RECIPE = "vit_ti16.tin200"
 

@@ -22,9 +22,6 @@ from test_card import evaluation
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoders import zoo
-from micl_zoo.encoders.weights import header, save_weights
-from micl_zoo.encoders.zoo import RECORDS, OnnxFile, Record
 from micl_zoo.errors import ExportError, MiclZooError, TrainingError, UsageError
 from micl_zoo.files import file_sha256
 from micl_zoo.images.transform import Transform
@@ -33,6 +30,9 @@ from micl_zoo.training.release import publish as module
 from micl_zoo.training.release.card import check_card
 from micl_zoo.training.release.publish import LoadedBack, publish, row_text
 from micl_zoo.training.release.trained import run_record
+from micl_zoo.zoo import ours
+from micl_zoo.zoo.ours import RECORDS, OnnxFile, Record
+from micl_zoo.zoo.weights import header, save_weights
 
 NAME, REPO = "vit_ti16.mine", f"{OWNER}/tiny-mine"
 PLAIN = {"README.md", "config.json", "model.safetensors"}
@@ -111,7 +111,7 @@ def files(folder: Path) -> set[str]:
 
 def pasted(row: str) -> Record:
     """The record that a row is, where the table stands."""
-    found = eval(row.strip().removesuffix(","), vars(zoo))
+    found = eval(row.strip().removesuffix(","), vars(ours))
     assert isinstance(found, Record)
     return found
 
@@ -123,12 +123,12 @@ import numpy as np
 from huggingface_hub import hf_hub_download
 from PIL import Image
 import micl_zoo
-from micl_zoo.encoders import zoo
-from micl_zoo.encoders.hub import download
+from micl_zoo.zoo import ours
+from micl_zoo.zoo.hub import download
 from micl_zoo.files import file_sha256
 row, folder, picture = sys.argv[1:]
-record = eval(row.strip().removesuffix(","), vars(zoo))
-zoo.RECORDS[record.name] = record
+record = eval(row.strip().removesuffix(","), vars(ours))
+ours.RECORDS[record.name] = record
 file = hf_hub_download(record.hub_repo, "model.safetensors", revision=record.hub_commit)
 assert file_sha256(Path(file)) == record.sha256
 encoder = micl_zoo.load(record.name, device="cpu")
@@ -226,7 +226,7 @@ def test_a_dry_run_needs_no_network_and_prints_the_row(
     assert '        metrics={"tin200": 60.2, "caltech101": 62.2},\n    ),\n' in row
     assert pasted(row).transform == Transform.square(32, 32)
     bare = invoke(run, "--repo", REPO, "--no-onnx", "--dry-run").output
-    assert "encoders/zoo.py, without metrics, as no record with k-NN was given by --eval" in bare
+    assert "zoo/ours.py, without metrics, as no record with k-NN was given by --eval" in bare
     assert files(run / "hub") == PLAIN
 
 
@@ -248,9 +248,9 @@ def test_a_row_takes_over_what_the_table_says(run: Path, monkeypatch: pytest.Mon
     (run / "run.json").write_text(json.dumps(run_json))
     made = publish(run, REPO, export=None, dry_run=True)
     assert made.record.summary == waiting.summary
-    assert (made.record.corpus, made.record.license) == (zoo.TIN200, zoo.FILE_TERMS)
+    assert (made.record.corpus, made.record.license) == (ours.TIN200, ours.FILE_TERMS)
     assert '        corpus="tin200",\n' in made.row
-    assert f"| licence | {zoo.FILE_TERMS} |" in (run / "hub" / "README.md").read_text(encoding="utf-8")
+    assert f"| licence | {ours.FILE_TERMS} |" in (run / "hub" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("repo", ["tiny", "a/b/c", "micl/", "/tiny", "micl/a b", "micl/a--b", "micl/a.git", "-a/b"])

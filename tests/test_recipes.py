@@ -10,12 +10,12 @@ import pytest
 import torch
 from damaged import complaint, wrecks
 
-from micl_zoo.encoders.zoo import RECORDS
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.training.pretraining.pretrain import initial_model, make_vit
 from micl_zoo.training.recipes import RECIPES, Recipe, get_recipe, recorded_recipe, smoke_twin
 from micl_zoo.training.run.optim import learning_rate, make_optimizer
 from micl_zoo.training.run.record import read_run
+from micl_zoo.zoo.ours import RECORDS
 
 
 def test_the_paper_recipes_have_the_numbers_of_its_sources() -> None:

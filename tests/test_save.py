@@ -17,11 +17,11 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 import micl_zoo
+from micl_zoo.encoders.build import fingerprint
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.torch_model import fingerprint
-from micl_zoo.encoders.weights import header
 from micl_zoo.errors import StoreError, UsageError, WeightsError
 from micl_zoo.files import file_sha256
+from micl_zoo.zoo.weights import header
 
 
 @pytest.fixture
@@ -182,6 +182,14 @@ def test_the_store_of_a_changed_encoder_knows_it_again(
             micl_zoo.search(out, images / "000.jpg", weights=weights, device="cpu")
     with pytest.raises(StoreError, match=r"model: .*-changed' in the store"):
         micl_zoo.extract(images, out, weights=encoder_folder, workers=0)
+    [hits] = micl_zoo.search(out, images / "000.jpg", 2, encoder=encoder)
+    assert (hits[0].id, hits[0].cosine) == ("000.jpg", pytest.approx(1, abs=1e-5))
+    assert micl_zoo.verify(out, encoder=encoder, sample=3).problems == []
+    with pytest.raises(WeightsError, match="weights of sha256"):
+        micl_zoo.verify(out, encoder=micl_zoo.load(encoder_folder, device="cpu"))
+    for arguments in ({"encoder": "mine"}, {"encoder": encoder, "weights": encoder_folder}):
+        with pytest.raises(UsageError, match="encoder must be an Encoder, and goes without weights"):
+            micl_zoo.search(out, images / "000.jpg", **arguments)
     encoder.save(tmp_path / "mine")
     [hits] = micl_zoo.search(out, images / "000.jpg", 2, weights=tmp_path / "mine", device="cpu")
     assert (hits[0].id, hits[0].cosine) == ("000.jpg", pytest.approx(1, abs=1e-5))

@@ -297,7 +297,7 @@ def test_after_the_work_is_done_a_signal_changes_nothing() -> None:
 
 @posix
 def test_nohup_is_heeded() -> None:
-    run = "from micl_zoo.__main__ import main\nimport micl_zoo.encoders.zoo\nhit()\nmain(['models'])"
+    run = "from micl_zoo.__main__ import main\nimport micl_zoo.zoo.ours\nhit()\nmain(['models'])"
     assert program("-c", HIT + run, "SIGHUP", shell='trap "" HUP; exec "$@"').returncode == 0
 
 

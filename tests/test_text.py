@@ -21,11 +21,11 @@ import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
 from micl_zoo.encoders import text as module
-from micl_zoo.encoders.pins import OPEN_CLIP, Pin, PinnedFile
 from micl_zoo.encoders.text import EXAMPLES, TextEncoder, Tower, check_pair, find_tower, load_text, towers
 from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.files import file_sha256
 from micl_zoo.stores.search import search, text_encoder
+from micl_zoo.zoo.pins import OPEN_CLIP, Pin, PinnedFile
 
 open_clip = pytest.importorskip("open_clip")
 

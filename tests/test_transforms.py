@@ -14,10 +14,10 @@ from PIL import Image
 from timm import get_pretrained_cfg, list_pretrained
 from timm.data import create_transform, resolve_data_config
 
-from micl_zoo.encoders.config import PretrainedCfg, TransformFile
 from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.images.transform import Mode, Transform
 from micl_zoo.schema import read
+from micl_zoo.zoo.config import PretrainedCfg, TransformFile
 
 # One of each kind among timm's own configurations, at small sizes, and kinds that only a file may ask for.
 KINDS: list[dict[str, Any]] = [

@@ -21,7 +21,6 @@ from stores import ODD_NAME, edit_manifest, make_store, reopened, rewrite_part
 import micl_zoo
 from micl_zoo import Store
 from micl_zoo.cli import main
-from micl_zoo.encoders.zoo import DEFAULT, RECORDS
 from micl_zoo.errors import StoreError, UsageError, WeightsError
 from micl_zoo.extraction.extract import extract
 from micl_zoo.stores import parts
@@ -29,6 +28,7 @@ from micl_zoo.stores.convert import convert
 from micl_zoo.stores.parts import LEDGER_KEY, MADE_KEY, STORE_KEY
 from micl_zoo.stores.search import search
 from micl_zoo.stores.verify import account, verify
+from micl_zoo.zoo.ours import DEFAULT, RECORDS
 
 
 @pytest.fixture(scope="module")

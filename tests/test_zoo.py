@@ -25,16 +25,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import micl_zoo
 from micl_zoo.cli import main
-from micl_zoo.encoders import hub as hub_module
-from micl_zoo.encoders import torch_model
-from micl_zoo.encoders.hub import download, embedded_file, timm_config
-from micl_zoo.encoders.public import PUBLIC
-from micl_zoo.encoders.weights import header
-from micl_zoo.encoders.zoo import ARCHS, DEFAULT, RECORDS, find_record, timm_architecture
+from micl_zoo.encoders import build
 from micl_zoo.errors import UsageError, WeightsError
 from micl_zoo.files import file_sha256
 from micl_zoo.training.pretraining.pretrain import pretrain
 from micl_zoo.training.recipes import Recipe
+from micl_zoo.zoo import hub as hub_module
+from micl_zoo.zoo.hub import download, embedded_file
+from micl_zoo.zoo.ours import ARCHS, DEFAULT, RECORDS, find_record, timm_architecture
+from micl_zoo.zoo.public import PUBLIC
+from micl_zoo.zoo.weights import header
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -186,7 +186,7 @@ def test_a_published_encoder_in_a_folder(tmp_path: Path) -> None:
 def test_a_download_goes_on_and_replaces_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     download(DEFAULT, tmp_path)
     (tmp_path / "config.json").unlink()
-    monkeypatch.setattr("micl_zoo.encoders.hub.record_weights", lambda record: pytest.fail("it is there already"))
+    monkeypatch.setattr("micl_zoo.zoo.hub.record_weights", lambda record: pytest.fail("it is there already"))
     assert [one.kept for one in download(DEFAULT, tmp_path)] == [True, False]
     assert [one.kept for one in download(DEFAULT, tmp_path)] == [True, True]
     monkeypatch.undo()
@@ -338,12 +338,12 @@ SMALL = ("vit_small_patch14_reg4_dinov2.lvd142m", "vit_base_patch32_clip_quickge
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in SMALL)) for one in PUBLIC])
 def test_the_costs_of_the_curated_table_are_those_of_timm_s_models(name: str) -> None:
     """Parameters and width exactly; multiplications as torch counts them, by twos, with shapes alone."""
-    row, config = PUBLIC[name], timm_config(name)
-    parameters, outputs, pool = torch_model.outline(config)
+    row, config = PUBLIC[name], build.timm_config(name)
+    parameters, outputs, pool = build.outline(config)
     assert (parameters, outputs[row.pool], pool) == (row.parameters, (row.width,), row.pool)
-    with torch_model._Shapes():
-        model = torch_model._create(config, name, head=row.pool == "projection")
-        model = torch_model._sized(model, config, row.pool == "projection").model.to("meta").eval()
+    with build._Shapes():
+        model = build._create(config, name, head=row.pool == "projection")
+        model = build._sized(model, config, row.pool == "projection").model.to("meta").eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, row.pixels, row.pixels, device="meta"))
     assert counter.get_total_flops() / 2e9 == pytest.approx(row.gmacs, abs=0.0051)
@@ -389,7 +389,7 @@ def hub(encoder_folder: Path) -> Iterator[Hub]:
 LOAD_FROM_HUB = """
 import dataclasses, json, sys
 import micl_zoo
-from micl_zoo.encoders.zoo import RECORDS
+from micl_zoo.zoo.ours import RECORDS
 for line in sys.stdin:
     RECORDS["vit_ti16.hub"] = dataclasses.replace(
         RECORDS["vit_ti16.tin200"],

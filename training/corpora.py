@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from micl_zoo.encoders.zoo import FILE_TERMS
+from micl_zoo.zoo.ours import FILE_TERMS
 
 IMAGENET_TERMS = "ImageNet's: non-commercial research and education"
 PEOPLE = "It was not tested for social bias and must not be used to judge people or to identify them."

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from micl_zoo.encoders.config import MAX_GRID, MAX_PARAMETERS, Depth, Heads, Ratio, Side, Width
-from micl_zoo.encoders.zoo import ARCHS, IN1K, TIN200
 from micl_zoo.errors import TrainingError, UsageError, unknown
 from micl_zoo.images.transform import Filter, Transform
 from micl_zoo.schema import Between, read, wrong_fields
+from micl_zoo.zoo.config import MAX_GRID, MAX_PARAMETERS, Depth, Heads, Ratio, Side, Width
+from micl_zoo.zoo.ours import ARCHS, IN1K, TIN200
 
 from .corpora import CORPORA, corpus_key
 

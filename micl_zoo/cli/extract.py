@@ -7,9 +7,10 @@ from typing import Any, get_args
 
 import click
 
-from ..encoders.device import BACKENDS, PRECISIONS, Pool
-from ..encoders.zoo import DEFAULT
+from ..encoders.device import BACKENDS, PRECISIONS
 from ..sources.names import EXCLUDED
+from ..zoo.ours import DEFAULT
+from ..zoo.pools import Pool
 from . import _options as opt
 
 REFUSED_EXIT_CODE = 3

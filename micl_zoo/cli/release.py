@@ -77,7 +77,7 @@ def publish(run: Path, repo: str, no_onnx: bool, as_json: bool, **options: Any) 
 
     Builds the repository's folder anew: config.json and model.safetensors as the run wrote them, model.onnx, the model
     card, and records/. Loads it with timm, micl_zoo and ONNX Runtime, which must embed alike, and sends it. Prints the
-    row for the table in micl_zoo/encoders/zoo.py, with the commit.
+    row for the table in micl_zoo/zoo/ours.py, with the commit.
 
     The token is that of huggingface_hub: from `hf auth login`, or HF_TOKEN.
 
@@ -100,36 +100,42 @@ def publish(run: Path, repo: str, no_onnx: bool, as_json: bool, **options: Any) 
     click.echo(f"Published: {made.url}" if made.commit else f"A dry run, nothing was sent to {made.url}")
     measured = "" if made.record.metrics else ", without metrics, as no record with k-NN was given by --eval"
     records = made.folder / "records" / f"{made.record.name}*.json"
-    click.echo(f"Its row for micl_zoo/encoders/zoo.py{measured}; {records} are for training/records/:\n\n{made.row}")
+    click.echo(f"Its row for micl_zoo/zoo/ours.py{measured}; {records} are for training/records/:\n\n{made.row}")
 
 
 @click.command("import", cls=opt.Command)
 @click.argument("checkpoint", type=opt.LocalPath())
 @opt.path("-o", "--out", "Folder to write the encoder to.", required=True)
+@opt.value("--architecture", "timm's name of the model.", show_default="a ViT of MiCL, whose shape the tensors say")
+@opt.value("--key", "Entry of the file that holds the weights.", show_default="model or state_dict, else all of it")
 @opt.value("--name", "arch.tag of the encoder.", show_default="the arch of that shape, and `imported`")
 @opt.value("--license", "Licence of the weights; that of the authors' code is CC BY-NC 4.0.", default="unknown")
 @opt.count("--num-heads", "Number of attention heads, for a shape that is not a known one.")
 def import_(checkpoint: Path, out: Path, **options: Any) -> None:
-    """Turn CHECKPOINT, a .pth of the authors' code (AnonymGiant/OCL), into an encoder that loads anywhere here.
+    """Turn CHECKPOINT, a .pth of the authors' code (AnonymGiant/OCL) or of timm, into an encoder that loads here.
 
     Takes a bare state dict and .safetensors, too. No code in the file is run; a file that needs that is refused.
 
     Examples:
       micl-zoo import checkpoint-199.pth -o encoders/theirs --name vit_b16.theirs --license "CC BY-NC 4.0"
       micl-zoo import small.pth -o encoders/small --num-heads 4
+      micl-zoo import model_best.pth.tar -o encoders/birds --architecture resnet50.a1_in1k --key state_dict_ema
     """
     from micl_zoo.training.release.import_checkpoint import import_checkpoint
 
-    from ..encoders.weights import header
+    from ..zoo.weights import header
 
     made = header(import_checkpoint(checkpoint, out, **options))
     found, name = made["provenance"], made["config"]["micl_zoo"]["name"]
     shape = found["shape"]
     left_out = dict.fromkeys(key.partition(".")[0] for key in found["left_out"])  # in the file's order
-    click.echo(
-        f"{name}: {shape['embed_dim']} wide, {shape['depth']} blocks, {shape['num_heads']} heads "
-        f"({shape['num_heads_from']}), patches of {shape['patch_size']}, images of {shape['image_size']}"
-    )
+    if "architecture" in shape:
+        click.echo(f"{name}: {shape['architecture']} of timm, {made['config']['num_features']} numbers per patch")
+    else:
+        click.echo(
+            f"{name}: {shape['embed_dim']} wide, {shape['depth']} blocks, {shape['num_heads']} heads "
+            f"({shape['num_heads_from']}), patches of {shape['patch_size']}, images of {shape['image_size']}"
+        )
     click.echo(f"epoch: {'not said' if found['epoch'] is None else found['epoch']}; licence: {found['license']}")
     click.echo(f"left out: {', '.join(left_out) or 'nothing'} ({len(found['left_out'])} tensors)")
     click.echo(f"The encoder is in {out}: micl_zoo.load({str(out)!r}).")

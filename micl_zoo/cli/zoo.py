@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..encoders.device import ONNX_PRECISIONS
-from ..encoders.zoo import DEFAULT, RECORDS, Record, find_record, is_name
+from ..zoo.ours import DEFAULT, RECORDS, Record, find_record, is_name
 from . import _options as opt
 
 if TYPE_CHECKING:
     from ..encoders.about import About
-    from ..encoders.public import Public
+    from ..zoo.public import Public
 
 FIGURES = ("width", "pixels", "M", "GMAC", "images/s", "k-NN", "linear")
 PUBLIC_HEADS = ("name", "weights", *FIGURES, "licence")
@@ -34,7 +34,7 @@ def models(as_json: bool) -> None:
       micl-zoo models
       micl-zoo models --json
     """
-    from ..encoders.public import PUBLIC
+    from ..zoo.public import PUBLIC
 
     width = max(map(len, RECORDS))
     for record in sorted(RECORDS.values(), key=lambda one: (not one.published, one.name)):
@@ -62,7 +62,7 @@ def _cell(value: Any) -> str:
 
 
 def _public(row: Public) -> dict[str, Any]:
-    from ..encoders.public import is_cached
+    from ..zoo.public import is_cached
 
     return {
         "name": row.name,
@@ -120,7 +120,7 @@ def info(name: str, as_json: bool) -> None:
     }
     click.echo(_rows(rows))
     if not record.published:
-        from ..encoders.hub import not_published
+        from ..zoo.hub import not_published
 
         click.echo("\n" + not_published(record))
 
@@ -176,7 +176,7 @@ def download(name: str, folder: Path, onnx: bool, overwrite: bool) -> None:
       micl-zoo download vit_ti16.tin200 --to encoders/vit_ti16 --onnx
       micl-zoo download timm/vit_small_patch14_reg4_dinov2.lvd142m --to encoders/dinov2
     """
-    from ..encoders.hub import download as run
+    from ..zoo.hub import download as run
 
     for one in run(name, folder, onnx=onnx, overwrite=overwrite):
         click.echo(f"{one.path}: {one.bytes:,} bytes, sha256 {one.sha256}{', was there already' * one.kept}")

@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass
 from typing import Any, cast
 
-from .device import Output, Pool
-from .hub import hub_config
-from .names import find_place
-from .public import PUBLIC, Public
-from .torch_model import outline
-from .weights import EncoderConfig, local_weights
+from ..zoo.hub import hub_config
+from ..zoo.names import find_place
+from ..zoo.pools import Output, Pool
+from ..zoo.public import PUBLIC, Public
+from ..zoo.weights import EncoderConfig, local_weights
+from .build import outline
 
 
 @dataclass(frozen=True)

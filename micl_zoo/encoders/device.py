@@ -25,8 +25,6 @@ else:
 MAX_WORKERS = 16  # processes that decode
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Backend = Literal["torch", "openvino", "onnx"]
-Output = Literal["native", "projection", "cls", "mean", "patches"]  # that a backend computes; pools are made of them
-Pool = Literal["native", "projection", "cls", "mean", "cls+mean", "patches"]
 
 
 @dataclass(frozen=True)

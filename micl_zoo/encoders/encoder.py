@@ -26,11 +26,13 @@ from ..errors import UsageError, unknown
 from ..files import file_sha256, local_path
 from ..images.transform import Transform
 from ..progress import progress as progress_bar
-from .device import BACKENDS, Backend, Output, Pool, Precision, autocasting, has_compiler
+from ..zoo.ours import Record
+from ..zoo.pools import Output, Pool
+from ..zoo.weights import CHANGED, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
+from .build import check_described, fingerprint
+from .device import BACKENDS, Backend, Precision, autocasting, has_compiler
 from .inputs import ImageLike, Skipped, each_made, one_or_many
-from .torch_model import check_described, evaluating, fingerprint, own_pool
-from .weights import CHANGED, CONFIG_FILE, WEIGHTS_FILE, EncoderConfig, save_weights
-from .zoo import Record
+from .torch_model import evaluating, own_pool
 
 if TYPE_CHECKING:
     from .onnx_session import OnnxCard

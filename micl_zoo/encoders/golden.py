@@ -14,15 +14,15 @@ from .._version import package_versions
 from ..errors import WeightsError
 from ..files import write_text
 from ..schema import read, read_json
-from .device import Pool
-from .hub import embedded_file
+from ..zoo.hub import embedded_file
+from ..zoo.pools import Pool
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..zoo.ours import Record
+    from ..zoo.public import Public
     from .encoder import Encoder
-    from .public import Public
-    from .zoo import Record
 
 NUMBERS, DIGITS = 64, 7  # the first NUMBERS of each embedding are kept, rounded
 TOLERANCE = 1e-4  # of each number, in fp32

@@ -11,13 +11,13 @@ import torch
 from ..errors import UsageError, WeightsError, unknown
 from ..schema import Between, checked
 from ..telemetry import no_telemetry
+from ..zoo.hub import hub_weights, record_onnx, record_weights
+from ..zoo.names import Place, find_place, timm_repository
+from ..zoo.ours import ARCHS, DEFAULT, Record, find_record, is_name, record_of, timm_architecture
+from ..zoo.weights import EncoderConfig, Weights, local_weights
+from .build import build_model, timm_config
 from .device import DTYPES, Backend, Device, find_backend, resolve_device
 from .encoder import Encoder
-from .hub import hub_weights, record_onnx, record_weights, timm_config
-from .names import Place, find_place, timm_repository
-from .torch_model import build_model
-from .weights import EncoderConfig, Weights, local_weights
-from .zoo import ARCHS, DEFAULT, Record, find_record, is_name, record_of, timm_architecture
 
 
 @checked

@@ -19,10 +19,11 @@ from ..errors import MiclZooError, UsageError, WeightsError
 from ..files import file_sha256
 from ..schema import parse_json, read, shown
 from ..telemetry import no_telemetry
-from .config import Side, TransformFile, Width
-from .device import BACKENDS, ONNX_PRECISIONS, Backend, Output, Precision
+from ..zoo.config import Side, TransformFile, Width
+from ..zoo.pools import Output
+from ..zoo.weights import ONNX_FILE, EncoderConfig, config_text
+from .device import BACKENDS, ONNX_PRECISIONS, Backend, Precision
 from .onnx_file import check_file
-from .weights import ONNX_FILE, EncoderConfig, config_text
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

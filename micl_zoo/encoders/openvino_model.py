@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..telemetry import no_telemetry
-from .device import BACKENDS, PRECISIONS, Backend, Output, Precision
+from ..zoo.pools import Output
+from .device import BACKENDS, PRECISIONS, Backend, Precision
 from .torch_model import RawModel, TorchModel, finish, raw_for
 
 # dtype of torch.autocast -> our name of the precision

@@ -25,9 +25,9 @@ from ..errors import UsageError, WeightsError, nearest
 from ..files import file_sha256
 from ..schema import read_json, shown
 from ..telemetry import no_telemetry
-from .names import hub_of
-from .pins import OPEN_CLIP, pin
-from .weights import read_tensors, shapes
+from ..zoo.names import hub_of
+from ..zoo.pins import OPEN_CLIP, pin
+from ..zoo.weights import read_tensors, shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

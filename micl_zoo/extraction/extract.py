@@ -20,7 +20,6 @@ from .._version import package_versions
 from ..encoders.device import BACKENDS, Backend, choose_backend, default_workers, precision_advice
 from ..encoders.encoder import Encoder
 from ..encoders.load import load
-from ..encoders.names import find_place, pinned_again
 from ..errors import Interrupted, MiclZooError, StoreError, UsageError, unknown
 from ..files import Folder
 from ..progress import progress
@@ -32,6 +31,7 @@ from ..stop import StopRequest
 from ..stores.manifest import Manifest, read_manifest
 from ..stores.parts import RefusedRow, Rows
 from ..stores.store import Store
+from ..zoo.names import find_place, pinned_again
 from .cluster import Cluster
 from .engines import Job, Local
 from .indexing import Indexing

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from ..encoders.device import Backend, Pool, Precision
-from ..encoders.zoo import DEFAULT
+from ..encoders.device import Backend, Precision
 from ..errors import Reason, UsageError, unknown
 from ..images.decode import MAX_PIXELS, Decoding, Exif
 from ..schema import Between, wrong_fields
 from ..sources.selection import Selection
+from ..zoo.ours import DEFAULT
+from ..zoo.pools import Pool
 
 if TYPE_CHECKING:  # it imports torch, which a command line that only shows its help does without
     from ..encoders.encoder import Encoder

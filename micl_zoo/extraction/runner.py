@@ -14,13 +14,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ..encoders.device import Backend, Pool
+from ..encoders.device import Backend
 from ..encoders.encoder import Encoder
 from ..errors import MiclZooError, Refused
 from ..sources.index import Entry, ImageIndex
 from ..stores.manifest import Runtime
 from ..stores.parts import Made, RefusedRow, Rows
 from ..stores.store import Store
+from ..zoo.pools import Pool
 from .decoders import Batch, Decoders
 from .options import ExtractOptions
 from .retry import begins, check_part_fits, made_now, merged, tried_again

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, Literal
 
-from ..encoders.device import PRECISIONS, Pool
+from ..encoders.device import PRECISIONS
 from ..errors import StoreError, unknown
 from ..files import Folder
 from ..schema import MAX_BYTES, Between, parse_json, read, shown
+from ..zoo.pools import Pool
 
 FORMAT_VERSION: Literal[2] = 2
 LATER_FIELDS = ("source", "image_size")  # which stores of earlier versions have not

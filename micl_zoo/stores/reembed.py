@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..encoders.weights import CHANGED
-from ..encoders.zoo import RECORDS
 from ..errors import StoreError, UsageError, WeightsError
 from ..images.decode import Decoding, decode_pixels
+from ..schema import shown
+from ..zoo.ours import RECORDS
+from ..zoo.weights import CHANGED
 from .manifest import MANIFEST_FILE, Manifest
 from .store import Store
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from torch import dtype as TorchDtype
 
     from ..encoders.encoder import Encoder
+
+    LoadedEncoder = Encoder
+else:
+    LoadedEncoder = Any  # a search for ids does without torch; `store_encoder` says what is none
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,16 @@ class StoreEncoder:
         return self.encoder.embed_pixels(np.stack(pixels), autocast=self.autocast, **options).reshape(len(pixels), -1)
 
 
-def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, device: str = "auto") -> StoreEncoder:
+def store_encoder(
+    store: Store,
+    weights: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    *,
+    encoder: LoadedEncoder | None = None,  # that is loaded already, in the place of weights and device
+) -> StoreEncoder:
     """Load the encoder that made a store, by the manifest's name where its weights are published, else from a file."""
-    from ..encoders.device import autocast_dtype, backend_again
-    from ..encoders.load import load
-    from ..encoders.names import pinned_again
+    from ..encoders.device import autocast_dtype
+    from ..encoders.encoder import Encoder
 
     manifest, where = store.manifest, repr(store.folder.at(MANIFEST_FILE))
     try:
@@ -58,6 +68,35 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
             f"{where} has a decoding {manifest.decoding!r}, which this micl-zoo does not know: it is damaged, or a "
             "newer version made the store, and an upgrade reads it"
         ) from None
+    given = encoder is not None or weights is not None
+    if encoder is None:
+        encoder = _loaded(store, weights, device)
+    elif weights is not None or device != "auto" or not isinstance(encoder, Encoder):
+        raise UsageError(f"encoder must be an Encoder, and goes without weights and device; it is {shown(encoder)}")
+    for what, mine, theirs in (
+        ("weights of sha256", manifest.weights_sha256, encoder.identity()[1]),
+        ("the transform", manifest.transform, encoder.transform.id),
+    ):
+        if mine != theirs:
+            raise WeightsError(
+                f"the store was made by {manifest.model} with {what} {mine}, but {encoder.name} "
+                f"({'given' if given else 'published'}) has {theirs}: give the weights that made it with --model"
+            )
+    if (shape := list(encoder.row_shape(manifest.pool))) != manifest.shape:
+        raise StoreError(
+            f"{where} is damaged: it says that rows are of shape {manifest.shape}, and with pool {manifest.pool} those "
+            f"of {encoder.name} are of {shape}"
+        )
+    decoding = replace(decoding, max_pixels=store.max_pixels(decoding.max_pixels))
+    return StoreEncoder(encoder, manifest, autocast_dtype(manifest.precision), decoding)
+
+
+def _loaded(store: Store, weights: str | os.PathLike[str] | None, device: str) -> Encoder:
+    from ..encoders.device import backend_again
+    from ..encoders.load import load
+    from ..zoo.names import pinned_again
+
+    manifest = store.manifest
     record = RECORDS.get(manifest.model)
     published = record and (record.onnx and record.onnx.sha256 if manifest.runtime == "onnx" else record.sha256)
     if weights is None and manifest.source is None and published != manifest.weights_sha256:
@@ -70,20 +109,4 @@ def store_encoder(store: Store, weights: str | os.PathLike[str] | None = None, d
     name: str | os.PathLike[str] = weights or manifest.source or manifest.model
     name = pinned_again(name, manifest.source) if isinstance(name, str) else name
     backend = backend_again(manifest.runtime, device)
-    encoder = load(name, image_size=manifest.image_size, device=device, backend=backend)
-    for what, mine, theirs in (
-        ("weights of sha256", manifest.weights_sha256, encoder.weights_sha256),
-        ("the transform", manifest.transform, encoder.transform.id),
-    ):
-        if mine != theirs:
-            raise WeightsError(
-                f"the store was made by {manifest.model} with {what} {mine}, but {encoder.name} "
-                f"({weights or 'published'}) has {theirs}: give the weights that made it with --model"
-            )
-    if (shape := list(encoder.row_shape(manifest.pool))) != manifest.shape:
-        raise StoreError(
-            f"{where} is damaged: it says that rows are of shape {manifest.shape}, and with pool {manifest.pool} those "
-            f"of {encoder.name} are of {shape}"
-        )
-    decoding = replace(decoding, max_pixels=store.max_pixels(decoding.max_pixels))
-    return StoreEncoder(encoder, manifest, autocast_dtype(manifest.precision), decoding)
+    return load(name, image_size=manifest.image_size, device=device, backend=backend)

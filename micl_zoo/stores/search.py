@@ -24,7 +24,7 @@ from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
 from .originals import Originals
 from .parts import ID
-from .reembed import store_encoder
+from .reembed import LoadedEncoder, store_encoder
 from .store import Store, open_store, part_name
 
 if TYPE_CHECKING:  # it imports torch, which a search for ids does without
@@ -68,6 +68,7 @@ def search(
     texts: str | Iterable[str] = (),
     text_weights: str | os.PathLike[str] | TextEncoder | None = None,
     weights: str | os.PathLike[str] | None = None,
+    encoder: LoadedEncoder | None = None,
     device: Device = "auto",
     exact: bool = True,
     picture: str | os.PathLike[str] | None = None,
@@ -86,6 +87,7 @@ def search(
         texts: one or many texts to search for, taken as they are; the store is one of CLIP, SigLIP or PE.
         text_weights: file or folder with the weights of the text tower, or what `text_encoder` gave; None is the hub.
         weights: file or folder of the store's weights, where they are not published.
+        encoder: the store's, loaded already, in the place of weights and device.
         device: see `load`.
         exact: without effect, every search is exact.
         picture: contact sheet to write: .png, .jpg or .webp.
@@ -105,7 +107,7 @@ def search(
     out = None if picture is None else _picture(picture)
     store = store.snapshot()
     spoken = _spoken(store, texts, text_weights) if texts else []
-    data, rows = _embedded(store, many, weights, str(device)) if many else ([], [])
+    data, rows = _embedded(many, store, weights, str(device), encoder) if many else ([], [])
     own = _own(store, ids)
     found = _nearest(store, np.stack([*rows, *spoken, *(own[name][1] for name in ids)]), k + bool(ids))
     for place, name in enumerate(ids, len(many) + len(texts)):
@@ -167,7 +169,11 @@ def _label(image: Any) -> str:
 
 
 def _embedded(
-    store: Store, images: Sequence[Any], weights: str | os.PathLike[str] | None, device: str
+    images: Sequence[Any],
+    store: Store,
+    weights: str | os.PathLike[str] | None,
+    device: str,
+    loaded: LoadedEncoder | None,
 ) -> tuple[list[bytes | Image.Image], list[np.ndarray]]:
     """Embed each image as a (dim,) float64 row, alone, so that no other changes it; also its bytes or its pixels."""
     from ..encoders.inputs import encoded, open_image
@@ -176,7 +182,7 @@ def _embedded(
     for place, image in enumerate(images):  # before a model is loaded
         with _own_errors(image, place):
             read.append(encoded(image))
-    encoder = store_encoder(store, weights, device)
+    encoder = store_encoder(store, weights, device, encoder=loaded)
     for place, (image, one) in enumerate(zip(images, read, strict=True)):
         data.append(open_image(image, place, encoder.decoding.exif) if one is None else one)
         with _own_errors(image, place):

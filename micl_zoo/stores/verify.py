@@ -23,7 +23,7 @@ from ..schema import Between, checked, parse_json
 from ..sources.index import Entry, Fingerprint
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
 from .originals import Originals
-from .reembed import StoreEncoder, store_encoder
+from .reembed import LoadedEncoder, StoreEncoder, store_encoder
 from .store import LEDGER_FILE, Store, part_name, parts_of
 
 MIN_COSINE = 0.9999  # between a row and its image embedded again: other batch sizes and kernels stay above it
@@ -70,6 +70,7 @@ def verify(
     sample: Annotated[int, Between(0)] = 32,
     seed: int | None = 0,
     weights: str | os.PathLike[str] | None = None,
+    encoder: LoadedEncoder | None = None,
     device: Device = "auto",
     remote: bool = False,
 ) -> Verification:
@@ -84,6 +85,7 @@ def verify(
         sample: images to embed again; 0 needs no encoder.
         seed: seed of the sample.
         weights: file or folder of the store's weights, where they are not published.
+        encoder: the store's, loaded already, in the place of weights and device.
         device: see `load`.
         remote: read the sample from all servers that the index names, too, and not only from the one that the store is
             at: requests are made for what you name, and somebody else may have made the store.
@@ -97,9 +99,9 @@ def verify(
     """
     if not isinstance(store, Store):  # by `open_store` a wrong checksum would be an error, and here is one problem
         store = Store(folder := Folder(store), read_manifest(folder)[0])
-    problems, encoder = list[str](), None
+    problems, again = list[str](), None
     try:
-        encoder = store_encoder(store, weights, str(device)) if sample else None
+        again = store_encoder(store, weights, str(device), encoder=encoder) if sample else None
     except StoreError as error:
         problems.append(str(error))
     store = store.snapshot(check=False)  # what a damaged part holds is looked at all the same
@@ -114,8 +116,8 @@ def verify(
             tick(1, f"{len(found.problems)} problems" if found.problems else "")
     if len(shards) == found.shards:
         found.problems += _ledger_problems(store)
-    if encoder is not None:
-        _embed_again(encoder, list(_sample(store, counts, sample, seed)), Originals(store, remote=remote), found)
+    if again is not None:
+        _embed_again(again, list(_sample(store, counts, sample, seed)), Originals(store, remote=remote), found)
     return found
 
 

@@ -17,9 +17,10 @@ import torch
 from micl_zoo.encoders.device import resolve_device
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.load import load
-from micl_zoo.errors import Interrupted, MiclZooError, UsageError
+from micl_zoo.errors import Interrupted, MiclZooError, UsageError, WeightsError
 from micl_zoo.files import write_text
 from micl_zoo.limits import refused_by_system
+from micl_zoo.zoo.names import find_place
 
 from ..run.provenance import made_with
 from .evaluate import (
@@ -75,7 +76,7 @@ def compare(
         speed and which test images were classified right; reasons of those that `failed`; and what is `compared`.
 
     Raises:
-        UsageError: an encoder twice, or a record in `out` of another protocol or other images.
+        UsageError: an encoder twice, a name or path of nothing, or a record in `out` of another protocol or images.
         Interrupted: SIGTERM or Ctrl-C; what was computed is kept.
     """
     protocol = protocol or Protocol()
@@ -86,6 +87,7 @@ def compare(
     if out is not None and out.exists():
         record = _resumed(record, protocol, sets, out)
     record["asked"] = list(encoders)
+    _find([text for text in encoders if text not in record["encoders"]])
     with _folder(stores, out) as folder:
         passes = Passes(batch_size=batch_size, workers=workers, stores=folder, show=show)
         for text in encoders:
@@ -120,6 +122,15 @@ def _check(encoders: Sequence[str], baselines: Sequence[Baseline]) -> None:
         raise UsageError(f"{', '.join(twice)} was given twice: name each encoder once")
     if "random" in baselines:
         raise UsageError("the baseline 'random' is the untrained twin of one encoder: measure that encoder alone")
+
+
+def _find(encoders: Sequence[str]) -> None:
+    """Raise what a misspelt name or path raises, before hours are spent on those before it."""
+    for text in encoders:
+        with contextlib.suppress(WeightsError):  # of the hub, which may be there when its turn comes
+            place = find_place(text)
+            if place.path is not None and not place.path.exists():
+                raise UsageError(f"there is no {text!r} here: give a file or folder, or a name of `micl-zoo models`")
 
 
 def _resumed(asked: dict[str, Any], protocol: Protocol, sets: Sequence[LabelledSet], out: Path) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import torch
 
-from micl_zoo.encoders.device import Pool, resolve_precision
+from micl_zoo.encoders.build import build_model
+from micl_zoo.encoders.device import resolve_precision
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.torch_model import TorchModel, build_model
+from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import Refused, SourceError, StoreError, UsageError, unknown
 from micl_zoo.files import write_text
 from micl_zoo.images.decode import decode
@@ -30,6 +31,7 @@ from micl_zoo.images.transform import Transform
 from micl_zoo.progress import progress
 from micl_zoo.sources.reader import Reader
 from micl_zoo.stores.store import Store
+from micl_zoo.zoo.pools import Pool
 
 from ..micl import init_weights, position_table
 from ..run.order import seeded

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from micl_zoo.encoders.device import Pool, autocast_dtype, default_workers, resolve_precision
+from micl_zoo.encoders.device import autocast_dtype, default_workers, resolve_precision
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import SourceError, StoreError, UsageError
 from micl_zoo.extraction.extract import embed_index, extract
 from micl_zoo.extraction.options import ExtractOptions
 from micl_zoo.files import write_text
 from micl_zoo.stores.store import Store
+from micl_zoo.zoo.pools import Pool
 
 from ..run.provenance import machine
 from .labelled import Label, LabelledImages, labels_of

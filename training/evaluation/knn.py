@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from micl_zoo.encoders.device import Pool
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import UsageError
+from micl_zoo.zoo.pools import Pool
 
 from .features import Device, Features, Figures, embed_labelled
 from .labelled import LabelledSet

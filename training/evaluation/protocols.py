@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from micl_zoo.encoders.device import Pool
 from micl_zoo.errors import UsageError, unknown
+from micl_zoo.zoo.pools import Pool
 
 POOLS: tuple[Pool, ...] = ("cls", "mean", "cls+mean")  # of one pass over the images
 ROW_POOLS: tuple[Pool, ...] = ("native", "projection", *POOLS)  # that give one row per image

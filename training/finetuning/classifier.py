@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from micl_zoo.encoders.device import autocasting
 from micl_zoo.encoders.encoder import Encoder
-from micl_zoo.encoders.weights import EncoderConfig, save_weights
 from micl_zoo.errors import SourceError, UsageError
 from micl_zoo.images.transform import Transform
+from micl_zoo.zoo.weights import EncoderConfig, save_weights
 
 from ..evaluation.tables import score
 from ..recipes import FineTuneRecipe

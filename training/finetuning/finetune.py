@@ -17,11 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from micl_zoo.encoders.load import load
-from micl_zoo.encoders.weights import without_head
-from micl_zoo.encoders.zoo import DEFAULT
 from micl_zoo.errors import SourceError, TrainingError
 from micl_zoo.files import file_sha256, write_text
 from micl_zoo.stop import StopRequest
+from micl_zoo.zoo.ours import DEFAULT
+from micl_zoo.zoo.weights import without_head
 
 from ..evaluation.labelled import LabelledSet
 from ..evaluation.record import read_result

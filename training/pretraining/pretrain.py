@@ -15,12 +15,12 @@ from torch import Tensor
 from micl_zoo.encoders.device import has_compiler
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
-from micl_zoo.encoders.zoo import vit_sizes
 from micl_zoo.errors import SourceError, TrainingError
 from micl_zoo.progress import progress
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import SourceLike, index_source
 from micl_zoo.stop import StopRequest
+from micl_zoo.zoo.ours import vit_sizes
 
 from ..evaluation.knn import measure_knn
 from ..evaluation.labelled import LabelledSet

@@ -14,9 +14,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from micl_zoo.encoders.device import ONNX_PRECISIONS
-from micl_zoo.encoders.zoo import RECORDS, is_name, timm_architecture, vit_sizes
 from micl_zoo.errors import UsageError, unknown
 from micl_zoo.files import read_regular
+from micl_zoo.zoo.ours import RECORDS, is_name, timm_architecture, vit_sizes
 
 from ..corpora import CORPORA, PEOPLE
 from ..evaluation import tables

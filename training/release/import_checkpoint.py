@@ -1,15 +1,16 @@
-"""A checkpoint of the authors' code (AnonymGiant/OCL) -> an encoder folder; nothing in the checkpoint is ever run."""
+"""A checkpoint of the authors' code (AnonymGiant/OCL) or of timm -> an encoder folder; nothing in it is ever run."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import mmap
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.config import Depth, Ratio, Side, Width
-from micl_zoo.encoders.weights import WEIGHTS_FILE, EncoderConfig, read_tensors, save_weights
-from micl_zoo.encoders.zoo import ARCHS, Arch, timm_architecture
-from micl_zoo.errors import UsageError, WeightsError
+from micl_zoo.encoders.build import build_from, timm_config
+from micl_zoo.errors import UsageError, WeightsError, nearest
 from micl_zoo.files import file_sha256, open_regular
 from micl_zoo.images.transform import Transform
 from micl_zoo.schema import read
+from micl_zoo.zoo.config import Depth, Ratio, Side, Width, is_projection
+from micl_zoo.zoo.ours import ARCHS, Arch, timm_architecture
+from micl_zoo.zoo.weights import WEIGHTS_FILE, EncoderConfig, read_tensors, save_weights
 
 from ..micl import position_table
 
@@ -32,6 +34,7 @@ CROP_PCT = 224 / 256  # MAE's evaluation, which the authors' code keeps: 224 out
 POSITION_TOLERANCE = 1e-5
 # Width and heads behind the size words in model names, as in the ViT papers and timm.
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # entries that training code puts its weights in
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
 
 
@@ -54,25 +57,36 @@ class _Sizes:
 class _Checkpoint:
     """What a checkpoint holds besides the optimiser."""
 
-    state: Mapping[str, Tensor]
+    state: dict[str, Tensor]
+    key: str | None  # the entry that they were in
     epoch: int | None
     args: dict[str, Any]  # the run's command line, as JSON-able values
 
 
 def import_checkpoint(
-    checkpoint: Path, out: Path, *, name: str | None = None, license: str = "unknown", num_heads: int | None = None
+    checkpoint: Path,
+    out: Path,
+    *,
+    architecture: str | None = None,
+    key: str | None = None,
+    name: str | None = None,
+    license: str = "unknown",
+    num_heads: int | None = None,
 ) -> Path:
     """Turn a checkpoint into an encoder folder, which `micl_zoo.load(weights=…)` and timm's loaders take.
 
     Args:
-        checkpoint: a .pth of the authors' code, a bare state dict, or a .safetensors file with one.
+        checkpoint: a .pth of the authors' code, of timm or of Lightning, a bare state dict, or a .safetensors file.
         out: folder to write, without an encoder in it.
-        name: `arch.tag`; by default the known arch of that shape, and "imported".
+        architecture: timm's name of the model, `arch` or `arch.tag`, of which the transform is taken; names of tensors
+            may be those that timm converts. None: a ViT of MiCL's, whose shape is read off the tensors.
+        key: the entry of the checkpoint that holds the weights. None: one of WRAPPERS, or all of it.
+        name: `arch.tag`; by default the architecture or the known arch of that shape, and "imported".
         license: of the weights. The authors' code is CC BY-NC 4.0; a file does not say whose it is.
         num_heads: attention heads, where the shape is not a known one: weights do not tell.
 
     Returns:
-        The weights file. Its header has the provenance: see `micl_zoo.encoders.weights.header`.
+        The weights file. Its header has the provenance: see `micl_zoo.zoo.weights.header`.
 
     Raises:
         WeightsError: a file that is not such a checkpoint, or that needs more than tensors and plain values to be read.
@@ -80,36 +94,71 @@ def import_checkpoint(
     """
     if (out / WEIGHTS_FILE).exists():
         raise UsageError(f"{str(out)!r} holds an encoder already: give a new folder")
-    found, where = _read(checkpoint), repr(str(checkpoint))
-    state, left_out = _encoder_part(found.state)
-    shape, heads_from = _shape(state, num_heads, str(found.args.get("model", "")), where)
-    _check_state(state, shape, where)
+    if architecture is not None and num_heads is not None:
+        raise UsageError("num_heads is for weights that do not say their architecture: leave it out")
+    found, where = _read(checkpoint, key), repr(str(checkpoint))
     provenance = {
-        "imported_from": {"file": checkpoint.name, "sha256": file_sha256(checkpoint)},
-        "epoch": found.epoch, "args": found.args, "license": license,
-        "shape": {**shape.sizes, "num_heads_from": heads_from},
-        "left_out": left_out, "versions": package_versions(),
+        "imported_from": {"file": checkpoint.name, "sha256": file_sha256(checkpoint), "key": found.key},
+        "epoch": found.epoch, "args": found.args, "license": license, "versions": package_versions(),
     }  # fmt: skip
-    return save_weights(out, state, _config(shape, name, license), provenance, "float32")
+    if architecture is not None:
+        config = _timm_config(architecture, found.state, name, license)
+        model = build_from(config, found.state, where).model
+        state = model.state_dict()
+        config = replace(config, num_classes=getattr(model, "num_classes", 0))
+        left_out = [one for one in found.state if one not in state] if state.keys() & found.state.keys() else []
+        sizes: dict[str, Any] = {"architecture": architecture}
+    else:
+        state, left_out = _encoder_part(found.state)
+        shape, heads_from = _shape(state, num_heads, str(found.args.get("model", "")), where)
+        _check_state(state, shape, where)
+        config, sizes = _config(shape, name, license), {**shape.sizes, "num_heads_from": heads_from}
+    kept = {"shape": sizes, "left_out": left_out}
+    return save_weights(out, state, config, provenance | kept, "float32" if architecture is None else None)
 
 
-def _read(checkpoint: Path) -> _Checkpoint:
+def _timm_config(architecture: str, state: Mapping[str, Tensor], name: str | None, license: str) -> EncoderConfig:
+    """How to build a model of timm's, with the classifier of these weights, and without one if they have none."""
+    names = [*timm.list_models(), *timm.list_pretrained()]
+    known = timm.get_pretrained_cfg(architecture) if architecture in names else None
+    if known is None:
+        raise UsageError(f"timm {timm.__version__} has no {architecture!r}. {nearest(architecture, names)}".rstrip())
+    config = timm_config(architecture)
+    classes = next((one.shape[0] for key, one in state.items() if one.ndim and key == f"{known.classifier}.weight"), 0)
+    classes = classes or (config.num_classes if is_projection(config.architecture, config.num_classes) else 0)
+    name = name or f"{config.architecture}.imported"
+    _check_name(name)
+    return replace(config, name=name, license=license, num_classes=classes)
+
+
+def _read(checkpoint: Path, key: str | None) -> _Checkpoint:
     if not checkpoint.is_file():
         raise WeightsError(f"no checkpoint at {str(checkpoint)!r}: expected a .pth or .safetensors file")
     body = _load(checkpoint)
-    wrapped = isinstance(body, dict) and isinstance(body.get("model"), dict)
-    state = body["model"] if wrapped else body
+    entries = [one for one in body if isinstance(one, str)] if isinstance(body, dict) else []
+    if key is not None and key not in entries:
+        raise UsageError(f"{str(checkpoint)!r} has no entry {key!r}: it has {_some(entries) or 'none with names'}")
+    key = key or next((one for one in WRAPPERS if one in entries and isinstance(body[one], dict)), None)
+    state = body if key is None else body[key]
     if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
-        names = [key for key in body if isinstance(key, str)] if isinstance(body, dict) else []
-        found = f"a dict with {_some(names) or 'no names'}" if isinstance(body, dict) else f"a {type(body).__name__}"
-        raise WeightsError(f"{str(checkpoint)!r} has no state dict, neither as `model` nor as a whole: it is {found}")
-    state = {key: value.detach() for key, value in state.items()}
+        asked = f"as {key!r}" if key else f"neither as {' or '.join(WRAPPERS)} nor as a whole"
+        found = f"a dict with {_some(entries) or 'no names'}" if isinstance(body, dict) else f"a {type(body).__name__}"
+        raise WeightsError(f"{str(checkpoint)!r} has no state dict, {asked}: it is {found}; key names another entry")
+    state = _without_prefix({name: value.detach() for name, value in state.items()})
     _check_size(state, checkpoint)
-    rest = body if wrapped else {}
+    rest = body if key else {}
     epoch, args = rest.get("epoch"), rest.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     epoch = epoch if type(epoch) is int and 0 <= epoch < LARGEST else None
-    return _Checkpoint(state, epoch, _Plain().dict(args) if isinstance(args, dict) else {})
+    return _Checkpoint(state, key, epoch, _Plain().dict(args) if isinstance(args, dict) else {})
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what stands before all names: `module.` of DistributedDataParallel, `model.` of Lightning."""
+    split = [name.split(".") for name in state]
+    before = zip(*(one[:-1] for one in split), strict=False)
+    words = sum(1 for _ in itertools.takewhile(lambda word: len({*word}) == 1, before))
+    return {".".join(one[words:]): value for one, value in zip(split, state.values(), strict=True)}
 
 
 def _is_weight(key: object, value: object) -> bool:
@@ -193,9 +242,7 @@ class _Plain:
 
 
 def _encoder_part(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Without DistributedDataParallel's prefix and the parts that only training needs; and the names of those parts."""
-    prefix = "module." if all(key.startswith("module.") for key in state) else ""
-    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    """Without the parts that only training needs; and the names of those parts."""
     left_out = [key for key in state if key == "mask_token" or key.startswith(("decoder_", "head."))]
     return {key: value for key, value in state.items() if key not in left_out}, left_out
 
@@ -203,7 +250,10 @@ def _encoder_part(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[
 def _shape(state: Mapping[str, Tensor], num_heads: int | None, model: str, where: str) -> tuple[Arch, str]:
     """The ViT's shape, read off its tensors, and where the number of heads comes from."""
     if missing := [key for key in NEEDED if key not in state]:
-        raise WeightsError(f"{where} is no ViT of this method: it lacks {_some(missing)}; it has {_some(state)}")
+        raise WeightsError(
+            f"{where} is no ViT of this method: it lacks {_some(missing)}; it has {_some(state)}. Weights of another "
+            "model of timm need its name, --architecture resnet50 (architecture=)"
+        )
     cls_token, pos_embed, patches, hidden = (tuple(state[key].shape) for key in NEEDED)
     grid = math.isqrt(pos_embed[1] - 1) if len(pos_embed) == 3 and pos_embed[1] > 1 else 0
     ranks = tuple(map(len, (cls_token, patches, hidden)))
@@ -275,13 +325,18 @@ def _config(shape: Arch, name: str | None, license: str) -> EncoderConfig:
     architecture, model_args = timm_architecture(**shape.sizes)
     known = next((arch for arch in ARCHS if ARCHS[arch].timm_name == architecture and not model_args), None)
     name = name or f"{known or f'vit_{shape.embed_dim}x{shape.depth}'}.imported"
-    arch, _, tag = name.partition(".")
-    if not (re.fullmatch(r"\w+", arch, re.ASCII) and re.fullmatch(r"[\w.-]{1,100}", tag, re.ASCII)):
-        raise UsageError(f"a name is arch.tag, as vit_b16.imported, got {name!r}")
+    arch = _check_name(name)
     if arch in ARCHS and arch != known:
         raise UsageError(f"{name!r} was asked for, but the weights are those of {known or 'no arch with a name'}")
     transform = Transform.square(shape.image_size, int(shape.image_size / CROP_PCT))
     return EncoderConfig(name, architecture, model_args, shape.embed_dim, transform, license)
+
+
+def _check_name(name: str) -> str:
+    arch, _, tag = name.partition(".")
+    if not (re.fullmatch(r"\w+", arch, re.ASCII) and re.fullmatch(r"[\w.-]{1,100}", tag, re.ASCII)):
+        raise UsageError(f"a name is arch.tag, as vit_b16.imported, got {name!r}")
+    return arch
 
 
 def _some(keys: Iterable[str]) -> str:

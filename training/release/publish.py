@@ -19,11 +19,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from micl_zoo.encoders.load import load
-from micl_zoo.encoders.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, config_text, local_weights
-from micl_zoo.encoders.zoo import RECORDS, OnnxFile, Record
 from micl_zoo.errors import ExportError, UsageError, WeightsError
 from micl_zoo.files import atomic_folder, file_sha256, write_text
 from micl_zoo.printing import json_line
+from micl_zoo.zoo.ours import RECORDS, OnnxFile, Record
+from micl_zoo.zoo.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, config_text, local_weights
 
 from ..evaluation.tables import merge
 from ..pretraining.plan import frozen_count, parameter_count
@@ -73,7 +73,7 @@ class Publication:
 
     @property
     def row(self) -> str:
-        """Row for the table in micl_zoo/encoders/zoo.py."""
+        """Row for the table in micl_zoo/zoo/ours.py."""
         return row_text(self.record)
 
     def as_dict(self) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def make_record(trained: Trained, repo: str, onnx: OnnxFile | None) -> Record:
 
 
 def row_text(record: Record) -> str:
-    """Write a record as source text for micl_zoo/encoders/zoo.py."""
+    """Write a record as source text for micl_zoo/zoo/ours.py."""
     return f"    {_source(record, 4)},"
 
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from micl_zoo.encoders.config import NAME
-from micl_zoo.encoders.hub import not_published
-from micl_zoo.encoders.weights import WEIGHTS_FILE, local_weights
-from micl_zoo.encoders.zoo import OnnxFile, Record, find_record
 from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.files import file_sha256, write_text
 from micl_zoo.images.transform import Transform
 from micl_zoo.printing import json_line
 from micl_zoo.schema import read, read_json
+from micl_zoo.zoo.config import NAME
+from micl_zoo.zoo.hub import not_published
+from micl_zoo.zoo.ours import OnnxFile, Record, find_record
+from micl_zoo.zoo.weights import WEIGHTS_FILE, local_weights
 
 from ..corpora import CORPORA, Corpus
 from ..evaluation.record import read_measured

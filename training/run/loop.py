@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from micl_zoo.encoders.weights import EncoderConfig
 from micl_zoo.errors import Interrupted, TrainingError
 from micl_zoo.files import write_text
 from micl_zoo.progress import progress
 from micl_zoo.stop import StopRequest
+from micl_zoo.zoo.weights import EncoderConfig
 
 from ..recipes import AnyRecipe
 from .optim import learning_rate, set_learning_rate

@@ -23,7 +23,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from micl_zoo._version import package_versions
-from micl_zoo.encoders.weights import (
+from micl_zoo.errors import TrainingError
+from micl_zoo.files import FolderLock, atomic_path, file_sha256, open_regular, sum_file, write_text
+from micl_zoo.schema import read
+from micl_zoo.zoo.weights import (
     CHECKPOINT,
     HEADER_KEY,
     WEIGHTS_FILE,
@@ -32,9 +35,6 @@ from micl_zoo.encoders.weights import (
     recipe_config,
     save_weights,
 )
-from micl_zoo.errors import TrainingError
-from micl_zoo.files import FolderLock, atomic_path, file_sha256, open_regular, sum_file, write_text
-from micl_zoo.schema import read
 
 from ..recipes import KEPT_CHECKPOINTS, AnyRecipe, Recipe, record_differences
 from .provenance import code_commit, machine

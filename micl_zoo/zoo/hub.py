@@ -13,10 +13,10 @@ from ..errors import UsageError, WeightsError
 from ..files import atomic_path, file_sha256
 from ..schema import read_json
 from .names import Place, find_place
+from .ours import Record
 from .pins import Pin, PinnedFile
-from .public import PUBLIC, Public, row_of
+from .public import Public, row_of
 from .weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, Weights, config_text, header
-from .zoo import Record
 
 logger = getLogger(__name__)
 
@@ -93,7 +93,7 @@ def hub_config(place: Place) -> EncoderConfig:
         config = replace(config, name=architecture, architecture=architecture.partition(".")[0])
     if place.architecture and (usual := row_of(None, pin.repo)):
         logger.warning("%s is not what its authors run, that is %s: %s", config.name, usual.name, usual.why)
-    config = _with_row(config, row)
+    config = with_row(config, row)
     return replace(config, license=pin.license or config.license, source=place.source)
 
 
@@ -104,20 +104,8 @@ def _own_config(pin: Pin) -> EncoderConfig:
     return EncoderConfig.from_dict(read_json(pin.fetch(CONFIG_FILE), WeightsError), where=pin.source, tagged=True)
 
 
-def timm_config(name: str) -> EncoderConfig:
-    """Say how to build an encoder of timm's table, with the choices of ours, for random weights."""
-    import timm
-
-    from .torch_model import features_of
-
-    known = timm.get_pretrained_cfg(name)
-    body = {"architecture": known.architecture, "num_features": features_of(known.architecture)}
-    entry = {key: value for key, value in known.to_dict().items() if value is not None}
-    config = EncoderConfig.from_dict(body | {"pretrained_cfg": entry}, where=f"timm's {name}", tagged=True)
-    return _with_row(config, PUBLIC.get(config.name))
-
-
-def _with_row(config: EncoderConfig, row: Public | None) -> EncoderConfig:
+def with_row(config: EncoderConfig, row: Public | None) -> EncoderConfig:
+    """Return it with the choices of its row of the curated table, if it has one."""
     return replace(config.with_transform(row.transform or config.transform), pool=row.pool) if row else config
 
 

@@ -17,7 +17,7 @@ from ..errors import UsageError, WeightsError
 from ..files import atomic_path, file_sha256, read_regular
 from ..schema import Between, read, read_json, shown
 from ..telemetry import no_telemetry
-from .weights import CONFIG_FILE, PICKLES, WEIGHTS_FILE
+from .weights import CONFIG_FILE, CONVERSION, PICKLES, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -301,10 +301,8 @@ def _without_weights(names: list[str], found: list[str]) -> str:
     if OPEN_CLIP in names:
         return f"has both towers in open_clip's own layout ({OPEN_CLIP}): take timm's repository of the image tower"
     if pickles := [name for name in names if name.endswith(PICKLES)]:
-        return (
-            f"has pickles alone ({_some(pickles)}), which can run code when they are read: download one, and "
-            "`micl-zoo import FILE -o FOLDER` makes an encoder of a ViT's state dict under timm's names, and runs none"
-        )
+        danger = f"has pickles alone ({_some(pickles)}), which can run code when they are read"
+        return f"{danger}: download one, and {CONVERSION}"
     return f"has no weights among its {len(names):,} files: it takes {WEIGHTS_FILE} and timm's config.json"
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..errors import UsageError, WeightsError, nearest
 from . import pins
+from .ours import DEFAULT, RECORDS, Record, find_record, is_name
 from .pins import Pin
 from .public import PUBLIC, row_of
-from .zoo import DEFAULT, RECORDS, Record, find_record, is_name
 
 LOCAL = "local-dir:"  # as timm writes it
 PAGES = ("https://huggingface.co/", "huggingface.co/", "https://hf.co/")

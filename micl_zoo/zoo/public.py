@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..images.transform import Filter, Transform
-from .device import Pool
+from .pools import Pool
 
 IMAGENET: Any = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP: Any = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}

@@ -17,8 +17,8 @@ from ..files import atomic_path, file_sha256, read_regular, sum_file, write_text
 from ..images.transform import Transform
 from ..schema import parse_json, read, read_json, shown
 from .config import RunFile, read_config
-from .device import Pool
-from .zoo import ARCHS, RECORDS, timm_architecture, vit_sizes
+from .ours import ARCHS, RECORDS, timm_architecture, vit_sizes
+from .pools import Pool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,7 @@ MAX_HEADER = 16 << 20  # bytes; that of a ViT-L's checkpoint has 0.2 MB
 NUMBERS = ("F16", "BF16", "F32", "F64", "I64", "I32", "BOOL")  # safetensors' dtypes of weights, and of counters
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pth.tar")
 CONVERSION = (
-    "load it once into its model (torch.load(FILE, weights_only=True) runs no code) and write that by timm's "
-    "save_for_hf(model, FOLDER, safe_serialization=True)"
+    "`micl-zoo import FILE -o FOLDER --architecture NAME`, with timm's name, makes an encoder of it and runs none"
 )
 Value = TypeVar("Value")
 

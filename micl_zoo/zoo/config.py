@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from ..errors import WeightsError
 from ..images.transform import Filter, Mode, Transform
 from ..schema import Between, read
-from .device import Pool
+from .pools import Pool
 
 # Modules of timm whose models take no more than their patches ask for; others have tables by pairs of patches.
 PLAIN_MODULES = ("vision_transformer", "deit", "eva", "naflexvit")
