@@ -27,14 +27,14 @@ def models(as_json: bool) -> None:
     """List the encoders: ours, published ones first, and other people's, with the pooling and pixels of their code.
 
     Of the others: where the weights are, numbers per embedding, side of the images, millions of parameters, 1e9
-    multiply-adds per image, images/s on a reference machine, published k-NN and linear accuracy on ImageNet-1k, and
+    multiply-adds per image, images/s on the machine named below, published k-NN and linear accuracy on ImageNet-1k, and
     licence. Any other encoder of timm's layout loads as well, by timm's name or as OWNER/NAME on the hub.
 
     Examples:
       micl-zoo models
       micl-zoo models --json
     """
-    from ..zoo.public import PUBLIC
+    from ..zoo.public import PUBLIC, SPEED_ON
 
     width = max(map(len, RECORDS))
     for record in sorted(RECORDS.values(), key=lambda one: (not one.published, one.name)):
@@ -55,6 +55,7 @@ def models(as_json: bool) -> None:
             for head, text, size in zip(PUBLIC_HEADS, line, widths, strict=True)
         )
         click.echo(f"  {'  '.join(padded)}".rstrip())
+    click.echo(f"images/s: {SPEED_ON}. k-NN, linear: published, % of ImageNet-1k.")
 
 
 def _cell(value: Any) -> str:

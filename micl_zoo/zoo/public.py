@@ -17,9 +17,22 @@ CLIP: Any = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.
 HALF: Any = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
-# On 2 cores of an Intel Xeon with AMX, bf16, from pixels to rows, by benchmarks/encoders.py.
+# From pixels to rows, by benchmarks/encoders.py.
 SPEED_RECORD = "benchmarks/records/2026-11-28-encoders.json"
-IMAGES_PER_SECOND: dict[str, float] = {}
+SPEED_ON = "2 cores of an Intel Xeon with AMX, OpenVINO in bf16"
+IMAGES_PER_SECOND = {
+    "vit_small_patch14_reg4_dinov2.lvd142m": 41.4,
+    "vit_base_patch14_reg4_dinov2.lvd142m": 11.6,
+    "vit_small_patch16_dinov3.lvd1689m": 31.0,
+    "vit_base_patch16_dinov3.lvd1689m": 9.5,
+    "vit_base_patch16_siglip_224.v2_webli": 13.4,
+    "vit_base_patch32_clip_quickgelu_224.openai": 48.2,
+    "vit_pe_core_base_patch16_224.fb": 7.8,
+    "vit_base_patch16_224.mae": 13.0,
+    "vit_base_patch16_224.dino": 13.1,
+    "convnext_tiny.in12k_ft_in1k": 32.1,
+    "resnet50.a1_in1k": 69.2,
+}
 
 
 @dataclass(frozen=True)
