@@ -103,6 +103,7 @@ ROWS = (
     _vit("DeiT, distilled", "deit_tiny_distilled_patch16_224", 64, 96),
     _vit("EVA", "eva_giant_patch14_224", 56, 84),
     _vit("EVA-02", "eva02_tiny_patch14_224", 56, 84),
+    _vit("ViT with learned RoPE", "vit_small_patch16_rope_mixed_224", 64, 96),
     _vit("EVA-02 CLIP", "eva02_base_patch16_clip_224", 64, 96, num_classes=512),
     _vit("BEiT", "beit_base_patch16_224", 64, 96),
     _vit("BEiT v2", "beitv2_base_patch16_224", 64, 96),
@@ -397,12 +398,14 @@ def configurations(names: Collection[str]) -> dict[str, Any]:
 def configured(name: str, file: Path) -> str | None:
     """Why the configuration that timm writes for an architecture is refused; None: it is not."""
     with quiet(), _Shapes():
-        save_config_for_hf(timm.create_model(name), str(file))
         try:
+            save_config_for_hf(timm.create_model(name), str(file))
             config = EncoderConfig.from_dict(json.loads(file.read_text()), where=name)
             _check_model(_create(config, name, head=False), config, name)
         except MiclZooError as error:
             return str(error)
+        except Exception as error:  # of timm
+            return f"{type(error).__name__}: {error}"
     return None
 
 

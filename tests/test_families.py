@@ -29,11 +29,12 @@ FAST = (
     "vit_small_patch16_dinov3",
     "vit_base_patch32_clip_224",
     "eva02_tiny_patch14_224",
+    "vit_small_patch16_rope_mixed_224",
     "beit_base_patch16_224",
     "vit_base_patch16_siglip_224",
     "test_resnet",
 )
-HAVE_CLS = FAST[:5]
+HAVE_CLS = FAST[:6]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ..errors import UsageError, WeightsError
 from ..zoo.config import MAX_PARAMETERS, MAX_PATCHES, MAX_SIDE, MAX_TABLES, PLAIN_MODULES, is_projection
@@ -22,7 +23,7 @@ from ..zoo.hub import with_row
 from ..zoo.pools import Output, Pool
 from ..zoo.public import PUBLIC
 from ..zoo.weights import EncoderConfig, Weights, read_tensors, shapes
-from .torch_model import TorchModel, find_anatomy, goes_by_steps, own_pool
+from .torch_model import Anatomy, TorchModel, find_anatomy, goes_by_steps, own_pool
 
 # Bytes of a number -> the whole numbers that its bits are, and those that add them up.
 _BITS = {1: (torch.int8, torch.int32), 2: (torch.int16, torch.int32)}
@@ -45,19 +46,22 @@ def build_model(config: EncoderConfig, weights: Weights | None) -> TorchModel:
         projects = is_projection(config.architecture, config.num_classes)
         return _sized(_create(config, "the configuration", head=projects), config, projects)
     where = config.source or repr(str(weights.path))
-    state = dict[str, Tensor]()
+    state, anatomy = dict[str, Tensor](), None
     if weights.checked is None or config.source is not None:  # else it is of a row of our table, whose file fits
-        state = _fitting(config, shapes(weights.path), lambda: read_tensors(weights.path), where)
+        state, anatomy = _fitting(config, shapes(weights.path), lambda: read_tensors(weights.path), where)
         _ = weights.sha256  # raises where a checkpoint is not what was written
-    return _filled(config, state or read_tensors(weights.path), where)
+    return _filled(config, state or read_tensors(weights.path), where, anatomy)
 
 
 def build_from(config: EncoderConfig, state: dict[str, Tensor], where: str) -> TorchModel:
     """Build the timm model with weights that were read from elsewhere, see `build_model`."""
-    return _filled(config, _fitting(config, _sizes(state), lambda: state, where) or state, where)
+    converted, anatomy = _fitting(config, _sizes(state), lambda: state, where)
+    return _filled(config, converted or state, where, anatomy)
 
 
-def _filled(config: EncoderConfig, state: Mapping[str, Tensor], where: str) -> TorchModel:
+def _filled(
+    config: EncoderConfig, state: Mapping[str, Tensor], where: str, anatomy: Anatomy | None = None
+) -> TorchModel:
     projects = is_projection(config.architecture, config.num_classes)
     with _Unset():
         model = _create(config, where, head=projects)
@@ -71,7 +75,7 @@ def _filled(config: EncoderConfig, state: Mapping[str, Tensor], where: str) -> T
         if not (wanted[name].sum().isfinite() or wanted[name].isfinite().all()):  # a sum is quick, and can overflow
             raise WeightsError(f"{where} cannot be used, {name} holds NaN or infinite numbers: take other weights")
     model.load_state_dict(wanted)
-    return _sized(model, config, projects)
+    return _sized(model, config, projects, None if projects else anatomy)
 
 
 def resample(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchModel:
@@ -109,8 +113,10 @@ def _patch(model: Any) -> tuple[int, int]:
     return cast("tuple[int, int]", tuple(size) if isinstance(size, list | tuple) else (size, size))
 
 
-def _sized(model: nn.Module, config: EncoderConfig, projects: bool) -> TorchModel:
-    return resample(model, config, projects) if config.trained_size else TorchModel(model, config.size, projects)
+def _sized(model: nn.Module, config: EncoderConfig, projects: bool, anatomy: Anatomy | None = None) -> TorchModel:
+    if config.trained_size:
+        return resample(model, config, projects)
+    return TorchModel(model, config.size, projects, anatomy)
 
 
 def outline(config: EncoderConfig) -> tuple[int, dict[Output, tuple[int, ...]], Pool]:
@@ -191,7 +197,11 @@ class _Shapes(TorchFunctionMode):
             return args[0]  # there is nothing to fill, and torch takes a second to find that out
         if func in FACTORIES and kwargs.get("device") is None:
             kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:  # of numbers that timm makes otherwise, and puts together with those without memory
+            args, kwargs = tree_map_only(Tensor, lambda one: one.to("meta"), (args, kwargs))
+            return func(*args, **kwargs)
 
 
 class _Unset(TorchFunctionMode):
@@ -231,19 +241,20 @@ def _create(config: EncoderConfig, where: str, *, head: bool) -> nn.Module:
 
 def _fitting(
     config: EncoderConfig, found: Mapping[str, tuple[int, ...]], read: Callable[[], dict[str, Tensor]], where: str
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Anatomy | None]:
     """Refuse tensors, of shapes by name, that a configuration does not describe, before memory is taken for a model.
 
     Returns:
-        The tensors in timm's layout, if they are in another that timm knows; else none, and nothing was read.
+        The tensors in timm's layout, if they are in another that timm knows; else none, and nothing was read. And what
+        the model gives, see `_check_model`.
     """
     with _Shapes():
         bare = _create(config, where, head=False)
         full = _create(config, where, head=True) if config.num_classes else bare
-    _check_model(bare, config, where)
+    anatomy = _check_model(bare, config, where)
     needed, known = _sizes(bare.state_dict()), _sizes(full.state_dict())
     if not (problem := _misfit(needed, known, found)):
-        return {}
+        return {}, anatomy
     is_other = 2 * len(needed.keys() & found.keys()) < len(needed)  # the layout, and not a number here or there
     convert = getattr(sys.modules[type(full).__module__], "checkpoint_filter_fn", None)
     try:
@@ -255,12 +266,16 @@ def _fitting(
         fits = False
     if not fits:
         raise WeightsError(f"{where} does not fit its configuration: it {problem}")
-    return state
+    return state, anatomy
 
 
-def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> None:
-    """Refuse a model that is none of ours, or is not what its configuration says elsewhere."""
-    width, problem = getattr(model, "num_features", config.embed_dim), ""
+def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> Anatomy | None:
+    """Refuse a model that is none of ours, or is not what its configuration says elsewhere.
+
+    Returns:
+        What it gives without a projection; None where that takes too long to find out.
+    """
+    width, problem, found = getattr(model, "num_features", config.embed_dim), "", None
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (1, 1)
     if width != config.embed_dim:
         problem = f"num_features is {config.embed_dim}, and its tokens have {width} numbers"
@@ -273,13 +288,15 @@ def _check_model(model: nn.Module, config: EncoderConfig, where: str) -> None:
     elif not goes_by_steps(model):
         try:
             size = config.trained_size or config.size
-            found = find_anatomy(model, size, projects=False).shapes.get("patches", (1, 1))
-            if math.prod(found[:2]) > MAX_PATCHES:  # of a model that does not say it before
-                problem = f"images have {found[0]} x {found[1]} patches, and must have 1 to {MAX_PATCHES:,}"
+            found = find_anatomy(model, size, projects=False)
+            grid = found.shapes.get("patches", (1, 1))[:2]
+            if math.prod(grid) > MAX_PATCHES:  # of a model that does not say it before
+                problem = f"images have {grid[0]} x {grid[1]} patches, and must have 1 to {MAX_PATCHES:,}"
         except WeightsError as error:
             problem = str(error)
     if problem:
         raise WeightsError(f"{where} cannot be loaded: {problem}")
+    return found
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -42,9 +42,11 @@ class TorchModel:
     name: Backend = "torch"
     precision: Precision | None = None
 
-    def __init__(self, model: nn.Module, size: tuple[int, int], projects: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, size: tuple[int, int], projects: bool = False, anatomy: Anatomy | None = None
+    ) -> None:
         self.model, self.size, self.projects = model, size, projects
-        self._anatomy: tuple[nn.Module, Anatomy] | None = None  # of which model
+        self._anatomy = (model, anatomy) if anatomy else None
 
     @property
     def device(self) -> torch.device:
