@@ -3,8 +3,9 @@
 __version__ = "0.1.0"
 
 
-def package_versions() -> dict[str, str]:
-    """The versions of what can change a number."""
+def package_versions(*more: str) -> dict[str, str]:
+    """The versions of what can change a number, and of further packages that are installed."""
+    import contextlib
     import platform
     from importlib.metadata import PackageNotFoundError, version  # 20 ms that `micl-zoo --help` does not need
 
@@ -14,4 +15,7 @@ def package_versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
+    for name in more:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found

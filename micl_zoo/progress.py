@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 from .printing import bar_output, printable, safe_output
+
+MOST_BAR, LEAST_BAR, LEAST_NAME = 40, 8, 12  # columns of the terminal
 
 
 class Tick(Protocol):
@@ -29,19 +30,35 @@ def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images
         yield _silent
         return
     from rich import progress as rich
+    from rich.cells import cell_len
     from rich.console import Console
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
     from rich.text import Text
 
-    class Rate(rich.ProgressColumn):
-        def render(self, task: rich.Task) -> Text:
-            return Text(f"{task.speed:,.0f} {unit}/s" if task.speed else "")
+    elapsed, remaining = rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
 
-    text = functools.partial(rich.TextColumn, markup=False)
-    rate = [Rate()] if unit == "images" else []  # the note gives the rate of steps, in images
-    columns = [text("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(), text(unit), *rate]
-    columns += [rich.TimeElapsedColumn(), text("gone,"), rich.TimeRemainingColumn(), text("left  {task.fields[note]}")]
+    class Line(rich.Progress):
+        """One line whatever the width: numbers first, then as much of name and bar as there is room for."""
+
+        def make_tasks_table(self, tasks: Iterable[rich.Task]) -> Table:
+            grid = Table.grid(padding=(0, 1, 0, 0))
+            for task in tasks:
+                of, left = (f"/{task.total:,.0f}", f", {remaining.render(task)} left") if task.total else ("", "")
+                numbers = [f"{task.completed:,.0f}{of} {unit}", f"{elapsed.render(task)} gone{left}"]
+                if unit == "images" and task.speed:  # the note gives the rate of steps, in images
+                    numbers.insert(1, f"{task.speed:,.0f} {unit}/s")
+                said = fitting([*numbers, *filter(None, [task.fields["note"]])], self.console.width)
+                room = self.console.width - 2 - cell_len(said)
+                name = shortened(task.description, min(room, max(room - MOST_BAR, LEAST_NAME)))
+                cells: list[Any] = [Text(name, no_wrap=True)] if name else []
+                if (size := min(MOST_BAR, room - cell_len(name) - 1)) >= LEAST_BAR:
+                    cells.append(ProgressBar(task.total, task.completed, width=size, pulse=task.total is None))
+                grid.add_row(*cells, Text(said, no_wrap=True, overflow="crop"))
+            return grid
+
     console = Console(file=cast(Any, bar_output()))
-    bar = rich.Progress(*columns, console=console, refresh_per_second=4, speed_estimate_period=600)
+    bar = Line(console=console, refresh_per_second=4, speed_estimate_period=600)
     with bar, safe_output():  # it has put streams of its own in the place of standard output and error
         task = bar.add_task(printable(what), total=total, completed=done, note="")
         lock = threading.Lock()
@@ -54,6 +71,27 @@ def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images
                 bar.update(task, advance=amount, note=printable(note) or shown.fields["note"])
 
         yield tick
+
+
+def fitting(parts: list[str], width: int) -> str:
+    """Join as many parts of a line as there is room for; the first stays."""
+    while len(parts) > 1 and len("  ".join(parts)) >= width:
+        parts = parts[:-1]
+    return "  ".join(parts)
+
+
+def shortened(name: str, width: int) -> str:
+    """Leave out the middle of a name that is wider; all of it where too little would be left."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(name) <= width:
+        return name
+    if width < LEAST_NAME:
+        return ""
+    start, end = (width - 1) // 2, name
+    while cell_len(end) > width - 1 - start:
+        end = end[1:]
+    return f"{set_cell_size(name, start)}…{end}"
 
 
 def _silent(amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:

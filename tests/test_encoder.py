@@ -408,3 +408,37 @@ def test_auto_is_the_fastest_that_there_is(monkeypatch: pytest.MonkeyPatch) -> N
     assert backend_again("torch compiled", "cuda") == "torch"
     with pytest.raises(UsageError, match="Did you mean onnx"):
         choose_backend("onxn")
+
+
+def test_openvino_follows_the_weights_of_its_model(encoder: Encoder, encoder_folder: Path) -> None:
+    pytest.importorskip("openvino")
+    fast = micl_zoo.load(weights=encoder_folder, backend="openvino")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    before = fast.embed_pixels(pixels)
+    for one in (fast, encoder):
+        with torch.no_grad():
+            one.vit.blocks[0].mlp.fc1.weight.mul_(3)
+    expected = encoder.embed_pixels(pixels)
+    assert np.abs(expected - before).max() > 1e-3
+    np.testing.assert_allclose(fast.embed_pixels(pixels), expected, rtol=0, atol=1e-5)
+    for one in (fast, encoder):
+        one.vit.blocks[0].mlp.fc1.weight.data.mul_(3)  # which torch does not count
+    assert fast.identity() == encoder.identity()
+    np.testing.assert_allclose(fast.embed_pixels(pixels), encoder.embed_pixels(pixels), rtol=0, atol=1e-5)
+    fast.model = micl_zoo.load(weights=encoder_folder, device="cpu").model
+    np.testing.assert_allclose(fast.embed_pixels(pixels), before, rtol=0, atol=1e-6)
+
+
+def test_what_a_model_keeps_for_eval_mode_is_forgotten_between_training_steps() -> None:
+    encoder = micl_zoo.load("levit_128s", pretrained=False, device="cpu")  # which keeps its tables of attention
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
+    encoder.model.train()
+    encoder.model.stages[0].eval()
+    before = encoder.embed_pixels(pixels)
+    with torch.no_grad():
+        for name, one in encoder.model.named_parameters():
+            if "attention_biases" in name:
+                one.add_(3 * torch.randn_like(one))
+    assert np.abs(encoder.embed_pixels(pixels) - before).max() > 1e-4
+    assert encoder.model.training
+    assert not any(one.training for one in encoder.model.stages[0].modules())

@@ -355,3 +355,36 @@ def test_a_pipe_of_labels_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_set_that_is_named_by_nothing_is_none() -> None:
     with pytest.raises(SourceError, match="no data set at ''"):
         LabelledSet.open("")
+
+
+def test_a_folder_of_classes_without_parts_is_split(tmp_path: Path) -> None:
+    for kind, count in (("cat", 10), ("dog", 7), ("owl", 1)):
+        (tmp_path / "mine" / kind).mkdir(parents=True)
+        for number in range(count):
+            picture(number).save(tmp_path / "mine" / kind / f"{number}.png")
+    found = LabelledSet.open(tmp_path / "mine")
+    assert found.classes == ("cat", "dog", "owl")
+    assert np.bincount(found.train.labels).tolist() == [8, 5, 1]
+    assert np.bincount(found.test.labels, minlength=3).tolist() == [2, 2, 0]
+    assert not set(found.train.index.ids) & set(found.test.index.ids)
+    assert all(
+        found.classes[label] == name.partition("/")[0]
+        for part in (found.train, found.test)
+        for name, label in zip(part.index.ids, part.labels, strict=True)
+    )
+    assert found.facts["split"] == "20% of each class for testing, by chance with seed 0"
+    again = LabelledSet.open(tmp_path / "mine")
+    assert again.facts == found.facts
+    (tmp_path / "mine" / "test").mkdir()  # a part, if an empty one
+    with pytest.raises(SourceError, match="no train part with labels"):
+        LabelledSet.open(tmp_path / "mine")
+
+
+def test_a_table_of_labels_is_split_too(tmp_path: Path) -> None:
+    lines = ["id,label"]
+    for number in range(10):
+        picture(number).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{number % 2}")
+    (tmp_path.parent / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
+    found = LabelledSet.open(tmp_path, labels=tmp_path.parent / "labels.csv")
+    assert (len(found.train.labels), len(found.test.labels)) == (8, 2)

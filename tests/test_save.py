@@ -187,8 +187,12 @@ def test_the_store_of_a_changed_encoder_knows_it_again(
     assert micl_zoo.verify(out, encoder=encoder, sample=3).problems == []
     with pytest.raises(WeightsError, match="weights of sha256"):
         micl_zoo.verify(out, encoder=micl_zoo.load(encoder_folder, device="cpu"))
-    for arguments in ({"encoder": "mine"}, {"encoder": encoder, "weights": encoder_folder}):
-        with pytest.raises(UsageError, match="encoder must be an Encoder, and goes without weights"):
+    for arguments, said in (
+        ({"encoder": "mine"}, "encoder must be an Encoder, it is 'mine'"),
+        ({"encoder": encoder, "weights": encoder_folder}, "an encoder has its weights: leave that argument out"),
+        ({"encoder": encoder, "device": "cpu"}, "an encoder has its device"),
+    ):
+        with pytest.raises(UsageError, match=said):
             micl_zoo.search(out, images / "000.jpg", **arguments)
     encoder.save(tmp_path / "mine")
     [hits] = micl_zoo.search(out, images / "000.jpg", 2, weights=tmp_path / "mine", device="cpu")
@@ -249,3 +253,26 @@ def test_a_pool_and_a_size_that_were_chosen_are_saved(encoder: Encoder, encoder_
         found = micl_zoo.load(tmp_path / folder, device="cpu")
         assert (found.pool, found.transform) == (one.pool, one.transform)
         np.testing.assert_array_equal(found.embed([picture(1)]), one.embed([picture(1)]))
+
+
+def test_half_precision_in_memory_makes_no_store(
+    image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
+) -> None:
+    images, half = image_folder(2), micl_zoo.load(encoder_folder, dtype="bfloat16", device="cpu")
+    with pytest.raises(UsageError, match="weights are in bfloat16, and a store is made with float32"):
+        micl_zoo.extract(images, tmp_path / "s", encoder=half, workers=0)
+    assert not (tmp_path / "s").exists()
+    micl_zoo.extract(images, tmp_path / "s", weights=encoder_folder, workers=0)
+    with pytest.raises(UsageError, match="weights are in bfloat16"):
+        micl_zoo.search(tmp_path / "s", images / "000.jpg", encoder=half)
+
+
+def test_the_row_of_a_distilled_vit_is_timm_s(tmp_path: Path) -> None:
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **sizes).eval()
+    save_for_hf(model, tmp_path / "deit", model_args=sizes, safe_serialization=True)
+    encoder, pixels = micl_zoo.load(tmp_path / "deit", device="cpu"), torch.randn(2, 3, 32, 32)
+    assert encoder.pool == "native"
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
+        torch.testing.assert_close(encoder(pixels), expected, rtol=0, atol=1e-6)

@@ -14,8 +14,8 @@ from ..errors import MiclZooError
 from . import _options as opt
 
 SET = (
-    "Labelled set: a folder with train*.parquet and test*.parquet or val…, or with train/CLASS/ and test/ or val/; "
-    "a URI; or OWNER/NAME on the hub."
+    "Labelled set: a folder with train*.parquet and test*.parquet or val…, or with train/CLASS/ and test/ or val/; or "
+    "of CLASS/ alone, of which a fifth is for testing; a URI; or OWNER/NAME on the hub."
 )
 LABELS = opt.path("--labels", "Table of the classes: a csv of id and label.")
 MEASURED = opt.together(  # of knn, linear, logreg, few-shot and all
@@ -84,6 +84,7 @@ def eval_() -> None:
     Examples:
       micl-zoo eval all vit_ti16.tin200 --data caltech101 --data flowers5 -o record.json --plot record.png
       micl-zoo eval all vit_ti16.tin200 runs/first runs/second --data mine/ -o record.json --plot record.png
+      micl-zoo eval all resnet50.a1_in1k timm/vit_small_patch14_reg4_dinov2.lvd142m --data mine/
       micl-zoo eval knn runs/first --data imagenet
       micl-zoo eval knn --train embeddings-train --test embeddings-val --labels labels.csv
       micl-zoo eval finetune vit_ti16.tin200 --data flowers5 --out runs/flowers
@@ -139,7 +140,8 @@ def _record(protocol: Any, options: dict[str, Any]) -> dict[str, Any]:
         given = read_label_file(labels) if labels else None
         return evaluate_stores(train, test, protocol, labels=given, command=command, device=str(resolve_device(device)))
     if not encoders or not data:
-        raise click.UsageError("give an ENCODER and --data, or two stores by --train and --test")
+        missing = "an ENCODER" if data else "--data" if encoders else "an ENCODER and --data"
+        raise click.UsageError(f"give {missing}, or two stores by --train and --test")
     sets = [LabelledSet.open(place, labels=labels, **most) for place in data]
     if len(encoders) > 1:
         return compare(encoders, sets, protocol, device=device, command=command, **options)

@@ -123,19 +123,25 @@ def import_(checkpoint: Path, out: Path, **options: Any) -> None:
     """
     from micl_zoo.training.release.import_checkpoint import import_checkpoint
 
+    from ..printing import printable
     from ..zoo.weights import header
 
     made = header(import_checkpoint(checkpoint, out, **options))
     found, name = made["provenance"], made["config"]["micl_zoo"]["name"]
     shape = found["shape"]
-    left_out = dict.fromkeys(key.partition(".")[0] for key in found["left_out"])  # in the file's order
     if "architecture" in shape:
-        click.echo(f"{name}: {shape['architecture']} of timm, {made['config']['num_features']} numbers per patch")
+        text = f"{name}: {shape['architecture']} of timm, {made['config']['num_features']} numbers per patch"
     else:
-        click.echo(
+        text = (
             f"{name}: {shape['embed_dim']} wide, {shape['depth']} blocks, {shape['num_heads']} heads "
             f"({shape['num_heads_from']}), patches of {shape['patch_size']}, images of {shape['image_size']}"
         )
-    click.echo(f"epoch: {'not said' if found['epoch'] is None else found['epoch']}; licence: {found['license']}")
-    click.echo(f"left out: {', '.join(left_out) or 'nothing'} ({len(found['left_out'])} tensors)")
+    click.echo(printable(text))
+    epoch = "not said" if found["epoch"] is None else found["epoch"]
+    click.echo(printable(f"epoch: {epoch}; licence: {found['license']}"))
+    if found["left_out"] is None:
+        click.echo(f"layout: converted by timm, {shape['tensors']} tensors of the file; what has no place was left out")
+    else:
+        left_out = dict.fromkeys(key.partition(".")[0] for key in found["left_out"])  # in the file's order
+        click.echo(printable(f"left out: {', '.join(left_out) or 'nothing'} ({len(found['left_out'])} tensors)"))
     click.echo(f"The encoder is in {out}: micl_zoo.load({str(out)!r}).")

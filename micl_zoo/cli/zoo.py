@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..zoo.public import Public
 
 FIGURES = ("width", "pixels", "M", "GMAC", "images/s", "k-NN", "linear")
-PUBLIC_HEADS = ("name", "weights", *FIGURES, "licence")
+PUBLIC_HEADS = ("name", *FIGURES, "licence")
 
 
 @click.command(cls=opt.Command)
@@ -26,9 +26,9 @@ PUBLIC_HEADS = ("name", "weights", *FIGURES, "licence")
 def models(as_json: bool) -> None:
     """List the encoders: ours, published ones first, and other people's, with the pooling and pixels of their code.
 
-    Of the others: where the weights are, numbers per embedding, side of the images, millions of parameters, 1e9
-    multiply-adds per image, images/s on the machine named below, published k-NN and linear accuracy on ImageNet-1k, and
-    licence. Any other encoder of timm's layout loads as well, by timm's name or as OWNER/NAME on the hub.
+    Of the others: whether the weights are in the cache, numbers per embedding, side of the images, millions of
+    parameters, 1e9 multiply-adds per image, images/s, published k-NN and linear accuracy, and licence. Any other
+    encoder of timm's layout loads as well, by timm's name or as OWNER/NAME on the hub.
 
     Examples:
       micl-zoo models
@@ -47,15 +47,17 @@ def models(as_json: bool) -> None:
         click.echo("\n".join(map(json.dumps, rows)))
         return
     click.echo("\nOther people's, by timm's names (see `micl-zoo info NAME`):")
+    marks = [" ", *("+" if one["cached"] else " " for one in rows)]
     lines = [(*PUBLIC_HEADS,), *(tuple(_cell(one[key]) for key in PUBLIC_HEADS) for one in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
+    for mark, line in zip(marks, lines, strict=True):
         padded = (
             text.rjust(size) if head in FIGURES else text.ljust(size)
             for head, text, size in zip(PUBLIC_HEADS, line, widths, strict=True)
         )
-        click.echo(f"  {'  '.join(padded)}".rstrip())
-    click.echo(f"images/s: {SPEED_ON}. k-NN, linear: published, % of ImageNet-1k.")
+        click.echo(f"{mark} {'  '.join(padded)}".rstrip())
+    click.echo("+: the weights are in the cache; all others are on the hub. k-NN, linear: published, % of ImageNet-1k.")
+    click.echo(f"images/s: {SPEED_ON}.")
 
 
 def _cell(value: Any) -> str:
@@ -67,7 +69,7 @@ def _public(row: Public) -> dict[str, Any]:
 
     return {
         "name": row.name,
-        "weights": "in the cache" if is_cached(row) else "on the hub",
+        "cached": is_cached(row),
         "width": row.width,
         "pixels": row.pixels,
         "M": round(row.parameters / 1e6, 1),
@@ -133,12 +135,13 @@ def _rows(rows: dict[str, str]) -> str:
 def _about(found: About) -> str:
     config, row = found.config, found.row
     outputs = (f"{name} {' x '.join(map(str, shape))}" for name, shape in found.shapes.items())
-    size = f", {found.bytes:,} bytes" if found.bytes is not None else ""
+    told = f"sha256 {found.sha256 or 'not told by the hub'}"
+    size = f", {found.bytes:,} bytes, {told}" if found.bytes is not None else ""
     figures = row and [f"{kind} {value} %" for kind, value in (("k-NN", row.knn), ("linear", row.linear)) if value]
     rows = {
         "name": config.name,
         "architecture": f"timm's {config.architecture}, {found.parameters:,} parameters",
-        "weights": f"{found.place}{size}, sha256 {found.sha256 or 'not told by the hub'}",
+        "weights": f"{found.place}{size}",
         "images": f"{config.size[0]} x {config.size[1]} pixels, transform {config.transform.id}",
         "rows": f"{', '.join(outputs)}; its own is {found.pool}",
         "licence": config.license,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any, cast
 
+from ..errors import WeightsError
 from ..zoo.hub import hub_config
 from ..zoo.names import find_place
 from ..zoo.pools import Output, Pool
 from ..zoo.public import PUBLIC, Public
 from ..zoo.weights import EncoderConfig, local_weights
-from .build import outline
+from .build import outline, timm_config
+
+logger = getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,17 @@ def about(name: str | os.PathLike[str]) -> About:
         name: see `load`; none of our table, which itself says what is known.
 
     Raises:
-        UsageError, WeightsError: see `load`.
+        UsageError, WeightsError: see `load`. Where an encoder of the curated table cannot be looked up, what the table
+            knows is returned, with a warning.
     """
-    place = find_place(name)
+    try:
+        place = find_place(name)
+    except WeightsError as error:
+        if (row := PUBLIC.get(str(name).removeprefix("timm/"))) is None:
+            raise
+        logger.warning("what follows is what the table says; %s", error)
+        config = timm_config(row.name)
+        return About(config, f"hf-hub:{row.repository}, not looked up", None, None, *outline(config), row)
     if place.path is not None:
         found = local_weights(place.path)
         config, where, row = found.config, str(found.path), None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
+import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import timm
@@ -28,9 +31,11 @@ from .torch_model import Anatomy, TorchModel, find_anatomy, goes_by_steps, own_p
 # Bytes of a number -> the whole numbers that its bits are, and those that add them up.
 _BITS = {1: (torch.int8, torch.int32), 2: (torch.int16, torch.int32)}
 _BITS |= {4: (torch.int32, torch.int32), 8: (torch.int64, torch.int64)}
-RANDOM = {"uniform_", "normal_", "erfinv_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_"}
-RANDOM |= {"xavier_uniform_", "xavier_normal_"}
-INITIALISERS = RANDOM | {"mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
+# Not normal_: torch's trunc_normal_ draws with it until all numbers are within its bounds.
+RANDOM = {"uniform_", "erfinv_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"}
+UNREADABLE = {getattr(torch, "float4_e2m1fn_x2", None)}  # torch has the type, and cannot turn it into another
+FILTERS = ("checkpoint_filter_fn", "_filter_fn", "pretrained_filter_fn")  # timm's names of what converts a layout
+INITIALISERS = RANDOM | {"normal_", "mul_", "add_", "clamp_", "fill_", "zero_", "div_"}
 FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.arange, torch.eye}  # of what grows with the image
 
 
@@ -53,10 +58,60 @@ def build_model(config: EncoderConfig, weights: Weights | None) -> TorchModel:
     return _filled(config, state or read_tensors(weights.path), where, anatomy)
 
 
-def build_from(config: EncoderConfig, state: dict[str, Tensor], where: str) -> TorchModel:
-    """Build the timm model with weights that were read from elsewhere, see `build_model`."""
-    converted, anatomy = _fitting(config, _sizes(state), lambda: state, where)
-    return _filled(config, converted or state, where, anatomy)
+def build_from(config: EncoderConfig, state: dict[str, Tensor], where: str) -> tuple[TorchModel, list[str] | None]:
+    """Build the timm model with weights of another file, by its names or by those that timm converts.
+
+    Returns:
+        The model, and the names of tensors that have no place in it; None where timm converted them, so nobody knows.
+
+    Raises:
+        WeightsError: tensors of the model are missing, or of other shapes; or see `build_model`.
+    """
+    with _Shapes():
+        bare = _create(config, where, head=False)
+        full = _create(config, where, head=True) if config.num_classes else bare
+    anatomy, needed, known = _check_model(bare, config, where), _sizes(bare.state_dict()), _sizes(full.state_dict())
+    problems = list[str]()
+    for names in _unwrapped(state):
+        inside = {name: state[given] for name, given in names.items()}
+        for convert in (None, *_converters(full, config.architecture)):
+            try:
+                found = dict(inside) if convert is None else dict(convert(dict(inside), full))
+            except Exception:  # of a layout that this one does not know
+                continue
+            for name in needed.keys() - found.keys():
+                if name.endswith("num_batches_tracked"):  # which files of before it have not, and no row depends on
+                    found[name] = torch.zeros((), dtype=torch.int64)
+            problems.append(
+                _misfit(needed, known, {name: size for name, size in _sizes(found).items() if name in known})
+            )
+            if not problems[-1]:
+                used = {given for name, given in names.items() if name in known}
+                left_out = [given for given in state if given not in used] if convert is None else None
+                return _filled(config, found, where, anatomy), left_out
+    raise WeightsError(f"{where} does not fit timm's {config.architecture}: it {problems[0]}")
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> Iterator[dict[str, str]]:
+    """Name the tensors of a file without what its maker put before all or most of them: `module.`, `model.`."""
+    names = {name: name for name in state}
+    while names:
+        yield names
+        words = Counter(name.partition(".")[0] for name in names if "." in name)
+        first = max(words, key=words.__getitem__, default="")
+        if 2 * words[first] <= len(names):
+            return
+        names = {name.partition(".")[2]: given for name, given in names.items() if name.startswith(f"{first}.")}
+
+
+def _converters(model: nn.Module, architecture: str) -> Iterator[Callable[..., Any]]:
+    """Find timm's functions that turn the layouts of a model's authors into its own."""
+    modules = dict.fromkeys((type(model).__module__, timm.models.model_entrypoint(architecture).__module__))
+    for found in (getattr(sys.modules[module], name, None) for module in modules for name in FILTERS):
+        if found is not None:
+            yield found
+            if "adapt_layer_scale" in inspect.signature(found).parameters:
+                yield functools.partial(found, adapt_layer_scale=True)
 
 
 def _filled(
@@ -69,8 +124,9 @@ def _filled(
     if projects and wanted.keys() - state.keys():  # the tower alone
         return _filled(dataclasses.replace(config, num_classes=0), state, where)
     for name in wanted:
-        if (is_float := wanted[name].is_floating_point()) != state[name].is_floating_point():
-            raise WeightsError(f"{where} does not fit its configuration: {name} is of type {state[name].dtype}")
+        kind = state[name].dtype
+        if (is_float := wanted[name].is_floating_point()) != kind.is_floating_point or kind in UNREADABLE:
+            raise WeightsError(f"{where} does not fit its configuration: {name} is of type {kind}")
         wanted[name] = state[name].float() if is_float else state[name]
         if not (wanted[name].sum().isfinite() or wanted[name].isfinite().all()):  # a sum is quick, and can overflow
             raise WeightsError(f"{where} cannot be used, {name} holds NaN or infinite numbers: take other weights")

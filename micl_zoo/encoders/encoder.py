@@ -85,6 +85,9 @@ class Runtime(Protocol):
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute the outputs wanted of (B, 3, S, S): "patches" (B, h, w, D), the others (B, D)."""
 
+    def forget(self) -> None:
+        """Take nothing for granted of what was made of the model's weights: they have changed."""
+
 
 class Encoder(nn.Module):
     """An encoder in eval mode. Made by `load`.
@@ -182,8 +185,20 @@ class Encoder(nn.Module):
         """
         if (known := self.weights_sha256) is not None:
             return self.name, known
+        self.runtime.forget()
         with TemporaryDirectory() as folder:
             return self._config_to_save().name, file_sha256(self.save(folder))
+
+    def check_float32(self) -> None:
+        """Refuse weights that are not in float32, which those of a store are: its precision is that of the arithmetic.
+
+        Raises:
+            UsageError: they were loaded in another data type, or turned into one.
+        """
+        if (found := self._dtype()) not in (None, torch.float32):
+            kept = str(found).removeprefix("torch.")
+            way_on = "load it without dtype; the arithmetic is a matter of precision"
+            raise UsageError(f"the encoder's weights are in {kept}, and a store is made with float32: {way_on}")
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write `model.safetensors` and `config.json`, which `micl_zoo.load` and timm's `local-dir:` take.

@@ -35,6 +35,7 @@ class GoldenFile:
     embeddings: dict[str, list[float]]  # by image
     pool: Pool = "cls"
     source: str | None = None  # with the commit, see `EncoderConfig`
+    encoder: str | None = None  # its name
 
 
 def golden_file(row: Record | Public) -> Path:
@@ -48,7 +49,7 @@ def read_golden(file: Path) -> GoldenFile:
     Raises:
         WeightsError: it is damaged.
     """
-    cure = "reinstall micl-zoo"
+    cure = "reinstall micl-zoo for a file of the package, write another one anew"
     return read(GoldenFile, read_json(file, WeightsError, cure), repr(str(file)), WeightsError, cure, others=True)
 
 
@@ -94,8 +95,10 @@ def write_golden(encoder: Encoder, file: Path) -> None:
 def golden_difference(encoder: Encoder, file: Path) -> float:
     """Return the largest difference to the golden file's numbers; in fp32 any backend keeps it within TOLERANCE."""
     golden = read_golden(file)
+    if golden.encoder not in (None, encoder.name):
+        raise WeightsError(f"{str(file)!r} is of {golden.encoder}, and this is {encoder.name}: give its own file")
     wanted, made = golden.embeddings, golden_numbers(encoder, golden.pool)
     if {name: len(row) for name, row in wanted.items()} != {name: len(row) for name, row in made.items()}:
         found = f"it has {', '.join(wanted)} with other numbers"
-        raise WeightsError(f"{str(file)!r} is damaged, {found}: reinstall micl-zoo")
+        raise WeightsError(f"{str(file)!r} is damaged or of another encoder, {found}: write it anew")
     return max(abs(one - other) for name in wanted for one, other in zip(wanted[name], made[name], strict=True))

@@ -160,6 +160,9 @@ class OnnxSession:
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (*self._opened, self.sha256)  # a session itself stays in its process
 
+    def forget(self) -> None:
+        """A file's weights do not change."""
+
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in float32; the mean is taken from the patches if the file lacks it."""
         if torch.is_grad_enabled():

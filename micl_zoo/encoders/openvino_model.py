@@ -20,7 +20,10 @@ NAMES = {getattr(torch, row.dtype): name for name, row in PRECISIONS.items() if 
 
 
 class OpenVinoModel:
-    """A timm model in OpenVINO as an `encoder.Runtime`, compiled for a precision when that is first used."""
+    """A timm model in OpenVINO as an `encoder.Runtime`, compiled for a precision when that is first used.
+
+    It follows the torch model: where weights were changed or replaced, it is converted again.
+    """
 
     name: Backend = "openvino"
     precision: Precision | None = None
@@ -32,16 +35,40 @@ class OpenVinoModel:
             import openvino
         except ImportError:
             raise UsageError(f"backend openvino needs OpenVINO: {BACKENDS['openvino'].install}") from None
-        self.model: nn.Module = source.model
-        self.shapes = source.shapes
-        self._source, self._raw = source, source.anatomy.raw
-        self._core = openvino.Core()
+        self._source = source
+        self._core, self._convert = openvino.Core(), openvino.convert_model
         self._compiled: dict[torch.dtype, Any] = {}
-        # For any batch size; its weights are the torch model's own memory.
-        self.converted = openvino.convert_model(_traced(source))
+        self._state: object = None  # of the torch model when it was converted
+        self._follow()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenVinoModel, (self._source,)  # what OpenVINO made of it stays in its process
+
+    @property
+    def model(self) -> nn.Module:
+        """The torch model."""
+        return self._source.model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        self._source.model = model
+
+    @property
+    def shapes(self) -> dict[Output, tuple[int, ...]]:
+        """Shape of each of its outputs, per image."""
+        return self._source.shapes
+
+    def forget(self) -> None:
+        """Convert anew at the next use, whatever changed: torch does not count what is written into `.data`."""
+        self._state = None
+
+    def _follow(self) -> None:
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        state = [(id(one), one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors]
+        if state != self._state:
+            self._compiled.clear()
+            self._converted = self._convert(_traced(self._source))  # for any batch size
+            self._state = state
 
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs in the precision of `torch.autocast`, in float32 outside of it."""
@@ -50,14 +77,15 @@ class OpenVinoModel:
             raise UsageError(f"backend openvino computes no gradients: {way_on}")
         if pixel_values.device.type != "cpu":
             raise UsageError(f"backend openvino runs on the CPU, got pixel_values on {pixel_values.device}")
+        self._follow()
         autocast = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if autocast else torch.float32
         if dtype not in self._compiled:
             self._compiled[dtype] = self._compile(NAMES[dtype])
         images = pixel_values.detach().float().contiguous().numpy()
         made = self._compiled[dtype](images, share_inputs=True)
-        arrays = {one: torch.from_numpy(cast(Any, made[at])) for at, one in enumerate(self._raw)}
         anatomy = self._source.anatomy
+        arrays = {one: torch.from_numpy(cast(Any, made[at])) for at, one in enumerate(anatomy.raw)}
         return finish(anatomy, {one: arrays[one] for one in raw_for(anatomy, wanted)}, wanted)
 
     def _compile(self, precision: str) -> Any:
@@ -70,7 +98,7 @@ class OpenVinoModel:
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,  # one batch at a time, on all threads
         }
-        return self._core.compile_model(self.converted, "CPU", settings)
+        return self._core.compile_model(self._converted, "CPU", settings)
 
 
 def _traced(source: TorchModel) -> torch.jit.ScriptModule:

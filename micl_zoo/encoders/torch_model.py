@@ -65,6 +65,9 @@ class TorchModel:
         """Shape of each of its outputs, per image."""
         return self.anatomy.shapes
 
+    def forget(self) -> None:
+        """Its weights are what it computes with."""
+
     def outputs(self, pixel_values: Tensor, wanted: Collection[Output]) -> dict[Output, Tensor]:
         """Compute outputs, with gradients where torch records them."""
         return compute(self.model, self.anatomy, pixel_values.to(next(self.model.parameters())), wanted)
@@ -73,6 +76,8 @@ class TorchModel:
 def own_pool(pool: Pool, model: nn.Module | None) -> Pool:
     """Say by which name stores hold a model's own row: one that is a class token by that one."""
     if pool != "native" or not isinstance(model, VisionTransformer):
+        return pool
+    if type(model).forward_head is not VisionTransformer.forward_head:  # a distilled one has two tokens
         return pool
     is_token = model.global_pool == "token" and model.cls_token is not None and isinstance(model.fc_norm, nn.Identity)
     return "cls" if is_token else "native"
@@ -193,7 +198,8 @@ def _probed(model: nn.Module, size: tuple[int, int], projects: bool) -> dict[str
                 if goes_by_steps(model):  # which take minutes one by one without numbers
                     raise NotImplementedError
                 image = torch.empty(1, 3, *size, device="meta", dtype=where.dtype)
-                return cast("dict[str, Any]", torch.func.functional_call(probe, state, (image,)))
+                # Untied: of a module that is in two places torch would leave a tensor without numbers behind.
+                return cast("dict[str, Any]", torch.func.functional_call(probe, state, (image,), tie_weights=False))
             except Exception:  # it has tensors outside of its state, or looks at numbers: then with numbers
                 return cast("dict[str, Any]", probe(torch.zeros(1, 3, *size, device=where.device, dtype=where.dtype)))
     except Exception as error:
@@ -226,10 +232,15 @@ def _has_class_token(model: nn.Module) -> bool:
 def evaluating(model: nn.Module | None) -> Iterator[None]:
     """Put all parts of a model into eval mode, in which no image changes another's row, and back."""
     training = [one for one in model.modules() if one.training] if model is not None else []
+    others = [one for one in model.modules() if not one.training] if training and model is not None else []
     for one in training:
         one.training = False
     try:
         yield
     finally:
         for one in training:
+            if type(one).train is not nn.Module.train:  # it also forgets what it kept for eval mode
+                one.train()
             one.training = True
+        for one in others:
+            one.training = False

@@ -164,6 +164,8 @@ def extract(
     say(_sentence(encoder, job, places))
     if not own and (advice := precision_advice(job.precision, torch.device(places.devices[0]))):
         say(advice)
+    if "projection" in encoder.pools and pool != "projection":
+        say("these rows are not in the encoder's space of texts: `search --text` takes those of --pool projection")
     work = Work()
     with folder.lock() as lock, StopRequest(wake=work.stop) as stop:
         asked = _manifest(encoder, job, source)
@@ -267,6 +269,7 @@ def _named(options: ExtractOptions, folder: Folder) -> tuple[ExtractOptions, Enc
         raise UsageError("image_size goes with a name: load the encoder with it")
     if options.engine == "ray" or (options.processes or 1) > 1:
         raise UsageError("several processes load the model themselves: save it, and give its folder by weights=")
+    encoder.check_float32()
     device = str(encoder.device)
     return replace(options, model=encoder.name, weights=None, backend=encoder.backend, devices=device), encoder
 
@@ -338,7 +341,7 @@ def _manifest(encoder: Encoder, job: Job, source: Source) -> Manifest:
         shape=list(shape),
         shard_rows=options.shard_rows or max(1, min(SHARD_ROWS, PART_BYTES // row_bytes)),
         command=replace(options, **asked).command(_sources(source)),
-        versions=package_versions(),
+        versions=package_versions(*([module, f"{module}-gpu"] if (module := BACKENDS[job.backend].module) else [])),
         source=encoder.source,
         image_size=image_size,
         license=(encoder.record or encoder.config).license,

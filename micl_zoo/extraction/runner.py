@@ -144,7 +144,13 @@ class Model:
     def _halve(self, images: int, error: Exception) -> None:
         short = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not short and "can't allocate memory" not in str(error).lower():
-            raise error
+            if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                raise error
+            raise MiclZooError(
+                f"torch.compile failed for {self.encoder.name} ({str(error).splitlines()[0]}): leave compile out; or "
+                "delete its cache, TORCHINDUCTOR_CACHE_DIR or torchinductor_USER in the folder for temporary files, in "
+                "which a compilation that was killed leaves half a file"
+            ) from None
         if images == 1:
             raise MiclZooError(
                 f"{self.encoder.name} does not fit: not even one image at a time ({str(error).splitlines()[0]}). "

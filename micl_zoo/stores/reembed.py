@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
     LoadedEncoder = Encoder
 else:
-    LoadedEncoder = Any  # a search for ids does without torch; `store_encoder` says what is none
+    LoadedEncoder = Any  # a search for ids does without torch
+
+
+def check_loaded(encoder: Any) -> None:
+    """Refuse what is no Encoder, before anything else is done."""
+    if encoder is not None and not hasattr(encoder, "embed_pixels"):
+        raise UsageError(f"encoder must be an Encoder, it is {shown(encoder)}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,6 @@ def store_encoder(
 ) -> StoreEncoder:
     """Load the encoder that made a store, by the manifest's name where its weights are published, else from a file."""
     from ..encoders.device import autocast_dtype
-    from ..encoders.encoder import Encoder
 
     manifest, where = store.manifest, repr(store.folder.at(MANIFEST_FILE))
     try:
@@ -71,16 +76,18 @@ def store_encoder(
     given = encoder is not None or weights is not None
     if encoder is None:
         encoder = _loaded(store, weights, device)
-    elif weights is not None or device != "auto" or not isinstance(encoder, Encoder):
-        raise UsageError(f"encoder must be an Encoder, and goes without weights and device; it is {shown(encoder)}")
-    for what, mine, theirs in (
-        ("weights of sha256", manifest.weights_sha256, encoder.identity()[1]),
-        ("the transform", manifest.transform, encoder.transform.id),
+    elif weights is not None or device != "auto":
+        raise UsageError(f"an encoder has its {'device' if weights is None else 'weights'}: leave that argument out")
+    encoder.check_float32()
+    made = f" of {manifest.image_size} pixels" if manifest.image_size else ""
+    for what, mine, theirs, way_on in (
+        ("weights of sha256", manifest.weights_sha256, encoder.identity()[1], "give those with --model"),
+        ("the transform", manifest.transform, encoder.transform.id, f"it takes the encoder for images{made}"),
     ):
         if mine != theirs:
             raise WeightsError(
                 f"the store was made by {manifest.model} with {what} {mine}, but {encoder.name} "
-                f"({'given' if given else 'published'}) has {theirs}: give the weights that made it with --model"
+                f"({'given' if given else 'published'}) has {theirs}: {way_on}"
             )
     if (shape := list(encoder.row_shape(manifest.pool))) != manifest.shape:
         raise StoreError(

@@ -24,7 +24,7 @@ from ..sources.index import Entry, ImageIndex
 from .contact_sheet import PICTURE_FORMATS, Tile, write_contact_sheet
 from .originals import Originals
 from .parts import ID
-from .reembed import LoadedEncoder, store_encoder
+from .reembed import LoadedEncoder, check_loaded, store_encoder
 from .store import Store, open_store, part_name
 
 if TYPE_CHECKING:  # it imports torch, which a search for ids does without
@@ -101,6 +101,7 @@ def search(
         WeightsError: see `store_encoder` and `text_encoder`.
         StoreError: a part is damaged.
     """
+    check_loaded(encoder)
     store = open_store(store)
     many, ids, texts = _many(images), list(ids), [texts] if isinstance(texts, str) else list(texts)
     _check(store, many, ids, texts)

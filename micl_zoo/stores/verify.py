@@ -23,7 +23,7 @@ from ..schema import Between, checked, parse_json
 from ..sources.index import Entry, Fingerprint
 from .manifest import MANIFEST_FILE, Manifest, read_manifest
 from .originals import Originals
-from .reembed import LoadedEncoder, StoreEncoder, store_encoder
+from .reembed import LoadedEncoder, StoreEncoder, check_loaded, store_encoder
 from .store import LEDGER_FILE, Store, part_name, parts_of
 
 MIN_COSINE = 0.9999  # between a row and its image embedded again: other batch sizes and kernels stay above it
@@ -97,6 +97,7 @@ def verify(
         UsageError: a negative sample.
         WeightsError: see `store_encoder`.
     """
+    check_loaded(encoder)
     if not isinstance(store, Store):  # by `open_store` a wrong checksum would be an error, and here is one problem
         store = Store(folder := Folder(store), read_manifest(folder)[0])
     problems, again = list[str](), None

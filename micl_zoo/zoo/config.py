@@ -69,6 +69,7 @@ class ModelArgs:
     depth: Depths | Depth | None = None
     depths: Depths | None = None
     layers: Depths | None = None
+    block_config: Depths | None = None
     num_heads: Annotated[list[Heads], Between(1, 8)] | Heads | None = None
     head_dim: Width | None = None
     mlp_ratio: Annotated[list[Ratio], Between(1, 8)] | Ratio | None = None
@@ -96,6 +97,7 @@ class ModelArgs:
     conv_mlp: bool | None = None
     conv_bias: bool | None = None
     use_grn: bool | None = None
+    distillation: bool | None = None
     linear: bool | None = None
     stem_type: Literal["", "patch", "overlap", "overlap_tiered", "overlap_act", "deep", "deep_tiered"] | None = None
     avg_down: bool | None = None

@@ -103,7 +103,7 @@ def _path(text: str) -> Path | None:
     """Return the path that a text means, if it means one: because it says so, or something is there.
 
     Raises:
-        WeightsError: it looks like OWNER/NAME, and the folder OWNER is here: a path with a mistake in it.
+        UsageError: it is a page, or OWNER/NAME where the folder OWNER is here: a path with a mistake in it.
     """
     if text.startswith(PAGES):
         raise UsageError(
@@ -124,7 +124,7 @@ def _path(text: str) -> Path | None:
         return path
     if is_wrong:  # and is not sent anywhere
         hub = f"if OWNER/NAME on the hub is meant, give {pins.PREFIXES[0]}{text}"
-        raise WeightsError(f"no weights at {text!r}: folder {str(path.parent)!r} is here and has no such entry; {hub}")
+        raise UsageError(f"no weights at {text!r}: folder {str(path.parent)!r} is here and has no such entry; {hub}")
     return None
 
 

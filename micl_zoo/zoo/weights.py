@@ -174,7 +174,12 @@ def save_weights(
 
     body = config if isinstance(config, dict) else config.to_dict()
     kind = dtype and getattr(torch, dtype)
-    tensors = {key: value.detach().to("cpu", kind).contiguous() for key, value in state.items()}
+    tensors: dict[str, Tensor] = {}
+    places = set[int]()
+    for key, value in state.items():
+        one = value.detach().to("cpu", kind).contiguous()
+        tensors[key] = one.clone() if one.numel() and one.untyped_storage().data_ptr() in places else one
+        places.add(one.untyped_storage().data_ptr())  # as safetensors takes no tensor twice
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(tensors, temporary, {HEADER_KEY: json.dumps({"config": body, "provenance": provenance})})
     write_text(folder / CONFIG_FILE, config_text(body))

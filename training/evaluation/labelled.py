@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,11 @@ from micl_zoo.sources.parquet import open_parquet, read_column
 from ..corpora import CORPORA
 
 Label = str | int
+Part = tuple[ImageIndex, list[Label]]
 
 TEST_NAMES = ("test", "val", "valid", "validation")  # the first that has labels
+PARTS, ENDS = ("train", *TEST_NAMES), ("", "*.parquet")  # names of parts, and how they end
+TEST_SHARE = 0.2  # of each class, where there are no parts
 MOST_LABEL = 1000  # letters
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 ID_COLUMNS = ("id", "path", "file", "filename", "file_name", "image")
@@ -68,14 +72,24 @@ class LabelledSet:
         Args:
             place: a folder here or at a URI, or the name of a data set on the Hugging Face hub ("uoft-cs/cifar10"),
                 with train*.parquet and test*.parquet (or val…, also below `data/`), or with the folders train/ and
-                test/ or val/ that have a folder per class, as ImageNet-1k is laid out.
+                test/ or val/ that have a folder per class, as ImageNet-1k is laid out. A folder here without parts,
+                of a folder per class, is split: TEST_SHARE of each class, drawn once and for all, are test images.
             labels: a .csv with the columns id and label, for images whose place does not say it.
             train_images, test_images: take at most so many, balanced over the classes.
         """
         where, name = _where(os.fspath(place))
         given = read_label_file(labels) if labels else None
-        train, found = _open_part(where, ("train",), given)
-        test, asked = _open_part(where, TEST_NAMES, given)
+        split = None
+        if _has_parts(where):
+            train, found = _open_part(where, ("train",), given)
+            test, asked = _open_part(where, TEST_NAMES, given)
+        else:
+            try:
+                (train, found), (test, asked) = _split(where, given)
+            except SourceError as error:
+                expected = f"{_expected('train')}; or CLASS/*.jpg without parts, of which some are taken for testing"
+                raise SourceError(f"no train part with labels in {where!r}: {expected} | {error}") from None
+            split = f"{TEST_SHARE:.0%} of each class for testing, by chance with seed 0"
         classes, numbers = number_classes(found, asked, where)
         first = LabelledImages(train, numbers[0]).most(train_images)
         second = LabelledImages(test, numbers[1]).most(test_images)
@@ -87,6 +101,7 @@ class LabelledSet:
             "sha256": _hashes(train) | _hashes(test),
             "train_fingerprint": first.index.fingerprint(), "test_fingerprint": second.index.fingerprint(),
         }  # fmt: skip
+        facts |= {"split": split} if split else {}
         return cls(name, classes, first, second, facts | {"known": _known(name, facts)})
 
 
@@ -105,6 +120,27 @@ def _where(place: str) -> tuple[str, str]:
     )
 
 
+def _has_parts(where: str) -> bool:
+    """Whether a place has parts of its own for training or for testing, as all have that are not folders here."""
+    folder = Path(where)
+    if not folder.is_dir():
+        return True
+    return any(list(folder.glob(f"{inside}{name}{end}")) for inside in ("", "data/") for name in PARTS for end in ENDS)
+
+
+def _split(where: str, given: Mapping[str, str] | None) -> tuple[Part, Part]:
+    """Split a folder that has no parts, class by class; a class of one image is one for training."""
+    index = index_source(where)
+    found = labels_of(index, given)
+    order, rows = np.random.default_rng(0).permutation(len(found)), dict[Label, list[int]]()
+    for row in order.tolist():
+        rows.setdefault(found[row], []).append(row)
+    test = {row for some in rows.values() for row in some[: math.ceil(TEST_SHARE * len(some))] if len(some) > 1}
+    parts = [row for row in range(len(found)) if row not in test], sorted(test)
+    first, second = ((ImageIndex(index.table.take(pa.array(part))), [found[row] for row in part]) for part in parts)
+    return first, second
+
+
 def _open_part(where: str, names: Sequence[str], given: dict[str, str] | None) -> tuple[ImageIndex, list[Label]]:
     """Open the first part of one of these names that can be listed and has labels."""
     said: list[str] = []
@@ -115,9 +151,13 @@ def _open_part(where: str, names: Sequence[str], given: dict[str, str] | None) -
             except SourceError as error:
                 said.append(f"{name}: {error}")
     raise SourceError(
-        f"no {' or '.join(names)} part with labels in {where!r}: expected {names[0]}*.parquet with the columns image "
-        f"and label, or {names[0]}/CLASS/*.jpg" + "".join(f" | {one}" for one in said[:3])
+        f"no {' or '.join(names)} part with labels in {where!r}: {_expected(names[0])}"
+        + "".join(f" | {one}" for one in said[:3])
     )
+
+
+def _expected(part: str) -> str:
+    return f"expected {part}*.parquet with the columns image and label, or {part}/CLASS/*.jpg"
 
 
 def _listed(where: str, name: str, said: list[str]) -> Iterator[ImageIndex]:

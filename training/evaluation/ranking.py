@@ -199,7 +199,7 @@ def _facts(record: Json, text: str) -> list[str]:
     rate = "-" if speed is None else f"{speed.images_per_second:,.{0 if speed.images_per_second >= 10 else 1}f}"
     if speed and len({other.how for other in _speeds(record).values()}) > 1:
         rate += f" ({speed.device}, {speed.precision})"
-    return [rate, f"{one['width']:,}", f"{one['parameters'] / 1e6:.1f} M", one["license"]]
+    return [rate, f"{one['width']:,}", f"{one['parameters'] / 1e6:.1f} M", _short(one["license"], LICENSE_LETTERS)]
 
 
 def _speed(record: Json, text: str) -> Speed | None:
@@ -216,7 +216,8 @@ def _notes(record: Json, said: Mapping[str, str]) -> Iterator[str]:
     data = {name: facts for one in record["encoders"].values() for name, facts in one["record"]["data"].items()}
     for name, facts in data.items():
         images = f"{facts['train_images']:,} train and {facts['test_images']:,} test images of {facts['classes']:,}"
-        yield f"{plain(name)}: {images} classes."
+        split = f" {facts['split']}." if "split" in facts else ""
+        yield f"{plain(name)}: {images} classes.{split}"
     if data:
         yield "±: half the 95 % interval of the accuracy, over test images, with few-shot over draws as well."
     if len(record["encoders"]) > 1:
@@ -246,7 +247,7 @@ def _notes(record: Json, said: Mapping[str, str]) -> Iterator[str]:
 
 # The plot.
 
-NAME_LETTERS = 44  # of a name in a plot
+NAME_LETTERS, LICENSE_LETTERS = 44, 24  # of a name in a plot, of a licence in a table
 
 
 def plot(record: Json, file: Path) -> None:
@@ -321,9 +322,9 @@ def _panel(
         )  # fmt: skip
 
 
-def _short(name: str) -> str:
-    half = NAME_LETTERS // 2
-    return name if len(name) <= NAME_LETTERS else f"{name[:half]}…{name[1 - half :]}"
+def _short(name: str, letters: int = NAME_LETTERS) -> str:
+    half = letters // 2
+    return name if len(name) <= letters else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _spread(heights: Sequence[float]) -> list[float]:

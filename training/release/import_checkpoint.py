@@ -6,11 +6,13 @@ import argparse
 import itertools
 import math
 import mmap
+import os
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,12 @@ from micl_zoo.encoders.build import build_from, timm_config
 from micl_zoo.errors import UsageError, WeightsError, nearest
 from micl_zoo.files import file_sha256, open_regular
 from micl_zoo.images.transform import Transform
+from micl_zoo.printing import printable
 from micl_zoo.schema import read
 from micl_zoo.zoo.config import Depth, Ratio, Side, Width, is_projection
-from micl_zoo.zoo.ours import ARCHS, Arch, timm_architecture
-from micl_zoo.zoo.weights import WEIGHTS_FILE, EncoderConfig, read_tensors, save_weights
+from micl_zoo.zoo.ours import ARCHS, RECORDS, Arch, timm_architecture
+from micl_zoo.zoo.public import row_of
+from micl_zoo.zoo.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, EncoderConfig, read_tensors, save_weights
 
 from ..micl import position_table
 
@@ -35,9 +39,10 @@ POSITION_TOLERANCE = 1e-5
 # Width and heads behind the size words in model names, as in the ViT papers and timm.
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}
 WRAPPERS = ("model", "state_dict", "model_state_dict")  # entries that training code puts its weights in
+MOST_SHARED = 4  # times the bytes of a file that its tensors may claim
 NEEDED = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
 
-
+logger = getLogger(__name__)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_ARGS, DEEPEST_ARG, LONGEST_ARG, LARGEST = 1000, 5, 1000, 2**63  # of a run's command line
 
@@ -92,8 +97,10 @@ def import_checkpoint(
         WeightsError: a file that is not such a checkpoint, or that needs more than tensors and plain values to be read.
         UsageError: an argument that is missing or does not fit, or a folder with an encoder in it.
     """
-    if (out / WEIGHTS_FILE).exists():
-        raise UsageError(f"{str(out)!r} holds an encoder already: give a new folder")
+    if there := [name for name in (WEIGHTS_FILE, CONFIG_FILE, ONNX_FILE) if os.path.lexists(out / name)]:
+        raise UsageError(f"{str(out)!r} holds {there[0]} already: give a new folder")
+    if name in RECORDS:
+        raise UsageError(f"{name} is the name of an encoder of ours: give another one")
     if architecture is not None and num_heads is not None:
         raise UsageError("num_heads is for weights that do not say their architecture: leave it out")
     found, where = _read(checkpoint, key), repr(str(checkpoint))
@@ -102,14 +109,14 @@ def import_checkpoint(
         "epoch": found.epoch, "args": found.args, "license": license, "versions": package_versions(),
     }  # fmt: skip
     if architecture is not None:
-        config = _timm_config(architecture, found.state, name, license)
-        model = build_from(config, found.state, where).model
-        state = model.state_dict()
-        config = replace(config, num_classes=getattr(model, "num_classes", 0))
-        left_out = [one for one in found.state if one not in state] if state.keys() & found.state.keys() else []
-        sizes: dict[str, Any] = {"architecture": architecture}
+        config = _timm_config(architecture, name, license)
+        trained = config.transform.at_size(config.trained_size or config.size)  # positions stay as they were trained
+        built, left_out = build_from(replace(config, transform=trained, trained_size=None), found.state, where)
+        state = built.model.state_dict()
+        config = replace(config, num_classes=getattr(built.model, "num_classes", 0))
+        sizes: dict[str, Any] = {"architecture": architecture, "tensors": len(found.state)}
     else:
-        state, left_out = _encoder_part(found.state)
+        state, left_out = _encoder_part(_without_prefix(found.state))
         shape, heads_from = _shape(state, num_heads, str(found.args.get("model", "")), where)
         _check_state(state, shape, where)
         config, sizes = _config(shape, name, license), {**shape.sizes, "num_heads_from": heads_from}
@@ -117,40 +124,62 @@ def import_checkpoint(
     return save_weights(out, state, config, provenance | kept, "float32" if architecture is None else None)
 
 
-def _timm_config(architecture: str, state: Mapping[str, Tensor], name: str | None, license: str) -> EncoderConfig:
-    """How to build a model of timm's, with the classifier of these weights, and without one if they have none."""
+def _timm_config(architecture: str, name: str | None, license: str) -> EncoderConfig:
+    """How to build a model of timm's, without a classifier; a CLIP with its projection."""
     names = [*timm.list_models(), *timm.list_pretrained()]
     known = timm.get_pretrained_cfg(architecture) if architecture in names else None
     if known is None:
         raise UsageError(f"timm {timm.__version__} has no {architecture!r}. {nearest(architecture, names)}".rstrip())
     config = timm_config(architecture)
-    classes = next((one.shape[0] for key, one in state.items() if one.ndim and key == f"{known.classifier}.weight"), 0)
-    classes = classes or (config.num_classes if is_projection(config.architecture, config.num_classes) else 0)
+    usual = row_of(None, known.hf_hub_id or "")
+    if usual and usual.name != config.name and "." in architecture:
+        logger.warning("%s is not what its authors run, that is %s: %s", config.name, usual.name, usual.why)
     name = name or f"{config.architecture}.imported"
     _check_name(name)
-    return replace(config, name=name, license=license, num_classes=classes)
+    classes = config.num_classes if is_projection(config.architecture, config.num_classes) else 0
+    return replace(config, name=name, license=license or "unknown", num_classes=classes)
 
 
 def _read(checkpoint: Path, key: str | None) -> _Checkpoint:
     if not checkpoint.is_file():
         raise WeightsError(f"no checkpoint at {str(checkpoint)!r}: expected a .pth or .safetensors file")
-    body = _load(checkpoint)
-    entries = [one for one in body if isinstance(one, str)] if isinstance(body, dict) else []
-    if key is not None and key not in entries:
-        raise UsageError(f"{str(checkpoint)!r} has no entry {key!r}: it has {_some(entries) or 'none with names'}")
-    key = key or next((one for one in WRAPPERS if one in entries and isinstance(body[one], dict)), None)
-    state = body if key is None else body[key]
+    body: Any = _load(checkpoint)
+    if key is None:
+        key = next((one for one in WRAPPERS if isinstance(body, dict) and isinstance(body.get(one), dict)), None)
+    state = body if key is None else _entry(body, key, checkpoint)
     if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
         asked = f"as {key!r}" if key else f"neither as {' or '.join(WRAPPERS)} nor as a whole"
-        found = f"a dict with {_some(entries) or 'no names'}" if isinstance(body, dict) else f"a {type(body).__name__}"
-        raise WeightsError(f"{str(checkpoint)!r} has no state dict, {asked}: it is {found}; key names another entry")
-    state = _without_prefix({name: value.detach() for name, value in state.items()})
-    _check_size(state, checkpoint)
+        other = next((one for one in _entries(body) if "state_dict" in one and one != key), "ENTRY")
+        raise WeightsError(
+            f"{str(checkpoint)!r} has no state dict, {asked}: it is {_kind(body)}; --key {other} (key=) takes an entry"
+        )
+    weights = {name: value.detach() for name, value in state.items()}
+    _check_size(weights, checkpoint)
     rest = body if key else {}
     epoch, args = rest.get("epoch"), rest.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     epoch = epoch if type(epoch) is int and 0 <= epoch < LARGEST else None
-    return _Checkpoint(state, key, epoch, _Plain().dict(args) if isinstance(args, dict) else {})
+    return _Checkpoint(weights, key, epoch, _Plain().dict(args) if isinstance(args, dict) else {})
+
+
+def _entry(body: Any, key: str, checkpoint: Path) -> Any:
+    """Find an entry by its name, or by names with dots between them."""
+    if key in _entries(body):
+        return body[key]
+    first, _, rest = key.partition(".")
+    if rest and first in _entries(body):
+        return _entry(body[first], rest, checkpoint)
+    raise UsageError(f"{str(checkpoint)!r} has no entry {key!r}: it has {_some(_entries(body)) or 'none with names'}")
+
+
+def _entries(body: Any) -> list[str]:
+    return [one for one in body if isinstance(one, str)] if isinstance(body, dict) else []
+
+
+def _kind(body: Any) -> str:
+    return (
+        f"a dict with {_some(_entries(body)) or 'no names'}" if isinstance(body, dict) else f"a {type(body).__name__}"
+    )
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,10 +198,17 @@ def _is_weight(key: object, value: object) -> bool:
 
 
 def _check_size(state: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Refuse tensors that claim more numbers than the file has, by strides of 0 or one storage for many of them."""
+    """Refuse tensors that claim far more numbers than the file has, by strides of 0 or one storage for many of them.
+
+    Honest files have some tensors under two names, as of tied layers or of running means at their start.
+    """
     claimed, there = sum(value.numel() * value.element_size() for value in state.values()), checkpoint.stat().st_size
-    if claimed > there:
+    if claimed > MOST_SHARED * there or any(value.numel() > _stored(value) for value in state.values()):
         raise WeightsError(f"{str(checkpoint)!r} has {there:,} bytes, and its tensors claim {claimed:,}: it is a fake")
+
+
+def _stored(value: Tensor) -> int:
+    return value.untyped_storage().nbytes() // value.element_size()
 
 
 def _load(checkpoint: Path) -> Any:
@@ -341,5 +377,5 @@ def _check_name(name: str) -> str:
 
 def _some(keys: Iterable[str]) -> str:
     """The first few names, and how many more there are."""
-    names = list(keys)
+    names = [printable(key) for key in keys]  # on one line
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
