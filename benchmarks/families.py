@@ -103,7 +103,6 @@ ROWS = (
     _vit("DeiT, distilled", "deit_tiny_distilled_patch16_224", 64, 96),
     _vit("EVA", "eva_giant_patch14_224", 56, 84),
     _vit("EVA-02", "eva02_tiny_patch14_224", 56, 84),
-    _vit("ViT with learned RoPE", "vit_small_patch16_rope_mixed_224", 64, 96),
     _vit("EVA-02 CLIP", "eva02_base_patch16_clip_224", 64, 96, num_classes=512),
     _vit("BEiT", "beit_base_patch16_224", 64, 96),
     _vit("BEiT v2", "beitv2_base_patch16_224", 64, 96),
@@ -138,6 +137,7 @@ ROWS = (
     Row("CaiT", "cait_xxs24_224", {"img_size": 64, **VIT}),
     Row("MLP-Mixer", "mixer_s32_224", {"img_size": 64}),
     Row("EfficientViM", "efficientvim_m1", {}, {"input_size": (3, 64, 64)}, 128),
+    _vit("ViT with learned RoPE", "vit_small_patch16_rope_mixed_224", 64, 96),
 )
 # Of which OpenVINO and torch.compile are tried: one compilation takes a minute.
 COMPILED = ("test_vit", "vit_small_patch16_dinov3", "test_convnext", "test_efficientnet")
