@@ -267,6 +267,7 @@ def rivals_data(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_rivals(script: Script, tmp_path: Path) -> None:
     rivals, data, work, file = (
         script("rivals"),

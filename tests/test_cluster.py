@@ -154,6 +154,7 @@ def test_a_stop_keeps_the_beginning_of_a_shard_and_one_process_goes_on(
     assert files(tmp_path / "s") == files(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_what_was_refused_is_tried_again_on_a_cluster(
     nodes: Any, pictures: Path, encoder_folder: Path, tmp_path: Path
 ) -> None:

@@ -320,7 +320,7 @@ TIMM: list[tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = [
             "pos_embed": torch.cat([torch.zeros(1, 1, 384), s["pos_embed"]], 1),  # with the class token's
         },
     ),
-    ("vit_base_patch16_224.mae", lambda s: {**s, "mask_token": s["cls_token"], "decoder_x": torch.ones(9)}),
+    ("vit_tiny_patch16_224", lambda s: {**s, "mask_token": s["cls_token"], "decoder_x": torch.ones(9)}),
     ("levit_128s", dict),
     ("resnet18", lambda s: {key: one for key, one in s.items() if not key.endswith("num_batches_tracked")}),
     ("resnet18", lambda s: {**{f"module.{key}": one for key, one in s.items()}, "n_averaged": torch.tensor(3)}),

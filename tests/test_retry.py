@@ -51,7 +51,9 @@ def refusing(reasons: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders.Reader, "read", refuse)
 
 
-@pytest.mark.parametrize("changes", [{}, {"only_missing": True}, {"processes": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"only_missing": True}, pytest.param({"processes": 2}, marks=pytest.mark.slow)]
+)
 def test_what_may_pass_is_tried_again_and_gives_the_store_of_one_run(
     image_folder: Callable[..., Path], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: Any
 ) -> None:
