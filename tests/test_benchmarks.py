@@ -105,6 +105,7 @@ def test_upright(script: Script, image_folder: Callable[..., Path], encoder_fold
     assert found["lowest_pairwise_cosine"] == pytest.approx(float((scene @ scene.T).min()), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_export(script: Script, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     file = tmp_path / "record.json"
@@ -172,6 +173,7 @@ def test_lightly_embed_says_what_it_needs() -> None:
     assert "an environment that has lightly-train" in said.stderr
 
 
+@pytest.mark.slow
 def test_extract_beside_a_plain_loop(script: Script, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     found, table = extract_trial(script, image_folder(4), tmp_path, "extract auto", "plain fp32", "lightly-train fp32")
     assert set(found["figures"]) == {"extract auto", "plain fp32"}

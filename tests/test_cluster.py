@@ -139,6 +139,7 @@ def test_actors_that_are_killed_leave_the_store_of_one_process(
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_stop_keeps_the_beginning_of_a_shard_and_one_process_goes_on(
     nodes: Any, pictures: Path, encoder_folder: Path, tmp_path: Path, at_first: Any
 ) -> None:

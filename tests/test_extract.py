@@ -640,7 +640,9 @@ def test_devices_and_processes() -> None:
         extract("x.jpg", "y", model=micl_zoo.load(pretrained=False, device="cpu"), processes=2)
 
 
-@pytest.mark.parametrize("options", [["--workers", "0"], ["--processes", "2", "--devices", "cpu"]])
+@pytest.mark.parametrize(
+    "options", [["--workers", "0"], pytest.param(["--processes", "2", "--devices", "cpu"], marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_said_in_a_line(
     image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path, options: list[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ import micl_zoo
 from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.extraction.processes import python
 from micl_zoo.files import file_sha256
+from micl_zoo.training.evaluation import knn as knn_module
 from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretraining import pretrain as module
 from micl_zoo.training.pretraining.pretrain import pretrain
@@ -451,6 +453,13 @@ def labelled(folder: Path, name: str, count: int) -> None:
     pq.write_table(pa.table({"image": cells, "label": [n % 4 for n in range(count)]}), folder / f"{name}.parquet")
 
 
+@pytest.fixture
+def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the images of k-NN decoded by the process itself: starting others takes longer than all else here."""
+    monkeypatch.setattr(knn_module, "embed_labelled", functools.partial(knn_module.embed_labelled, workers=0))
+
+
+@pytest.mark.usefixtures("without_processes")
 def test_knn_and_the_views_are_shown_while_it_trains(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     run, sets = tmp_path / "run", tmp_path / "four"
     labelled(sets, "train", 16)
@@ -489,6 +498,7 @@ def test_a_ratio_that_leaves_no_view_is_refused_before_the_data_are_read(tmp_pat
         pretrain(RECIPE, "nowhere", tmp_path / "r", overrides=["mask_ratio=0.97"], device="cpu")
 
 
+@pytest.mark.usefixtures("without_processes")
 def test_knn_goes_by_the_clock_and_changes_no_number(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder, sets, options = image_folder(24), tmp_path / "four", [*TWIN, "checkpoint_minutes=60"]
     labelled(sets, "train", 8)

@@ -195,7 +195,9 @@ def test_a_link_whose_mount_is_back_and_a_file_that_is_whole_now(
         run()
 
 
-@pytest.mark.parametrize(("limit", "options"), [(2, {}), (4, {}), (6, {}), (2, {"processes": 2})])
+@pytest.mark.parametrize(
+    ("limit", "options"), [(2, {}), (4, {}), (6, {}), pytest.param(2, {"processes": 2}, marks=pytest.mark.slow)]
+)
 def test_a_limit_and_then_all(
     image_folder: Callable[..., Path], run: Run, tmp_path: Path, limit: int, options: Any
 ) -> None:
