@@ -2,18 +2,21 @@
 
 Keep a fifth of an image's patches, split them into two disjoint views, contrast the class tokens over the batch.
 
-Shapes: B images, N patches of the whole image, K patches kept, V views (two in the paper; K/V patches each), D width,
-P = 3 * patch_size ** 2 numbers a patch.
+Shapes: B images, N patches of the whole image, K patches kept, V views (two in the paper; K/V patches each), R tokens
+before the patches' (class token and registers), D width, P = 3 * patch_size ** 2 numbers a patch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from micl_zoo.errors import UsageError
 
 from .recipes import kept_patches
+
+Vit: TypeAlias = VisionTransformer | Eva
+Pooled = Literal["cls", "mean", "native", "projection"]  # see `zoo.pools.Pool`
+# Why models that have patches and tokens cannot be trained, by the class that timm has for them.
+OTHERS = {
+    "VisionTransformerDistilled": "has a second class token that is trained on a teacher's labels",
+    "Beit": "has a table of relative positions of all patches, which a view has not",
+    "NaFlexVit": "puts images of any shape into its sequence by itself",
+}
 
 
 class MiCLOutput(NamedTuple):
@@ -32,7 +44,7 @@ class MiCLOutput(NamedTuple):
 
 
 class MiCL(nn.Module):
-    """MiCL over a timm `VisionTransformer`; the ViT's weights are trained in place, under timm's names.
+    """MiCL over a timm `VisionTransformer` or `Eva`; its weights are trained in place, under timm's names.
 
     The position table is replaced by the frozen 2-D sin-cos one, or trained as it is; no other weight is touched (see
     `init_weights`).
@@ -40,33 +52,37 @@ class MiCL(nn.Module):
 
     def __init__(
         self,
-        vit: VisionTransformer,  # with a class token, no other prefix token, and class-token pooling (`num_classes=0`)
+        vit: Vit,  # see `check_trainable`
         *,
         mask_ratio: float,  # share of the patches that no view sees; K = floor(N * (1 - mask_ratio)) // V * V are kept
         kappa: float = 1 / 64,  # concentration of the T-distributed spherical similarity
         temperature: float = 0.07,  # divides the similarity
         views: int = 2,  # V, at least 2
-        pooled_token: Literal["cls", "mean"] = "cls",  # what is contrasted: the class token, or a view's mean patch
+        pooled_token: Pooled = "cls",  # what is contrasted: class token, mean patch of a view, or what timm pools of it
         class_position: Literal["zero", "centre"] = "zero",  # of the frozen table's row for the class token
-        positions: Literal["sincos", "learned"] = "sincos",  # the frozen table, or the ViT's own, class token included
+        # The frozen table, of a ViT with a class token alone; or the ViT's, called "own" where they are a start's.
+        positions: Literal["sincos", "learned", "own"] = "sincos",
     ) -> None:
         super().__init__()
-        _check_vit(vit)
+        check_trainable(vit, pooled_token)
         if not 0 <= mask_ratio < 1:
             raise UsageError(f"mask_ratio must be at least 0 and below 1, got {mask_ratio}")
         if views < 2:
             raise UsageError(f"views must be at least 2, got {views}")
-        if positions == "learned" and class_position != "zero":
+        if positions != "sincos" and class_position != "zero":
             raise UsageError("class_position must be zero with learned positions: they have a row for the class token")
         self.vit, self.views, self.pooled_token = vit, views, pooled_token
         self.class_position, self.positions = class_position, positions
         self.mask_ratio, self.kappa, self.temperature = mask_ratio, kappa, temperature
         self.patch_size: int = vit.patch_embed.patch_size[0]
         self.grid_size: tuple[int, int] = vit.patch_embed.grid_size
+        self.prefix: int = vit.num_prefix_tokens  # R
         if positions == "sincos":
+            _check_plain(vit)
             with torch.no_grad():
                 vit.pos_embed.copy_(self._sincos(self.grid_size))
-        vit.pos_embed.requires_grad_(positions == "learned")
+        if vit.pos_embed is not None:
+            vit.pos_embed.requires_grad_(positions != "sincos")
 
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None) -> MiCLOutput:
         """Loss of a batch of whole images, (B, 3, H, W), normalised; only the visible patches are embedded.
@@ -94,34 +110,65 @@ class MiCL(nn.Module):
 
     def pool_views(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
         """What is contrasted of each view, after the final norm: (B, V, D). The arguments are those of `contrast`."""
+        if self.pooled_token == "cls":
+            return self.vit.norm(self._blocks(patches, views, grid)[:, :, 0])
+        tokens = self.encode_views(patches, views, grid)
         if self.pooled_token == "mean":
-            return self.encode_views(patches, views, grid)[:, :, 1:].mean(2)
-        return self.vit.norm(self._blocks(patches, views, grid)[:, :, 0])
+            return tokens[:, :, self.prefix :].mean(2)
+        rows = self.vit.forward_head(tokens.flatten(0, 1), pre_logits=self.pooled_token == "native")
+        return rows.unflatten(0, tokens.shape[:2])
 
     def encode_views(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens of all views after the final norm, the class token first: (B, V, K/V + 1, D)."""
+        """Tokens of all views after the final norm, class token and registers first: (B, V, R + K/V, D).
+
+        With all patches in one view, in order, they are those that timm's own forward pass gives.
+        """
         return self.vit.norm(self._blocks(patches, views, grid))
 
     def _blocks(self, patches: Tensor, views: Tensor, grid: tuple[int, int]) -> Tensor:
-        sequences = patches.shape[:2]  # B, V
-        positions = self._positions(grid, patches.device)  # (1 + N, D)
-        conv = self.vit.patch_embed.proj
-        tokens = F.linear(patches, conv.weight.flatten(1), conv.bias)  # (B, V, K/V, D)
-        tokens = tokens + F.embedding(views, positions[1:])  # not [views], whose gradient differs from run to run
-        tokens = tokens.flatten(0, 1)  # (VB, K/V, D)
-        class_token = (self.vit.cls_token + positions[:1]).expand(len(tokens), -1, -1).to(tokens.dtype)
-        tokens = torch.cat([class_token, tokens], dim=1)  # (VB, K/V + 1, D)
-        tokens = self.vit.norm_pre(tokens)
-        for block in self.vit.blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False) if self.vit.grad_checkpointing else block(tokens)
+        vit, sequences = self.vit, patches.shape[:2]  # B, V
+        conv, positions = vit.patch_embed.proj, self._positions(grid, patches.device)
+        tokens = vit.patch_embed.norm(F.linear(patches, conv.weight.flatten(1), conv.bias))  # (B, V, K/V, D)
+        prefix = [one for one in (vit.cls_token, vit.reg_token) if one is not None]  # (1, 1 or more, D) each
+        if positions is not None:
+            first = len(positions) - grid[0] * grid[1]  # R, or 0 where only patches have positions
+            tokens = tokens + F.embedding(views, positions[first:])  # not [views], whose gradient differs by run
+            prefix = [torch.cat(prefix, dim=1) + positions[:first]] if first else prefix
+        tokens = tokens.to(conv.weight.dtype).flatten(0, 1)  # (VB, K/V, D)
+        tokens = torch.cat([*(one.expand(len(tokens), -1, -1).to(tokens.dtype) for one in prefix), tokens], dim=1)
+        tokens = vit.norm_pre(tokens)  # (VB, R + K/V, D)
+        rotary = self._rotary(views, grid)
+        for number, block in enumerate(vit.blocks):
+            turns: dict[str, Any] = {"rope": rotary[number % len(rotary)]} if rotary else {}
+            if vit.grad_checkpointing:
+                tokens = checkpoint(block, tokens, use_reentrant=False, **turns)
+            else:
+                tokens = block(tokens, **turns)
         return tokens.unflatten(0, sequences)
 
-    def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        if grid == self.grid_size:
-            return self.vit.pos_embed[0]
-        if self.positions == "learned":
-            return stretched_positions(self.vit.pos_embed[0], self.grid_size, grid)
-        return self._sincos(grid).to(device)
+    def _positions(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        if self.positions == "sincos" and grid != self.grid_size:
+            return self._sincos(grid).to(device)
+        if (own := self.vit.pos_embed) is None or grid == self.grid_size:
+            return own if own is None else own[0]
+        return stretched_positions(own[0], self.grid_size, grid)
+
+    def _rotary(self, views: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Rotary tables at the visible patches, (VB, 1 or heads, K/V, E): none, one for all blocks, or one for each.
+
+        On another grid than the ViT's they are those that timm gives a model for images of that size.
+        """
+        if (rope := getattr(self.vit, "rope", None)) is None:
+            return ()
+        cached = getattr(rope, "feat_shape", None)
+        if cached is not None and tuple(cached) != grid:
+            rope = copy.deepcopy(rope)
+            rope.update_feat_shape(list(grid))
+        table = rope.get_embed() if cached is not None else rope.get_embed(shape=list(grid))  # (N, E)
+        table = table[None, None] if table.ndim == 2 else table  # (1 or blocks, 1 or heads, N, E)
+        last = table.movedim(2, 0)  # (N, blocks, heads, E)
+        rows = F.embedding(views.flatten(0, 1), last.flatten(1)).unflatten(2, last.shape[1:])
+        return rows.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _sincos(self, grid: tuple[int, int]) -> Tensor:
         return position_table(self.vit.embed_dim, grid, self.grid_size, class_position=self.class_position)
@@ -201,13 +248,14 @@ def position_table(
 
 
 def stretched_positions(table: Tensor, full_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """A table (1 + M, D) of a full grid -> (1 + N, D), bilinearly, where `position_table` puts the patches of `grid`.
+    """A table (R + M, D) of a full grid -> (R + N, D), bilinearly, where `position_table` puts the patches of `grid`.
 
-    The row for the class token, the first, stays.
+    The rows for class token and registers, the first, stay.
     """
-    full = table[1:].unflatten(0, full_grid).permute(2, 0, 1)  # (D, down, across)
+    first = len(table) - full_grid[0] * full_grid[1]
+    full = table[first:].unflatten(0, full_grid).permute(2, 0, 1)  # (D, down, across)
     rows = F.interpolate(full[None], size=grid, mode="bilinear", align_corners=False)[0].flatten(1).T  # (N, D)
-    return torch.cat([table[:1], rows])
+    return torch.cat([table[:first], rows])
 
 
 def _centres(count: int, full: int) -> Tensor:
@@ -246,12 +294,40 @@ def init_weights(
         nn.init.normal_(vit.pos_embed, std=0.02, generator=generator)
 
 
-def _check_vit(vit: VisionTransformer) -> None:
+def check_trainable(model: Any, pooled_token: Pooled = "cls") -> None:
+    """Refuse a model that MiCL cannot train: its patches must be tokens that can be left out one by one.
+
+    Raises:
+        UsageError: it is no `VisionTransformer` or `Eva` of timm's, its patches are not cut as squares by one linear
+            layer, or it lacks the row that is to be contrasted.
+    """
+    kind = type(model)
+    if kind not in (VisionTransformer, Eva):
+        why = "does not take patches as tokens of which most can be left out"
+        raise UsageError(
+            f"MiCL cannot train this model, a {kind.__name__} of timm: it {OTHERS.get(kind.__name__, why)}. It trains "
+            "timm's VisionTransformer and Eva: DINO, DINOv2, DINOv3, MAE, CLIP, SigLIP, DeiT-3, EVA-02, PE and ours"
+        )
+    embed, tower = model.patch_embed, bool(getattr(model, "num_classes", 0))
+    proj = getattr(embed, "proj", None)
+    is_cut = type(embed) is PatchEmbed and isinstance(proj, nn.Conv2d) and proj.kernel_size == proj.stride
+    lacks = {
+        "its patches are made by convolutions that see their neighbours": not is_cut,
+        "its patches are not squares": is_cut and len(set(embed.patch_size)) > 1,
+        "it has no class token to contrast": pooled_token == "cls" and model.cls_token is None,
+        "it has no projection to contrast": pooled_token == "projection" and not tower,
+    }
+    if found := [what for what, wrong in lacks.items() if wrong]:
+        raise UsageError(f"MiCL cannot train this model: {' and '.join(found)}")
+
+
+def _check_plain(vit: Vit) -> None:
     problems = {
+        "rotary positions": getattr(vit, "rope", None) is not None,
         "no class token": vit.cls_token is None,
         "prefix tokens besides the class token": vit.num_prefix_tokens != 1,
         "no position table with a row for the class token": vit.pos_embed is None or vit.no_embed_class,
         "global_pool other than 'token'": vit.global_pool != "token",
     }
     if found := [what for what, wrong in problems.items() if wrong]:
-        raise UsageError(f"MiCL needs a timm VisionTransformer that pools its class token; this has {', '.join(found)}")
+        raise UsageError(f"sin-cos positions are for a ViT that pools its class token; this has {', '.join(found)}")

@@ -55,6 +55,11 @@ class AnyRecipe:
     beta1: Annotated[float, Between(0, 0.999_999)] = 0.9  # of AdamW's first moment
     beta2: Annotated[float, Between(0, 0.999_999)] = 0.95  # of its second
     weight_decay: Amount = 0.05  # none of biases, norms and positions, and in fine-tuning of the class token
+    # Each block learns at layer_decay times the rate of the one above it, and the patch embedding with class token and
+    # position table below all of them; 1 is one rate for all.
+    layer_decay: Chance = 1.0
+    clip_norm: Amount = 0.0  # largest norm of all gradients together, to which longer ones are scaled; 0 is off
+    ema_decay: Chance = 0.0  # of a running mean of the weights, which is measured and saved; 0: the weights themselves
     crop_scale_min: Chance = 0.2  # least area of a crop as a share of the image
     crop_scale_max: Chance = 1.0  # largest
     crop_ratio_min: Positive = 3 / 4  # least width / height of a crop before it is resized to a square
@@ -97,6 +102,8 @@ class AnyRecipe:
             f"crop_ratio_min must be at most crop_ratio_max {self.crop_ratio_max:g}": (
                 self.crop_ratio_min <= self.crop_ratio_max
             ),
+            "layer_decay must be above 0 and at most 1": self.layer_decay > 0,
+            "ema_decay must be below 1": self.ema_decay < 1,
         }
 
 
@@ -120,9 +127,18 @@ class Recipe(AnyRecipe):
     views: Views = (
         2  # V, disjoint views that the patches kept are split into; the loss is the mean over all their pairs
     )
-    pooled_token: Literal["cls", "mean"] = "cls"  # what is contrasted: the class token, or the mean of a view's patches
+    # What is contrasted, by the encoder's names for rows: the class token, the mean of a view's patches, or what timm
+    # pools of a view's tokens, with a CLIP's projection or without.
+    pooled_token: Literal["cls", "mean", "native", "projection"] = "cls"
     class_position: Literal["zero", "centre"] = "zero"  # of the class token; centre: that of the middle of the grid
-    positions: Literal["sincos", "learned"] = "sincos"  # a frozen table, or drawn at the start, trained without decay
+    # A frozen table; one drawn at the start, trained without decay; or those of the encoder that a run starts from,
+    # rotary ones, too, trained without decay.
+    positions: Literal["sincos", "learned", "own"] = "sincos"
+    prefix_tokens: Annotated[int, Between(0, 65)] = 1  # class token and registers; others than 1 of a run's start only
+    frozen_positions: bool = False  # keep the start's own positions
+    frozen_embedding: bool = False  # keep its patch embedding
+    frozen_blocks: Annotated[int, Between(0, 128)] = 0  # keep its first blocks, and all that comes before them
+    start_share: Chance = 0.0  # share of the start's weights in the finished ones (WiSE-FT, arXiv 2109.01903)
     kappa: Amount = 1 / 64  # concentration of the tSP similarity
     temperature: Positive = 0.07  # divides the similarity
     # local: a batch falls into groups of contrast_batch images that are contrasted among themselves, as each GPU of the
@@ -171,9 +187,12 @@ class Recipe(AnyRecipe):
 
     def _rules(self) -> dict[str, bool]:
         patch, groups = self.patch_size, self.contrast_batch >= 2 and self.batch_size % self.contrast_size == 0
+        own = self.positions == "own"  # the network is the start's
         weights = self.depth * self.embed_dim**2 * (4 + 2 * self.mlp_ratio)
         return super()._rules() | {
-            "norm_eps must be 1e-06, which is what timm's names for a ViT mean": self.norm_eps == 1e-6,
+            "norm_eps must be 1e-06, which is what timm's names for a ViT mean": own or self.norm_eps == 1e-6,
+            "prefix_tokens must be 1, the class token": own or self.prefix_tokens == 1,
+            f"frozen_blocks must be at most depth {self.depth}": self.frozen_blocks <= self.depth,
             f"crop_size must be a multiple of patch_size {patch}": self.crop_size % patch == 0,
             f"image_size must be a multiple of patch_size {patch}": self.image_size % patch == 0,
             f"image_size must be at most {MAX_GRID} patches of patch_size {patch}": self.image_size <= MAX_GRID * patch,
@@ -187,6 +206,8 @@ class Recipe(AnyRecipe):
             "class_position must be zero with learned positions, which have a row for the class token": (
                 self.positions == "sincos" or self.class_position == "zero"
             ),
+            "pooled_token must be cls or mean": own or self.pooled_token in ("cls", "mean"),
+            "start_share must be 0 without a start": own or not self.start_share,
         }
 
 
@@ -201,15 +222,12 @@ class FineTuneRecipe(AnyRecipe):
     min_lr: Amount = 1e-6
     beta2: Annotated[float, Between(0, 0.999_999)] = 0.999
     crop_scale_min: Chance = 0.08
-    # The head learns at the full rate, each block below at layer_decay times that of the one above it, and the patch
-    # embedding with class token and position table below all of them.
-    layer_decay: Chance = 0.65
+    layer_decay: Chance = 0.65  # the head learns at the full rate
     drop_path: Chance = 0.1  # chance to skip a branch of the last block, rising linearly from 0 at the first
     pool: Literal["mean", "cls"] = (
         "mean"  # the head sees the patches' mean by a new norm, or the class token by the encoder's
     )
     head_std: Amount = 2e-5  # standard deviation of the head's first weights
-    ema_decay: Chance = 0.0  # of a running mean of the weights, which is tested and saved; 0: the weights themselves
     mixup: Amount = 0.8  # alpha of the beta distribution that the shares of two images are drawn from; 0 is off
     cutmix: Amount = 1.0  # the same, where a box of one replaces that of the other
     mix_probability: Chance = 1.0  # chance that a batch is mixed at all; by one of the two where both are on
@@ -221,9 +239,8 @@ class FineTuneRecipe(AnyRecipe):
     def _rules(self) -> dict[str, bool]:
         pairs = self.batch_size >= 2 and self.batch_size % 2 == 0
         return super()._rules() | {
-            **{f"{name} must be below 1": getattr(self, name) < 1 for name in ("drop_path", "ema_decay")},
+            "drop_path must be below 1": self.drop_path < 1,
             "batch_size must be even and at least 2: mixup pairs its images": pairs,
-            "layer_decay must be above 0 and at most 1": self.layer_decay > 0,
         }
 
 
@@ -233,7 +250,7 @@ R = TypeVar("R", Recipe, FineTuneRecipe)
 def recorded_recipe(record: Mapping[str, Any], what: str = "run.json") -> Recipe:
     """Read the recipe of a run.json, whichever version wrote it; `what` names the file in an error."""
     there, known = record["recipe"], {one.name for one in dataclasses.fields(Recipe)}
-    if "layer_decay" in there:
+    if "mixup" in there:
         raise TrainingError(
             f"that is a fine-tuning run, by recipe {there.get('name')}: its figures are in its result.json and "
             "metrics.jsonl. Give the folder of a pre-training run, which `train --out` wrote."
@@ -489,7 +506,11 @@ def get_finetune_recipe(name: str, overrides: Iterable[str] = (), *, smoke: bool
 def _get(kind: str, table: Mapping[str, Callable[[], R]], name: str, overrides: Iterable[str], smoke: bool) -> R:
     if name not in table:
         raise UsageError(unknown(kind, name, table))
-    recipe = smoke_twin(table[name]()) if smoke else table[name]()
+    return overridden(smoke_twin(table[name]()) if smoke else table[name](), overrides)
+
+
+def overridden(recipe: R, overrides: Iterable[str]) -> R:
+    """Apply `key=value` changes to a recipe."""
     types = get_type_hints(type(recipe))
     return dataclasses.replace(recipe, **dict(_parse_override(override, types) for override in overrides))
 

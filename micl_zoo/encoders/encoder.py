@@ -187,7 +187,7 @@ class Encoder(nn.Module):
             return self.name, known
         self.runtime.forget()
         with TemporaryDirectory() as folder:
-            return self._config_to_save().name, file_sha256(self.save(folder))
+            return self.config_to_save().name, file_sha256(self.save(folder))
 
     def check_float32(self) -> None:
         """Refuse weights that are not in float32, which those of a store are: its precision is that of the arithmetic.
@@ -222,15 +222,16 @@ class Encoder(nn.Module):
         place = local_path(folder)
         if not overwrite and (there := [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (place / name).exists()]):
             raise UsageError(f"{str(place / there[0])!r} exists: take another folder, or overwrite=True")
-        check_described(self.runtime.model, self._config_to_save())
+        check_described(self.runtime.model, self.config_to_save())
         state, changed = self.runtime.model.state_dict(), self.changed if self._file_sha256 else None
         source = {"encoder": self.name, "source": self.config.source, "encoder_sha256": self._file_sha256}
         try:
-            return save_weights(place, state, self._config_to_save(), source | {"changed": changed}, None)
+            return save_weights(place, state, self.config_to_save(), source | {"changed": changed}, None)
         except OSError as error:
             raise UsageError(f"cannot write to {str(place)!r}: {error.strerror or error}") from None
 
-    def _config_to_save(self) -> EncoderConfig:
+    def config_to_save(self) -> EncoderConfig:
+        """Return what `save` says of how to build it."""
         name = f"{self.name.removesuffix(CHANGED)}{CHANGED}" if self.changed else self.name
         classes = getattr(self.model, "num_classes", 0)  # that of the file was left out, one may be new
         terms = self.record.license if self.record else self.config.license

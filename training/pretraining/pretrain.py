@@ -15,7 +15,7 @@ from torch import Tensor
 from micl_zoo.encoders.device import has_compiler
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
-from micl_zoo.errors import SourceError, TrainingError
+from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.progress import progress
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import SourceLike, index_source
@@ -24,7 +24,7 @@ from micl_zoo.zoo.ours import vit_sizes
 
 from ..evaluation.knn import measure_knn
 from ..evaluation.labelled import LabelledSet
-from ..micl import MiCL, init_weights
+from ..micl import MiCL, Vit, init_weights
 from ..recipes import Recipe, get_recipe, kept_patches, resolve_recipe
 from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
@@ -33,6 +33,7 @@ from ..run.record import VIEWS_FILE
 from ..run.rundir import RunDir, command_text, encoder_config, run_record
 from ..run.step import resolve_autocast
 from .data import Corpus, MemoryCorpus, Seen, Share, StreamedCorpus, loader_workers
+from .start import Start, freeze
 from .step import TrainStep
 from .views import views_picture
 
@@ -45,6 +46,7 @@ def pretrain(
     data: SourceLike,
     out: str | os.PathLike[str],
     *,
+    init: Start | Encoder | str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     smoke: bool = False,
     device: str = "auto",
@@ -62,6 +64,8 @@ def pretrain(
         recipe: a recipe or its name.
         data: a source of images, see `micl_zoo.index_source`.
         out: the run's folder; with several machines, on a file system that all of them see.
+        init: an encoder to start from in the place of random weights, or what `micl_zoo.load` finds it by: its network
+            takes the place of the recipe's.
         overrides: "key=value" changes to a recipe given by name.
         smoke: train the recipe's small twin instead, see `smoke_twin`; overrides change the twin.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -83,7 +87,12 @@ def pretrain(
         Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
     """
     name = recipe if isinstance(recipe, str) else recipe.name
-    recipe = resolve_recipe(recipe, get_recipe, overrides, smoke=smoke)
+    start = init if init is None or isinstance(init, Start) else Start.open(init)
+    recipe = resolve_recipe(recipe, get_recipe, () if start else overrides, smoke=smoke)
+    if start:
+        recipe = start.recipe(recipe, overrides)
+    elif recipe.positions == "own":
+        raise UsageError("positions=own are those of an encoder to start from: give one, --init ENCODER")
     kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)  # fails before the corpus is read
     with joined(device) as (ranks, target):
         if recipe.compile and target.type == "cpu" and not has_compiler():
@@ -100,6 +109,7 @@ def pretrain(
             raise SourceError("the ranks do not see the same images: give all machines the same data")
         command = command_text(["micl-zoo train", name], [("--data", path) for path in paths], overrides, smoke)
         record = run_record(recipe, facts, command, target, ranks.world)
+        record |= {"encoder": start.facts()} if start else {}
         with RunDir.open(Path(out), record, main=ranks.main) as folder:
             if ranks.first(folder.finished):
                 return folder.encoder_file
@@ -108,16 +118,17 @@ def pretrain(
             with StopRequest() as stop:  # before, there is nothing to save
                 loop = _Loop(
                     step=TrainStep(
-                        make_model(recipe, target), recipe, ranks, autocast=autocast, micro_batch=micro_batch
+                        make_model(recipe, target, start), recipe, ranks, autocast=autocast, micro_batch=micro_batch
                     ),
                     folder=folder,
                     stop=stop,
                     steps_per_epoch=steps_per_epoch(recipe, len(corpus)),
-                    config=encoder_config(recipe),
+                    config=start.config(recipe) if start else encoder_config(recipe),
                     knn_minutes=knn_minutes,
                     index=index,
                     corpus=corpus,
                     probes=probes,
+                    start=start,
                 )
                 return loop.run(max_steps, wandb) or folder.path
 
@@ -131,6 +142,7 @@ class _Loop(Loop[Seen, Path]):
     index: ImageIndex
     corpus: Corpus
     probes: list[LabelledSet]
+    start: Start | None = None
     flat_steps: int = 0
     logged = ("loss", "accuracy")
 
@@ -171,18 +183,32 @@ class _Loop(Loop[Seen, Path]):
         return bool(self.probes) and (steps == self.total_steps or by_clock)
 
     def measure(self, steps: int) -> None:
-        state = weights_of(self.snapshot())
+        state = self.weights()
         if not self.ranks.main:
             return
-        vit = make_vit(self.recipe)
-        vit.load_state_dict(state)
-        encoder = Encoder(TorchModel(vit, self.config.size), self.config, record=None, weights_sha256=None)
-        encoder.to(self.step.vit.cls_token.device)
+        encoder = self.encoder_of(state).to(next(self.step.vit.parameters()).device)
         found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
         self.measured(steps, "knn", found)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Copy what the run would leave now: the weights or their running means, with the start's share of them."""
+        state = weights_of(self.snapshot(), "ema" if self.step.ema else "model")
+        if self.start and self.recipe.start_share and state:
+            for key, value in self.start.encoder.model.state_dict().items():
+                if value.is_floating_point():
+                    state[key].lerp_(value, self.recipe.start_share)
+        return state
+
+    def encoder_of(self, state: dict[str, Tensor]) -> Encoder:
+        """Make an encoder of weights, on the CPU."""
+        if self.start:
+            return self.start.with_weights(state)
+        vit = make_vit(self.recipe)
+        vit.load_state_dict(state)
+        return Encoder(TorchModel(vit, self.config.size), self.config, record=None, weights_sha256=None)
+
     def finish(self) -> Path:
-        state = weights_of(self.snapshot())
+        state = self.weights()
         if self.ranks.main:
             self.folder.record["result"] = self.totals()
             self.folder.save_record()
@@ -197,22 +223,30 @@ def make_vit(recipe: Recipe) -> VisionTransformer:
     return VisionTransformer(sizes.pop("image_size"), **sizes, num_classes=0, weight_init="skip")
 
 
-def initial_model(recipe: Recipe) -> MiCL:
-    """Initialise the method with its ViT from the recipe's seed, on the CPU: the same weights for every device."""
-    vit = make_vit(recipe)
-    init_weights(vit, learned_positions=recipe.positions == "learned", generator=seeded(recipe.seed, 2))
+def initial_model(recipe: Recipe, start: Start | None = None) -> MiCL:
+    """Make the method with its ViT on the CPU: the start's, or weights drawn by the seed, the same for every device."""
+    vit: Vit
+    if start:
+        vit = start.model()
+    else:
+        vit = make_vit(recipe)
+        init_weights(vit, learned_positions=recipe.positions == "learned", generator=seeded(recipe.seed, 2))
     names = ("mask_ratio", "kappa", "temperature", "views", "pooled_token", "class_position", "positions")
-    return MiCL(vit, **{name: getattr(recipe, name) for name in names})
+    model = MiCL(vit, **{name: getattr(recipe, name) for name in names})
+    if start:
+        freeze(model, recipe)
+    return model
 
 
-def make_model(recipe: Recipe, device: torch.device) -> MiCL:
+def make_model(recipe: Recipe, device: torch.device, start: Start | None = None) -> MiCL:
     """Make the method as it is at the first step, on its device, compiled when the recipe says so."""
-    model = initial_model(recipe).to(device).train()
+    model = initial_model(recipe, start).to(device)
     model.vit.set_grad_checkpointing(recipe.activation_checkpointing)
-    for block in model.vit.blocks:
-        block.attn.fused_attn &= device.type != "cpu"  # for 13 to 20 tokens the CPU's fused backward is the slower one
-        if recipe.compile:
-            block.compile()  # one by one, so that gradients travel while the blocks before still compute theirs
+    for module in model.vit.modules():
+        if hasattr(module, "fused_attn"):  # for 13 to 20 tokens the CPU's fused backward is the slower one
+            module.fused_attn &= device.type != "cpu"
+    for block in model.vit.blocks if recipe.compile else ():
+        block.compile()  # one by one, so that gradients travel while the blocks before still compute theirs
     return model
 
 

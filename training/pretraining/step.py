@@ -10,6 +10,7 @@ Shapes: b images of this process's share, V views, K/V patches a view, P numbers
 from __future__ import annotations
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..micl import MiCL, contrastive_loss
@@ -41,6 +42,7 @@ class TrainStep(Step):
         forward, sharded = _PooledViews(model, (recipe.grid, recipe.grid)), recipe.parallel == "fsdp"
         super().__init__(forward, model.vit, recipe, ranks, autocast, sharded=sharded)
         self.optimizer = make_optimizer(model.vit, recipe)
+        self.ema = ModelEmaV3(model.vit, decay=recipe.ema_decay) if recipe.ema_decay else None
 
     def accumulate(self, patches: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of one step, without taking it: loss () and contrastive accuracy () of this share.

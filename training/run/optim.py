@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from ..recipes import AnyRecipe, FineTuneRecipe, Recipe
+from ..recipes import AnyRecipe, Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Make fused AdamW; weight decay on matrices and the class token, none on biases, norms and learned positions."""
-    without = ["pos_embed"] if recipe.positions == "learned" else []
-    groups = param_groups_weight_decay(model, weight_decay=recipe.weight_decay, no_weight_decay_list=without)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
+    """Make fused AdamW; weight decay on matrices and the class token, none on biases, norms and learned positions.
+
+    With layer-wise decay it is that of fine-tuning.
+    """
+    if recipe.layer_decay < 1:
+        return make_layered_optimizer(model, recipe)
+    without = [] if recipe.positions == "sincos" else ["pos_embed"]
+    return _adamw(param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=without), recipe)
 
 
-def make_layered_optimizer(model: VisionTransformer, recipe: FineTuneRecipe) -> torch.optim.AdamW:
+def make_layered_optimizer(model: nn.Module, recipe: AnyRecipe) -> torch.optim.AdamW:
     """Make fused AdamW whose deeper layers learn slower (BEiT, arXiv 2106.08254), by `lr_scale` of their group.
 
     No weight decay on biases, norms, the class token and the position table.
     """
-    fixed = list(model.no_weight_decay())
-    groups = param_groups_layer_decay(model, recipe.weight_decay, fixed, layer_decay=recipe.layer_decay)
+    fixed = list(cast(Any, model).no_weight_decay())
+    return _adamw(param_groups_layer_decay(model, recipe.weight_decay, fixed, layer_decay=recipe.layer_decay), recipe)
+
+
+def _adamw(groups: Any, recipe: AnyRecipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True)
 
 

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from micl_zoo.encoders.device import autocast_dtype, autocasting, resolve_precision
 from micl_zoo.errors import UsageError
 
+from ..micl import Vit
 from ..recipes import AnyRecipe
 from .ranks import Ranks
 
@@ -28,7 +28,7 @@ class Step(ABC):
     def __init__(
         self,
         module: nn.Module,
-        vit: VisionTransformer,
+        vit: Vit,
         recipe: AnyRecipe,
         ranks: Ranks,
         autocast: torch.dtype | None,
@@ -45,6 +45,8 @@ class Step(ABC):
         Their means over the processes are those of the batch.
         """
         found = self.accumulate(*share)
+        if self.recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -83,10 +85,10 @@ def fsdp_works_on(device: torch.device) -> bool:
     return device.type != "cpu" or hasattr(torch.cpu.Stream, "record_event")
 
 
-def _distribute(module: nn.Module, vit: VisionTransformer, ranks: Ranks, *, sharded: bool) -> Any:
+def _distribute(module: nn.Module, vit: Vit, ranks: Ranks, *, sharded: bool) -> Any:
     if ranks.world == 1:
         return module
-    device = vit.cls_token.device
+    device = next(vit.parameters()).device
     if not sharded:
         own = [device] if device.type == "cuda" else None
         return DistributedDataParallel(module, own, gradient_as_bucket_view=True)
