@@ -35,11 +35,16 @@ class Tile(NamedTuple):
     source: bytes | Image.Image | Entry | str  # the image, encoded or not, or where it is; or the text
 
 
-def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]], read: Read) -> None:
-    """Draw a band for each query, at the left, with its hits at the right; `out` ends in one of PICTURE_FORMATS."""
+def write_contact_sheet(
+    out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]], read: Read, columns: int = COLUMNS
+) -> None:
+    """Draw a band for each query, at the left, with its hits at the right, at most `columns` of them beside each other.
+
+    `out` ends in one of PICTURE_FORMATS.
+    """
     cell = TILE + LINE * LABEL_LINES + GAP
     most = max(1, *(len(hits) for _, hits in bands))
-    columns = math.ceil(most / math.ceil(most / COLUMNS))  # lines of equal length
+    columns = math.ceil(most / math.ceil(most / columns))  # lines of equal length
     lines = [max(1, math.ceil(len(hits) / columns)) for _, hits in bands]
     heights = [max(QUERY_TILE + LINE * LABEL_LINES + GAP, count * cell) + GAP for count in lines]
     width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP)
