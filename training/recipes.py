@@ -512,8 +512,13 @@ def _get(kind: str, table: Mapping[str, Callable[[], R]], name: str, overrides: 
 
 def overridden(recipe: R, overrides: Iterable[str]) -> R:
     """Apply `key=value` changes to a recipe."""
-    types = get_type_hints(type(recipe))
-    return dataclasses.replace(recipe, **dict(_parse_override(override, types) for override in overrides))
+    return dataclasses.replace(recipe, **parsed(type(recipe), overrides))
+
+
+def parsed(kind: type[AnyRecipe], overrides: Iterable[str]) -> dict[str, Any]:
+    """Read `key=value` changes to a kind of recipe, each checked for its name and type."""
+    types = get_type_hints(kind)
+    return dict(_parse_override(override, types) for override in overrides)
 
 
 def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[str] = (), *, smoke: bool = False) -> R:

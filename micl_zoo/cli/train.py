@@ -87,7 +87,7 @@ def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **o
     from micl_zoo.training.pretraining.adapt import Chosen, choose
     from micl_zoo.training.pretraining.adapt import adapt as run
     from micl_zoo.training.pretraining.change import told
-    from micl_zoo.training.pretraining.pretrain import Images
+    from micl_zoo.training.pretraining.pretrain import Images, parameter_counts
     from micl_zoo.training.pretraining.start import Start
     from micl_zoo.training.run.ranks import says
     from micl_zoo.training.run.record import read_run
@@ -102,9 +102,10 @@ def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **o
         start, images = Start.open(encoder, options["image_size"]), Images.open(data)
         chosen = choose(start, len(images.index), options["overrides"])
         tell(chosen)
-        how = {name: options[name] for name in ("nodes", "micro_batch")}
+        how: dict[str, Any] = {name: options[name] for name in ("nodes", "micro_batch")}
         seen = len(images.index) - chosen.recipe.held_out
-        click.echo(format_plan(make_plan(chosen.recipe, images=seen, gpus=options["gpus"] or 1, **how)))
+        how |= {"counts": parameter_counts(chosen.recipe, start), "gpus": options["gpus"] or 1}
+        click.echo(format_plan(make_plan(chosen.recipe, images=seen, **how)))
         return
     if opt.start_ranks(options):
         return
@@ -125,19 +126,22 @@ def _plan(name: str, data: tuple[str, ...], images: int | None, mfu: float, **op
     from micl_zoo.training.pretraining.plan import format_plan, make_plan
     from micl_zoo.training.recipes import corpus_images, get_recipe
 
-    overrides = options["overrides"]
+    overrides, counts = options["overrides"], None
     recipe = get_recipe(name, () if options["init"] else overrides, smoke=options["smoke"])
     if options["init"]:
+        from micl_zoo.training.pretraining.pretrain import parameter_counts
         from micl_zoo.training.pretraining.start import Start
 
-        recipe = Start.open(options["init"]).recipe(recipe, overrides)
+        start = Start.open(options["init"])
+        recipe = start.recipe(recipe, overrides)
+        counts = parameter_counts(recipe, start)
     if data:
         from ..sources.listing import index_source
 
         images = len(index_source(data))
     images, gpus = images or corpus_images(recipe), options["gpus"] or 1
     how = {name: options[name] for name in ("nodes", "micro_batch")}
-    return format_plan(make_plan(recipe, images=images, gpus=gpus, mfu=mfu, **how))
+    return format_plan(make_plan(recipe, images=images, gpus=gpus, mfu=mfu, counts=counts, **how))
 
 
 @click.group(cls=opt.Group)

@@ -15,7 +15,7 @@ from micl_zoo.errors import SourceError
 from micl_zoo.sources.listing import SourceLike
 from micl_zoo.zoo.config import NAME
 
-from ..recipes import Recipe
+from ..recipes import Recipe, parsed
 from ..run.rundir import command_text
 from .plan import GIB
 from .pretrain import Images, pretrain
@@ -24,11 +24,11 @@ from .start import Start
 OWN_IMAGES = "images of one's own"
 LEAST = 8  # images: fewer are no batch of negatives
 SEEN = 200_000  # images that a short run sees
-MOST_EPOCHS, LEAST_EPOCHS = 100, 1
+MOST_EPOCHS = 100
 BATCH = 256
 PEAK = 2e-4  # learning rate at the top, of any batch
 LAYER_DECAY = 0.85
-VIEWS, PATCHES = 3, 15  # of which each view sees at least five
+VIEWS, PATCHES = 3, 15  # a fifth of the patches is kept, or so many
 TEMPERATURE = 0.03
 MOST_CACHE = 4 * GIB  # bytes of decoded images in memory
 
@@ -49,14 +49,15 @@ class Chosen(NamedTuple):
 
     def text(self) -> str:
         """Write the choices for a person, a line each."""
-        width = max(len(one.name) for one in self.choices)
-        values = [f"{one.value:g}" if isinstance(one.value, float) else str(one.value) for one in self.choices]
-        most = max(len(value) for value in values)
-        lines = [
-            f"  {one.name:<{width}}  {value:<{most}}  {one.reason}"
-            for one, value in zip(self.choices, values, strict=True)
-        ]
-        return "\n".join(lines)
+        names, values = [one.name for one in self.choices], [_shown(one.value) for one in self.choices]
+        wide, most = (max(map(len, texts)) for texts in (names, values))
+        reasons = [one.reason for one in self.choices]
+        rows = zip(names, values, reasons, strict=True)
+        return "\n".join(f"  {name:<{wide}}  {value:<{most}}  {reason}" for name, value, reason in rows)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def choose(start: Start, images: int, overrides: Iterable[str] = ()) -> Chosen:
@@ -72,42 +73,42 @@ def choose(start: Start, images: int, overrides: Iterable[str] = ()) -> Chosen:
     """
     if images < LEAST:
         raise SourceError(f"{images} images are too few to learn from: give {LEAST} or more, better thousands")
-    held_out = min(256, images // 10)
-    trained = images - held_out
+    changes = tuple(overrides)
+    asked, network, choices = parsed(Recipe, changes), start.network(), list[Choice]()
+
+    def put(name: str, value: Any, reason: str) -> Any:
+        """Choose a value, or take what was asked for: what is chosen after it goes by that."""
+        if name in asked and asked[name] != value:
+            value, reason = asked[name], f"as asked; {_shown(value)} was chosen"
+        choices.append(Choice(name, value, reason))
+        return value
+
+    held = put("held_out", min(256, images // 10), f"of {images:,} images, a tenth or 256: they show what changes")
+    trained = max(1, images - held)
+    epochs = min(MOST_EPOCHS, max(1, round(SEEN / trained, 1)))
+    epochs = put("epochs", epochs, f"{SEEN:,} images seen / {trained:,}, and at most {MOST_EPOCHS}")
+    put("warmup_epochs", round(epochs / 20, 3), "a twentieth of the run")
     batch = min(BATCH, 2 ** int(math.log2(trained)))
-    epochs = round(min(MOST_EPOCHS, max(LEAST_EPOCHS, SEEN / trained)), 1)
-    size, patch = start.encoder.config.size[0], start.encoder.model.patch_embed.patch_size[0]
+    batch = put("batch_size", batch, f"at most {BATCH}: a short run gains more by steps than by negatives")
+    put("negatives", "global", "all images of a batch, on any number of GPUs")
+    put("base_lr", PEAK * 256 / batch, f"times {batch} / 256 a peak of {PEAK:g}: the start is not to be forgotten")
+    put("layer_decay", LAYER_DECAY, "lower blocks learn slower: what they know holds for most images")
+    put("clip_norm", 1.0, "an odd batch moves the weights no further than others")
+    size, patch = network["image_size"], network["patch_size"]
+    size = put("crop_size", size, "the size that the encoder takes")
     patches = (size // patch) ** 2
     kept = min(max(PATCHES, patches // 5), patches)
-    mask_ratio = math.floor(100 * (1 - kept / patches)) / 100
-    source = math.ceil(size * 8 / 7)
-    in_memory = 3 * source**2 * trained
-    cache = "memory" if in_memory <= MOST_CACHE else "none"
-    choices = [
-        Choice("held_out", held_out, f"of {images:,} images, a tenth and at most 256: they show what changes"),
-        Choice("epochs", epochs, f"{SEEN:,} images seen / {trained:,}, from {LEAST_EPOCHS} to {MOST_EPOCHS}"),
-        Choice("warmup_epochs", round(epochs / 20, 3), "a twentieth of the run"),
-        Choice("batch_size", batch, f"at most {BATCH}: more steps teach a short run more than more negatives"),
-        Choice("negatives", "global", "all images of a batch, on any number of GPUs"),
-        Choice("base_lr", PEAK * 256 / batch, f"a peak of {PEAK:g} at this batch: a start is not to be forgotten"),
-        Choice("layer_decay", LAYER_DECAY, "lower blocks learn slower: what they know holds for most images"),
-        Choice("clip_norm", 1.0, "an odd batch moves the weights no further than others"),
-        Choice("crop_size", size, "the size that the encoder takes"),
-        Choice("mask_ratio", mask_ratio, f"{kept} of {patches} patches stay visible"),
-        Choice("views", VIEWS, f"disjoint sets of {kept // VIEWS} patches that are to be found alike"),
-        Choice("temperature", TEMPERATURE, "sharper than the paper's 0.07, ahead in this project's short runs"),
-        Choice("view_color", True, "else the colours of an image give away which views belong together"),
-        Choice("cache", cache, f"decoded images take {in_memory / GIB:.1f} GiB, up to {MOST_CACHE / GIB:g} stay in memory"),
-        Choice("source_size", source, "of those in memory: 8/7 of the crop"),
-    ]  # fmt: skip
-    base = Recipe(name=_name(start), corpus=OWN_IMAGES, checkpoint_minutes=5)
-    recipe = start.recipe(dataclasses.replace(base, **{one.name: one.value for one in choices}), overrides)
-    return Chosen(recipe, [_changed(one, recipe) for one in choices])
-
-
-def _changed(choice: Choice, recipe: Recipe) -> Choice:
-    value = getattr(recipe, choice.name)
-    return choice if value == choice.value else Choice(choice.name, value, f"as asked; {choice.value} was chosen")
+    put("mask_ratio", math.floor(100 * (1 - kept / max(1, patches))) / 100, f"{kept} of {patches} patches stay visible")
+    put("views", VIEWS, "disjoint sets of the visible patches, which are to be found alike")
+    put("temperature", TEMPERATURE, "sharper than the paper's 0.07, ahead in this project's short runs")
+    put("view_color", True, "else the colours of an image give away which views belong together")
+    source = put("source_size", math.ceil(size * 8 / 7), "of the images in memory: 8/7 of the crop")
+    memory = 3 * source**2 * trained
+    cache = "memory" if memory <= MOST_CACHE else "none"
+    put("cache", cache, f"decoded they take {memory / GIB:.2g} GiB, and up to {MOST_CACHE / GIB:g} stay in memory")
+    base = start.recipe(Recipe(name=_name(start), corpus=OWN_IMAGES, checkpoint_minutes=5))
+    base = dataclasses.replace(base, **{one.name: one.value for one in choices if one.name not in asked})
+    return Chosen(start.recipe(base, changes), choices)
 
 
 def _name(start: Start) -> str:
@@ -146,10 +147,8 @@ def adapt(
     chosen = choose(start, len(images.index), overrides)
     tell(chosen)
     name = start.encoder.name if isinstance(encoder, Encoder) else os.fspath(encoder)
-    options = [
-        *(("--data", path) for path in images.paths),
-        *([("--image-size", str(image_size))] if image_size else []),
-    ]
+    options = [("--data", path) for path in images.paths]
+    options += [("--image-size", str(image_size))] if image_size else []
     command = command_text(["micl-zoo adapt", shlex.quote(name)], options, overrides, smoke=False)
     reasons = {one.name: one.reason for one in chosen.choices}
     return pretrain(chosen.recipe, images, out, init=start, command=command, reasons=reasons, **how)

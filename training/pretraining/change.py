@@ -163,7 +163,7 @@ def draw_neighbours(file: Path, before: Looked, after: Looked, shown: ImageIndex
         ]
         name = before.ids[place]
         bands.append((Tile("query", name, entries[name]), hits))
-    write_contact_sheet(file, bands, Reader().read, columns=2 * NEIGHBOURS)
+    write_contact_sheet(file, bands, Reader().read, halves=len(hits) // 2)
 
 
 def told(run: Mapping[str, Any]) -> list[str]:

@@ -89,7 +89,10 @@ class PaperRun(NamedTuple):
 class Plan:
     """Every number of a run that follows from its recipe, its images and its GPUs, see `make_plan`."""
 
-    def __init__(self, recipe: Recipe, images: int, gpus: int, nodes: int, micro_batch: int | None, mfu: float) -> None:
+    def __init__(
+        self, recipe: Recipe, images: int, gpus: int, nodes: int, micro_batch: int | None, mfu: float,
+        counts: tuple[int, int] | None,
+    ) -> None:  # fmt: skip
         self.recipe, self.images, self.gpus, self.nodes, self.mfu = recipe, images, gpus, nodes, mfu
         self.world = gpus * nodes  # processes, one per GPU
         self.images_per_process = images_per_process(recipe, self.world)  # of one optimiser step
@@ -107,7 +110,7 @@ class Plan:
 
         self.kept = recipe.kept  # K, visible patches of an image
         self.view_tokens = self.kept // recipe.views + recipe.prefix_tokens  # T, class token and registers among them
-        self.parameters, self.frozen = parameter_count(recipe), frozen_count(recipe)  # trained, fixed positions
+        self.parameters, self.frozen = counts or (parameter_count(recipe), frozen_count(recipe))  # trained, fixed
         self.flops = step_flops(recipe)  # that the method needs, per image
         self.total_flops = self.images_seen * self.flops.total * self.passes  # repeated forward passes included
         self.memory = memory_estimate(recipe, images_per_gpu=self.micro_batch, gpus=self.world)
@@ -125,19 +128,21 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, *, images: int, gpus: int = 1, nodes: int = 1, micro_batch: int | None = None, mfu: float = 0.5
-) -> Plan:
+    recipe: Recipe, *, images: int, gpus: int = 1, nodes: int = 1, micro_batch: int | None = None, mfu: float = 0.5,
+    counts: tuple[int, int] | None = None,
+) -> Plan:  # fmt: skip
     """Work out what a run over so many images will cost, on `nodes` machines of `gpus` GPUs.
 
     A forward pass takes `micro_batch` images at most, by default as many as one GPU contrasts at a time; `mfu` is the
-    share of a card's peak that is reached, 0 to 1.
+    share of a card's peak that is reached, 0 to 1. `counts` are the parameters that are trained, and those that are
+    not, of a network that a run starts from.
     """
-    counts = {"gpus": gpus, "nodes": nodes, "micro_batch": 1 if micro_batch is None else micro_batch}
-    if wrong := [name for name, number in counts.items() if number < 1]:
-        raise UsageError(f"{wrong[0]} must be at least 1, got {counts[wrong[0]]}")
+    asked = {"gpus": gpus, "nodes": nodes, "micro_batch": 1 if micro_batch is None else micro_batch}
+    if wrong := [name for name, number in asked.items() if number < 1]:
+        raise UsageError(f"{wrong[0]} must be at least 1, got {asked[wrong[0]]}")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu is a share of the card's peak, above 0 and at most 1, got {mfu:g}")
-    return Plan(recipe, images, gpus, nodes, micro_batch, mfu)
+    return Plan(recipe, images, gpus, nodes, micro_batch, mfu, counts)
 
 
 def step_flops(recipe: Recipe) -> StepFlops:
@@ -312,7 +317,8 @@ def _network_lines(plan: Plan) -> Lines:
     if views > 2:
         yield "", f"{math.comb(views, 2)} pairs of views are contrasted, the loss is their mean"
     shape = f"width {recipe.embed_dim:,}, depth {recipe.depth}, {recipe.num_heads} heads"
-    positions = f" + {plan.frozen:,} fixed positions" if plan.frozen else ", positions among them"
+    fixed = "fixed positions" if recipe.positions == "sincos" else "that stay as they are"
+    positions = f" + {plan.frozen:,} {fixed}" if plan.frozen else ", positions among them"
     yield "network", f"{shape}: {plan.parameters:,} parameters{positions}"
     size, unit = (1e9, "GFLOP") if flops.total >= 1e8 else (1e6, "MFLOP")
     yield "compute", f"{flops.total / size:.3g} {unit} an image, forward and backward (a multiply-add is 2) ="

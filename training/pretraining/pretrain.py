@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -152,7 +151,8 @@ def pretrain(
                 return loop.run(max_steps, wandb) or folder.path
 
 
-class Images(NamedTuple):
+@dataclass(frozen=True)
+class Images:
     """What to train on, listed."""
 
     paths: list[str]  # as they were given
@@ -298,6 +298,12 @@ def initial_model(recipe: Recipe, start: Start | None = None) -> MiCL:
     if start:
         freeze(model, recipe)
     return model
+
+
+def parameter_counts(recipe: Recipe, start: Start) -> tuple[int, int]:
+    """Count the parameters of a start that a recipe trains, and those that stay as they are."""
+    every = [(one.numel(), one.requires_grad) for one in initial_model(recipe, start).vit.parameters()]
+    return tuple(sum(count for count, trained in every if trained is wanted) for wanted in (True, False))
 
 
 def make_model(recipe: Recipe, device: torch.device, start: Start | None = None) -> MiCL:
