@@ -98,6 +98,9 @@ def publish(run: Path, repo: str, no_onnx: bool, as_json: bool, **options: Any) 
     click.echo(f"{sum(made.files.values()):>15,}  bytes in {made.folder}")
     click.echo(f"Loaded back: {made.loaded_back.text()}.")
     click.echo(f"Published: {made.url}" if made.commit else f"A dry run, nothing was sent to {made.url}")
+    if made.record.name not in RECORDS:  # the table is for this project's own
+        click.echo(f"It loads by micl_zoo.load({json.dumps(repo)}).")
+        return
     measured = "" if made.record.metrics else ", without metrics, as no record with k-NN was given by --eval"
     records = made.folder / "records" / f"{made.record.name}*.json"
     click.echo(f"Its row for micl_zoo/zoo/ours.py{measured}; {records} are for training/records/:\n\n{made.row}")

@@ -86,9 +86,9 @@ def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **o
         raise click.UsageError("adapt needs --out (only --plan does without)")
     from micl_zoo.training.pretraining.adapt import Chosen, choose
     from micl_zoo.training.pretraining.adapt import adapt as run
-    from micl_zoo.training.pretraining.change import told
     from micl_zoo.training.pretraining.pretrain import Images, parameter_counts
     from micl_zoo.training.pretraining.start import Start
+    from micl_zoo.training.pretraining.verdict import told
     from micl_zoo.training.run.ranks import says
     from micl_zoo.training.run.record import read_run
 

@@ -19,7 +19,8 @@ from ..corpora import corpus_text
 from ..evaluation.tables import need_matplotlib, own_style, render
 from ..recipes import Recipe, recorded_recipe
 from ..run.record import METRICS_FILE, RESTORED, RUN_FILE, VIEWS_FILE, metric_lines, number, read_run
-from .change import PICTURE, told
+from .change import PICTURE
+from .verdict import told
 
 CHART_POINTS = 2000  # of a curve, each the mean of its bin
 SMOOTH_PART = 40  # a smoothed curve is the mean over this fraction of the run
