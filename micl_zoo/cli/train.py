@@ -89,6 +89,7 @@ def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **o
     from micl_zoo.training.pretraining.pretrain import Images, parameter_counts
     from micl_zoo.training.pretraining.start import Start
     from micl_zoo.training.pretraining.verdict import told
+    from micl_zoo.training.recipes import recorded_recipe
     from micl_zoo.training.run.ranks import says
     from micl_zoo.training.run.record import read_run
 
@@ -116,7 +117,7 @@ def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **o
         click.echo(f"Stopped at --max-steps. Run the same command without it to resume {out}.")
         return
     record = read_run(made.parents[1]) or {}
-    for line in told(record):
+    for line in told(record, recorded_recipe(record)):
         click.echo(line)
     click.echo(f"Neighbours before and after are in {out}/neighbours.png, all else in `micl-zoo report {out}`.")
     click.echo(f"The encoder is in {made.parent}: micl_zoo.load({str(made.parent)!r}).")

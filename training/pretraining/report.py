@@ -273,7 +273,7 @@ def _page(record: dict[str, Any], recipe: Recipe, history: History, **more: obje
     return render(
         Path(__file__).with_name("report.html.jinja"),
         record=record, data=data, result=result, recipe=recipe, history=history, **more,
-        corpus=corpus_text(recipe.corpus), told=told(record), reasons=record.get("reasons") or {},
+        corpus=corpus_text(recipe.corpus), told=told(record, recipe), reasons=record.get("reasons") or {},
         taken=int(result.get("steps") or (steps[-1] + 1 if len(steps) else 0)),
         total=round(recipe.epochs * ((data.get("images") or 0) // recipe.batch_size)),
         epochs=recipe.epochs if result else history.last("epoch"),

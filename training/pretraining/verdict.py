@@ -6,15 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..recipes import Recipe
 
-def told(run: Mapping[str, Any]) -> list[str]:
+
+def told(run: Mapping[str, Any], recipe: Recipe) -> list[str]:
     """Say in plain words what a finished run's run.json tells of it: was it worth it, and on whose terms it is.
 
     A sentence or two per line; none for a run that started from random weights.
     """
     if not (change := run.get("change")):
         return []
-    lines, recipe = list[str](), run["recipe"]
+    lines = list[str]()
     knn = change["knn"]
     for name, one in knn.items():
         low, high = one["low"], one["high"]
@@ -28,8 +30,8 @@ def told(run: Mapping[str, Any]) -> list[str]:
         lines.append("No labelled images were given, so nothing here says whether it is better: give some by --knn.")
     elif any(one["high"] < 0 for one in knn.values()):
         lines.append(
-            f"Keep the start, or try a lower rate (--set base_lr={recipe['base_lr'] / 4:.2g}), fewer epochs (--set "
-            f"epochs={recipe['epochs'] / 4:.2g}) or a mean of both (--set start_share=0.5) in a new --out."
+            f"Keep the start, or try a lower rate (--set base_lr={recipe.base_lr / 4:.2g}), fewer epochs (--set "
+            f"epochs={recipe.epochs / 4:.2g}) or a mean of both (--set start_share=0.5) in a new --out."
         )
     elif all(one["low"] <= 0 for one in knn.values()):
         lines.append("The start is as good as far as these sets can tell: nothing was gained.")

@@ -170,7 +170,7 @@ def _body(trained: Trained, heading: str, repo: str | None = None) -> Markdown:
         changed=f" with {', '.join(f'{key}={_number(value)}' for key, value in changed.items())}" if changed else "",
         parameters=parameters, frozen=frozen, start=start,
         start_terms=terms_text(start["license"]) if start and start.get("license") else "",
-        change=told(run), output=_output(trained),
+        change=told(run, recipe), output=_output(trained),
         view_patches=recipe.kept // recipe.views,
         others={key: value for key, value in run["recipe"].items() if key not in SAID},  # newer fields, too
         notes=trained.entry.notes if trained.entry else (),
