@@ -3,7 +3,9 @@
     python benchmarks/step.py vit_b16.in1k --batch-size 64 -o benchmarks/records/step-vit_b16.json
 
 Both start from the same cut images, uint8 on the device, and take an AdamW step. The straightforward one normalises the
-whole crops, embeds all patches, drops those that no view sees, and runs the blocks eagerly under autocast.
+whole crops, embeds all patches, drops those that no view sees, and runs the blocks eagerly under autocast. With --start
+there is a third, the step that `micl-zoo adapt` takes of a network of the same shape: positions of its own that are
+trained, rates by block, gradients clipped.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from contest import in_turn, spread
 from record import write
 from torch import Tensor
 
+from micl_zoo.encoders.build import build_model
 from micl_zoo.encoders.device import autocasting, resolve_device
-from micl_zoo.training.micl import contrastive_loss, draw_views, gather_patches
+from micl_zoo.encoders.encoder import Encoder
+from micl_zoo.training.micl import MiCL, contrastive_loss, draw_views, gather_patches
 from micl_zoo.training.pretraining.bench import (
     CPU_BATCH,
     WARM_UP_STEPS,
@@ -32,10 +36,12 @@ from micl_zoo.training.pretraining.bench import (
 from micl_zoo.training.pretraining.data import draw, normalise
 from micl_zoo.training.pretraining.plan import PAPER_EPOCHS, PAPER_GPUS, PAPER_IMAGES, PAPER_TFLOPS, step_flops
 from micl_zoo.training.pretraining.pretrain import make_model
+from micl_zoo.training.pretraining.start import Start
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe, get_recipe
 from micl_zoo.training.run.optim import set_learning_rate
 from micl_zoo.training.run.provenance import made_with
+from micl_zoo.training.run.rundir import encoder_config
 from micl_zoo.training.run.step import resolve_autocast
 
 LEARNING_RATE = 1e-6
@@ -47,6 +53,7 @@ LEARNING_RATE = 1e-6
 @click.option("--batch-size", type=click.IntRange(2), help="Images per step.  [default: the recipe's, until it fits]")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Steps of each, in turn.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--start", is_flag=True, help="Time a step that goes on from an encoder of that shape, too.")
 @click.option("--trial", is_flag=True, help="One round of one block, eight images, no compiler.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Record to write.")
 def main(
@@ -55,31 +62,38 @@ def main(
     batch_size: int | None,
     rounds: int,
     device: str,
+    start: bool,
     trial: bool,
     out: Path,
 ) -> None:
     """Time a step of RECIPE both ways."""
     if trial:
         overrides, batch_size, rounds = ("depth=1", "compile=false", *overrides), 8, 1
-    record = compare(get_recipe(recipe, overrides), batch_size, rounds, resolve_device(device))
-    options = "".join(f" --set {change}" for change in overrides)
+    record = compare(get_recipe(recipe, overrides), batch_size, rounds, resolve_device(device), start=start)
+    options = "".join(f" --set {change}" for change in overrides) + " --start" * start
     record["command"] = f"python benchmarks/step.py {recipe}{options} --batch-size {record['batch_size']}"
     write(record, out)
     click.echo(json.dumps(record, indent=1))
 
 
-def compare(recipe: Recipe, batch_size: int | None, rounds: int, device: torch.device) -> dict[str, object]:
+def compare(
+    recipe: Recipe, batch_size: int | None, rounds: int, device: torch.device, *, start: bool = False
+) -> dict[str, object]:
     """The record of both, at the largest batch that fits into a GPU's memory for both of them."""
     size = batch_size or (recipe.contrast_size if device.type == "cuda" else CPU_BATCH)
-    return at_a_size_that_fits(recipe, size, batch_size is None, lambda sized: _compare(sized, rounds, device))[1]
+    return at_a_size_that_fits(recipe, size, batch_size is None, lambda sized: _compare(sized, rounds, device, start))[
+        1
+    ]
 
 
-def _compare(recipe: Recipe, rounds: int, device: torch.device) -> dict[str, object]:
+def _compare(recipe: Recipe, rounds: int, device: torch.device, start: bool) -> dict[str, object]:
     autocast = resolve_autocast(recipe, device)
     shape = (recipe.batch_size, 3, recipe.crop_size, recipe.crop_size)
     crops = torch.randint(256, shape, dtype=torch.uint8, device=device)
     noise = draw(recipe, 0).noise.to(device)
     ways = {"ours": ours(recipe, device, autocast), "straightforward": straightforward(recipe, device, autocast)}
+    if start:
+        ways["from a start"] = from_a_start(recipe, device, autocast)
     losses = {name: float(step(crops, noise)) for name, step in ways.items()}  # the first step: equal weights
     peak: dict[str, float] = {}
     for name, step in ways.items():
@@ -102,6 +116,7 @@ def _compare(recipe: Recipe, rounds: int, device: torch.device) -> dict[str, obj
         "compiled": recipe.compile,
         "images_per_second": {name: round(rate, 2) for name, rate in rates.items()},
         "ratio": round(rates["ours"] / rates["straightforward"], 3),
+        **({"start_ratio": round(rates["from a start"] / rates["ours"], 3)} if start else {}),
         "first_loss": losses,
         "gflop_per_image": round(flops / 1e9, 3),
         "model_tflops": round(rates["ours"] * flops / 1e12, 4),
@@ -118,7 +133,21 @@ def _compare(recipe: Recipe, rounds: int, device: torch.device) -> dict[str, obj
 
 def ours(recipe: Recipe, device: torch.device, autocast: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
     """The step of the training loop, from cut images."""
-    step = TrainStep(make_model(recipe, device), recipe, autocast=autocast)
+    return _steps(make_model(recipe, device), recipe, autocast)
+
+
+def from_a_start(
+    recipe: Recipe, device: torch.device, autocast: torch.dtype | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The step of `adapt`, whose network has the recipe's shape and random weights."""
+    config = encoder_config(recipe)
+    start = Start(Encoder(build_model(config, None), config, record=None, weights_sha256=None))
+    adapted = dataclasses.replace(start.recipe(recipe), layer_decay=0.85, clip_norm=1.0)
+    return _steps(make_model(adapted, device, start), adapted, autocast)
+
+
+def _steps(model: MiCL, recipe: Recipe, autocast: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
+    step, device = TrainStep(model, recipe, autocast=autocast), next(model.parameters()).device
     set_learning_rate(step.optimizer, LEARNING_RATE)
     plain = dataclasses.replace(recipe, view_color=False)
 

@@ -87,7 +87,20 @@ def test_decode(script: Script, image_folder: Callable[..., Path], tmp_path: Pat
 def test_step(script: Script, tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     sets = [word for change in TWIN for word in ("--set", change)]
-    run(script("step"), "vit_ti16.tin200", *sets, "--batch-size", 8, "--rounds", 2, "--device", "cpu", "-o", file)
+    run(
+        script("step"),
+        "vit_ti16.tin200",
+        *sets,
+        "--batch-size",
+        8,
+        "--rounds",
+        2,
+        "--device",
+        "cpu",
+        "--start",
+        "-o",
+        file,
+    )
     found = record_of(file)
     assert found["first_loss"]["ours"] == pytest.approx(found["first_loss"]["straightforward"], abs=1e-5)
     rates = found["images_per_second"]

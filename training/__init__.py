@@ -1,9 +1,9 @@
 """Train encoders: the MiCL method, its recipes, and the loop that trains them.
 
-    from micl_zoo.training import adapt, pretrain
+from micl_zoo.training import adapt, pretrain
 
-    adapt("vit_small_patch14_reg4_dinov2.lvd142m", "photos/", "runs/mine")
-    pretrain("vit_ti16.tin200", "images/", "runs/first")
+adapt("vit_small_patch14_reg4_dinov2.lvd142m", "photos/", "runs/mine")
+pretrain("vit_ti16.tin200", "images/", "runs/first")
 """
 
 from __future__ import annotations
