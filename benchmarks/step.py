@@ -147,7 +147,7 @@ def from_a_start(
 
 
 def _steps(model: MiCL, recipe: Recipe, autocast: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
-    step, device = TrainStep(model, recipe, autocast=autocast), next(model.parameters()).device
+    step = TrainStep(model, recipe, autocast=autocast)
     set_learning_rate(step.optimizer, LEARNING_RATE)
     plain = dataclasses.replace(recipe, view_color=False)
 

@@ -121,7 +121,8 @@ def pretrain(
         if len(set(ranks.gather(facts["fingerprint"]))) > 1:
             raise SourceError("the ranks do not see the same images: give all machines the same data")
         if command is None:
-            options = [("--init", start.encoder.name)] if start else []
+            named = os.fspath(init) if isinstance(init, str | os.PathLike) else start.encoder.name if start else ""
+            options = [("--init", named)] if start else []
             options += [("--data", path) for path in images.paths]
             command = command_text(["micl-zoo train", name], options, overrides, smoke)
         record = run_record(recipe, facts, command, target, ranks.world)
