@@ -16,8 +16,8 @@ import timm
 import torch
 from conftest import TWIN
 from safetensors.torch import load_file
-from test_pretrain import RECIPE, goes_on, half_a_record, killed_after, losses, newest, rolls_back, same_end
-from test_ranks import BATCH, FSDP, Case, assert_same, by_groups, make_step, on_ranks, result
+from test_pretrain import RECIPE, goes_on, half_a_record, killed_after, labelled, losses, newest, rolls_back, same_end
+from test_ranks import BATCH, FSDP, Case, assert_same, by_groups, make_step, on_ranks, result, seen
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.extraction.processes import python
 from micl_zoo.files import file_sha256
 from micl_zoo.training.micl import MiCL, Pooled, gather_patches, stretched_positions
+from micl_zoo.training.pretraining import pretrain as module
 from micl_zoo.training.pretraining.pretrain import initial_model, pretrain
 from micl_zoo.training.pretraining.start import NETWORK, Start
 from micl_zoo.training.recipes import Recipe, get_recipe
@@ -136,12 +137,13 @@ def test_with_all_patches_in_one_view_it_is_timm_s_own_pass(family: str) -> None
     tokens, row = passed(model, pixels, views)
     expected = vit.forward_features(pixels)
     assert expected.std() > 0.1
-    torch.testing.assert_close(tokens[:, 0], expected, rtol=1e-5, atol=1e-5)
+    near = {"rtol": 1e-5, "atol": 1e-5 * max(1, expected.std().item())}  # without a final norm tokens are larger
+    torch.testing.assert_close(tokens[:, 0], expected, **near)
     torch.testing.assert_close(row[:, 0], timm_row(vit, expected, FAMILIES[family][2]), rtol=1e-5, atol=1e-5)
     order = torch.randperm(views.shape[2], generator=torch.Generator().manual_seed(2))
     prefix = torch.arange(vit.num_prefix_tokens)
     shuffled = expected[:, torch.cat([prefix, vit.num_prefix_tokens + order])]
-    torch.testing.assert_close(passed(model, pixels, views[..., order])[0][:, 0], shuffled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(passed(model, pixels, views[..., order])[0][:, 0], shuffled, **near)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -241,10 +243,10 @@ def test_a_row_that_a_model_lacks_is_refused(pooled: Pooled, arguments: dict[str
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 STARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "registers": ("vit_small_patch14_reg4_dinov2", {"init_values": 0.1}),
-    "CLIP": ("vit_base_patch16_clip_224", {"num_classes": 512}),
+    "CLIP": ("vit_base_patch16_clip_224", {"num_classes": 512}),  # that embeds by its projection
     "SigLIP": ("vit_base_patch16_siglip_224", {}),
     "rpn": ("vit_base_patch16_rpn_224", {}),
-    "rope": ("vit_small_patch16_rope_mixed_224", {}),
+    "rope": ("vit_small_patch16_rope_mixed_224", {"img_size": 64}),  # the crops are smaller
     "EVA-02": ("eva02_tiny_patch14_224", {}),
 }
 OPTIONS = [one for one in TWIN if one.partition("=")[0] not in NETWORK] + ["save_dtype=float32"]
@@ -260,8 +262,11 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             architecture, arguments = STARTS[kind]
             arguments = {**SMALL, **arguments}
             model, made[kind] = toy(architecture, **arguments), tmp_path_factory.mktemp("start") / kind
-            with pytest.warns() if False else pytest.MonkeyPatch.context():
-                save_for_hf(model, made[kind], model_args=arguments, safe_serialization=True)
+            save_for_hf(model, made[kind], model_args=arguments, safe_serialization=True)
+            if kind == "CLIP":
+                encoder = micl_zoo.load(made[kind], device="cpu")
+                encoder.pool = "projection"
+                made[kind] = encoder.save(made[kind] / "projecting").parent
         return made[kind]
 
     return save
@@ -323,18 +328,61 @@ def test_a_run_starts_from_what_a_run_or_save_has_left(
     with torch.no_grad():
         encoder.vit.cls_token += 1
     made = pretrain(RECIPE, images, tmp_path / "third", init=encoder, overrides=options, device="cpu")
-    name, sha256 = header(made)["provenance"]["encoder"].values().__iter__().__next__(), encoder.identity()[1]
-    assert (name, header(made)["provenance"]["encoder"]["encoder_sha256"]) == (f"{encoder.name}", sha256)
+    said = header(made)["provenance"]["encoder"]
+    assert (said["encoder"], said["encoder_sha256"]) == encoder.identity()
     saved = encoder.save(tmp_path / "saved")
+    assert said["encoder_sha256"] == file_sha256(saved)
     same = pretrain(RECIPE, images, tmp_path / "fourth", init=saved.parent, overrides=options, device="cpu")
     assert all(torch.equal(one, state_of(made)[key]) for key, one in state_of(same).items())
+    larger = micl_zoo.load(folder, device="cpu", image_size=64)
+    made = pretrain(RECIPE, images, tmp_path / "fifth", init=larger, overrides=options, device="cpu")
+    assert state_of(made)["pos_embed"].shape == larger.vit.pos_embed.shape
+    assert micl_zoo.load(made, device="cpu").transform == larger.transform
+    assert pretrain(RECIPE, images, tmp_path / "smoke", init=folder, smoke=True, device="cpu", max_steps=1).exists()
+
+
+def test_what_a_start_fixes_of_a_recipe(started: Callable[[str], Path], tmp_path: Path) -> None:
+    arguments = {"img_size": 56, **VIT}
+    giant = toy("vit_giant_patch14_dinov2", **arguments)
+    save_for_hf(giant, tmp_path / "giant", model_args=arguments, safe_serialization=True)
+    recipe = Start.open(tmp_path / "giant").recipe(get_recipe("vit_b16.in1k"))
+    plain = 4 * 48**2 + sum(one.numel() for one in giant.blocks[0].mlp.parameters() if one.ndim > 1)
+    assert 48**2 * (4 + 2 * recipe.mlp_ratio) == pytest.approx(plain, rel=1e-4)
+    assert (recipe.image_size, recipe.crop_size, recipe.depth, recipe.num_heads) == (56, 224, 2, 3)
+    for side, crop in ((64, 56), (24, 14), (8, 14)):  # whole patches, and one at least
+        other = get_recipe(RECIPE, ["image_size=64", "patch_size=8", f"crop_size={side}"])
+        assert Start.open(tmp_path / "giant").recipe(other).crop_size == crop
+    recipe = Start.open(started("EVA-02")).recipe(get_recipe(RECIPE), OPTIONS)
+    assert (recipe.prefix_tokens, recipe.positions, recipe.pooled_token) == (1, "own", "native")
+    assert Start.open(started("CLIP")).recipe(get_recipe(RECIPE), OPTIONS).pooled_token == "projection"
+
+
+@pytest.mark.parametrize("kind", ["registers", "CLIP", "SigLIP"])
+def test_knn_measures_the_row_that_is_trained_with_the_weights_that_are_saved(
+    started: Callable[[str], Path],
+    image_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    sets, measured = tmp_path / "four", list[tuple[Encoder, str]]()
+    labelled(sets, "train", 16)
+    labelled(sets, "test", 8)
+    monkeypatch.setattr(module, "measure_knn", lambda encoder, _, pool: measured.append((encoder, pool)) or 0.5)
+    options = [*OPTIONS, "epochs=2", "warmup_epochs=0", "start_share=0.5", "ema_decay=0.5"]
+    how: dict[str, Any] = {"init": started(kind), "overrides": options, "device": "cpu", "knn": [sets]}
+    made = pretrain(RECIPE, image_folder(8), tmp_path / "run", knn_minutes=0, knn_images=16, **how)
+    finished = micl_zoo.load(made, device="cpu")
+    assert [pool for _, pool in measured] == [finished.pool] * 2
+    last = measured[-1][0].model.state_dict()
+    assert all(torch.equal(one, last[key]) for key, one in state_of(made).items())
 
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
         ("registers", ["ema_decay=0.7", "start_share=0.3", "clip_norm=0.5", "layer_decay=0.8"]),
-        ("rope", ["crop_size=16", "views=3", "mask_ratio=0.1"]),
+        ("rope", ["views=3", "mask_ratio=0.1"]),
         ("EVA-02", ["frozen_blocks=1"]),
         ("CLIP", ["activation_checkpointing=true"]),
         ("SigLIP", ["cache=none"]),
@@ -347,7 +395,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(
 
 
 def test_a_run_that_is_killed_goes_on(folder: Path, image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    images, options = image_folder(16), [*OPTIONS, "epochs=60"]
+    images, options = image_folder(16), [*OPTIONS, "epochs=20"]
     code = (
         "from micl_zoo.training.pretraining.pretrain import pretrain; "
         "recipe, data, out, init, *overrides = sys.argv[1:]; "
@@ -358,7 +406,7 @@ def test_a_run_that_is_killed_goes_on(folder: Path, image_folder: Callable[..., 
     for run in (killed, whole):
         pretrain(RECIPE, images, run, init=folder, overrides=options, device="cpu")
     same_end(whole, killed)
-    assert len(losses(whole)) == 120
+    assert len(losses(whole)) == 40
 
 
 def test_a_loss_that_is_not_finite_once_is_rolled_back(
@@ -395,7 +443,7 @@ def test_another_start_is_another_run(
     with pytest.raises(TrainingError, match=r"holds another run: .*positions: 'own' there, 'sincos' asked for"):
         pretrain(RECIPE, images, run, overrides=TWIN, device="cpu")
     pretrain(RECIPE, images, tmp_path / "random", overrides=TWIN, device="cpu", max_steps=1)
-    with pytest.raises(TrainingError, match="holds another run: .*encoder_sha256: None there"):
+    with pytest.raises(TrainingError, match=r"holds another run: .*encoder_sha256: None there"):
         pretrain(RECIPE, images, tmp_path / "random", init=folder, overrides=OPTIONS, device="cpu")
     moved_away = shutil.copytree(folder, tmp_path / "elsewhere")  # the same bytes
     pretrain(RECIPE, images, run, init=moved_away, overrides=OPTIONS, device="cpu", max_steps=2)
@@ -415,8 +463,9 @@ def test_starts_that_cannot_be_are_refused(
     refused("weights are in bfloat16.*load it without dtype", micl_zoo.load(folder, device="cpu", dtype="bfloat16"))
     with pytest.raises(UsageError, match="positions=own are those of an encoder to start from"):
         pretrain(RECIPE, "nowhere", tmp_path / "run", overrides=[*TWIN, "positions=own"], device="cpu")
-    for change in ("start_share=0.5", "prefix_tokens=5", "pooled_token=native"):
-        with pytest.raises(UsageError, match=change.partition("=")[0]):
+    frozen = ("frozen_positions=true", "frozen_embedding=true", "frozen_blocks=1")
+    for change in ("start_share=0.5", "prefix_tokens=5", "pooled_token=native", *frozen):
+        with pytest.raises(UsageError, match=f"{change.partition('=')[0]} must be"):
             get_recipe(RECIPE, [*TWIN, change])
     for name in ("onnx", "openvino"):  # of which neither has weights that could be trained
         runtime: Any = SimpleNamespace(model=None, name=name, shapes={"cls": (32,)}, precision=None)
@@ -497,7 +546,9 @@ def rates(kind_folder: Path, *changes: str) -> dict[str, tuple[float, float]]:
     vit = initial_model(recipe, start).vit
     optimizer = make_optimizer(vit, recipe)
     set_learning_rate(optimizer, 1.0)
-    found = {id(one): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for one in group["params"]}
+    found = {
+        id(one): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for one in group["params"]
+    }
     return {name: found[id(one)] for name, one in vit.named_parameters() if one.requires_grad}
 
 
@@ -513,8 +564,9 @@ def test_lower_layers_learn_slower_and_positions_never_decay(started: Callable[[
         assert lr == pytest.approx(expected), name
         assert decay == 0 or not name.endswith(("bias", "norm.weight", "pos_embed", "rope.freqs")), name
     for name, (_, decay) in plain.items():
-        assert (decay == 0) == (name in ("pos_embed", "rope.freqs") or name.endswith("bias") or "norm" in name or
-                                "gamma" in name), name
+        assert (decay == 0) == (
+            name in ("pos_embed", "rope.freqs") or name.endswith("bias") or "norm" in name or "gamma" in name
+        ), name
 
 
 def test_longer_gradients_are_cut_to_clip_norm(started: Callable[[str], Path], twin: Recipe) -> None:
@@ -532,8 +584,6 @@ def test_longer_gradients_are_cut_to_clip_norm(started: Callable[[str], Path], t
             ends[clip] = {name: one.grad.clone() for name, one in step.vit.named_parameters() if one.grad is not None}
 
         step.optimizer.register_step_pre_hook(norm)
-        from test_ranks import seen
-
         step(*seen(2))
         full = torch.stack([one.norm() for one in found.values()]).norm().item()
     assert norms[1e3] == norms[0.0] == pytest.approx(full, rel=1e-9)
@@ -559,14 +609,15 @@ def test_pieces_give_the_gradients_of_one_graph(method_of: Callable[..., tuple[R
         assert_same(result(make_step(recipe, micro_batch=size, init=start)), wanted, least=0)
 
 
-def test_two_ranks_give_the_gradients_of_one(method_of: Callable[..., tuple[Recipe, Path]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_give_the_gradients_of_one(
+    method_of: Callable[..., tuple[Recipe, Path]], tmp_path: Path, parallel: str
+) -> None:
+    if parallel == "fsdp" and not FSDP:
+        pytest.skip("torch shards on GPUs only")
     changes: list[dict[str, Any]] = [{"negatives": "global"}, {"contrast_batch": 8, "frozen_blocks": 1}]
-    changes += [{**change, "parallel": "fsdp"} for change in changes if FSDP]
-    asked = [(kind, change) for kind in STARTS for change in changes]
-    asked = [(kind, change) for kind, change in asked if kind in ("registers", "rope") or "frozen_blocks" not in change]
-    cases: list[Case] = []
-    for number, (kind, change) in enumerate(asked):
-        recipe, start = method_of(kind, **change)
-        cases.append((recipe, (None, 3)[number % 2], start))
+    kinds = ("registers", "rope") if parallel == "ddp" else STARTS
+    made = [method_of(kind, parallel=parallel, **change) for kind in kinds for change in changes]
+    cases: list[Case] = [(recipe, (None, 3)[number % 2], start) for number, (recipe, start) in enumerate(made)]
     for (recipe, _, start), found in zip(cases, on_ranks(2, cases, tmp_path / "found.pt"), strict=True):
         assert_same(found, by_groups(recipe, start), least=0)
