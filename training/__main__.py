@@ -1,6 +1,6 @@
 """One rank of a run, for torchrun: `torchrun --nproc-per-node 4 -m micl_zoo.training RECIPE --data … --out …`.
 
-It is `micl-zoo train`; `train`, or `eval` for `micl-zoo eval …`, may stand before the words.
+It is `micl-zoo train`; `train`, `adapt`, or `eval` for `micl-zoo eval …`, may stand before the words.
 """
 
 import sys
@@ -39,4 +39,4 @@ def rank() -> None:
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    main(words if words[:1] in (["eval"], ["train"]) else ["train", *words], prog_name=NAME)
+    main(words if words[:1] in (["adapt"], ["eval"], ["train"]) else ["train", *words], prog_name=NAME)

@@ -138,6 +138,7 @@ class Recipe(AnyRecipe):
     frozen_positions: bool = False  # keep the start's own positions
     frozen_embedding: bool = False  # keep its patch embedding
     frozen_blocks: Annotated[int, Between(0, 128)] = 0  # keep its first blocks, and all that comes before them
+    held_out: Annotated[int, Between(0, 2**20)] = 0  # images that are not trained on, to see what changes for them
     start_share: Chance = 0.0  # share of the start's weights in the finished ones (WiSE-FT, arXiv 2109.01903)
     kappa: Amount = 1 / 64  # concentration of the tSP similarity
     temperature: Positive = 0.07  # divides the similarity
@@ -514,8 +515,13 @@ def _get(kind: str, table: Mapping[str, Callable[[], R]], name: str, overrides: 
 
 def overridden(recipe: R, overrides: Iterable[str]) -> R:
     """Apply `key=value` changes to a recipe."""
-    types = get_type_hints(type(recipe))
-    return dataclasses.replace(recipe, **dict(_parse_override(override, types) for override in overrides))
+    return dataclasses.replace(recipe, **parsed(type(recipe), overrides))
+
+
+def parsed(kind: type[AnyRecipe], overrides: Iterable[str]) -> dict[str, Any]:
+    """Read `key=value` changes to a kind of recipe, each checked for its name and type."""
+    types = get_type_hints(kind)
+    return dict(_parse_override(override, types) for override in overrides)
 
 
 def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[str] = (), *, smoke: bool = False) -> R:

@@ -61,7 +61,7 @@ def _failed(text: str, code: int) -> int:
     commands=[
         *(extract.extract, stores.search, stores.verify, stores.convert),
         *(zoo.models, zoo.info, zoo.download, zoo.golden, zoo.export, zoo.doctor),
-        *(train.train, train.bench, train.report, evaluate.eval_),
+        *(train.adapt, train.train, train.bench, train.report, evaluate.eval_),
         *(release.card, release.publish, release.import_),
     ],
     # color: colours in texts from outside would else be taken out of what goes to no terminal, and not be escaped
@@ -75,6 +75,7 @@ def main() -> None:
       micl-zoo extract ~/Pictures -o embeddings
       micl-zoo extract ~/Pictures -o dinov2 --model vit_small_patch14_reg4_dinov2.lvd142m
       micl-zoo models
+      micl-zoo adapt vit_small_patch14_reg4_dinov2.lvd142m --data photos/ --out runs/mine
       micl-zoo train vit_ti16.tin200 --data images/ --out runs/first
     """
     from ..telemetry import no_telemetry

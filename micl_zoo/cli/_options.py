@@ -106,6 +106,12 @@ REMOTE = flag("--remote", "Read images from all servers that the store names, no
 UNCHECKED = value("--check/--no-check", "Compare the checksum of each part that is read.", default=True)
 SOURCE = "any source that extract takes."
 OVERRIDES = value("--set", "overrides", "Change to one number of the recipe.", multiple=True, metavar="KEY=VALUE")
+KNN = together(
+    path("--knn", "Folder with a k-NN set: train*.parquet and test or val.parquet (image, label).", multiple=True),
+    value("--knn-minutes", "Minutes between k-NN evaluations.", type=Number(0), default=30),
+    count("--knn-images", "Number of images to search in each k-NN set.", least=20, default=10_000),
+    value("--wandb", "Project of Weights & Biases to send the run to.", metavar="PROJECT"),
+)
 RANKS = together(
     count("--gpus", "Number of processes on this machine, one per GPU (or CPU processes)."),
     count("--nodes", "Number of machines; run the same command on each of them.", default=1),

@@ -88,6 +88,7 @@ def publish(run: Path, repo: str, no_onnx: bool, as_json: bool, **options: Any) 
     """
     from micl_zoo import export
     from micl_zoo.training.release.publish import publish as run_
+    from micl_zoo.training.run.record import read_run
 
     made = run_(run, repo, export=None if no_onnx else export.to_onnx, **options)
     if as_json:
@@ -98,6 +99,9 @@ def publish(run: Path, repo: str, no_onnx: bool, as_json: bool, **options: Any) 
     click.echo(f"{sum(made.files.values()):>15,}  bytes in {made.folder}")
     click.echo(f"Loaded back: {made.loaded_back.text()}.")
     click.echo(f"Published: {made.url}" if made.commit else f"A dry run, nothing was sent to {made.url}")
+    if (read_run(run) or {}).get("encoder"):  # the table is for encoders that recipes make
+        click.echo(f"It loads by micl_zoo.load({json.dumps(repo)}).")
+        return
     measured = "" if made.record.metrics else ", without metrics, as no record with k-NN was given by --eval"
     records = made.folder / "records" / f"{made.record.name}*.json"
     click.echo(f"Its row for micl_zoo/zoo/ours.py{measured}; {records} are for training/records/:\n\n{made.row}")

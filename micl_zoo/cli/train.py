@@ -16,15 +16,13 @@ SECONDS = opt.value("--seconds", "Length of the measurement in seconds.", type=o
 @click.argument("recipe")
 @opt.value("--data", f"Images to train on: {opt.SOURCE}", multiple=True)
 @opt.path("--out", "Folder of the run; the same command resumes it.")
+@opt.value("--init", f"Encoder to start from in the place of random weights: {opt.MODEL}.", metavar="ENCODER")
 @opt.OVERRIDES
 @opt.flag("--smoke", "Train the recipe's small twin: a test of the whole chain in seconds.")
 @opt.flag("--plan", "Print the cost of the run (steps, FLOPs, memory, hours, disk) and stop.")
 @opt.RANKS
 @opt.workers("Decoding processes per GPU, with cache=none.", "the cores, shared; at most 16")
-@opt.path("--knn", "Folder with a k-NN set: train*.parquet and test or val.parquet (image, label).", multiple=True)
-@opt.value("--knn-minutes", "Minutes between k-NN evaluations.", type=opt.Number(0), default=30)
-@opt.count("--knn-images", "Number of images to search in each k-NN set.", least=20, default=10_000)
-@opt.value("--wandb", "Project of Weights & Biases to send the run to.", metavar="PROJECT")
+@opt.KNN
 @opt.value("--mfu", "FLOP/s utilisation, for --plan.", type=opt.Number(0, 1, min_open=True), default=0.5)
 @opt.count("--images", "Size of the corpus, for --plan without --data.")
 def train(recipe: str, data: tuple[str, ...], out: Path | None, plan: bool, **options: Any) -> None:
@@ -38,6 +36,7 @@ def train(recipe: str, data: tuple[str, ...], out: Path | None, plan: bool, **op
       micl-zoo train vit_ti16.tin200 --data "tin200/train-*.parquet" --out runs/vit_ti16.tin200
       micl-zoo train vit_ti16.tin200 --data photos/ --out runs/mine --set name=vit_ti16.mine --set batch_size=64
       micl-zoo train vit_l16.in1k --data imagenet/train --out runs/vit_l16 --gpus 4
+      micl-zoo train vit_b16.in1k --init vit_base_patch16_224.mae --data images/ --out runs/from-mae --gpus 4
       micl-zoo train vit_l16.in1k --plan --gpus 4
       micl-zoo train vit_l16.in1k --data photos/ --out runs/smoke --smoke --device cpu --gpus 2
     """
@@ -59,18 +58,91 @@ def train(recipe: str, data: tuple[str, ...], out: Path | None, plan: bool, **op
         click.echo(stopped if made == out else encoder)
 
 
+@click.command(cls=opt.Command)
+@click.argument("encoder")
+@opt.value("--data", f"Images to learn from, without labels: {opt.SOURCE}", multiple=True, required=True)
+@opt.path("--out", "Folder of the run; the same command resumes it.")
+@opt.IMAGE_SIZE
+@opt.value("--set", "overrides", "Change to one of the numbers that are chosen.", multiple=True, metavar="KEY=VALUE")
+@opt.flag("--plan", "Print what is chosen and what it costs (steps, FLOPs, memory, hours, disk) and stop.")
+@opt.RANKS
+@opt.workers("Decoding processes per GPU, with cache=none.", "the cores, shared; at most 16")
+@opt.KNN
+def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **options: Any) -> None:
+    """Go on with ENCODER on your own images, without labels, by masked image contrastive learning (MiCL).
+
+    ENCODER is a name of `micl-zoo models`, OWNER/NAME on the hub, a name of timm, a file or a folder: any ViT, such as
+    DINOv2, DINOv3, CLIP, SigLIP, MAE or EVA-02. Every number of the run is chosen, printed with its reason, and can be
+    changed by --set. The run's folder has the encoder, and neighbours.png: images and what was nearest to them before
+    and after. Labelled images, given by --knn, tell whether it was worth it.
+
+    Examples:
+      micl-zoo adapt vit_small_patch14_reg4_dinov2.lvd142m --data photos/ --out runs/mine
+      micl-zoo adapt vit_ti16.tin200 --data photos/ --out runs/small --knn labelled/
+      micl-zoo adapt runs/mine --data more/ --out runs/again --set epochs=20 --set frozen_blocks=6
+      micl-zoo adapt vit_large_patch16_dinov3.lvd1689m --data scans/ --plan
+    """
+    if not plan and out is None:
+        raise click.UsageError("adapt needs --out (only --plan does without)")
+    from micl_zoo.training.pretraining.adapt import Chosen, choose
+    from micl_zoo.training.pretraining.adapt import adapt as run
+    from micl_zoo.training.pretraining.pretrain import Images, parameter_counts
+    from micl_zoo.training.pretraining.start import Start
+    from micl_zoo.training.pretraining.verdict import told
+    from micl_zoo.training.recipes import recorded_recipe
+    from micl_zoo.training.run.ranks import says
+    from micl_zoo.training.run.record import read_run
+
+    def tell(chosen: Chosen) -> None:
+        if says():
+            click.echo(f"Chosen, each to be changed by --set:\n{chosen.text()}\n", err=not plan)
+
+    if plan:
+        from micl_zoo.training.pretraining.plan import format_plan, make_plan
+
+        start, images = Start.open(encoder, options["image_size"]), Images.open(data)
+        chosen = choose(start, len(images.index), options["overrides"])
+        tell(chosen)
+        how: dict[str, Any] = {name: options[name] for name in ("nodes", "micro_batch")}
+        seen = len(images.index) - chosen.recipe.held_out
+        how |= {"counts": parameter_counts(chosen.recipe, start), "gpus": options["gpus"] or 1}
+        click.echo(format_plan(make_plan(chosen.recipe, images=seen, **how)))
+        return
+    if opt.start_ranks(options):
+        return
+    made = run(encoder, data, out or Path(), tell=tell, **options)
+    if not says():
+        return
+    if made == out:
+        click.echo(f"Stopped at --max-steps. Run the same command without it to resume {out}.")
+        return
+    record = read_run(made.parents[1]) or {}
+    for line in told(record, recorded_recipe(record)):
+        click.echo(line)
+    click.echo(f"Neighbours before and after are in {out}/neighbours.png, all else in `micl-zoo report {out}`.")
+    click.echo(f"The encoder is in {made.parent}: micl_zoo.load({str(made.parent)!r}).")
+
+
 def _plan(name: str, data: tuple[str, ...], images: int | None, mfu: float, **options: Any) -> str:
     from micl_zoo.training.pretraining.plan import format_plan, make_plan
     from micl_zoo.training.recipes import corpus_images, get_recipe
 
-    recipe = get_recipe(name, options["overrides"], smoke=options["smoke"])
+    overrides, counts = options["overrides"], None
+    recipe = get_recipe(name, () if options["init"] else overrides, smoke=options["smoke"])
+    if options["init"]:
+        from micl_zoo.training.pretraining.pretrain import parameter_counts
+        from micl_zoo.training.pretraining.start import Start
+
+        start = Start.open(options["init"])
+        recipe = start.recipe(recipe, overrides)
+        counts = parameter_counts(recipe, start)
     if data:
         from ..sources.listing import index_source
 
         images = len(index_source(data))
     images, gpus = images or corpus_images(recipe), options["gpus"] or 1
     how = {name: options[name] for name in ("nodes", "micro_batch")}
-    return format_plan(make_plan(recipe, images=images, gpus=gpus, mfu=mfu, **how))
+    return format_plan(make_plan(recipe, images=images, gpus=gpus, mfu=mfu, counts=counts, **how))
 
 
 @click.group(cls=opt.Group)

@@ -78,6 +78,17 @@ def default_workers() -> int:
     return min(usable_cores(), MAX_WORKERS)
 
 
+def total_memory() -> int | None:
+    """Return the bytes of memory that this machine has, or a container's limit; None where the system does not say."""
+    found = []
+    try:
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (AttributeError, ValueError, OSError):  # Windows; no limit is "max"; no such group
+        pass
+    return min(found, default=None)
+
+
 def has_compiler() -> bool:
     """Whether there is a C++ compiler, which `torch.compile` needs for the CPU."""
     return any(map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")))

@@ -35,14 +35,18 @@ class Tile(NamedTuple):
     source: bytes | Image.Image | Entry | str  # the image, encoded or not, or where it is; or the text
 
 
-def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]], read: Read) -> None:
-    """Draw a band for each query, at the left, with its hits at the right; `out` ends in one of PICTURE_FORMATS."""
+def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]], read: Read, halves: int = 0) -> None:
+    """Draw a band for each query, at the left, with its hits at the right, at most COLUMNS of them beside each other.
+
+    With `halves` the hits are in two groups of so many, side by side. `out` ends in one of PICTURE_FORMATS.
+    """
     cell = TILE + LINE * LABEL_LINES + GAP
     most = max(1, *(len(hits) for _, hits in bands))
-    columns = math.ceil(most / math.ceil(most / COLUMNS))  # lines of equal length
+    columns = 2 * halves or math.ceil(most / math.ceil(most / COLUMNS))  # lines of equal length
+    between = 2 * GAP if halves else 0
     lines = [max(1, math.ceil(len(hits) / columns)) for _, hits in bands]
     heights = [max(QUERY_TILE + LINE * LABEL_LINES + GAP, count * cell) + GAP for count in lines]
-    width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP)
+    width = GAP + QUERY_TILE + 2 * GAP + columns * (TILE + GAP) + between
     sheet = Image.new("RGB", (width, sum(heights)), PAPER)
     top = 0
     for (query, hits), height in zip(bands, heights, strict=True):
@@ -51,7 +55,8 @@ def write_contact_sheet(out: Path, bands: Sequence[tuple[Tile, Sequence[Tile]]],
         _draw(sheet, (GAP, top + GAP), QUERY_TILE, query, read)
         for place, hit in enumerate(hits):
             row, column = divmod(place, columns)
-            _draw(sheet, (QUERY_TILE + 3 * GAP + column * (TILE + GAP), top + GAP + row * cell), TILE, hit, read)
+            left = QUERY_TILE + 3 * GAP + column * (TILE + GAP) + (between if halves and column >= halves else 0)
+            _draw(sheet, (left, top + GAP + row * cell), TILE, hit, read)
         top += height
     with atomic_path(out) as temporary:
         sheet.save(temporary, PICTURE_FORMATS[out.suffix.lower()])

@@ -93,7 +93,13 @@ def knn_accuracy(
     return float((found[k] == test_labels).mean())
 
 
+def measure_right(encoder: Encoder, labelled: LabelledSet, pool: Pool) -> np.ndarray:
+    """Find which test images of a set k-NN gives the right class, by one pool's features, k = 20: (N,) bool."""
+    train, test = (embed_labelled(encoder, part, pools=(pool,)) for part in (labelled.train, labelled.test))
+    bank = [(train.rows[pool], train.labels)]
+    return knn_predict(bank, test.rows[pool], classes=len(labelled.classes), ks=(20,))[20] == test.labels
+
+
 def measure_knn(encoder: Encoder, labelled: LabelledSet, pool: Pool = "cls") -> float:
     """Measure the k-NN accuracy of one pool's features on a set, k = 20, 0 to 1."""
-    train, test = (embed_labelled(encoder, part, pools=(pool,)) for part in (labelled.train, labelled.test))
-    return knn_accuracy(train.rows[pool], train.labels, test.rows[pool], test.labels)
+    return float(measure_right(encoder, labelled, pool).mean())

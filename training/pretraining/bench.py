@@ -12,19 +12,17 @@ from itertools import count
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from micl_zoo.encoders.device import autocast_dtype, default_workers, resolve_device, resolve_precision, usable_cores
 from micl_zoo.progress import progress
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import index_source
 
-from ..micl import draw_views
 from ..recipes import Recipe, get_recipe
 from ..run.optim import set_learning_rate
 from ..run.provenance import made_with
 from ..run.step import resolve_autocast
-from .data import MemoryCorpus, Seen, StreamedCorpus, draw, normalise
+from .data import MemoryCorpus, Seen, StreamedCorpus, draw, made_up_patches, normalise
 from .plan import step_flops
 from .pretrain import make_model
 from .step import TrainStep
@@ -205,14 +203,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
-
-
-def made_up_patches(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Make random patches (B, V, K/V, P) uint8 on the host, pinned for a GPU, and places (B, V, K/V) on the device."""
-    shape = (recipe.batch_size, recipe.views, recipe.kept // recipe.views, recipe.patch_numbers)
-    pixels = torch.randint(256, shape, dtype=torch.uint8)
-    views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio, recipe.views)
-    return (pixels.pin_memory() if device.type == "cuda" else pixels), views.to(device)
 
 
 def _batches(recipe: Recipe, device: torch.device) -> Iterator[Seen]:

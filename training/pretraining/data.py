@@ -235,6 +235,14 @@ def change_color(patches: Tensor, draws: Draws) -> Tensor:
     return (colors * draws.gain[:, :, None] + draws.bias[:, :, None]).flatten(3)
 
 
+def made_up_patches(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make random patches (B, V, K/V, P) uint8 on the host, pinned for a GPU, and places (B, V, K/V) on the device."""
+    shape = (recipe.batch_size, recipe.views, recipe.kept // recipe.views, recipe.patch_numbers)
+    pixels = torch.randint(256, shape, dtype=torch.uint8)
+    views = draw_views(torch.rand(recipe.batch_size, recipe.num_patches), recipe.mask_ratio, recipe.views)
+    return (pixels.pin_memory() if device.type == "cuda" else pixels), views.to(device)
+
+
 @dataclass
 class MemoryCorpus:
     """A small corpus decoded once into memory, on the host or the device: crops are cut out of it batch by batch."""

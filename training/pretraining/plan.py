@@ -89,7 +89,10 @@ class PaperRun(NamedTuple):
 class Plan:
     """Every number of a run that follows from its recipe, its images and its GPUs, see `make_plan`."""
 
-    def __init__(self, recipe: Recipe, images: int, gpus: int, nodes: int, micro_batch: int | None, mfu: float) -> None:
+    def __init__(
+        self, recipe: Recipe, images: int, gpus: int, nodes: int, micro_batch: int | None, mfu: float,
+        counts: tuple[int, int] | None,
+    ) -> None:  # fmt: skip
         self.recipe, self.images, self.gpus, self.nodes, self.mfu = recipe, images, gpus, nodes, mfu
         self.world = gpus * nodes  # processes, one per GPU
         self.images_per_process = images_per_process(recipe, self.world)  # of one optimiser step
@@ -106,8 +109,8 @@ class Plan:
         self.images_seen = self.total_steps * recipe.batch_size  # over the whole run
 
         self.kept = recipe.kept  # K, visible patches of an image
-        self.view_tokens = self.kept // recipe.views + 1  # T, the class token among them
-        self.parameters, self.frozen = parameter_count(recipe), frozen_count(recipe)  # trained, fixed positions
+        self.view_tokens = self.kept // recipe.views + recipe.prefix_tokens  # T, class token and registers among them
+        self.parameters, self.frozen = counts or (parameter_count(recipe), frozen_count(recipe))  # trained, fixed
         self.flops = step_flops(recipe)  # that the method needs, per image
         self.total_flops = self.images_seen * self.flops.total * self.passes  # repeated forward passes included
         self.memory = memory_estimate(recipe, images_per_gpu=self.micro_batch, gpus=self.world)
@@ -125,19 +128,21 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, *, images: int, gpus: int = 1, nodes: int = 1, micro_batch: int | None = None, mfu: float = 0.5
-) -> Plan:
+    recipe: Recipe, *, images: int, gpus: int = 1, nodes: int = 1, micro_batch: int | None = None, mfu: float = 0.5,
+    counts: tuple[int, int] | None = None,
+) -> Plan:  # fmt: skip
     """Work out what a run over so many images will cost, on `nodes` machines of `gpus` GPUs.
 
     A forward pass takes `micro_batch` images at most, by default as many as one GPU contrasts at a time; `mfu` is the
-    share of a card's peak that is reached, 0 to 1.
+    share of a card's peak that is reached, 0 to 1. `counts` are the parameters that are trained, and those that are
+    not, of a network that a run starts from.
     """
-    counts = {"gpus": gpus, "nodes": nodes, "micro_batch": 1 if micro_batch is None else micro_batch}
-    if wrong := [name for name, number in counts.items() if number < 1]:
-        raise UsageError(f"{wrong[0]} must be at least 1, got {counts[wrong[0]]}")
+    asked = {"gpus": gpus, "nodes": nodes, "micro_batch": 1 if micro_batch is None else micro_batch}
+    if wrong := [name for name, number in asked.items() if number < 1]:
+        raise UsageError(f"{wrong[0]} must be at least 1, got {asked[wrong[0]]}")
     if not 0 < mfu <= 1:
         raise UsageError(f"mfu is a share of the card's peak, above 0 and at most 1, got {mfu:g}")
-    return Plan(recipe, images, gpus, nodes, micro_batch, mfu)
+    return Plan(recipe, images, gpus, nodes, micro_batch, mfu, counts)
 
 
 def step_flops(recipe: Recipe) -> StepFlops:
@@ -148,7 +153,7 @@ def step_flops(recipe: Recipe) -> StepFlops:
     72.5 GFLOP, 73 with all terms.
     """
     kept, width, depth, views = recipe.kept, recipe.embed_dim, recipe.depth, recipe.views
-    tokens = kept // views + 1
+    tokens = kept // views + recipe.prefix_tokens
     return StepFlops(
         patch_embed=2 * 2 * kept * recipe.patch_numbers * width,
         blocks=3 * depth * 2 * (views * tokens) * _block_matrices(recipe),
@@ -163,7 +168,7 @@ def parameter_count(recipe: Recipe) -> int:
     biases = 3 * width + width + _hidden(recipe) + width  # of qkv, proj, fc1, fc2
     block = _block_matrices(recipe) + biases + 4 * width  # and two norms
     embed = (recipe.patch_numbers + 1) * width
-    learned = _positions(recipe) if recipe.positions == "learned" else 0
+    learned = 0 if recipe.positions == "sincos" else _positions(recipe)
     return embed + width + recipe.depth * block + 2 * width + learned  # the class token before, a norm after
 
 
@@ -223,7 +228,13 @@ def _activation_bytes(recipe: Recipe) -> int:
     rest = 4 * width + half * (6 * width + 2 * hidden)
     blocks = 4 * width * recipe.depth + rest * (1 if recipe.activation_checkpointing else recipe.depth)
     patches = 0 if recipe.precision == "fp32" else 2 * recipe.kept * recipe.patch_numbers
-    return (recipe.kept + recipe.views) * (blocks + 4 * width) + patches
+    return (recipe.kept + recipe.views * recipe.prefix_tokens) * (blocks + 4 * width) + patches
+
+
+def fitting_images(recipe: Recipe, room: float, *, gpus: int = 1) -> int:
+    """Estimate how many images a forward pass may take for all to fit into `room` bytes; 0 where none does."""
+    fixed = memory_estimate(recipe, images_per_gpu=0, gpus=gpus).total
+    return max(0, math.floor((room - fixed) / _activation_bytes(recipe)))
 
 
 def _hidden(recipe: Recipe) -> int:
@@ -241,9 +252,7 @@ def _passes(recipe: Recipe, *, chunked: bool) -> float:
 
 def _on_card(card: Gpu, plan: Plan) -> CardPlan:
     recipe = plan.recipe
-    fixed = memory_estimate(recipe, images_per_gpu=0, gpus=plan.world).total + plan.corpus_bytes
-    room = USABLE * card.memory_gib * GIB - fixed
-    most = max(0, math.floor(room / _activation_bytes(recipe)))
+    most = fitting_images(recipe, USABLE * card.memory_gib * GIB - plan.corpus_bytes, gpus=plan.world)
     fits = plan.micro_batch <= most
     micro_batch = plan.micro_batch if fits else _piece(plan.share, most)
     flops = plan.flops.total * _passes(recipe, chunked=micro_batch < plan.share)
@@ -303,11 +312,13 @@ def _network_lines(plan: Plan) -> Lines:
     recipe, flops, views = plan.recipe, plan.flops, plan.recipe.views
     patches = f"N = {recipe.grid} x {recipe.grid} = {recipe.num_patches}"
     patches += f", K = {plan.kept} kept at mask ratio {recipe.mask_ratio:g}"
-    yield "patches", f"{patches}: {views} views x ({plan.kept // views} + class) = {views * plan.view_tokens} tokens"
+    prefix = "class" if recipe.prefix_tokens == 1 else f"{recipe.prefix_tokens} others"
+    yield "patches", f"{patches}: {views} views x ({plan.kept // views} + {prefix}) = {views * plan.view_tokens} tokens"
     if views > 2:
         yield "", f"{math.comb(views, 2)} pairs of views are contrasted, the loss is their mean"
     shape = f"width {recipe.embed_dim:,}, depth {recipe.depth}, {recipe.num_heads} heads"
-    positions = f" + {plan.frozen:,} fixed positions" if plan.frozen else ", positions among them"
+    fixed = "fixed positions" if recipe.positions == "sincos" else "that stay as they are"
+    positions = f" + {plan.frozen:,} {fixed}" if plan.frozen else ", positions among them"
     yield "network", f"{shape}: {plan.parameters:,} parameters{positions}"
     size, unit = (1e9, "GFLOP") if flops.total >= 1e8 else (1e6, "MFLOP")
     yield "compute", f"{flops.total / size:.3g} {unit} an image, forward and backward (a multiply-add is 2) ="

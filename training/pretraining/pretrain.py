@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from micl_zoo.encoders.device import has_compiler
+from micl_zoo.encoders.device import has_compiler, total_memory
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import SourceError, TrainingError, UsageError
@@ -29,13 +33,17 @@ from ..recipes import Recipe, get_recipe, kept_patches, resolve_recipe
 from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
 from ..run.ranks import Ranks, joined
-from ..run.record import VIEWS_FILE
+from ..run.record import METRICS_FILE, VIEWS_FILE
 from ..run.rundir import RunDir, command_text, encoder_config, run_record
 from ..run.step import resolve_autocast
-from .data import Corpus, MemoryCorpus, Seen, Share, StreamedCorpus, loader_workers
+from .change import PICTURE, Looked, Split, compare, draw_neighbours, drift, look, split_images
+from .data import Corpus, MemoryCorpus, Seen, Share, StreamedCorpus, loader_workers, made_up_patches
+from .plan import fitting_images
 from .start import Start, freeze
 from .step import TrainStep
 from .views import views_picture
+
+log = logging.getLogger(__name__)
 
 COLLAPSE = 0.99  # of ln(negatives + 1), the loss of a network that tells no two images apart
 COLLAPSE_STEPS = 200  # after the warm-up, one after the other
@@ -43,7 +51,7 @@ COLLAPSE_STEPS = 200  # after the warm-up, one after the other
 
 def pretrain(
     recipe: Recipe | str,
-    data: SourceLike,
+    data: SourceLike | Images,
     out: str | os.PathLike[str],
     *,
     init: Start | Encoder | str | os.PathLike[str] | None = None,
@@ -57,6 +65,8 @@ def pretrain(
     knn_minutes: float = 30,
     knn_images: int = 10_000,
     wandb: str | None = None,
+    command: str | None = None,
+    reasons: Mapping[str, str] | None = None,
 ) -> Path:
     """Pre-train an encoder; the same call again resumes from the last checkpoint, on any number of ranks.
 
@@ -77,6 +87,8 @@ def pretrain(
         knn_minutes: minutes between those measurements; there is always one at the end.
         knn_images: number of training images of each set among which neighbours are looked for.
         wandb: project of Weights & Biases that the run is sent to.
+        command: the command that was given, for run.json; by default the one that does the same.
+        reasons: why fields of the recipe are what they are, for run.json and the report.
 
     Returns:
         The file of the finished encoder, or the run's folder when `max_steps` came first.
@@ -100,37 +112,57 @@ def pretrain(
         images_per_process(recipe, ranks.world)
         asked = max(1, knn_images // 4)
         probes = [LabelledSet.open(one, train_images=knn_images, test_images=asked) for one in knn if ranks.main]
-        index = index_source(data)
-        steps_per_epoch(recipe, len(index))  # a corpus smaller than one batch starts no run
-        paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
-        facts = {"source": " ".join(paths), "images": len(index), "fingerprint": index.fingerprint()}
+        images = data if isinstance(data, Images) else Images.open(data)
+        index = images.index
+        split = split_images(index, recipe)
+        steps_per_epoch(recipe, len(split.trained))  # a corpus smaller than one batch starts no run
+        facts = {"source": " ".join(images.paths), "images": len(split.trained), "fingerprint": index.fingerprint()}
         facts |= {"marks": marks} if (marks := index.marks()) else {}
         if len(set(ranks.gather(facts["fingerprint"]))) > 1:
             raise SourceError("the ranks do not see the same images: give all machines the same data")
-        command = command_text(["micl-zoo train", name], [("--data", path) for path in paths], overrides, smoke)
+        if command is None:
+            options = [("--init", start.encoder.name)] if start else []
+            options += [("--data", path) for path in images.paths]
+            command = command_text(["micl-zoo train", name], options, overrides, smoke)
         record = run_record(recipe, facts, command, target, ranks.world)
         record |= {"encoder": start.facts()} if start else {}
+        record |= {"reasons": dict(reasons)} if reasons else {}
         with RunDir.open(Path(out), record, main=ranks.main) as folder:
             if ranks.first(folder.finished):
                 return folder.encoder_file
-            corpus = _read_corpus(index, recipe, target, workers, ranks)
-            autocast = resolve_autocast(recipe, target)
+            corpus = _read_corpus(split.trained, recipe, target, workers, ranks)
+            autocast, model = resolve_autocast(recipe, target), make_model(recipe, target, start)
             with StopRequest() as stop:  # before, there is nothing to save
+                step = TrainStep(model, recipe, ranks, autocast=autocast, micro_batch=micro_batch)
+                if micro_batch is None:
+                    _fit(step, recipe, target, ranks)
                 loop = _Loop(
-                    step=TrainStep(
-                        make_model(recipe, target, start), recipe, ranks, autocast=autocast, micro_batch=micro_batch
-                    ),
+                    step=step,
                     folder=folder,
                     stop=stop,
                     steps_per_epoch=steps_per_epoch(recipe, len(corpus)),
                     config=start.config(recipe) if start else encoder_config(recipe),
                     knn_minutes=knn_minutes,
-                    index=index,
+                    split=split,
                     corpus=corpus,
                     probes=probes,
                     start=start,
                 )
                 return loop.run(max_steps, wandb) or folder.path
+
+
+@dataclass(frozen=True)
+class Images:
+    """What to train on, listed."""
+
+    paths: list[str]  # as they were given
+    index: ImageIndex
+
+    @classmethod
+    def open(cls, data: SourceLike) -> Images:
+        """List a source, see `micl_zoo.index_source`."""
+        paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
+        return cls(paths, index_source(data))
 
 
 @dataclass(kw_only=True)
@@ -139,10 +171,11 @@ class _Loop(Loop[Seen, Path]):
 
     step: TrainStep
     recipe: Recipe = field(init=False)
-    index: ImageIndex
+    split: Split
     corpus: Corpus
     probes: list[LabelledSet]
     start: Start | None = None
+    after: Looked | None = None  # what the newest weights that were measured make of the images
     flat_steps: int = 0
     logged = ("loss", "accuracy")
 
@@ -159,7 +192,7 @@ class _Loop(Loop[Seen, Path]):
         return torch.stack([loss.float(), accuracy])
 
     def batch_ids(self, step: int) -> list[str]:
-        return [self.index[row].id for row in self.corpus.index_rows(self.recipe, step).tolist()]
+        return [self.split.trained[row].id for row in self.corpus.index_rows(self.recipe, step).tolist()]
 
     @property
     def refused(self) -> list[RefusedImage]:
@@ -177,18 +210,43 @@ class _Loop(Loop[Seen, Path]):
                 f"base_lr (--set base_lr={self.recipe.base_lr / 2:g}), a longer warm-up or more images in a new --out."
             )
 
+    def begin(self) -> None:
+        if self.start and self.ranks.main and not (self.folder.path / METRICS_FILE).exists():
+            self._tell(0, self.before)
+
+    @cached_property
+    def before(self) -> Looked:
+        """What the start makes of the images; looked at again by a run that is resumed."""
+        assert self.start
+        return self._look(self.start.encoder)
+
     def measure_due(self, steps: int) -> bool:
-        """Measure k-NN by the clock and at the end; who was told to stop has no time for it."""
+        """Measure by the clock and at the end; who was told to stop has no time for it."""
         by_clock = self.clock.due("knn") and not self.stop.asked
-        return bool(self.probes) and (steps == self.total_steps or by_clock)
+        return bool(self.probes or self.start) and (steps == self.total_steps or by_clock)
 
     def measure(self, steps: int) -> None:
         state = self.weights()
         if not self.ranks.main:
             return
-        encoder = self.encoder_of(state).to(next(self.step.vit.parameters()).device)
+        encoder = self.encoder_of(state)
+        if self.start:
+            self.after = self._look(encoder)
+            self._tell(steps, self.after)
+            return
+        encoder.to(next(self.step.vit.parameters()).device)
         found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
         self.measured(steps, "knn", found)
+
+    def _look(self, encoder: Encoder) -> Looked:
+        encoder = copy.deepcopy(encoder).to(next(self.step.vit.parameters()).device)
+        return look(encoder, self.split.shown, self.probes, self.recipe.pooled_token)
+
+    def _tell(self, steps: int, found: Looked) -> None:
+        """Write the lines of a measurement."""
+        if self.probes:
+            self.measured(steps, "knn", found.knn)
+        self.measured(steps, "kept", {"cosine": drift(self.before, found, self.split)})
 
     def weights(self) -> dict[str, Tensor]:
         """Copy what the run would leave now: the weights or their running means, with the start's share of them."""
@@ -211,6 +269,10 @@ class _Loop(Loop[Seen, Path]):
         state = self.weights()
         if self.ranks.main:
             self.folder.record["result"] = self.totals()
+            if self.start:
+                after = self.after or self._look(self.encoder_of(state))  # None of a run that ended before this
+                self.folder.record["change"] = compare(self.before, after, self.split)
+                draw_neighbours(self.folder.path / PICTURE, self.before, after, self.split.shown)
             self.folder.save_record()
             self.folder.save_encoder(state, self.config, self.recipe.save_dtype)
         self.ranks.first(None)  # all of them end when it is there
@@ -238,6 +300,12 @@ def initial_model(recipe: Recipe, start: Start | None = None) -> MiCL:
     return model
 
 
+def parameter_counts(recipe: Recipe, start: Start) -> tuple[int, int]:
+    """Count the parameters of a start that a recipe trains, and those that stay as they are."""
+    every = [(one.numel(), one.requires_grad) for one in initial_model(recipe, start).vit.parameters()]
+    return tuple(sum(count for count, trained in every if trained is wanted) for wanted in (True, False))
+
+
 def make_model(recipe: Recipe, device: torch.device, start: Start | None = None) -> MiCL:
     """Make the method as it is at the first step, on its device, compiled when the recipe says so."""
     model = initial_model(recipe, start).to(device)
@@ -248,6 +316,19 @@ def make_model(recipe: Recipe, device: torch.device, start: Start | None = None)
     for block in model.vit.blocks if recipe.compile else ():
         block.compile()  # one by one, so that gradients travel while the blocks before still compute theirs
     return model
+
+
+def _fit(step: TrainStep, recipe: Recipe, device: torch.device, ranks: Ranks) -> None:
+    """Choose the images per forward pass: on a GPU by trying, on a CPU by an estimate, for half of the memory."""
+    if device.type == "cuda" and recipe.parallel == "ddp":
+        share = dataclasses.replace(recipe, batch_size=images_per_process(recipe, ranks.world), contrast_batch=0)
+        patches, views = made_up_patches(share, device)
+        step.fit(patches.to(device).float(), views)
+    elif device.type == "cpu" and (memory := total_memory()):  # not the free memory: a resumed run does the same
+        room = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        step.micro_batch = min(step.micro_batch, max(1, fitting_images(recipe, room, gpus=ranks.world)))
+    if step.micro_batch < min(recipe.contrast_size, images_per_process(recipe, ranks.world)) and ranks.main:
+        log.info("%d images per forward pass fit into memory; the gradients are those of all", step.micro_batch)
 
 
 def _read_corpus(index: ImageIndex, recipe: Recipe, device: torch.device, workers: int | None, ranks: Ranks) -> Corpus:

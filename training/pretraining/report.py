@@ -19,6 +19,8 @@ from ..corpora import corpus_text
 from ..evaluation.tables import need_matplotlib, own_style, render
 from ..recipes import Recipe, recorded_recipe
 from ..run.record import METRICS_FILE, RESTORED, RUN_FILE, VIEWS_FILE, metric_lines, number, read_run
+from .change import PICTURE
+from .verdict import told
 
 CHART_POINTS = 2000  # of a curve, each the mean of its bin
 SMOOTH_PART = 40  # a smoothed curve is the mean over this fraction of the run
@@ -42,17 +44,22 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     pictures = {
         chart.name: tuple(_draw(chart, history, theme) for theme in (LIGHT, DARK)) for chart in _charts(history, recipe)
     }
-    seen = _seen(run / VIEWS_FILE)
-    for name, png in {"views": seen, **{name: light for name, (light, _) in pictures.items()}}.items():
+    seen, neighbours = _seen(run / VIEWS_FILE), _seen(run / PICTURE)
+    for name, png in {
+        "views": seen,
+        "neighbours": neighbours,
+        **{name: light for name, (light, _) in pictures.items()},
+    }.items():
         if png:
             with atomic_path(pictures_folder(page) / f"{name}.png") as temporary:
                 temporary.write_bytes(png)
-    write_text(page, _page(record, recipe, history, folder=run, pictures=pictures, seen=seen))
+    shown = {"pictures": pictures, "seen": seen, "neighbours": neighbours}
+    write_text(page, _page(record, recipe, history, folder=run, **shown))
     return page
 
 
 def _seen(file: Path) -> bytes | None:
-    """Read what the network saw; None where there is nothing, or what is no picture of training and gets no place."""
+    """Read a picture of the run; None where there is nothing, or what is no picture of training and gets no place."""
     if file.is_symlink() or not file.is_file():
         return None
     png = read_regular(file, MOST_VIEWS + 1)
@@ -70,13 +77,15 @@ class History(NamedTuple):
     # (S,) float64 each, one entry per step in the order of steps, NaN where a line lacks the number
     columns: dict[str, np.ndarray]
     knn: dict[str, list[tuple[int, float]]]  # (step, share) pairs by data set
+    kept: list[tuple[int, float]]  # (step, mean cosine of embeddings before and after)
     events: list[tuple[int, str, str]]  # (step, what, detail)
     unread: int  # number of damaged lines, without a last one that was cut off
 
     @property
     def span(self) -> tuple[float, float]:
         """Range of steps that all charts show, with a little room on both sides."""
-        marked = [step for pairs in self.knn.values() for step, _ in pairs] + [step for step, *_ in self.events]
+        marked = [step for pairs in (*self.knn.values(), self.kept) for step, _ in pairs]
+        marked += [step for step, *_ in self.events]
         newest = max([*self.columns["step"][-1:], *marked, 1])
         return -0.02 * newest, 1.02 * newest
 
@@ -106,6 +115,7 @@ def _read_record(run: Path) -> tuple[dict[str, Any], Recipe]:
 
 def _read_history(file: Path) -> History:
     numbers, knn, events, unread, whole = array("d"), dict[str, list[tuple[int, float]]](), [], 0, True
+    kept = list[tuple[int, float]]()
     for _, line in metric_lines(file):
         unread += not whole  # the line before was damaged, and was not the last
         whole = line is not None
@@ -116,13 +126,16 @@ def _read_history(file: Path) -> History:
             whole = len(knn.keys() | shares.keys()) <= KNN_SETS
             for name, share in shares.items() if whole else ():
                 knn.setdefault(name, []).append((line["step"], share))
+        elif isinstance(line.get("kept"), dict):
+            cosine = number(line["kept"].get("cosine"))
+            kept += [(line["step"], cosine)] if math.isfinite(cosine) else []
         elif "event" in line:
             events.append((line["step"], str(line["event"]), str(line.get("detail", ""))))
         else:
             numbers.extend(number(line.get(name)) for name in COLUMNS)
     table = np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(COLUMNS))[::-1]
     _, newest = np.unique(table[:, 0], return_index=True)  # a step that was taken again counts once
-    return History(dict(zip(COLUMNS, table[newest].T, strict=True)), knn, events, unread)
+    return History(dict(zip(COLUMNS, table[newest].T, strict=True)), knn, kept, events, unread)
 
 
 class Curve(NamedTuple):
@@ -163,10 +176,12 @@ def _charts(history: History, recipe: Recipe) -> list[Chart]:
         Curve(f"{100 * pairs[-1][1]:.1f} % {name}", *(np.array(pairs, dtype=float) * (1, 100)).T)
         for name, pairs in history.knn.items()
     ]
+    kept = [Curve("", *np.array(history.kept, dtype=float).T)] if history.kept else []
     return [
         Chart("loss", "nats", _curve(history, "loss"), (chance, blind), from_zero=False),
         Chart("accuracy", "percent", _curve(history, "accuracy", 100)),
         Chart("knn", "percent", knn, noisy=False),
+        *([Chart("kept", "cosine", kept, noisy=False, from_zero=False)] if kept else []),
         Chart("lr", "", _curve(history, "lr"), noisy=False),
         Chart("rate", "images per second", _curve(history, "images_per_second")),
         Chart("wait", "percent of the time", _curve(history, "data_wait", 100)),
@@ -258,7 +273,7 @@ def _page(record: dict[str, Any], recipe: Recipe, history: History, **more: obje
     return render(
         Path(__file__).with_name("report.html.jinja"),
         record=record, data=data, result=result, recipe=recipe, history=history, **more,
-        corpus=corpus_text(recipe.corpus),
+        corpus=corpus_text(recipe.corpus), told=told(record, recipe), reasons=record.get("reasons") or {},
         taken=int(result.get("steps") or (steps[-1] + 1 if len(steps) else 0)),
         total=round(recipe.epochs * ((data.get("images") or 0) // recipe.batch_size)),
         epochs=recipe.epochs if result else history.last("epoch"),

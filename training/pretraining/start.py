@@ -83,14 +83,15 @@ class Start:
 
         Crops keep to whole patches: their side is rounded down to some where the recipe was meant for others.
         """
-        fixed, changes = self._network(), tuple(overrides)
+        fixed, changes = self.network(), tuple(overrides)
         if given := [name for name in (change.partition("=")[0] for change in changes) if name in NETWORK]:
             raise UsageError(f"{given[0]} is that of the encoder that the run starts from: leave it out")
         side = fixed["patch_size"]
         crop = max(side, recipe.crop_size // side * side)
         return overridden(dataclasses.replace(recipe, **fixed, crop_size=crop), changes)
 
-    def _network(self) -> dict[str, Any]:
+    def network(self) -> dict[str, Any]:
+        """Say what the network is, in fields of a recipe."""
         vit, transform = cast(Any, self.encoder.model), self.encoder.transform
         block, width = vit.blocks[0], int(vit.embed_dim)
         matrices = sum(one.numel() for one in block.parameters() if one.ndim > 1)

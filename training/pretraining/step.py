@@ -13,12 +13,19 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from micl_zoo.errors import TrainingError
+
 from ..micl import MiCL, contrastive_loss
 from ..recipes import Recipe
 from ..run.optim import make_optimizer
 from ..run.order import images_per_process
 from ..run.ranks import Ranks
 from ..run.step import Step
+
+NO_ROOM = (
+    "the network does not fit into this device's memory, not even one image at a time: take a smaller encoder, "
+    "--set activation_checkpointing=true, or --set parallel=fsdp on several GPUs"
+)
 
 
 class TrainStep(Step):
@@ -43,6 +50,29 @@ class TrainStep(Step):
         super().__init__(forward, model.vit, recipe, ranks, autocast, sharded=sharded)
         self.optimizer = make_optimizer(model.vit, recipe)
         self.ema = ModelEmaV3(model.vit, decay=recipe.ema_decay) if recipe.ema_decay else None
+
+    def fit(self, patches: Tensor, views: Tensor) -> None:
+        """Halve the images per forward pass until a step on such a share fits into memory; no weight is changed.
+
+        Raises:
+            TrainingError: not even one image at a time fits.
+        """
+        self.synchronises = False  # a process that has no memory leaves the others waiting
+        while True:
+            try:
+                self.accumulate(patches, views)
+                self.optimizer.step()  # at a rate of 0, for the memory of its moments
+                break
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise TrainingError(NO_ROOM) from None
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.state.clear()
+            self.micro_batch = -(-self.micro_batch // 2)
+            if patches.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self.synchronises = True
 
     def accumulate(self, patches: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of one step, without taking it: loss () and contrastive accuracy () of this share.

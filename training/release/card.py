@@ -6,6 +6,7 @@ The text stands in the templates beside this file. Every number comes out of a r
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
@@ -22,7 +23,7 @@ from ..corpora import CORPORA, PEOPLE
 from ..evaluation import tables
 from ..evaluation.protocols import METHODS, PIXELS
 from ..evaluation.tables import Column, Markdown, cell, code, markdown, merge, plain, with_interval
-from ..pretraining.plan import frozen_count, parameter_count
+from ..pretraining.verdict import terms_text, told
 from ..run.gpus import gpu_watts
 from .trained import Trained, of_run, published, read_all
 
@@ -36,6 +37,13 @@ SAID = {
     "crop_scale_max", "crop_ratio_min", "crop_ratio_max", "interpolation", "flip_probability", "view_color",
     "color_gain", "color_bias", "grey_probability", "save_dtype", "checkpoint_minutes", "keep_epochs",
 }  # fmt: skip
+
+
+OUTPUTS = {
+    "native": "the row that timm pools",
+    "projection": "the projection into the space of texts",
+    "mean": "mean of the patch tokens",
+}
 
 
 # Whole documents.
@@ -133,7 +141,8 @@ def front_matter(trained: Trained) -> str:
     ]  # fmt: skip
     data = ModelCardData(
         model_name=trained.name,
-        license=corpus.hub_license if corpus else "unknown",
+        license=corpus.hub_license if corpus else _hub_license(trained),
+        base_model=_hub_name(trained.start),
         library_name="timm",
         pipeline_tag="image-feature-extraction",
         tags=["image-feature-extraction", "timm", "micl-zoo", "self-supervised-learning", "contrastive-learning"],
@@ -148,14 +157,20 @@ def front_matter(trained: Trained) -> str:
 
 def _body(trained: Trained, heading: str, repo: str | None = None) -> Markdown:
     recipe, run = trained.recipe, trained.run
-    architecture, changed = timm_architecture(**vit_sizes(vars(recipe)))
+    start, config = trained.start, trained.config
+    if start and config:
+        architecture, changed = config.architecture, config.model_args
+    else:
+        architecture, changed = timm_architecture(**vit_sizes(vars(recipe)))
+    parameters, frozen = trained.parameters
     return tables.render(
         HERE / "card.md.jinja",
         h=heading, t=trained, r=recipe, run=run, repo=repo, result=run["result"], data=run["data"],
         corpus=trained.corpus, transform=trained.transform, last=trained.record["curve"][-1], architecture=architecture,
-        changed=f" with {', '.join(f'{key}={value:g}' for key, value in changed.items())}" if changed else "",
-        parameters=parameter_count(recipe) + frozen_count(recipe), frozen=frozen_count(recipe),
-        patches=(recipe.image_size // recipe.patch_size) ** 2,
+        changed=f" with {', '.join(f'{key}={_number(value)}' for key, value in changed.items())}" if changed else "",
+        parameters=parameters, frozen=frozen, start=start,
+        start_terms=terms_text(start["license"]) if start and start.get("license") else "",
+        change=told(run, recipe), output=_output(trained),
         view_patches=recipe.kept // recipe.views,
         others={key: value for key, value in run["recipe"].items() if key not in SAID},  # newer fields, too
         notes=trained.entry.notes if trained.entry else (),
@@ -163,6 +178,32 @@ def _body(trained: Trained, heading: str, repo: str | None = None) -> Markdown:
         tuned=_finetuning(trained), exports=_exports(trained.export), again=_again(trained),
         provenance=_provenance(trained.made), **_compute(run), **_evaluation(trained),
     )  # fmt: skip
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _output(trained: Trained) -> str:
+    width, own = trained.recipe.embed_dim, trained.config.pool if trained.start and trained.config else "cls"
+    if own in OUTPUTS:
+        return f"{OUTPUTS[own]}; other rows: encoder.pools"
+    patches = (trained.recipe.image_size // trained.recipe.patch_size) ** 2
+    return (
+        f"class token, {width} numbers; mean of the {patches} patch tokens, {width}; both, {2 * width}; or every token"
+    )
+
+
+def _hub_license(trained: Trained) -> str:
+    """Name the licence as the hub does: an identifier of its list, `other`, or `unknown`."""
+    is_name = re.fullmatch(r"[a-z0-9][a-z0-9.-]+", trained.license)
+    return trained.license if is_name else "other" if trained.start else "unknown"
+
+
+def _hub_name(start: Mapping[str, Any] | None) -> str | None:
+    """Name the hub's repository of a start, without its commit."""
+    source = (start or {}).get("source") or ""
+    return source.removeprefix("hf-hub:").partition("@")[0] if source.startswith("hf-hub:") else None
 
 
 def _compute(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from micl_zoo.errors import ExportError, UsageError, WeightsError
 from micl_zoo.files import atomic_folder, file_sha256, write_text
 from micl_zoo.printing import json_line
 from micl_zoo.zoo.ours import RECORDS, OnnxFile, Record
+from micl_zoo.zoo.pools import Pool
 from micl_zoo.zoo.weights import CONFIG_FILE, ONNX_FILE, WEIGHTS_FILE, config_text, local_weights
 
 from ..evaluation.tables import merge
-from ..pretraining.plan import frozen_count, parameter_count
 from ..run.record import METRICS_FILE, RUN_FILE, metric_lines
 from .card import one_card
 from .trained import Trained, of_run, write_run_record
@@ -225,7 +225,8 @@ def check(folder: Path, sha256: str) -> LoadedBack:
     encoder, images = load(weights=folder, device="cpu"), _pictures()
     if encoder.weights_sha256 != sha256:
         raise ExportError(f"the copy in {str(folder)!r} has sha256 {encoder.weights_sha256}, expected {sha256}")
-    rows = encoder.embed(images, normalize=False)
+    timms: Pool = "projection" if "projection" in encoder.pools else "native"
+    rows = encoder.embed(images, normalize=False, pool=timms)
     differences = np.abs(rows - _by_timm(folder, images))
     if not (differences <= TIMM_TOLERANCE * (1 + np.abs(rows))).all():  # also where it is NaN
         raise ExportError(
@@ -321,8 +322,7 @@ def _refusal(error: Exception, repo: str) -> str:
 def make_record(trained: Trained, repo: str, onnx: OnnxFile | None) -> Record:
     """Make the row for the table of encoders, before there is a commit."""
     there, data = RECORDS.get(trained.name), trained.run["data"]
-    parameters = parameter_count(trained.recipe) + frozen_count(trained.recipe)
-    summary = f"ViT, {parameters / 1e6:.1f} M parameters, trained on {data['images']:,} images"
+    summary = f"ViT, {trained.parameters[0] / 1e6:.1f} M parameters, trained on {data['images']:,} images"
     figures = merge(trained.evaluations)["results"].get(trained.name, {})
     return Record(
         name=trained.name, summary=there.summary if there else summary, recipe=trained.recipe.name,

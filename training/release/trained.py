@@ -18,10 +18,11 @@ from micl_zoo.schema import read, read_json
 from micl_zoo.zoo.config import NAME
 from micl_zoo.zoo.hub import not_published
 from micl_zoo.zoo.ours import OnnxFile, Record, find_record
-from micl_zoo.zoo.weights import WEIGHTS_FILE, local_weights
+from micl_zoo.zoo.weights import WEIGHTS_FILE, EncoderConfig, local_weights
 
 from ..corpora import CORPORA, Corpus
 from ..evaluation.record import read_measured
+from ..pretraining.plan import frozen_count, parameter_count
 from ..recipes import Recipe, record_differences, recorded_recipe
 from ..run.record import METRICS_FILE, RESTORED, RUN_FILE, FinishedRun, metric_lines, number, read_run
 
@@ -64,6 +65,7 @@ class Trained:
     finetunings: dict[str, Json] = field(default_factory=dict)  # of `micl-zoo eval finetune`, by file
     export: Json | None = None  # record of benchmarks/export.py
     upright: Json | None = None  # record of benchmarks/upright.py
+    config: EncoderConfig | None = None  # of a run's own encoder: how to build it
 
     def __post_init__(self) -> None:
         measured = {file: one["encoder"]["weights_sha256"] for file, one in self.evaluations.items()}
@@ -95,6 +97,21 @@ class Trained:
     def target(self) -> str:
         """Name for it in commands."""
         return self.name if self.entry else "RUN"
+
+    @property
+    def start(self) -> Json | None:
+        """What the run started from, if not from random weights: encoder, encoder_sha256, source, license."""
+        return self.run.get("encoder") or None
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Count the network's parameters, and those of them that are a fixed position table."""
+        if self.start and self.config:
+            from micl_zoo.encoders.build import outline
+
+            return outline(self.config)[0], 0
+        fixed = frozen_count(self.recipe)
+        return parameter_count(self.recipe) + fixed, fixed
 
     @property
     def corpus(self) -> Corpus | None:
@@ -159,6 +176,7 @@ def of_run(run: Path, measured: Sequence[Path] = ()) -> Trained:
         load=f"micl_zoo.load(weights={json_line(f'{run.as_posix()}/encoder')})",
         transform=weights.config.transform,
         license=weights.config.license,
+        config=weights.config,
         evaluations={file: one for file, one in found.items() if "results" in one},
         finetunings={file: one for file, one in found.items() if "results" not in one},
     )

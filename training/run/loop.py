@@ -83,6 +83,9 @@ class Loop(ABC, Generic[Batch, Made]):
     def refused(self) -> list[RefusedImage]:
         """Images that this rank could not decode so far."""
 
+    def begin(self) -> None:
+        """Measure what there is before the first step."""
+
     def checked(self, lines: list[Line]) -> None:
         """Raise when the newest lines say that to go on makes no sense."""
 
@@ -98,7 +101,9 @@ class Loop(ABC, Generic[Batch, Made]):
         first_step, last_step = self.resume(), min(self.total_steps, max_steps or self.total_steps)
         if self.ranks.main:
             self.trackers = open_trackers(self.folder.path, self.folder.record, first_step, wandb_project=wandb)
-        if first_step:
+        if not first_step:
+            self.begin()
+        else:
             self.note(first_step, "resumed", f"on {self.ranks.world} process{'es' * (self.ranks.world > 1)}")
         for tried_before in (False, True):
             try:

@@ -20,6 +20,7 @@ LARGEST = 1e100  # of a measured number
 LONGEST_LINE = 1 << 20  # bytes of metrics.jsonl; a step's line has 200
 Count = Annotated[int, Between(0, 2**53)]
 Amount = Annotated[float, Between(0)]
+Share = Annotated[float, Between(0, 1)]
 Fact = str | int | float | bool | None
 
 
@@ -81,13 +82,39 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class KnnChange:
+    """k-NN on one set before and after a run: shares of the test images, and an interval of the change in points."""
+
+    before: Share
+    after: Share
+    low: Annotated[float, Between(-101, 101)]
+    high: Annotated[float, Between(-101, 101)]
+    images: Count
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a run has made of the encoder that it started from, see `pretraining.change`."""
+
+    cosine: Annotated[float, Between(-2, 2)]
+    neighbours: Amount
+    of_neighbours: Count
+    images: Count
+    among: Count
+    held_out: bool
+    knn: dict[str, KnnChange] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RunFile(Piece):
     """run.json."""
 
     recipe: dict[str, Fact | list[Fact]] = field(kw_only=True)  # see `recorded_recipe`
     data: Images = field(default_factory=Images, kw_only=True)
     command: str | None = None
-    encoder: dict[str, str | None] = field(default_factory=dict)  # that fine-tuning started from
+    encoder: dict[str, str | None] = field(default_factory=dict)  # that the run started from
+    reasons: dict[str, str] = field(default_factory=dict)  # why fields of the recipe are what they are
+    change: Change | None = None
     resumed: list[Piece] = field(default_factory=list)
     result: Result = None  # type: ignore[assignment]  # of a run that is not finished
 

@@ -24,6 +24,7 @@ class Step(ABC):
 
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None = None  # running means of the weights
+    synchronises = True  # whether gradients are averaged over the processes at all
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class Step(ABC):
 
     def _synchronise(self, now: bool) -> AbstractContextManager[None]:
         """Average the gradients over the processes in the backward pass of this context, or not yet."""
+        now = now and self.synchronises
         if isinstance(self._forward, DistributedDataParallel):
             return nullcontext() if now else self._forward.no_sync()
         if self.ranks.world > 1:

@@ -1,0 +1,366 @@
+"""Going on with an encoder on one's own images: the recipe that chooses itself, what is said of before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner, Result
+from conftest import picture
+from PIL import Image
+from test_pretrain import labelled, without_processes  # noqa: F401, a fixture
+
+import micl_zoo
+from micl_zoo.cli import main
+from micl_zoo.errors import SourceError, TrainingError, UsageError
+from micl_zoo.sources.listing import index_source
+from micl_zoo.training.pretraining import change
+from micl_zoo.training.pretraining.adapt import BATCH, MOST_CACHE, adapt, choose
+from micl_zoo.training.pretraining.change import Looked, Split, compare, drift, nearest, split_images
+from micl_zoo.training.pretraining.data import made_up_patches
+from micl_zoo.training.pretraining.plan import make_plan
+from micl_zoo.training.pretraining.pretrain import make_model, parameter_counts
+from micl_zoo.training.pretraining.start import Start
+from micl_zoo.training.pretraining.step import TrainStep
+from micl_zoo.training.pretraining.verdict import is_non_commercial, told
+from micl_zoo.training.recipes import recorded_recipe
+from micl_zoo.zoo.weights import EncoderConfig, header, save_weights
+
+NAME = "vit_small_patch14_reg4_dinov2.tiny"
+QUICK = ("--set", "epochs=2", "--set", "batch_size=8", "--set", "precision=fp32", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def start_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small ViT with registers, patch 14 and LayerScale, under terms that bar commerce."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 56, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, **sizes)
+    folder = tmp_path_factory.mktemp("start")
+    transform = micl_zoo.Transform.square(56, 56)
+    config = EncoderConfig(NAME, "vit_small_patch14_reg4_dinov2", sizes, 32, transform, license="cc-by-nc-4.0")
+    save_weights(folder, vit.state_dict(), config, {}, "float32")
+    return folder
+
+
+@pytest.fixture
+def start(start_folder: Path) -> Start:
+    return Start.open(start_folder)
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(main, list(map(str, words)))
+
+
+# What is chosen.
+
+
+def test_each_choice_has_a_reason_and_follows_the_images(start: Start) -> None:
+    few, many, sea = (choose(start, images).recipe for images in (40, 5_000, 3_000_000))
+    assert [one.held_out for one in (few, many, sea)] == [4, 256, 256]
+    assert [one.batch_size for one in (few, many, sea)] == [32, BATCH, BATCH]
+    assert few.epochs > many.epochs > sea.epochs >= 1
+    assert few.lr == pytest.approx(many.lr)  # the peak does not depend on the batch
+    assert (few.cache, sea.cache) == ("memory", "none")
+    assert (few.patch_size, few.crop_size, few.prefix_tokens, few.positions) == (14, 56, 5, "own")
+    assert all(one.reason for one in choose(start, 40).choices)
+
+
+def test_a_change_is_followed_by_what_depends_on_it(start: Start) -> None:
+    chosen = choose(start, 5_000, ["epochs=1", "batch_size=32", "crop_size=112"])
+    made = {one.name: one for one in chosen.choices}
+    assert chosen.recipe.epochs == 1
+    assert chosen.recipe.warmup_epochs == pytest.approx(0.05)
+    assert chosen.recipe.lr == pytest.approx(choose(start, 5_000).recipe.lr)
+    assert "as asked" in made["epochs"].reason
+    assert "as asked" not in made["warmup_epochs"].reason
+    assert chosen.recipe.source_size == 128
+
+
+@pytest.mark.parametrize(
+    ("images", "change", "said"),
+    [
+        (3, "epochs=1", "3 images are too few"),
+        (100, "epoch=1", "Did you mean epochs"),
+        (100, "depth=3", "depth is that of the encoder"),
+        (100, "epochs=many", "expected a number"),
+        (100, "frozen_blocks=3", "frozen_blocks must be at most depth 2"),
+        (100, "crop_size=50", "crop_size must be a multiple of patch_size 14"),
+    ],
+)
+def test_what_cannot_be_is_said(start: Start, images: int, change: str, said: str) -> None:
+    with pytest.raises((UsageError, SourceError), match=said):
+        choose(start, images, [change])
+
+
+def test_large_corpora_stay_on_disk_as_the_reason_says(start: Start) -> None:
+    recipe = choose(start, 100_000).recipe
+    assert (3 * recipe.source_size**2 * 100_000 <= MOST_CACHE) == (recipe.cache == "memory")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["vit_large_patch16_224", "vit_large_patch16_dinov3"])
+def test_a_vit_l_fits_into_a_card_of_24_gib(architecture: str, tmp_path: Path) -> None:
+    start = Start.open(micl_zoo.load(architecture, pretrained=False))
+    recipe = choose(start, 10_000).recipe
+    plan = make_plan(recipe, images=10_000 - recipe.held_out, counts=parameter_counts(recipe, start))
+    (card,) = [row for row in plan.cards if row.card.memory_gib == 24]
+    assert card.micro_batch > 0
+    assert plan.parameters + plan.frozen == sum(one.numel() for one in start.encoder.model.parameters())
+
+
+# What is looked at.
+
+
+def test_images_that_are_held_out_are_not_trained_on(image_folder: Callable[..., Path], start: Start) -> None:
+    index = index_source(image_folder(count=30))
+    recipe = choose(start, 30, ["held_out=6"]).recipe
+    split = split_images(index, recipe)
+    held = set(split.shown.ids[:6])
+    assert len(held) == 6
+    assert not held & set(split.trained.ids)
+    assert held | set(split.trained.ids) == set(index.ids)
+    assert split.trained.ids == [name for name in index.ids if name not in held]  # in their order
+    with pytest.raises(SourceError, match="leaves none to train on"):
+        split_images(index, dataclasses.replace(recipe, held_out=30))
+
+
+def looked(rows: np.ndarray, right: dict[str, np.ndarray] | None = None) -> Looked:
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return Looked([str(place) for place in range(len(rows))], unit.astype(np.float32), right or {})
+
+
+def some_split(image_folder: Callable[..., Path], held: int) -> Split:
+    index = index_source(image_folder(count=9))
+    return Split(index, index, held)
+
+
+def test_change_is_as_a_plain_loop_counts_it(image_folder: Callable[..., Path]) -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(9, 4)), generator.normal(size=(9, 4))
+    was, now = looked(first), looked(second)
+    split = some_split(image_folder, held=0)
+    found = compare(was, now, split)
+    cosines = [float(a @ b) for a, b in zip(was.rows, now.rows, strict=True)]
+    assert found["cosine"] == pytest.approx(np.mean(cosines), abs=1e-4)
+    stay = []
+    for place in range(9):
+        near = [
+            sorted((other for other in range(9) if other != place), key=lambda o: -seen.rows[place] @ seen.rows[o])[:6]
+            for seen in (was, now)
+        ]
+        stay.append(len(set(near[0]) & set(near[1])))
+        assert nearest(was, [place])[0] == near[0]
+    assert found["neighbours"] == pytest.approx(np.mean(stay), abs=0.01)
+    assert compare(was, was, split)["neighbours"] == 6
+    assert drift(was, was, split) == pytest.approx(1)
+
+
+def test_images_that_could_be_read_once_only_are_left_out(image_folder: Callable[..., Path]) -> None:
+    rows = np.random.default_rng(0).normal(size=(9, 4))
+    was = looked(rows)
+    now = Looked(was.ids[1:], was.rows[1:], {})
+    found = compare(was, now, some_split(image_folder, held=0))
+    assert (found["among"], found["cosine"]) == (8, pytest.approx(1))
+
+
+RIGHT = np.arange(400) < 200  # half of them
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict", "advice"),
+    [
+        (np.arange(400) < 280, "better", None),
+        (np.arange(400) < 120, "worse, it forgot", "start_share=0.5"),
+        (np.arange(400) < 203, "no difference can be told", "nothing was gained"),
+    ],
+)
+def test_the_verdict_is_in_plain_words(
+    image_folder: Callable[..., Path], start: Start, after: np.ndarray, verdict: str, advice: str | None
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(9, 4))
+    found = compare(looked(rows, {"mine": RIGHT}), looked(rows, {"mine": after}), some_split(image_folder, held=0))
+    recipe = choose(start, 100).recipe
+    text = " ".join(told({"change": found, "encoder": {"encoder": "x", "license": "cc-by-nc-4.0"}}, recipe))
+    assert f": {verdict}." in text
+    assert "50.0 % before" in text
+    assert advice is None or advice in text
+    assert "Commercial use is not allowed" in text
+    assert ("forgot" in text) == (found["knn"]["mine"]["high"] < 0)
+
+
+def test_without_labels_nothing_is_claimed(image_folder: Callable[..., Path], start: Start) -> None:
+    rows = np.random.default_rng(0).normal(size=(9, 4))
+    found = compare(looked(rows), looked(rows), some_split(image_folder, held=2))
+    text = " ".join(told({"change": found}, choose(start, 100).recipe))
+    assert "nothing here says whether it is better" in text
+    assert "before," not in text
+    assert told({}, choose(start, 100).recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("terms", "barred"),
+    [
+        ("apache-2.0", False), ("mit", False), ("dinov3-license", False), ("cc-by-4.0", False), ("gnc-1", False),
+        ("cc-by-nc-4.0", True), ("cc-by-nc-sa-4.0", True), ("CC BY-NC 4.0", True), ("research-only", True),
+        ("Non-commercial research", True), ("noncommercial", True),
+    ],
+)  # fmt: skip
+def test_licences_that_bar_commerce_are_known(terms: str, barred: bool) -> None:
+    assert is_non_commercial(terms) is barred
+
+
+# The command.
+
+
+@pytest.fixture
+def own_decoding(without_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Have all images decoded by the process itself."""
+    monkeypatch.setattr(change, "ExtractOptions", functools.partial(change.ExtractOptions, workers=0))
+
+
+@pytest.mark.usefixtures("own_decoding")
+def test_a_folder_of_photographs_becomes_an_encoder_with_before_and_after(
+    image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path
+) -> None:
+    photos, run = image_folder(count=30), tmp_path / "run"
+    labelled(tmp_path / "set", "train", 24)
+    labelled(tmp_path / "set", "test", 12)
+    command = ["adapt", start_folder, "--data", photos, "--out", run, "--knn", tmp_path / "set", *QUICK]
+    done = invoke(*command)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"epochs +2 +as asked", done.output)
+    assert "learn slower" in done.output
+    assert "k-NN on set, 12 test images:" in done.output
+    assert "Commercial use is not allowed" in done.output
+    made = json.loads((run / "run.json").read_text())
+    assert made["command"] == f"micl-zoo adapt {start_folder} --data {photos} --set epochs=2 --set batch_size=8 " + (
+        "--set precision=fp32"
+    )
+    assert made["encoder"]["encoder"] == NAME
+    assert made["encoder"]["license"] == "cc-by-nc-4.0"
+    assert made["data"]["images"] == 27
+    assert made["change"]["images"] == 3
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn" in line] == [0, 6]
+    assert [line["step"] for line in lines if "kept" in line] == [0, 6]
+    assert next(line for line in lines if "kept" in line)["kept"]["cosine"] == pytest.approx(1, abs=1e-4)
+    with Image.open(run / "neighbours.png") as drawn:
+        assert drawn.width > 2000
+    encoder = micl_zoo.load(run, device="cpu")
+    assert encoder.name == f"{NAME}-adapted"
+    assert encoder.config.license == "cc-by-nc-4.0"
+    assert encoder.embed([picture(0)]).shape == (1, 32)
+    said = header(run / "encoder" / "model.safetensors")["provenance"]
+    assert said["encoder"] == made["encoder"]
+    assert said["recipe"]["positions"] == "own"
+    assert invoke(*command).exit_code == 0  # it is finished
+    # what is made of it
+    assert invoke("report", run).exit_code == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Before and after" in page
+    assert "nearest images before and after" in page
+    assert NAME in page
+    assert (run / "report" / "neighbours.png").read_bytes() == (run / "neighbours.png").read_bytes()
+    card = invoke("card", run)
+    assert card.exit_code == 0, card.output
+    assert "`vit_small_patch14_reg4_dinov2`" in card.output
+    assert "img_size=56" in card.output
+    assert made["encoder"]["encoder_sha256"] in card.output
+    assert "Commercial use is not allowed" in card.output
+    sent = invoke("publish", run, "--repo", "my-lab/mine", "--dry-run", "--no-onnx")
+    assert sent.exit_code == 0, sent.output
+    assert 'micl_zoo.load("my-lab/mine")' in sent.output
+    assert "Record(" not in sent.output
+    front = (run / "hub" / "README.md").read_text(encoding="utf-8").partition("\n---")[0]
+    assert "license: cc-by-nc-4.0" in front
+
+
+def test_a_plan_trains_nothing(image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path) -> None:
+    photos = image_folder(count=30)
+    done = invoke("adapt", start_folder, "--data", photos, "--plan", "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert "layer_decay" in done.output
+    assert "a plan, nothing is trained" in done.output
+    assert "RTX 4090" in done.output
+    assert not (tmp_path / "run").exists()
+    assert invoke("adapt", start_folder, "--data", photos).exit_code == 2  # without --out
+    plan = invoke("train", "vit_b16.in1k", "--init", start_folder, "--plan")
+    assert plan.exit_code == 0, plan.output
+    assert "2 others" not in plan.output
+    assert "5 others" in plan.output
+
+
+@pytest.mark.usefixtures("own_decoding")
+def test_a_recipe_starts_from_an_encoder(image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path) -> None:
+    photos, run = image_folder(count=16), tmp_path / "run"
+    words = ["train", "vit_ti16.tin200", "--init", start_folder, "--data", photos, "--out", run, "--smoke"]
+    done = invoke(*words, "--device", "cpu", "--set", "batch_size=8")
+    assert done.exit_code == 0, done.output
+    recipe = recorded_recipe(json.loads((run / "run.json").read_text()))
+    assert (recipe.patch_size, recipe.embed_dim, recipe.crop_size % 14) == (14, 32, 0)
+    assert "--init" in json.loads((run / "run.json").read_text())["command"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("resnet18", "--data", "."), "cannot"),
+        (("runs/nothing", "--data", "."), "nothing"),
+    ],
+)
+def test_an_encoder_that_is_not_there_is_said(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = invoke("adapt", *words, "--out", tmp_path / "run")
+    assert done.exit_code == 1, done.output
+    assert said in done.output
+
+
+@pytest.mark.usefixtures("own_decoding")
+def test_an_encoder_in_memory_is_not_changed(
+    image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path
+) -> None:
+    encoder = micl_zoo.load(start_folder, device="cpu")
+    before = {name: one.clone() for name, one in encoder.model.state_dict().items()}
+    made = adapt(
+        encoder, image_folder(count=16), tmp_path / "run", device="cpu", overrides=("epochs=1", "batch_size=8")
+    )
+    assert made.exists()
+    assert not encoder.changed
+    assert all(torch.equal(one, before[name]) for name, one in encoder.model.state_dict().items())
+
+
+# Memory.
+
+
+def test_images_per_forward_pass_are_halved_until_they_fit(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(choose(start, 100).recipe, batch_size=32, precision="fp32")
+    step = TrainStep(make_model(recipe, torch.device("cpu"), start), recipe)
+    weights = {name: one.clone() for name, one in step.vit.state_dict().items()}
+    compute, most, tried = step._compute, 9, []
+
+    def short(*inputs: torch.Tensor) -> Any:
+        tried.append(len(inputs[0]))
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError
+        return compute(*inputs)
+
+    monkeypatch.setattr(step, "_compute", short)
+    patches, views = made_up_patches(recipe, torch.device("cpu"))
+    step.fit(patches.float(), views)
+    assert step.micro_batch == 8
+    assert max(tried) == 32
+    assert step.synchronises
+    assert not step.optimizer.state
+    assert all(torch.equal(one, weights[name]) for name, one in step.vit.state_dict().items())
+    most = 0
+    with pytest.raises(TrainingError, match="not even one image at a time"):
+        step.fit(patches.float(), views)
