@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from micl_zoo.errors import TrainingError, UsageError
 from micl_zoo.extraction.processes import python
 from micl_zoo.files import file_sha256
 from micl_zoo.training.micl import MiCL, Pooled, gather_patches, stretched_positions
+from micl_zoo.training.pretraining import change
 from micl_zoo.training.pretraining import pretrain as module
 from micl_zoo.training.pretraining.pretrain import initial_model, pretrain
 from micl_zoo.training.pretraining.start import NETWORK, Start
@@ -276,6 +278,13 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def folder(started: Callable[[str], Path]) -> Path:
     """The encoder that most of these runs start from: a class token, registers, LayerScale."""
     return started("registers")
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at held-out images without other processes and draw none, which takes longer than the runs of this file."""
+    monkeypatch.setattr(change, "ExtractOptions", functools.partial(change.ExtractOptions, workers=0))
+    monkeypatch.setattr(module, "draw_neighbours", lambda *_: None)
 
 
 def state_of(file: Path) -> dict[str, Tensor]:
