@@ -17,7 +17,7 @@ import timm
 import torch
 from conftest import TWIN
 from safetensors.torch import load_file
-from test_pretrain import RECIPE, goes_on, half_a_record, killed_after, labelled, losses, newest, rolls_back, same_end
+from test_pretrain import RECIPE, goes_on, half_a_record, killed_after, losses, newest, rolls_back, same_end
 from test_ranks import BATCH, FSDP, Case, assert_same, by_groups, make_step, on_ranks, result, seen
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -367,24 +367,28 @@ def test_what_a_start_fixes_of_a_recipe(started: Callable[[str], Path], tmp_path
 
 
 @pytest.mark.parametrize("kind", ["registers", "CLIP", "SigLIP"])
-def test_knn_measures_the_row_that_is_trained_with_the_weights_that_are_saved(
+def test_the_row_that_is_trained_is_looked_at_with_the_weights_that_are_saved(
     started: Callable[[str], Path],
     image_folder: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    sets, measured = tmp_path / "four", list[tuple[Encoder, str]]()
-    labelled(sets, "train", 16)
-    labelled(sets, "test", 8)
-    monkeypatch.setattr(module, "measure_knn", lambda encoder, _, pool: measured.append((encoder, pool)) or 0.5)
+    seen_by, look = list[tuple[Encoder, str]](), module.look
+
+    def spy(encoder: Encoder, shown: Any, probes: Any, pool: Any) -> Any:
+        seen_by.append((encoder, pool))
+        return look(encoder, shown, probes, pool)
+
+    monkeypatch.setattr(module, "look", spy)
     options = [*OPTIONS, "epochs=2", "warmup_epochs=0", "start_share=0.5", "ema_decay=0.5"]
-    how: dict[str, Any] = {"init": started(kind), "overrides": options, "device": "cpu", "knn": [sets]}
-    made = pretrain(RECIPE, image_folder(8), tmp_path / "run", knn_minutes=0, knn_images=16, **how)
+    how: dict[str, Any] = {"init": started(kind), "overrides": options, "device": "cpu"}
+    made = pretrain(RECIPE, image_folder(8), tmp_path / "run", **how)
     finished = micl_zoo.load(made, device="cpu")
-    assert [pool for _, pool in measured] == [finished.pool] * 2
-    last = measured[-1][0].model.state_dict()
-    assert all(torch.equal(one, last[key]) for key, one in state_of(made).items())
+    assert {pool for _, pool in seen_by} == {finished.pool}
+    for (encoder, _), file in zip((seen_by[0], seen_by[-1]), (started(kind), made), strict=True):
+        state = encoder.model.state_dict()
+        assert all(torch.equal(one, state[key]) for key, one in state_of(file).items())
 
 
 @pytest.mark.parametrize(
@@ -474,9 +478,9 @@ def test_starts_that_cannot_be_are_refused(
     with pytest.raises(UsageError, match="positions=own are those of an encoder to start from"):
         pretrain(RECIPE, "nowhere", tmp_path / "run", overrides=[*TWIN, "positions=own"], device="cpu")
     frozen = ("frozen_positions=true", "frozen_embedding=true", "frozen_blocks=1")
-    for change in ("start_share=0.5", "prefix_tokens=5", "pooled_token=native", *frozen):
-        with pytest.raises(UsageError, match=f"{change.partition('=')[0]} must be"):
-            get_recipe(RECIPE, [*TWIN, change])
+    for given in ("start_share=0.5", "prefix_tokens=5", "pooled_token=native", *frozen):
+        with pytest.raises(UsageError, match=f"{given.partition('=')[0]} must be"):
+            get_recipe(RECIPE, [*TWIN, given])
     for name in ("onnx", "openvino"):  # of which neither has weights that could be trained
         runtime: Any = SimpleNamespace(model=None, name=name, shapes={"cls": (32,)}, precision=None)
         opened = Encoder(runtime, micl_zoo.load(folder, device="cpu").config, record=None, weights_sha256="0" * 64)
