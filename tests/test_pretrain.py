@@ -52,6 +52,25 @@ def losses(run: Path) -> list[tuple[int, float, float, float]]:
     return [(line["step"], line["loss"], line["accuracy"], line["lr"]) for line in lines if "loss" in line]
 
 
+def same_end(*runs: Path) -> dict[str, torch.Tensor]:
+    """The weights that all of these runs have left, after the same losses."""
+    assert all(losses(run) == losses(runs[0]) for run in runs)
+    first, *others = (load_file(run / "encoder" / "model.safetensors") for run in runs)
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+    return first
+
+
+def goes_on(folder: Path, place: Path, steps: int, **how: Any) -> dict[str, torch.Tensor]:
+    """Interrupt a run after some steps and resume it: to the bit what one gives that was left alone."""
+    whole, parts = place / "whole", place / "parts"
+    pretrain(RECIPE, folder, whole, device="cpu", workers=0, **how)
+    assert pretrain(RECIPE, folder, parts, device="cpu", workers=0, max_steps=steps, **how) == parts
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": {steps}, "loss": 0.1}}\n{{"step": {steps + 1}, "lo')  # after the checkpoint; one cut off
+    pretrain(RECIPE, folder, parts, device="cpu", workers=0, **how)
+    return same_end(whole, parts)
+
+
 def test_a_run_learns_and_leaves_what_is_promised(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder, run = image_folder(32), tmp_path / "run"
     made = pretrain(RECIPE, folder, run, overrides=[*TWIN, "epochs=20", "base_lr=0.05"], device="cpu")
@@ -93,31 +112,16 @@ def test_the_encoder_folder_loads_into_timm_without_us(image_folder: Callable[..
 
 @pytest.mark.parametrize("cache", ["memory", "none"])
 def test_an_interrupted_run_goes_on_to_the_bit(image_folder: Callable[..., Path], tmp_path: Path, cache: str) -> None:
-    folder, options = image_folder(24), [*TWIN, f"cache={cache}"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    pretrain(RECIPE, folder, whole, overrides=options, device="cpu", workers=0)
-    assert pretrain(RECIPE, folder, parts, overrides=options, device="cpu", workers=0, max_steps=5) == parts
-    with (parts / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')  # lines after the checkpoint, one cut off
-    pretrain(RECIPE, folder, parts, overrides=options, device="cpu", workers=0)
-    assert losses(whole) == losses(parts)
-    assert len(losses(whole)) == 12
-    ends = [load_file(run / "encoder" / "model.safetensors") for run in (whole, parts)]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    goes_on(image_folder(24), tmp_path, 5, overrides=[*TWIN, f"cache={cache}"])
+    assert len(losses(tmp_path / "whole")) == 12
 
 
 def test_other_choices_of_the_method_go_on_to_the_bit(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    folder, whole, parts = image_folder(24), tmp_path / "whole", tmp_path / "parts"
     choices = ["views=3", "mask_ratio=0.2", "pooled_token=mean", "positions=learned", "image_size=64"]  # crops of 32
     options = [*TWIN, "epochs=2", *choices]
-    pretrain(RECIPE, folder, whole, overrides=options, device="cpu")
-    pretrain(RECIPE, folder, parts, overrides=options, device="cpu", max_steps=2)
-    pretrain(RECIPE, folder, parts, overrides=options, device="cpu")
-    assert losses(whole) == losses(parts)
-    ends = [load_file(run / "encoder" / "model.safetensors") for run in (whole, parts)]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    end = goes_on(image_folder(24), tmp_path, 2, overrides=options)
     start = module.initial_model(get_recipe(RECIPE, options)).vit.pos_embed
-    moved = (ends[0]["pos_embed"].float() - start).abs().amax(2)[0]  # (1 + 64,)
+    moved = (end["pos_embed"].float() - start).abs().amax(2)[0]  # (1 + 64,)
     assert (moved > 0).all()
 
 
@@ -182,6 +186,15 @@ def train_command(recipe: str, folder: Path, *options: str) -> list[str]:
     ]
 
 
+def killed_after(steps: int, command: list[str], run: Path) -> None:
+    """Start a run, and kill it once it has taken some steps."""
+    process = subprocess.Popen(command)
+    until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= steps, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it was still running
+    assert not (run / "encoder").exists()
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name != DEFAULT)) for name in sorted(RECIPES)],
@@ -192,19 +205,13 @@ def test_the_smoke_twin_of_every_recipe_is_killed_and_goes_on(
     folder, options = image_folder(16), ["epochs=60"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sets = [word for change in options for word in ("--set", change)]
-    process = subprocess.Popen(train_command(name, folder, "--smoke", *sets, "--out", str(killed)))
-    until(lambda: (killed / "metrics.jsonl").exists() and len(losses(killed)) >= 2, process)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # it was still running
-    assert not (killed / "encoder").exists()
+    killed_after(2, train_command(name, folder, "--smoke", *sets, "--out", str(killed)), killed)
     for run in (killed, whole):
         made = pretrain(name, folder, run, overrides=options, smoke=True, device="cpu", workers=0)
-    assert losses(killed) == losses(whole)
+    same_end(whole, killed)
     assert len(losses(whole)) == 60
     assert (killed / "encoder/model.safetensors").stat().st_size > 0
     assert micl_zoo.load(weights=made.parent, device="cpu").name == name.partition(".")[0] + ".smoke"
-    weights = [load_file(run / "encoder" / "model.safetensors") for run in (whole, killed)]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def kill_one_rank(process: subprocess.Popen[bytes], which: int) -> None:
@@ -339,12 +346,10 @@ def test_a_loss_that_stays_not_finite_stops_the_run_at_the_second_try(
     assert len(saved["ids"]) == 8
 
 
-def test_a_loss_that_is_not_finite_once_is_rolled_back(
-    image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = image_folder(24)
-    whole, flawed = tmp_path / "whole", tmp_path / "flawed"
-    pretrain(RECIPE, folder, whole, overrides=TWIN, device="cpu")
+def rolls_back(folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
+    """Give a run of 12 steps pixels that are no numbers at its seventh, once: it ends as one that had none."""
+    whole, flawed = place / "whole", place / "flawed"
+    pretrain(RECIPE, folder, whole, device="cpu", **how)
     step, calls = module.TrainStep.__call__, 0
 
     def once(self: module.TrainStep, patches: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -353,11 +358,17 @@ def test_a_loss_that_is_not_finite_once_is_rolled_back(
         return step(self, patches * (float("nan") if calls == 7 else 1), views)
 
     monkeypatch.setattr(module.TrainStep, "__call__", once)
-    pretrain(RECIPE, folder, flawed, overrides=TWIN, device="cpu")
+    pretrain(RECIPE, folder, flawed, device="cpu", **how)
     assert calls > 12
-    assert losses(flawed) == losses(whole)
+    same_end(whole, flawed)
     events = [json.loads(line) for line in (flawed / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
     assert [(event["event"], event["detail"]) for event in events] == [("rolled back", "the loss is nan at step 6")]
+
+
+def test_a_loss_that_is_not_finite_once_is_rolled_back(
+    image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rolls_back(image_folder(24), tmp_path, monkeypatch, overrides=TWIN)
 
 
 def test_collapse_stops_the_run_with_advice(
@@ -568,9 +579,7 @@ def test_a_run_goes_on_over_what_a_power_cut_leaves(
     damage(cut)
     made = pretrain(RECIPE, folder, cut, overrides=options, device="cpu")
     assert len(caplog.records) == 1, caplog.text
-    assert losses(cut) == losses(whole)
-    ends = [load_file(run / "encoder" / "model.safetensors") for run in (whole, cut)]
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    same_end(whole, cut)
     mine, theirs = (json.loads((run / "run.json").read_text()) for run in (whole, cut))
     assert mine["recipe"] == theirs["recipe"]
     assert mine["data"]["fingerprint"] == theirs["data"]["fingerprint"]

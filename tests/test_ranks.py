@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from micl_zoo.errors import UsageError
 from micl_zoo.training.micl import MiCL, contrastive_loss
 from micl_zoo.training.pretraining.data import WHOLE, Share
+from micl_zoo.training.pretraining.pretrain import initial_model
+from micl_zoo.training.pretraining.start import Start
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe
 from micl_zoo.training.run.launch import SECRET, Signed, launch
@@ -45,11 +47,15 @@ def seen(count: int) -> tuple[Tensor, Tensor]:
     return patches, torch.rand(BATCH, 16, generator=generator).argsort(1)[:, : 4 * count].unflatten(1, (count, 4))
 
 
-def make_step(recipe: Recipe, ranks: Ranks | None = None, micro_batch: int | None = None) -> TrainStep:
-    vit = small_vit().double()
-    vit.set_grad_checkpointing(recipe.activation_checkpointing)
-    names = ("mask_ratio", "kappa", "temperature", "views", "pooled_token", "class_position", "positions")
-    model = MiCL(vit, **{name: getattr(recipe, name) for name in names})
+def make_step(
+    recipe: Recipe, ranks: Ranks | None = None, micro_batch: int | None = None, init: Path | None = None
+) -> TrainStep:
+    if init:
+        model = initial_model(recipe, Start.open(init)).double()
+    else:
+        names = ("mask_ratio", "kappa", "temperature", "views", "pooled_token", "class_position", "positions")
+        model = MiCL(small_vit().double(), **{name: getattr(recipe, name) for name in names})
+    model.vit.set_grad_checkpointing(recipe.activation_checkpointing)
     return TrainStep(model, recipe, ranks, micro_batch=micro_batch)
 
 
@@ -64,7 +70,7 @@ def result(step: TrainStep, share: Share = WHOLE) -> tuple[float, float, Gradien
     return loss.item(), accuracy.item(), gradients
 
 
-Case = tuple[Recipe, int | None]
+Case = tuple[Recipe, int | None, Path | None]  # with the most images per forward pass, and what the run starts from
 
 
 def one_rank(rank: int, world: int, port: int, cases: list[Case], out: str) -> None:
@@ -73,8 +79,9 @@ def one_rank(rank: int, world: int, port: int, cases: list[Case], out: str) -> N
     torch.set_num_threads(1)
     found = []
     with joined("cpu") as (ranks, _):
-        for recipe, micro_batch in cases:
-            loss, accuracy, gradients = result(make_step(recipe, ranks, micro_batch), Share(ranks.rank, ranks.world))
+        for recipe, micro_batch, init in cases:
+            step = make_step(recipe, ranks, micro_batch, init)
+            loss, accuracy, gradients = result(step, Share(ranks.rank, ranks.world))
             parts = ranks.gather((loss, accuracy))
             found.append(
                 (*(sum(p[i] for p in parts) / world for i in (0, 1)), {n: g.clone() for n, g in gradients.items()})
@@ -89,24 +96,26 @@ def on_ranks(world: int, cases: list[Case], out: Path) -> list[tuple[float, floa
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     # Forked from a server: torch is imported once and not by each of them, which takes longer than all they compute.
-    multiprocessing.set_forkserver_preload(["micl_zoo.training.pretraining.step"])
+    multiprocessing.set_forkserver_preload(["micl_zoo.training.pretraining.pretrain"])
     mp.start_processes(one_rank, (world, port, cases, str(out)), nprocs=world, start_method="forkserver")
     return torch.load(out, weights_only=True)
 
 
-def assert_same(found: tuple[float, float, Gradients], wanted: tuple[float, float, Gradients]) -> None:
+def assert_same(
+    found: tuple[float, float, Gradients], wanted: tuple[float, float, Gradients], least: float = 1e-5
+) -> None:
     assert found[:2] == pytest.approx(wanted[:2], abs=1e-6)
     assert set(found[2]) == set(wanted[2])
-    assert len(wanted[2]) > 20
+    assert len(wanted[2]) > 10
     for name, gradient in wanted[2].items():
-        assert gradient.abs().max() > 1e-5, name  # so that equal is not both nothing
+        assert gradient.abs().max() > least, name  # so that equal is not both nothing
         torch.testing.assert_close(found[2][name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
-def by_groups(recipe: Recipe) -> tuple[float, float, Gradients]:
+def by_groups(recipe: Recipe, init: Path | None = None) -> tuple[float, float, Gradients]:
     """The oracle: the mean of the groups' losses, one graph, one process, no step."""
     patches, views = seen(recipe.views)
-    model = make_step(recipe).model
+    model = make_step(recipe, init=init).model
     losses, accuracies = zip(
         *(
             contrastive_loss(model.pool_views(p, v, (4, 4)), kappa=recipe.kappa, temperature=recipe.temperature)
@@ -140,8 +149,8 @@ def test_ranks_give_the_gradients_of_one_process(recipe: Recipe, tmp_path: Path,
     if world == 2:
         changes += [{"negatives": "global", "views": 3, "pooled_token": "mean", "positions": "learned"}]
         changes += [{"contrast_batch": 4}, *({**change, "parallel": "fsdp"} for change in changes if FSDP)]
-    cases = [(dataclasses.replace(recipe, **change), micro_batch) for change in changes for micro_batch in (None, 3)]
-    for (case, _), found in zip(cases, on_ranks(world, cases, tmp_path / "found.pt"), strict=True):
+    cases = [(dataclasses.replace(recipe, **change), size, None) for change in changes for size in (None, 3)]
+    for (case, *_), found in zip(cases, on_ranks(world, cases, tmp_path / "found.pt"), strict=True):
         assert_same(found, by_groups(case))
 
 

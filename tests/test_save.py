@@ -259,7 +259,7 @@ def test_half_precision_in_memory_makes_no_store(
     image_folder: Callable[..., Path], encoder_folder: Path, tmp_path: Path
 ) -> None:
     images, half = image_folder(2), micl_zoo.load(encoder_folder, dtype="bfloat16", device="cpu")
-    with pytest.raises(UsageError, match="weights are in bfloat16, and a store is made with float32"):
+    with pytest.raises(UsageError, match=r"weights are in bfloat16.*float32"):
         micl_zoo.extract(images, tmp_path / "s", encoder=half, workers=0)
     assert not (tmp_path / "s").exists()
     micl_zoo.extract(images, tmp_path / "s", weights=encoder_folder, workers=0)

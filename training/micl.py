@@ -162,7 +162,8 @@ class MiCL(nn.Module):
             return ()
         cached = getattr(rope, "feat_shape", None)
         if cached is not None and tuple(cached) != grid:
-            rope = copy.deepcopy(rope)
+            # with the learned frequencies themselves, if it has some: a copy of them would take their gradient
+            rope = copy.deepcopy(rope, {id(one): one for one in rope.parameters()})
             rope.update_feat_shape(list(grid))
         table = rope.get_embed() if cached is not None else rope.get_embed(shape=list(grid))  # (N, E)
         table = table[None, None] if table.ndim == 2 else table  # (1 or blocks, 1 or heads, N, E)
@@ -316,6 +317,7 @@ def check_trainable(model: Any, pooled_token: Pooled = "cls") -> None:
         "its patches are not squares": is_cut and len(set(embed.patch_size)) > 1,
         "it has no class token to contrast": pooled_token == "cls" and model.cls_token is None,
         "it has no projection to contrast": pooled_token == "projection" and not tower,
+        "it pools no row to contrast": pooled_token in ("native", "projection") and not model.global_pool,
     }
     if found := [what for what, wrong in lacks.items() if wrong]:
         raise UsageError(f"MiCL cannot train this model: {' and '.join(found)}")

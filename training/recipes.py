@@ -209,6 +209,9 @@ class Recipe(AnyRecipe):
             ),
             "pooled_token must be cls or mean": own or self.pooled_token in ("cls", "mean"),
             "start_share must be 0 without a start": own or not self.start_share,
+            "frozen_positions must be false without a start": own or not self.frozen_positions,
+            "frozen_embedding must be false without a start": own or not self.frozen_embedding,
+            "frozen_blocks must be 0 without a start": own or not self.frozen_blocks,
         }
 
 

@@ -190,7 +190,7 @@ class Encoder(nn.Module):
             return self.config_to_save().name, file_sha256(self.save(folder))
 
     def check_float32(self) -> None:
-        """Refuse weights that are not in float32, which those of a store are: its precision is that of the arithmetic.
+        """Refuse weights that are not in float32, as stores and training take them: precision is the arithmetic's.
 
         Raises:
             UsageError: they were loaded in another data type, or turned into one.
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
         if (found := self._dtype()) not in (None, torch.float32):
             kept = str(found).removeprefix("torch.")
             way_on = "load it without dtype; the arithmetic is a matter of precision"
-            raise UsageError(f"the encoder's weights are in {kept}, and a store is made with float32: {way_on}")
+            raise UsageError(f"the encoder's weights are in {kept}, and stores and training take float32: {way_on}")
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write `model.safetensors` and `config.json`, which `micl_zoo.load` and timm's `local-dir:` take.

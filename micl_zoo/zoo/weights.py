@@ -262,7 +262,7 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
             if one.get_dtype() not in NUMBERS:
                 raise WeightsError(f"{str(file)!r}: {name} is of type {one.get_dtype()}, not of {', '.join(NUMBERS)}")
             found[name] = tuple(one.get_shape())
-    return _encoder_part(found, is_checkpoint(file))
+    return _encoder_part(found, file)
 
 
 def read_tensors(file: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -272,19 +272,26 @@ def read_tensors(file: Path, only: Collection[str] | None = None) -> dict[str, T
         file: of weights.
         only: names of the tensors to read; None is all.
     """
-    checkpoint = is_checkpoint(file)
     with _opened(file, "pt") as opened:
-        wanted = _encoder_part({name: name for name in opened.keys()}, checkpoint)  # noqa: SIM118
+        wanted = _encoder_part({name: name for name in opened.keys()}, file)  # noqa: SIM118
         wanted = {key: name for key, name in wanted.items() if only is None or key in only}
         return {key: opened.get_tensor(name) for key, name in wanted.items()}
 
 
-def _encoder_part(found: Mapping[str, Value], checkpoint: bool) -> dict[str, Value]:
+def _encoder_part(found: Mapping[str, Value], file: Path) -> dict[str, Value]:
     """Pick what is the encoder's, under its own names, out of what stands in a file by name."""
-    if not checkpoint:
+    if not is_checkpoint(file):
         return dict(found)
     prefix = "ema." if any(name.startswith("ema.") for name in found) else "model."
-    return without_head({name[len(prefix) :]: one for name, one in found.items() if name.startswith(prefix)})
+    state = {name[len(prefix) :]: one for name, one in found.items() if name.startswith(prefix)}
+    return state if _is_pretraining(file) else without_head(state)
+
+
+def _is_pretraining(file: Path) -> bool:
+    """Whether a checkpoint says that it is of pre-training, whose head and norms, if any, are the encoder's own."""
+    said = header(file).get("provenance")
+    recipe = said.get("recipe") if isinstance(said, dict) else None
+    return isinstance(recipe, dict) and "mask_ratio" in recipe
 
 
 def without_head(state: Mapping[str, Value]) -> dict[str, Value]:

@@ -255,7 +255,7 @@ class _Loop(Loop[Seen, Path]):
         if self.start and self.recipe.start_share and state:
             for key, value in self.start.encoder.model.state_dict().items():
                 if value.is_floating_point():
-                    state[key].lerp_(value, self.recipe.start_share)
+                    state[key].lerp_(value.to(state[key].device), self.recipe.start_share)
         return state
 
     def encoder_of(self, state: dict[str, Tensor]) -> Encoder:

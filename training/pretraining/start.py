@@ -58,8 +58,8 @@ class Start:
         return POOLED.get(self.encoder.pool, "native")
 
     def model(self) -> Vit:
-        """Copy its network, which is trained in eval mode: the method has no dropout."""
-        return cast(Vit, copy.deepcopy(self.encoder.model)).eval()
+        """Copy its network, all of it to be trained, in eval mode: the method has no dropout."""
+        return cast(Vit, copy.deepcopy(self.encoder.model)).eval().requires_grad_(True)
 
     def with_weights(self, state: dict[str, Any]) -> Encoder:
         """Copy it with other weights."""

@@ -121,4 +121,4 @@ class _PooledViews(nn.Module):
         self.model, self.grid = model, grid
 
     def forward(self, patches: Tensor, views: Tensor) -> Tensor:
-        return self.model.pool_views(patches, views, self.grid)
+        return self.model.pool_views(patches, views, self.grid).clone()  # no view, of which FSDP warns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -19,17 +20,20 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """
     if recipe.layer_decay < 1:
         return make_layered_optimizer(model, recipe)
-    without = [] if recipe.positions == "sincos" else ["pos_embed"]
+    without = [] if recipe.positions == "sincos" else ["pos_embed", "rope.*"]
     return _adamw(param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=without), recipe)
 
 
 def make_layered_optimizer(model: nn.Module, recipe: AnyRecipe) -> torch.optim.AdamW:
     """Make fused AdamW whose deeper layers learn slower (BEiT, arXiv 2106.08254), by `lr_scale` of their group.
 
-    No weight decay on biases, norms, the class token and the position table.
+    No weight decay on biases, norms, the class token and positions. What is not trained makes no layer of its own.
     """
-    fixed = list(cast(Any, model).no_weight_decay())
-    return _adamw(param_groups_layer_decay(model, recipe.weight_decay, fixed, layer_decay=recipe.layer_decay), recipe)
+    fixed, layers = list(cast(Any, model).no_weight_decay()), cast(Any, model).group_matcher()
+    layers["stem"] += "|^rope"  # timm counts rotary positions to the head, whose rate is the highest
+    trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    seen: Any = SimpleNamespace(group_matcher=lambda coarse: layers, named_parameters=lambda: trained)
+    return _adamw(param_groups_layer_decay(seen, recipe.weight_decay, fixed, layer_decay=recipe.layer_decay), recipe)
 
 
 def _adamw(groups: Any, recipe: AnyRecipe) -> torch.optim.AdamW:
