@@ -107,7 +107,7 @@ UNCHECKED = value("--check/--no-check", "Compare the checksum of each part that 
 SOURCE = "any source that extract takes."
 OVERRIDES = value("--set", "overrides", "Change to one number of the recipe.", multiple=True, metavar="KEY=VALUE")
 KNN = together(
-    path("--knn", "Labelled images for k-NN, as `eval --data` takes them: a folder per class, or parts.", multiple=True),
+    path("--knn", "Labelled images for k-NN: a folder with a folder per class, or with parts.", multiple=True),
     value("--knn-minutes", "Minutes between k-NN evaluations.", type=Number(0), default=30),
     count("--knn-images", "Number of images to search in each k-NN set.", least=20, default=10_000),
     value("--wandb", "Project of Weights & Biases to send the run to.", metavar="PROJECT"),

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import SourceError
 from micl_zoo.sources.listing import SourceLike
-from micl_zoo.zoo.config import NAME
 
 from ..recipes import Recipe, parsed
 from ..run.rundir import command_text
@@ -106,14 +105,9 @@ def choose(start: Start, images: int, overrides: Iterable[str] = ()) -> Chosen:
     memory = 3 * source**2 * trained
     cache = "memory" if memory <= MOST_CACHE else "none"
     put("cache", cache, f"decoded they take {memory / GIB:.2g} GiB, and up to {MOST_CACHE / GIB:g} stay in memory")
-    base = start.recipe(Recipe(name=_name(start), corpus=OWN_IMAGES, checkpoint_minutes=5))
+    base = start.recipe(Recipe(name=start.name, corpus=OWN_IMAGES, checkpoint_minutes=5))
     base = dataclasses.replace(base, **{one.name: one.value for one in choices if one.name not in asked})
     return Chosen(start.recipe(base, changes), choices)
-
-
-def _name(start: Start) -> str:
-    name = f"{start.encoder.name}-adapted"
-    return name if NAME.fullmatch(name) else "encoder.adapted"
 
 
 def adapt(

@@ -29,7 +29,7 @@ from micl_zoo.zoo.ours import vit_sizes
 from ..evaluation.knn import measure_knn
 from ..evaluation.labelled import LabelledSet
 from ..micl import MiCL, Vit, init_weights
-from ..recipes import Recipe, get_recipe, kept_patches, resolve_recipe
+from ..recipes import RECIPES, Recipe, get_recipe, kept_patches, resolve_recipe
 from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
 from ..run.ranks import Ranks, joined
@@ -101,8 +101,8 @@ def pretrain(
     name = recipe if isinstance(recipe, str) else recipe.name
     start = init if init is None or isinstance(init, Start) else Start.open(init)
     recipe = resolve_recipe(recipe, get_recipe, () if start else overrides, smoke=smoke)
-    if start:
-        recipe = start.recipe(recipe, overrides)
+    if start:  # a recipe's own name is that of another network
+        recipe = start.recipe(dataclasses.replace(recipe, name=start.name) if name in RECIPES else recipe, overrides)
     elif recipe.positions == "own":
         raise UsageError("positions=own are those of an encoder to start from: give one, --init ENCODER")
     kept_patches(recipe.num_patches, recipe.mask_ratio, recipe.views)  # fails before the corpus is read

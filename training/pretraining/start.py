@@ -12,6 +12,7 @@ from typing import Any, cast
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.load import load
 from micl_zoo.errors import UsageError
+from micl_zoo.zoo.config import NAME
 from micl_zoo.zoo.weights import EncoderConfig
 
 from ..micl import MiCL, Pooled, Vit, check_trainable
@@ -53,6 +54,12 @@ class Start:
         return start
 
     @property
+    def name(self) -> str:
+        """What is made of it is called, unless it is given another name."""
+        name = f"{self.encoder.name}-adapted"
+        return name if NAME.fullmatch(name) else "encoder.adapted"
+
+    @property
     def pooled(self) -> Pooled:
         """What of it is contrasted: the row that it embeds with."""
         return POOLED.get(self.encoder.pool, "native")
@@ -70,13 +77,17 @@ class Start:
     def facts(self) -> dict[str, str | None]:
         """Say for run.json and for the finished file what it is."""
         name, sha256 = self.encoder.identity()
-        terms = self.encoder.record.license if self.encoder.record else self.encoder.config.license
-        return {"encoder": name, "encoder_sha256": sha256, "source": self.encoder.source, "license": terms}
+        return {"encoder": name, "encoder_sha256": sha256, "source": self.encoder.source, "license": self.license}
+
+    @property
+    def license(self) -> str:
+        """Terms of its weights."""
+        return self.encoder.record.license if self.encoder.record else self.encoder.config.license
 
     def config(self, recipe: Recipe) -> EncoderConfig:
         """Say how to build what a recipe makes of it; the start's licence travels along."""
         found = self.encoder.config_to_save()
-        return dataclasses.replace(found, name=recipe.name, source=None, license=self.facts()["license"] or "unknown")
+        return dataclasses.replace(found, name=recipe.name, source=None, license=self.license)
 
     def recipe(self, recipe: Recipe, overrides: Iterable[str] = ()) -> Recipe:
         """Put its network into a recipe, and then changes of other fields.
