@@ -1,4 +1,4 @@
-"""SimCLR, MAE, DINO and supervised training for benchmarks/rivals.py, from the parts of the library `lightly`.
+"""SimCLR, MAE, DINO and supervised training for the comparisons of methods, from the parts of the library `lightly`.
 
 Losses, heads, decoder and transforms are lightly's (1.6 or later), with the settings of its benchmarks: ImageNet's, and
 CIFAR-10's for what depends on the size of the images (no blur) or of the run (the teacher's momentum).
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from lightly.models.modules.masked_vision_transformer_timm import init_weights a
 from lightly.transforms import DINOTransform, MAETransform, SimCLRTransform
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,8 +36,9 @@ from micl_zoo.encoders.device import autocasting
 from micl_zoo.training.micl import position_table
 from micl_zoo.training.pretraining.data import MemoryCorpus, batch_rows
 from micl_zoo.training.pretraining.pretrain import make_model
+from micl_zoo.training.pretraining.start import Start
 from micl_zoo.training.recipes import Recipe
-from micl_zoo.training.run.optim import make_optimizer
+from micl_zoo.training.run.optim import make_layered_optimizer, make_optimizer
 from micl_zoo.training.run.step import resolve_autocast
 
 SIMCLR = {"temperature": 0.1, "hidden_dim": 2048, "output_dim": 128}  # lightly's ImageNet benchmark
@@ -58,13 +60,13 @@ MAE_DECODER_DEPTH, MAE_HEAD_WIDTH = 2, 32  # the paper's decoder has 8 blocks 51
 class SimCLR:
     """Two colour-changed crops of an image against those of all others (arXiv 2002.05709), over the class token."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self._frame = _Frame(recipe, device)
+    def __init__(self, recipe: Recipe, device: torch.device, start: Start | None = None) -> None:
+        self._frame = _Frame(recipe, device, start)
         self.vit = self._frame.make_vit()
         size = {key: int(SIMCLR[key]) for key in ("hidden_dim", "output_dim")}
         self._head = SimCLRProjectionHead(recipe.embed_dim, **size).to(device)
         self._criterion = NTXentLoss(temperature=SIMCLR["temperature"])
-        self.optimizer = make_optimizer(nn.ModuleList([self.vit, self._head]), recipe)
+        self.optimizer = self._frame.make_optimizer(self.vit, self._head)
         self.settings: dict[str, Any] = {**SIMCLR, "gaussian_blur": 0.0, **SMALL_IMAGES}
         self.extras: dict[str, VisionTransformer] = {}
 
@@ -219,6 +221,16 @@ class _Frame:
 
     recipe: Recipe
     device: torch.device
+    start: Start | None = None
+
+    def make_optimizer(self, vit: VisionTransformer, head: nn.Module) -> torch.optim.AdamW:
+        """MiCL's, with a head; from a start, layers learn as they do in MiCL and the head at the full rate."""
+        if self.start is None:
+            return make_optimizer(nn.ModuleList([vit, head]), self.recipe)
+        optimizer = make_layered_optimizer(vit, self.recipe)
+        for group in param_groups_weight_decay(head, self.recipe.weight_decay):
+            optimizer.add_param_group(group)
+        return optimizer
 
     def make_vit(self, *, fused: bool = True) -> VisionTransformer:
         """The ViT that MiCL starts from: same weights, same fixed positions.
@@ -226,7 +238,7 @@ class _Frame:
         On a CPU, torch's fused attention is the faster one for whole images, the other for the few patches of MiCL and
         MAE; each method has its own.
         """
-        vit = make_model(self.recipe, self.device).vit
+        vit = cast(VisionTransformer, make_model(self.recipe, self.device, self.start).vit)
         for block in vit.blocks:
             block.attn.fused_attn |= fused
         return vit
@@ -275,4 +287,4 @@ def _backward(loss: Tensor) -> Tensor:
     return loss.detach()
 
 
-METHODS: dict[str, Callable[[Recipe, torch.device], Any]] = {"simclr": SimCLR, "mae": MAE, "dino": SelfDistillation}
+METHODS: dict[str, Callable[..., Any]] = {"simclr": SimCLR, "mae": MAE, "dino": SelfDistillation}

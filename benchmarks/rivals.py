@@ -20,59 +20,41 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import pairwise, repeat
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import numpy as np
 import torch
+from contest import ONE_THREAD, free_cores, run_apart, words_of
+from methods import Budget, Run, make_method, open_corpus, prepare_corpus
 from record import missing, version_of, write
 from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
-from micl_zoo.encoders.device import default_workers, resolve_device
+from micl_zoo.encoders.device import resolve_device
 from micl_zoo.errors import unknown
-from micl_zoo.files import atomic_path, file_sha256, write_text
-from micl_zoo.progress import progress
-from micl_zoo.sources.listing import index_source
+from micl_zoo.files import file_sha256, write_text
 from micl_zoo.training.evaluation.evaluate import pixel_features, probe
 from micl_zoo.training.evaluation.features import Features, embed_labelled
-from micl_zoo.training.evaluation.labelled import LabelledSet, labels_of, number_classes
+from micl_zoo.training.evaluation.labelled import LabelledSet
 from micl_zoo.training.evaluation.protocols import Protocol
 from micl_zoo.training.evaluation.tables import markdown
-from micl_zoo.training.pretraining.data import MemoryCorpus
 from micl_zoo.training.pretraining.pretrain import initial_model
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
-from micl_zoo.training.run.optim import set_learning_rate
 from micl_zoo.training.run.provenance import made_with
 from micl_zoo.training.run.rundir import encoder_config
 from micl_zoo.zoo.weights import WEIGHTS_FILE, save_weights
 
-if TYPE_CHECKING:
-    from methods import Method
-
 CORPUS = "tin200/train-*.parquet"
 SOURCE_SIZE = 64  # of its images
-WARM_UP = 0.05  # of the budget
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MALLOC_MMAP_MAX_": "0",  # glibc: memory stays with the process; else the methods with large tensors
-    "MALLOC_TRIM_THRESHOLD_": "-1",  # spend up to half of their time on page faults
-}
-CURVE_POINTS = 50
 SETS = ("tin200", "caltech101", "flowers5", "cifar10")
 TRAIN_IMAGES, TEST_IMAGES = 1_500, 1_000  # of each set, at most, classes as even as they come
 POOLS: tuple[Literal["cls", "mean"], ...] = ("cls", "mean")
@@ -209,22 +191,6 @@ def recipe_of(name: str, size: Size, seed: int, device: torch.device, base_lr: f
     return dataclasses.replace(frame_recipe(size, seed, device), **own)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What each arm may use: minutes or images, whichever is given."""
-
-    minutes: float | None
-    images: int | None
-
-    def __post_init__(self) -> None:
-        if (self.minutes is None) == (self.images is None):
-            raise click.UsageError("give either --minutes, for equal time, or --images, for equal images")
-
-    def used(self, seconds: float, images: float) -> float:
-        """The share of the budget that is used."""
-        return seconds / 60 / self.minutes if self.minutes else images / (self.images or 1)
-
-
 @click.group()
 def main() -> None:
     """Train and measure MiCL beside other methods."""
@@ -268,71 +234,15 @@ def train(data: Path, work: Path, arms: str, jobs: int, **options: Any) -> None:
         click.echo(f"left out, {why}: {', '.join(name for name in names if not is_micl(name)) or 'none of these'}")
         names = [name for name in names if is_micl(name)]
     on_cpu = resolve_device(options["device"]).type == "cpu"
-    cores: list[int | None] = [None]  # a GPU takes one arm at a time
-    if on_cpu:
-        there = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * jobs
-        cores = list(there[:jobs])
-        if len(cores) < jobs:
-            raise click.UsageError(f"--jobs {jobs} needs as many cores, this process may use {len(cores)}")
-    prepare_corpus(data, work)
-    free: SimpleQueue[int | None] = SimpleQueue()
-    for core in cores:
-        free.put(core)
-    with ThreadPoolExecutor(len(cores)) as pool:
-        codes = list(pool.map(lambda name: run_arm(name, work, options, free, on_cpu), dict.fromkeys(names)))
-    if failed := [name for name, code in zip(dict.fromkeys(names), codes, strict=True) if code]:
+    cores = free_cores(jobs) if on_cpu else [None]  # a GPU takes one arm at a time
+    prepare_corpus(data, CORPUS, work / "corpus", SOURCE_SIZE)
+
+    def command(name: str, core: int | None) -> list[str]:
+        return [sys.executable, __file__, "arm", name, "--work", str(work), *words_of({**options, "core": core})]
+
+    environment = ONE_THREAD if on_cpu else {}
+    if failed := run_apart(names, command, lambda name: work / name / "log.txt", cores, environment):
         raise click.ClickException(f"not trained: {', '.join(failed)}. See log.txt in their folders in {str(work)!r}.")
-
-
-def run_arm(name: str, work: Path, options: dict[str, Any], free: SimpleQueue[int | None], on_cpu: bool) -> int:
-    """One arm on a free core; the exit code."""
-    core = free.get()
-    given = {**options, "core": core}
-    words = [
-        word for key, value in given.items() if value is not None for word in (f"--{key.replace('_', '-')}", value)
-    ]
-    command = [sys.executable, __file__, "arm", name, "--work", str(work), *map(str, words)]
-    log = work / name / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        one_thread = ONE_THREAD if on_cpu else {}
-        code = subprocess.run(
-            command, stdout=file, stderr=file, check=False, env={**os.environ, **one_thread}
-        ).returncode
-    free.put(core)
-    click.echo(f"{name}: " + (log.read_text(encoding="utf-8").strip().splitlines() or ["nothing said"])[-1])
-    return code
-
-
-def prepare_corpus(data: Path, work: Path) -> None:
-    """Decode the corpus once; each arm maps the file into its memory."""
-    facts = work / "corpus" / "facts.json"
-    index = index_source(str(data / CORPUS))
-    fingerprint = index.fingerprint()
-    if facts.exists():
-        if json.loads(facts.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-            raise click.UsageError(f"{str(work)!r} was made with another corpus: give another --work")
-        return
-    with progress("decoding the corpus", len(index)) as tick:
-        corpus = MemoryCorpus.load(index, SOURCE_SIZE, tick=tick)
-    told = labels_of(index)
-    _, (numbered, _) = number_classes(told, told, CORPUS)
-    labels = torch.from_numpy(numbered)[corpus.rows]
-    numbers = {"images": corpus.images, "aspect": corpus.aspect, "rows": corpus.rows, "labels": labels}
-    for name, values in numbers.items():
-        with atomic_path(facts.with_name(f"{name}.npy")) as temporary, temporary.open("wb") as file:
-            np.save(file, values.numpy())
-    said = {"source": CORPUS, "images": len(corpus), "refused": len(corpus.refused)}
-    write_text(facts, json.dumps({**said, "fingerprint": fingerprint}, indent=1) + "\n")
-
-
-def open_corpus(work: Path) -> tuple[MemoryCorpus, torch.Tensor, dict[str, Any]]:
-    """The corpus, its labels (M,), and what it is."""
-    folder = work / "corpus"
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    names = ("images", "aspect", "rows", "labels")
-    images, aspect, rows, labels = (torch.from_numpy(np.load(folder / f"{n}.npy", mmap_mode="c")) for n in names)
-    return MemoryCorpus(images, aspect, rows, []), labels, facts
 
 
 @main.command(hidden=True)
@@ -373,11 +283,9 @@ def train_arm(
     name: str, work: Path, budget: Budget, recipe: Recipe, settings: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """Train, save the encoder, and return what arm.json says."""
-    from methods import make_method  # takes seconds to import, and needs lightly
-
     torch.manual_seed(recipe.seed)
     np.random.seed(recipe.seed)  # noqa: NPY002 - lightly's transforms draw from it
-    corpus, labels, facts = open_corpus(work)
+    corpus, labels, facts = open_corpus(work / "corpus")
     method = make_method(ARMS[name].method, recipe, device, int(labels.max()) + 1)
     if is_micl(name):
         corpus.images = corpus.images.to(device)
@@ -401,88 +309,6 @@ def train_arm(
 def save_encoder(folder: Path, vit: VisionTransformer, recipe: Recipe, provenance: dict[str, Any]) -> None:
     """As a run of `micl-zoo train` leaves it."""
     save_weights(folder, vit.state_dict(), encoder_config(recipe), provenance, recipe.save_dtype)
-
-
-@dataclass
-class Run:
-    """One arm while it trains.
-
-    Attributes:
-        method, recipe, budget, device: what is trained, and how.
-        losses: of each step.
-        images: seen so far.
-        seconds: by the budget's clock; of them, data_seconds until a batch was there.
-        wall_seconds: by the wall clock.
-    """
-
-    method: Method
-    recipe: Recipe
-    budget: Budget
-    device: torch.device
-    losses: list[float] = field(default_factory=list)
-    images: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    wall_seconds: float = 0.0
-
-    def train(self, corpus: MemoryCorpus, labels: torch.Tensor) -> None:
-        """Steps until the middle of the next one would be past the budget; a step's learning rate is its middle's."""
-        workers = 0 if self.device.type == "cpu" else default_workers()
-        batches = self.method.batches(corpus, labels, workers)
-        clock = time.process_time if self.device.type == "cpu" else time.monotonic
-        start, wall, used, last = clock(), time.monotonic(), 0.0, 0.0
-        while used + last / 2 < 1:
-            begun = clock()
-            batch = next(batches)
-            self.data_seconds += clock() - begun
-            self.losses.append(float(self.method.gradients(batch, used)))  # waits for the device
-            self.images += self.recipe.batch_size
-            middle = (used + self.budget.used(clock() - start, self.images)) / 2
-            set_learning_rate(self.method.optimizer, self.recipe.lr * schedule(middle))
-            self.method.optimizer.step()
-            self.method.optimizer.zero_grad(set_to_none=True)
-            self.seconds, before = clock() - start, used
-            used = self.budget.used(self.seconds, self.images)
-            last = used - before
-            self._tell(before, used)
-        self.wall_seconds = time.monotonic() - wall
-
-    def _tell(self, before: float, used: float) -> None:
-        """A line every tenth of the way."""
-        if not math.isfinite(self.losses[-1]):
-            raise click.ClickException(
-                f"the loss is {self.losses[-1]} at step {len(self.losses)}: try a lower --learning-rate"
-            )
-        if int(10 * before) != int(10 * used):
-            click.echo(f"{used:.0%}: {self.images:,} images, loss {self.losses[-1]:.3f}")
-            sys.stdout.flush()
-
-    def result(self) -> dict[str, Any]:
-        """Times, rates and the loss."""
-        return {
-            "minutes": round(self.seconds / 60, 3),
-            "clock": "processor" if self.device.type == "cpu" else "wall",
-            "wall_minutes": round(self.wall_seconds / 60, 3),
-            "images": self.images,
-            "steps": len(self.losses),
-            "images_per_second": round(self.images / self.seconds, 1),
-            "data_share": round(self.data_seconds / self.seconds, 3),
-            "loss_curve": curve(self.losses, self.recipe.batch_size),
-        }
-
-
-def schedule(used: float) -> float:
-    """Share of the peak learning rate: a linear warm-up, then a half-cycle cosine to 0."""
-    if used < WARM_UP:
-        return used / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (min(used, 1.0) - WARM_UP) / (1 - WARM_UP)))
-
-
-def curve(losses: list[float], batch_size: int) -> list[dict[str, float]]:
-    """Means of equal pieces of the run, by the images seen at their end."""
-    places = np.linspace(0, len(losses), min(CURVE_POINTS, len(losses)) + 1).astype(int)
-    pieces = [(stop, losses[first:stop]) for first, stop in pairwise(places)]
-    return [{"images": int(stop) * batch_size, "loss": round(float(np.mean(piece)), 5)} for stop, piece in pieces]
 
 
 @main.command()
