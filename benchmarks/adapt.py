@@ -88,6 +88,13 @@ def one(says: str, **changes: Any) -> Arm:
     return Arm(says, changes)
 
 
+def seen(says: str, **changes: Any) -> Arm:
+    """An arm that keeps half of the patches and has the learning rate of pre-training, and the changes."""
+    return one(
+        f"half of the patches kept, learning rate 1e-3: {says}", **{"mask_ratio": 0.5, "base_lr": 1e-3, **changes}
+    )
+
+
 SETTINGS = {
     "base": one("what the other arms change one thing of"),
     "rate-5e-5": one("a quarter of the learning rate", base_lr=5e-5),
@@ -111,6 +118,23 @@ SETTINGS = {
     "crop-0.08": one("crops from 8 % of the image on", crop_scale_min=0.08),
     "crop-0.5": one("crops from 50 % of the image on", crop_scale_min=0.5),
 }
+SEEN = {  # of SETTINGS, more patches and a higher rate gained most: what may better the two together
+    "seen": seen("what the other arms of these change one thing of"),
+    "seen-mask-0": seen("all patches kept, 16 a view", mask_ratio=0.0),
+    "seen-views-2": seen("24 patches in two views, 12 a view", views=2),
+    "seen-mask-0-views-2": seen("all patches kept, in two views, 24 a view", mask_ratio=0.0, views=2),
+    "seen-decay-1": seen("one learning rate for all layers", layer_decay=1.0),
+    "seen-rate-2e-3": seen("twice the learning rate", base_lr=2e-3),
+    "seen-mask-0.25": seen("36 patches kept, 12 a view", mask_ratio=0.25),
+    "seen-temperature-0.07": seen("temperature 0.07", temperature=0.07),
+    "seen-color-off": seen("no colour change", view_color=False),
+    "seen-crop-0.5": seen("crops from 50 % of the image on", crop_scale_min=0.5),
+    "seen-crop-0.08": seen("crops from 8 % of the image on", crop_scale_min=0.08),
+    "seen-batch-128": seen("batches of 128, half of the learning rate per step", batch_size=128),
+    "seen-frozen-embedding": seen(
+        "patch embedding and positions kept as they are", frozen_embedding=True, frozen_positions=True
+    ),
+}
 OTHERS = {
     "random": Arm(
         "the same time from random weights: positions, learning rate and no layer-wise decay as in pre-training",
@@ -120,8 +144,8 @@ OTHERS = {
     "simclr": Arm("SimCLR on whole crops", {"base_lr": 5e-4}, "simclr"),
     "simclr-rate-1e-4": Arm("SimCLR at a fifth of the learning rate", {"base_lr": 1e-4}, "simclr"),
 }
-ARMS = {**SETTINGS, **OTHERS}
-GROUPS = {"settings": list(SETTINGS), "others": list(OTHERS), "all": list(ARMS)}
+ARMS = {**SETTINGS, **SEEN, **OTHERS}
+GROUPS = {"settings": list(SETTINGS), "seen": list(SEEN), "others": list(OTHERS), "all": list(ARMS)}
 
 
 def recipe_of(name: str, corpus: str, seed: int, start: Start, *, trial: bool) -> Recipe:
