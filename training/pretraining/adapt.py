@@ -25,9 +25,10 @@ LEAST = 8  # images: fewer are no batch of negatives
 SEEN = 200_000  # images that a short run sees
 MOST_EPOCHS = 100
 BATCH = 256
-PEAK = 2e-4  # learning rate at the top, of any batch
+RATE, CAREFUL_RATE = 1e-3, 2e-4  # at batch 256, of our encoders, and of those that others trained far longer: a guess
+RATE_WIDTH = 192  # at which the first was measured; for other widths it is a guess
 LAYER_DECAY = 0.85
-VIEWS, PATCHES = 3, 15  # a fifth of the patches is kept, or so many
+VIEWS, MASK_RATIO = 3, 0.5
 TEMPERATURE = 0.03
 MOST_CACHE = 4 * GIB  # bytes of decoded images in memory
 
@@ -90,14 +91,18 @@ def choose(start: Start, images: int, overrides: Iterable[str] = ()) -> Chosen:
     batch = min(BATCH, 2 ** int(math.log2(trained)))
     batch = put("batch_size", batch, f"at most {BATCH}: a short run gains more by steps than by negatives")
     put("negatives", "global", "all images of a batch, on any number of GPUs")
-    put("base_lr", PEAK * 256 / batch, f"times {batch} / 256 a peak of {PEAK:g}: the start is not to be forgotten")
+    width = network["embed_dim"]
+    is_ours = start.encoder.record is not None
+    rate, why = (
+        (RATE, "as measured") if is_ours else (CAREFUL_RATE, "a fifth of ours: what was trained longer moves less")
+    )
+    put("base_lr", rate * RATE_WIDTH / width, f"{rate:g} x {RATE_WIDTH} / {width}, its width: {why}")
     put("layer_decay", LAYER_DECAY, "lower blocks learn slower: what they know holds for most images")
     put("clip_norm", 1.0, "an odd batch moves the weights no further than others")
     size, patch = network["image_size"], network["patch_size"]
     size = put("crop_size", size, "the size that the encoder takes")
     patches = (size // patch) ** 2
-    kept = min(max(PATCHES, patches // 5), patches)
-    put("mask_ratio", math.floor(100 * (1 - kept / max(1, patches))) / 100, f"{kept} of {patches} patches stay visible")
+    put("mask_ratio", MASK_RATIO, f"half of {patches} patches stay visible: it did better than the paper's fifth")
     put("views", VIEWS, "disjoint sets of the visible patches, which are to be found alike")
     put("temperature", TEMPERATURE, "sharper than the paper's 0.07, ahead in this project's short runs")
     put("view_color", True, "else the colours of an image give away which views belong together")
