@@ -93,9 +93,7 @@ def choose(start: Start, images: int, overrides: Iterable[str] = ()) -> Chosen:
     put("negatives", "global", "all images of a batch, on any number of GPUs")
     width = network["embed_dim"]
     is_ours = start.encoder.record is not None
-    rate, why = (
-        (RATE, "as measured") if is_ours else (CAREFUL_RATE, "a fifth of ours: what was trained longer moves less")
-    )
+    rate, why = (RATE, "as measured") if is_ours else (CAREFUL_RATE, "a fifth of ours, as it was trained longer")
     put("base_lr", rate * RATE_WIDTH / width, f"{rate:g} x {RATE_WIDTH} / {width}, its width: {why}")
     put("layer_decay", LAYER_DECAY, "lower blocks learn slower: what they know holds for most images")
     put("clip_norm", 1.0, "an odd batch moves the weights no further than others")
