@@ -309,6 +309,55 @@ def test_rivals(script: Script, tmp_path: Path) -> None:
     assert file.with_suffix(".png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_adapt(script: Script, tmp_path: Path) -> None:
+    adapt, data, work, file = (
+        script("adapt"),
+        rivals_data(tmp_path / "data"),
+        tmp_path / "work",
+        tmp_path / "record.json",
+    )
+    given = ["--corpus", "flowers5", "--minutes", 0.001, "--seed", 1, "--trial"]  # two steps or so
+    said = run(adapt, "train", "--data", data, "--work", work, "--arms", "base,simclr", *given)
+    there = bool(find_spec("lightly"))
+    assert ("left out, lightly not installed: simclr" in said) == (not there)
+    for name in ("frozen-6", "random"):  # in this process: `train` starts one for each
+        run(adapt, "arm", name, "--work", work, *given)
+    assert "is there already" in run(adapt, "arm", "random", "--work", work, *given)
+    evaluate = ["evaluate", "--data", data, "--work", work, "-o", file]
+    table = run(adapt, *evaluate)
+    found = record_of(file)
+    ((name, one),) = found["runs"].items()
+    trained = {"base", "frozen-6", "random", *["simclr"] * there}
+    assert name == "flowers5-0.001-1"
+    assert set(one["arms"]) == trained
+    assert set(one["results"]) == trained | {"base (ema)", "base (share-0.25)", "base (share-0.5)"}
+    assert set(one["results"]["base"]) == set(found["start"]["results"]) == {"caltech101", "flowers5", "cifar10"}
+    assert set(one["results"]["frozen-6"]) == {"flowers5"}
+    cosines = {name: sets["flowers5"]["cosine"] for name, sets in one["results"].items()}
+    assert cosines["random"] < cosines["base"] <= cosines["base (share-0.5)"] <= 1
+    assert found["start"]["results"]["flowers5"]["cosine"] == 1
+    assert all(name in table for name in one["results"])
+    before = {path: path.stat().st_mtime_ns for path in work.glob("*/*/encoder-*.json")}
+    assert table.endswith(run(adapt, *evaluate))
+    assert {path: path.stat().st_mtime_ns for path in work.glob("*/*/encoder-*.json")} == before, "measured again"
+
+
+def test_the_arms_of_adapt_change_what_they_say(script: Script) -> None:
+    adapt = script("adapt")
+    start = adapt.Start.open(DEFAULT)
+    recipes = {name: adapt.recipe_of(name, "cifar10", 0, start, trial=False) for name in adapt.ARMS}
+    base = vars(recipes["base"])
+    for name, recipe in recipes.items():
+        changed = {key for key, value in vars(recipe).items() if value != base[key]}
+        assert changed - {"name"} == set(adapt.ARMS[name].changes), name
+    assert (recipes["base"].kept, recipes["mask-0.5"].kept, recipes["mask-0.8"].kept) == (15, 24, 9)
+    begun = start.encoder.model.state_dict()
+    moved = {key: value + 1 for key, value in begun.items()}
+    mixed = adapt.interpolated(moved, start, 0.25)
+    assert all(torch.allclose(value, begun[key] + 0.75, atol=1e-5) for key, value in mixed.items())
+
+
 @pytest.mark.slow  # eight runs of extract, a Ray cluster for one of them: two minutes
 def test_same_parts(script: Script, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     options = ["--images", 40, "--shard-rows", 4, "--kills", 1, "--longest", 3]
