@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Callable
@@ -230,7 +229,8 @@ def test_licences_that_bar_commerce_are_known(terms: str, barred: bool) -> None:
 @pytest.fixture
 def own_decoding(without_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Have all images decoded by the process itself."""
-    monkeypatch.setattr(change, "ExtractOptions", functools.partial(change.ExtractOptions, workers=0))
+    made = change.ExtractOptions
+    monkeypatch.setattr(change, "ExtractOptions", lambda **how: made(**{**how, "workers": 0}))
 
 
 @pytest.mark.usefixtures("own_decoding")

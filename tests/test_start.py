@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -283,7 +282,8 @@ def folder(started: Callable[[str], Path]) -> Path:
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at held-out images without other processes and draw none, which takes longer than the runs of this file."""
-    monkeypatch.setattr(change, "ExtractOptions", functools.partial(change.ExtractOptions, workers=0))
+    made = change.ExtractOptions
+    monkeypatch.setattr(change, "ExtractOptions", lambda **how: made(**{**how, "workers": 0}))
     monkeypatch.setattr(module, "draw_neighbours", lambda *_: None)
 
 
@@ -376,9 +376,9 @@ def test_the_row_that_is_trained_is_looked_at_with_the_weights_that_are_saved(
 ) -> None:
     seen_by, look = list[tuple[Encoder, str]](), module.look
 
-    def spy(encoder: Encoder, shown: Any, probes: Any, pool: Any) -> Any:
+    def spy(encoder: Encoder, shown: Any, probes: Any, pool: Any, workers: Any) -> Any:
         seen_by.append((encoder, pool))
-        return look(encoder, shown, probes, pool)
+        return look(encoder, shown, probes, pool, workers)
 
     monkeypatch.setattr(module, "look", spy)
     options = [*OPTIONS, "epochs=2", "warmup_epochs=0", "start_share=0.5", "ema_decay=0.5"]

@@ -47,6 +47,7 @@ COMMANDS = {
     "golden": "golden {name} -o {page}",
     "download": "download {name} --to {out}",
     "export": "export {encoder} -o {out} --images {source}",
+    "adapt": "adapt {encoder} --data {source} --out {out} --set epochs=1 --max-steps 1 --device cpu --workers 0",
     "train": "train vit_ti16.tin200 {twin} --data {source} --out {out} --max-steps 1 --device cpu --workers 0",
     "train again": "train vit_ti16.tin200 {twin} --data {pictures} --out {begun} --device cpu --workers 0",
     "train --knn": "train vit_ti16.tin200 {twin} --data {pictures} --out {out} --knn {labelled} --workers 0",
@@ -376,7 +377,7 @@ def test_only_our_own_errors_come_out(
     if slot in house.good and slot not in TEXTS and slot not in ("source", "pictures", "labelled", "flat", "folder"):
         damages |= inside(slot, Path(house.good[slot]))
     wrong = []
-    every *= HEAVY if every > 1 and command in ("report", "export") else 1
+    every *= HEAVY if every > 1 and command in ("adapt", "report", "export") else 1
     first = zlib.crc32(f"{command} {slot}".encode()) % every  # so that together they are all kinds
     for place, (name, make) in list(enumerate(damages.items()))[first::every]:
         bad = house.folder / f"bad-{place}"

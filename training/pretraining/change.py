@@ -76,10 +76,12 @@ class Looked(NamedTuple):
         return {name: round(float(right.mean()), 4) for name, right in self.right.items()}
 
 
-def look(encoder: Encoder, shown: ImageIndex, probes: Sequence[LabelledSet], pool: Pool) -> Looked:
-    """Embed the images that are looked at, and measure k-NN on the labelled sets."""
+def look(
+    encoder: Encoder, shown: ImageIndex, probes: Sequence[LabelledSet], pool: Pool, workers: int | None = None
+) -> Looked:
+    """Embed the images that are looked at, and measure k-NN on the labelled sets, with so many decoding processes."""
     autocast = autocast_dtype(resolve_precision("auto", encoder.device))
-    pieces = list(embed_index(encoder, shown, ExtractOptions(pool=pool, batch_size=64), autocast))
+    pieces = list(embed_index(encoder, shown, ExtractOptions(pool=pool, batch_size=64, workers=workers), autocast))
     ids = [name for piece in pieces for name in piece.ids]
     if not ids:
         raise SourceError(f"none of {len(shown):,} images can be embedded: look whether the folder is still there")

@@ -148,6 +148,7 @@ def pretrain(
                     corpus=corpus,
                     probes=probes,
                     start=start,
+                    workers=workers,
                 )
                 return loop.run(max_steps, wandb) or folder.path
 
@@ -176,6 +177,7 @@ class _Loop(Loop[Seen, Path]):
     corpus: Corpus
     probes: list[LabelledSet]
     start: Start | None = None
+    workers: int | None = None  # decoding processes of measurements
     after: Looked | None = None  # what the newest weights that were measured make of the images
     flat_steps: int = 0
     logged = ("loss", "accuracy")
@@ -241,7 +243,7 @@ class _Loop(Loop[Seen, Path]):
 
     def _look(self, encoder: Encoder) -> Looked:
         encoder = copy.deepcopy(encoder).to(next(self.step.vit.parameters()).device)
-        return look(encoder, self.split.shown, self.probes, self.recipe.pooled_token)
+        return look(encoder, self.split.shown, self.probes, self.recipe.pooled_token, self.workers)
 
     def _tell(self, steps: int, found: Looked) -> None:
         """Write the lines of a measurement."""
