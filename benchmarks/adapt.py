@@ -129,6 +129,8 @@ SEEN = {  # of SETTINGS, more patches and a higher rate gained most: what may be
     "seen-temperature-0.07": seen("temperature 0.07", temperature=0.07),
     "seen-temperature-0.02": seen("temperature 0.02", temperature=0.02),
     "seen-temperature-0.01": seen("temperature 0.01", temperature=0.01),
+    "seen-sharp": seen("temperature 0.01, one learning rate for all layers", temperature=0.01, layer_decay=1.0),
+    "seen-sharper": seen("temperature 0.005, one learning rate for all layers", temperature=0.005, layer_decay=1.0),
     "seen-color-off": seen("no colour change", view_color=False),
     "seen-crop-0.5": seen("crops from 50 % of the image on", crop_scale_min=0.5),
     "seen-crop-0.08": seen("crops from 8 % of the image on", crop_scale_min=0.08),
