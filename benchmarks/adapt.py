@@ -35,10 +35,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from contest import ONE_THREAD, free_cores, run_apart, words_of
-from methods import Budget, Run, make_method, open_corpus, prepare_corpus
-from record import missing, version_of, write
+from methods import Budget, Run, arm_provenance, make_method, open_corpus, prepare_corpus
+from record import missing, write
 from rivals import METHODS, PENALTIES, K, data_option, facts, work_option
-from torch import Tensor
 
 import micl_zoo
 from micl_zoo.encoders.device import autocast_dtype, resolve_precision
@@ -262,30 +261,17 @@ def train_arm(
     method = make_method(ARMS[name].method, recipe, CPU, int(labels.max()) + 1, before, mean=base)
     run = Run(method, recipe, budget, CPU)
     run.train(corpus, labels)
-    provenance = {
-        "trained": ARMS[name].says,
-        **settings,
-        "method_settings": method.settings,
-        "data": source,
-        "lightly": version_of("lightly"),
-        **made_with(CPU),
-    }
+    provenance = arm_provenance(ARMS[name].says, settings, method, source, CPU)
     end = method.vit.state_dict()
     encoders = {"encoder": end}
     if base:
         encoders["ema"] = method.extras["mean"].state_dict()
-        encoders |= {f"share-{share:g}": interpolated(end, start, share) for share in SHARES}
+        encoders |= {f"share-{share:g}": start.mixed(end, share) for share in SHARES}
     for kind, state in encoders.items():
         save_weights(folder / kind, state, start.config(recipe), provenance, recipe.save_dtype)
     result = run.result()
     click.echo(f"{run.images:,} images in {result['minutes']:.2f} minutes, loss {run.losses[-1]:.3f}")
     return {"name": name, "settings": settings, **provenance, "result": result}
-
-
-def interpolated(end: dict[str, Tensor], start: Start, share: float) -> dict[str, Tensor]:
-    """Weights with a share of the start's, as the recipe's start_share makes them."""
-    begun = start.encoder.model.state_dict()
-    return {key: value.lerp(begun[key], share) if value.is_floating_point() else value for key, value in end.items()}
 
 
 @main.command()

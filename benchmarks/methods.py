@@ -20,6 +20,7 @@ import click
 import numpy as np
 import torch
 from contest import FOREVER
+from record import version_of
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from micl_zoo.training.pretraining.start import Start
 from micl_zoo.training.pretraining.step import TrainStep
 from micl_zoo.training.recipes import Recipe
 from micl_zoo.training.run.optim import set_learning_rate
+from micl_zoo.training.run.provenance import made_with
 from micl_zoo.training.run.step import resolve_autocast
 
 WARM_UP = 0.05  # of the budget
@@ -225,6 +227,14 @@ class Run:
             "data_share": round(self.data_seconds / self.seconds, 3),
             "loss_curve": curve(self.losses, self.recipe.batch_size),
         }
+
+
+def arm_provenance(
+    says: str, settings: dict[str, Any], method: Method, data: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """What arm.json, and the header of the arm's encoders, say of how they were made."""
+    told = {"trained": says, **settings, "method_settings": method.settings, "data": data}
+    return {**told, "lightly": version_of("lightly"), **made_with(device)}
 
 
 def schedule(used: float) -> float:

@@ -34,8 +34,8 @@ import click
 import numpy as np
 import torch
 from contest import ONE_THREAD, free_cores, run_apart, words_of
-from methods import Budget, Run, make_method, open_corpus, prepare_corpus
-from record import missing, version_of, write
+from methods import Budget, Run, arm_provenance, make_method, open_corpus, prepare_corpus
+from record import missing, write
 from timm.models.vision_transformer import VisionTransformer
 
 import micl_zoo
@@ -291,14 +291,7 @@ def train_arm(
         corpus.images = corpus.images.to(device)
     run = Run(method, recipe, budget, device)
     run.train(corpus, labels)
-    provenance = {
-        "trained": ARMS[name].says,
-        **settings,
-        "method_settings": method.settings,
-        "data": facts,
-        "lightly": version_of("lightly"),
-        **made_with(device),
-    }
+    provenance = arm_provenance(ARMS[name].says, settings, method, facts, device)
     for folder, vit in {"encoder": method.vit, **method.extras}.items():
         save_encoder(work / name / folder, vit, recipe, provenance)
     result = run.result()

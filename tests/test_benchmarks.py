@@ -354,7 +354,7 @@ def test_the_arms_of_adapt_change_what_they_say(script: Script) -> None:
     assert (recipes["base"].kept, recipes["mask-0.5"].kept, recipes["mask-0.8"].kept) == (15, 24, 9)
     begun = start.encoder.model.state_dict()
     moved = {key: value + 1 for key, value in begun.items()}
-    mixed = adapt.interpolated(moved, start, 0.25)
+    mixed = start.mixed(moved, 0.25)
     assert all(torch.allclose(value, begun[key] + 0.75, atol=1e-5) for key, value in mixed.items())
 
 

@@ -5,13 +5,13 @@ Shapes: G images looked at, of which the first H were not trained on; D width, k
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from micl_zoo.encoders.device import autocast_dtype, resolve_precision
 from micl_zoo.encoders.encoder import Encoder
@@ -33,8 +33,6 @@ SHOWN_IMAGES = 1000  # G: neighbours are looked for among them
 QUERIES, NEIGHBOURS = 8, 6  # of the picture
 PICTURE = "neighbours.png"
 
-log = logging.getLogger(__name__)
-
 
 class Split(NamedTuple):
     """The images of a source: what is trained on, and what is looked at."""
@@ -50,8 +48,6 @@ def split_images(index: ImageIndex, recipe: Recipe) -> Split:
     Raises:
         SourceError: none would be left to train on.
     """
-    import torch
-
     count, held = len(index), recipe.held_out
     if held >= count:
         raise SourceError(f"held_out={held} of {count} images leaves none to train on: --set held_out={count // 10}")

@@ -221,7 +221,7 @@ class _Loop(Loop[Seen, Path]):
     def before(self) -> Looked:
         """What the start makes of the images; looked at again by a run that is resumed."""
         assert self.start
-        return self._look(self.start.encoder)
+        return self._look(copy.deepcopy(self.start.encoder))  # which stays where it is
 
     def measure_due(self, steps: int) -> bool:
         """Measure by the clock and at the end; who was told to stop has no time for it."""
@@ -242,7 +242,7 @@ class _Loop(Loop[Seen, Path]):
         self.measured(steps, "knn", found)
 
     def _look(self, encoder: Encoder) -> Looked:
-        encoder = copy.deepcopy(encoder).to(next(self.step.vit.parameters()).device)
+        encoder.to(next(self.step.vit.parameters()).device)
         return look(encoder, self.split.shown, self.probes, self.recipe.pooled_token, self.workers)
 
     def _tell(self, steps: int, found: Looked) -> None:
@@ -254,11 +254,8 @@ class _Loop(Loop[Seen, Path]):
     def weights(self) -> dict[str, Tensor]:
         """Copy what the run would leave now: the weights or their running means, with the start's share of them."""
         state = weights_of(self.snapshot(), "ema" if self.step.ema else "model")
-        if self.start and self.recipe.start_share and state:
-            for key, value in self.start.encoder.model.state_dict().items():
-                if value.is_floating_point():
-                    state[key].lerp_(value.to(state[key].device), self.recipe.start_share)
-        return state
+        share = self.recipe.start_share
+        return self.start.mixed(state, share) if self.start and share else state
 
     def encoder_of(self, state: dict[str, Tensor]) -> Encoder:
         """Make an encoder of weights, on the CPU."""

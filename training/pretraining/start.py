@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from torch import Tensor
+
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.load import load
 from micl_zoo.errors import UsageError
@@ -74,20 +76,22 @@ class Start:
         made.model.load_state_dict(state)
         return made
 
+    def mixed(self, state: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+        """Replace a share of other weights by its own (WiSE-FT, arXiv 2109.01903)."""
+        own = self.encoder.model.state_dict()
+        return {
+            key: one.lerp(own[key].to(one.device), share) if one.is_floating_point() else one
+            for key, one in state.items()
+        }
+
     def facts(self) -> dict[str, str | None]:
         """Say for run.json and for the finished file what it is."""
-        name, sha256 = self.encoder.identity()
-        return {"encoder": name, "encoder_sha256": sha256, "source": self.encoder.source, "license": self.license}
-
-    @property
-    def license(self) -> str:
-        """Terms of its weights."""
-        return self.encoder.record.license if self.encoder.record else self.encoder.config.license
+        (name, sha256), terms = self.encoder.identity(), self.encoder.config_to_save().license
+        return {"encoder": name, "encoder_sha256": sha256, "source": self.encoder.source, "license": terms}
 
     def config(self, recipe: Recipe) -> EncoderConfig:
         """Say how to build what a recipe makes of it; the start's licence travels along."""
-        found = self.encoder.config_to_save()
-        return dataclasses.replace(found, name=recipe.name, source=None, license=self.license)
+        return dataclasses.replace(self.encoder.config_to_save(), name=recipe.name, source=None)
 
     def recipe(self, recipe: Recipe, overrides: Iterable[str] = ()) -> Recipe:
         """Put its network into a recipe, and then changes of other fields.
