@@ -55,6 +55,7 @@ from micl_zoo.training.evaluation.protocols import Protocol
 from micl_zoo.training.evaluation.ranking import Outcome, difference
 from micl_zoo.training.evaluation.record import Bits
 from micl_zoo.training.evaluation.tables import markdown, take_outcomes
+from micl_zoo.training.pretraining import adapt
 from micl_zoo.training.pretraining.start import Start
 from micl_zoo.training.recipes import Recipe, vit_ti16_tin200
 from micl_zoo.training.run.provenance import made_with
@@ -66,7 +67,7 @@ CORPORA = {"caltech101": 128, "flowers5": 128, "cifar10": 32}  # side in pixels 
 NICE = 5  # of the processes that train: others that use the machine go first
 TRIAL_BATCH = 8
 SHARES = (0.25, 0.5)  # of the start's weights, in the encoders that `base` leaves besides its own
-ON_ALL_SETS = ("base", "random", "simclr")  # arms that are measured on the sets they were not adapted to, too
+ON_ALL_SETS = ("adapt", "random", "simclr")  # arms that are measured on the sets they were not adapted to, too
 PROTOCOL = Protocol(methods=("knn", "logreg"), pools=("cls",), ks=(K,), inverse_penalties=PENALTIES)
 KEYS = {"knn": str(K), "logreg": "cls"}  # of the figure that is shown, by method
 
@@ -94,6 +95,18 @@ def seen(says: str, **changes: Any) -> Arm:
     )
 
 
+def chosen(says: str, **changes: Any) -> Arm:
+    """An arm that has the settings that `micl-zoo adapt` chooses, and the changes."""
+    settings = {
+        "mask_ratio": adapt.MASK_RATIO,
+        "views": adapt.VIEWS,
+        "base_lr": adapt.RATE,
+        "layer_decay": adapt.LAYER_DECAY,
+        "temperature": adapt.TEMPERATURE,
+    }
+    return one(f"the settings of micl-zoo adapt: {says}", **{**settings, **changes})
+
+
 SETTINGS = {
     "base": one("what the other arms change one thing of"),
     "rate-5e-5": one("a quarter of the learning rate", base_lr=5e-5),
@@ -105,16 +118,7 @@ SETTINGS = {
     "mask-0.8": one("9 of 49 patches kept, 3 a view", mask_ratio=0.8),
     "views-2": one("14 patches in two views, not 15 in three", views=2),
     "temperature-0.07": one("temperature 0.07", temperature=0.07),
-    "temperature-0.1": one("temperature 0.1", temperature=0.1),
     "color-off": one("no colour change", view_color=False),
-    "color-0.8": one("twice the colour changes", color_gain=0.8, color_bias=0.8),
-    "frozen-embedding": one(
-        "patch embedding and positions kept as they are", frozen_embedding=True, frozen_positions=True
-    ),
-    "frozen-6": one("the first half of the blocks kept as they are", frozen_blocks=6),
-    "batch-128": one("batches of 128, half of the learning rate per step", batch_size=128),
-    "batch-512": one("batches of 512, twice the learning rate per step", batch_size=512),
-    "crop-0.08": one("crops from 8 % of the image on", crop_scale_min=0.08),
     "crop-0.5": one("crops from 50 % of the image on", crop_scale_min=0.5),
 }
 SEEN = {  # of SETTINGS, more patches and a higher rate gained most: what may better the two together
@@ -132,11 +136,13 @@ SEEN = {  # of SETTINGS, more patches and a higher rate gained most: what may be
     "seen-sharper": seen("temperature 0.005, one learning rate for all layers", temperature=0.005, layer_decay=1.0),
     "seen-color-off": seen("no colour change", view_color=False),
     "seen-crop-0.5": seen("crops from 50 % of the image on", crop_scale_min=0.5),
-    "seen-crop-0.08": seen("crops from 8 % of the image on", crop_scale_min=0.08),
-    "seen-batch-128": seen("batches of 128, half of the learning rate per step", batch_size=128),
-    "seen-frozen-embedding": seen(
+}
+CHOSEN = {  # what these came to, and parts that stay as they are
+    "adapt": chosen("what the other arms of these change one thing of"),
+    "adapt-frozen-embedding": chosen(
         "patch embedding and positions kept as they are", frozen_embedding=True, frozen_positions=True
     ),
+    "adapt-frozen-6": chosen("the first half of the blocks kept as they are", frozen_blocks=6),
 }
 OTHERS = {
     "random": Arm(
@@ -147,8 +153,14 @@ OTHERS = {
     "simclr": Arm("SimCLR on whole crops", {"base_lr": 5e-4}, "simclr"),
     "simclr-rate-1e-4": Arm("SimCLR at a fifth of the learning rate", {"base_lr": 1e-4}, "simclr"),
 }
-ARMS = {**SETTINGS, **SEEN, **OTHERS}
-GROUPS = {"settings": list(SETTINGS), "seen": list(SEEN), "others": list(OTHERS), "all": list(ARMS)}
+ARMS = {**SETTINGS, **SEEN, **CHOSEN, **OTHERS}
+GROUPS = {
+    "settings": list(SETTINGS),
+    "seen": list(SEEN),
+    "chosen": list(CHOSEN),
+    "others": list(OTHERS),
+    "all": list(ARMS),
+}
 
 
 def recipe_of(name: str, corpus: str, seed: int, start: Start, *, trial: bool) -> Recipe:
@@ -183,7 +195,12 @@ def main() -> None:
 @click.option("--corpus", type=click.Choice(list(CORPORA)), default="caltech101", show_default=True, help="Images.")
 @click.option("--minutes", type=float, default=5.0, show_default=True, help="Processor time of each arm.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order and every draw.")
-@click.option("--arms", default="all", show_default=True, help="Names, settings, others or all, with commas between.")
+@click.option(
+    "--arms",
+    default="all",
+    show_default=True,
+    help=f"Names or groups ({', '.join(GROUPS)}), with commas between.",
+)
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Arms at once, one core each.")
 @click.option("--trial", is_flag=True, help="Batches of 8, to see in seconds that all of it runs.")
 def train(data: Path, work: Path, corpus: str, minutes: float, seed: int, arms: str, jobs: int, trial: bool) -> None:
