@@ -50,7 +50,12 @@ def atomic_path(path: Path, *, unique: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}{own}.tmp")
     try:
         with _named_errors(path, temporary):
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)  # as the umask wants it; some writers have their own
             yield temporary
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:
+                temporary.chmod(mode)
             _sync(temporary)
             _rename(temporary, path)
     finally:

@@ -1,15 +1,19 @@
-"""Progress bars for long work, on standard error if that is a terminal."""
+"""Progress of long work on standard error: a bar where that is a terminal, else a line a minute."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Protocol, cast
 
 from .printing import bar_output, printable, safe_output
 
+LINE_SECONDS = 60
 MOST_BAR, LEAST_BAR, LEAST_NAME = 40, 8, 12  # columns of the terminal
 
 
@@ -24,10 +28,14 @@ class Tick(Protocol):
 def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images", show: bool = True) -> Iterator[Tick]:
     """Show a bar over `total` units (None: not known yet), of which `done` are there already, with time left and rate.
 
-    Where standard error is not a terminal, or with `show` False, nothing is shown and the same calls cost nothing.
+    Where standard error is not a terminal a line is written every LINE_SECONDS. With `show` False nothing is shown, and
+    the same calls cost nothing.
     """
-    if not show or sys.stderr is None or not sys.stderr.isatty():
+    if not show or sys.stderr is None:
         yield _silent
+        return
+    if not sys.stderr.isatty():
+        yield _Lines(what, total, done, unit)
         return
     from rich import progress as rich
     from rich.cells import cell_len
@@ -71,6 +79,35 @@ def progress(what: str, total: int | None, *, done: int = 0, unit: str = "images
                 bar.update(task, advance=amount, note=printable(note) or shown.fields["note"])
 
         yield tick
+
+
+class _Lines:
+    """The tick of a bar that nobody watches: a line now and then, for the log that standard error is."""
+
+    def __init__(self, what: str, total: int | None, done: int, unit: str) -> None:
+        self.what, self.total, self.done, self.unit = printable(what), total, done, unit
+        self.first, self.note, self.lock = done, "", threading.Lock()
+        self.started = self.told = time.monotonic()
+
+    def __call__(self, amount: int = 1, note: str = "", *, total: int | None = None, before: int = 0) -> None:
+        with self.lock:
+            self.done, self.first = self.done + amount + before, self.first + before
+            self.total, self.note = self.total if total is None else total, printable(note) or self.note
+            if (now := time.monotonic()) - self.told < LINE_SECONDS:
+                return
+            self.told, gone = now, now - self.started
+            of = f"/{self.total:,}" if self.total else ""
+            parts = [f"{self.what}: {self.done:,}{of} {self.unit}", f"{_clock(gone)} gone"]
+            if self.total and self.done > self.first:
+                left = gone * (self.total - self.done) / (self.done - self.first)
+                parts[-1] += f", {_clock(left)} left"
+            line = "  ".join([*parts, *filter(None, [self.note])])
+        with contextlib.suppress(OSError, ValueError):  # a log that is closed
+            print(line, file=bar_output(), flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=max(0, round(seconds))))
 
 
 def fitting(parts: list[str], width: int) -> str:

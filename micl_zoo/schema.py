@@ -107,6 +107,15 @@ def wrong_fields(made: Any) -> list[str]:
     return wrong
 
 
+def wrong_value(kind: Any, found: Any, at: str) -> str:
+    """Say what of a value is not what an annotation says; nothing where it is."""
+    try:
+        _value(kind, found, at, False)
+    except _Wrong as problem:
+        return str(problem)
+    return ""
+
+
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Make arguments that are not what the annotations of a function say a UsageError, before anything is done."""
     signature = inspect.signature(function)

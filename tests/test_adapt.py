@@ -22,6 +22,7 @@ import micl_zoo
 from micl_zoo.cli import main
 from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.sources.listing import index_source
+from micl_zoo.training.evaluation.knn import Right
 from micl_zoo.training.pretraining import change
 from micl_zoo.training.pretraining.adapt import BATCH, MOST_CACHE, adapt, choose
 from micl_zoo.training.pretraining.change import Looked, Split, compare, drift, nearest, split_images
@@ -64,8 +65,8 @@ def invoke(*words: object) -> Result:
 
 
 def test_each_choice_has_a_reason_and_follows_the_images(start: Start) -> None:
-    few, many, sea = (choose(start, images).recipe for images in (40, 5_000, 3_000_000))
-    assert [one.held_out for one in (few, many, sea)] == [4, 256, 256]
+    few, many, sea = (choose(start, images).recipe for images in (80, 5_000, 3_000_000))
+    assert [one.held_out for one in (few, many, sea)] == [8, 256, 256]
     assert [one.batch_size for one in (few, many, sea)] == [32, BATCH, BATCH]
     assert few.epochs > many.epochs > sea.epochs >= 1
     assert few.base_lr == many.base_lr
@@ -93,11 +94,36 @@ def test_a_change_is_followed_by_what_depends_on_it(start: Start) -> None:
         (100, "epochs=many", "expected a number"),
         (100, "frozen_blocks=3", "frozen_blocks must be at most depth 2"),
         (100, "crop_size=50", "crop_size must be a multiple of patch_size 14"),
+        (100, "crop_size=0", "^crop_size is 0, and must be 1 to 4,096$"),
+        (100, "epochs=-1", "^epochs is -1.0, and must be"),
+        (20, "held_out=20", "held_out=20 of 20 images leaves none to train on"),
+        (100, "name=../x", "name must be of letters, digits"),
     ],
 )
 def test_what_cannot_be_is_said(start: Start, images: int, change: str, said: str) -> None:
     with pytest.raises((UsageError, SourceError), match=said):
         choose(start, images, [change])
+
+
+@pytest.mark.parametrize("images", [20, 284, 540])
+def test_damaged_images_leave_a_batch(start: Start, images: int) -> None:
+    recipe = choose(start, images).recipe
+    assert recipe.batch_size <= (images - recipe.held_out) / 2
+
+
+def test_what_a_change_asks_for_is_not_undone(start: Start) -> None:
+    assert choose(start, 100, ["contrast_batch=8", "batch_size=16"]).recipe.contrast_size == 8
+    assert choose(start, 100, ["epochs=5000"]).recipe.warmup_epochs == 250
+    few = choose(start, 100, ["crop_size=28"]).recipe  # 4 patches
+    assert (few.kept, few.views) == (3, 3)
+    with pytest.raises(UsageError, match="1 patches are too few for 2 views"):
+        _ = choose(start, 100, ["crop_size=14"]).recipe.kept
+
+
+def test_a_loaded_encoder_keeps_its_size(start: Start) -> None:
+    assert Start.open(start.encoder, 56).encoder is start.encoder
+    with pytest.raises(UsageError, match="image_size 70 is not that of the encoder"):
+        Start.open(start.encoder, 70)
 
 
 def test_encoders_of_others_are_moved_less(start: Start) -> None:
@@ -138,9 +164,19 @@ def test_images_that_are_held_out_are_not_trained_on(image_folder: Callable[...,
         split_images(index, dataclasses.replace(recipe, held_out=30))
 
 
+def test_an_image_that_is_listed_again_is_held_out_with_it(image_folder: Callable[..., Path], start: Start) -> None:
+    folder = image_folder(count=20)
+    index = index_source([folder, folder])
+    split = split_images(index, choose(start, 40, ["held_out=6"]).recipe)
+    held = {entry.uri for entry in list(split.shown.entries())[:6]}
+    assert not held & {entry.uri for entry in split.trained.entries()}
+    assert len(split.trained) == 40 - 2 * len(held)
+
+
 def looked(rows: np.ndarray, right: dict[str, np.ndarray] | None = None) -> Looked:
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return Looked([str(place) for place in range(len(rows))], unit.astype(np.float32), right or {})
+    found = {name: Right(dict(enumerate(map(bool, some))), 0) for name, some in (right or {}).items()}  # type: ignore[arg-type]
+    return Looked([str(place) for place in range(len(rows))], unit.astype(np.float32), found)
 
 
 def some_split(image_folder: Callable[..., Path], held: int) -> Split:
@@ -175,6 +211,30 @@ def test_images_that_could_be_read_once_only_are_left_out(image_folder: Callable
     now = Looked(was.ids[1:], was.rows[1:], {})
     found = compare(was, now, some_split(image_folder, held=0))
     assert (found["among"], found["cosine"]) == (8, pytest.approx(1))
+
+
+def test_what_is_looked_at_is_said_as_it_is(image_folder: Callable[..., Path], start: Start) -> None:
+    split, recipe = some_split(image_folder, held=2), choose(start, 100).recipe
+    seen = looked(np.random.default_rng(0).normal(size=(9, 4)))._replace(ids=split.shown.ids)
+    found = compare(seen, seen, split)
+    assert "Images not trained on: 2. Their" in " ".join(told({"change": found}, recipe))
+    damaged = Looked(seen.ids[2:], seen.rows[2:], {})  # the two that were held out
+    found = compare(damaged, damaged, split)
+    text = " ".join(told({"change": found}, recipe))
+    assert "Images looked at, all of them trained on: 7 (2 more could not be embedded)." in text
+
+
+def test_labelled_images_are_paired_by_their_ids(image_folder: Callable[..., Path], start: Start) -> None:
+    rows, recipe = np.random.default_rng(0).normal(size=(9, 4)), choose(start, 100).recipe
+    was = looked(rows)._replace(right={"mine": Right({"a": True, "b": False, "c": True}, 0)})
+    now = looked(rows)._replace(right={"mine": Right({"c": True, "a": True}, 1)})
+    found = compare(was, now, some_split(image_folder, held=0))
+    assert found["knn"]["mine"]["images"] == 2
+    assert (found["knn"]["mine"]["before"], found["knn"]["mine"]["after"]) == (1, 1)
+    assert "2 test images (1 labelled images could not be embedded)" in " ".join(told({"change": found}, recipe))
+    gone = now._replace(right={"mine": Right({"d": True}, 2)})
+    with pytest.raises(SourceError, match="no test image of mine could be embedded both before and after"):
+        compare(was, gone, some_split(image_folder, held=0))
 
 
 RIGHT = np.arange(400) < 200  # half of them
@@ -216,7 +276,9 @@ def test_without_labels_nothing_is_claimed(image_folder: Callable[..., Path], st
     [
         ("apache-2.0", False), ("mit", False), ("dinov3-license", False), ("cc-by-4.0", False), ("gnc-1", False),
         ("cc-by-nc-4.0", True), ("cc-by-nc-sa-4.0", True), ("CC BY-NC 4.0", True), ("research-only", True),
-        ("Non-commercial research", True), ("noncommercial", True),
+        ("Non-commercial research", True), ("noncommercial", True), ("cc_by_nc_4_0", True), ("apple-amlr", True),
+        ("Research use only", True), ("no commercial use", True), ("apple-ascl", False),
+        ("commercial use is allowed, non-commercial too", False),
     ],
 )  # fmt: skip
 def test_licences_that_bar_commerce_are_known(terms: str, barred: bool) -> None:
@@ -248,9 +310,7 @@ def test_a_folder_of_photographs_becomes_an_encoder_with_before_and_after(
     assert "k-NN on set, 12 test images:" in done.output
     assert "Commercial use is not allowed" in done.output
     made = json.loads((run / "run.json").read_text())
-    assert made["command"] == f"micl-zoo adapt {start_folder} --data {photos} --set epochs=2 --set batch_size=8 " + (
-        "--set precision=fp32"
-    )
+    assert made["command"] == " ".join(map(str, command)).replace("adapt", "micl-zoo adapt", 1).partition(" --dev")[0]
     assert made["encoder"]["encoder"] == NAME
     assert made["encoder"]["license"] == "cc-by-nc-4.0"
     assert made["data"]["images"] == 27

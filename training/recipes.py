@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 from micl_zoo.errors import TrainingError, UsageError, unknown
 from micl_zoo.images.transform import Filter, Transform
-from micl_zoo.schema import Between, read, wrong_fields
-from micl_zoo.zoo.config import MAX_GRID, MAX_PARAMETERS, Depth, Heads, Ratio, Side, Width
+from micl_zoo.schema import Between, read, wrong_fields, wrong_value
+from micl_zoo.zoo.config import MAX_GRID, MAX_PARAMETERS, NAME, Depth, Heads, Ratio, Side, Width
 from micl_zoo.zoo.ours import ARCHS, IN1K, TIN200
 
 from .corpora import CORPORA, corpus_key
 
 # Ranges of a run; those of a network are what `load` takes.
 Count = Annotated[int, Between(1, 2**20)]
+Workers = Annotated[int, Between(0, 4096)]
 Views = Annotated[int, Between(2, 4)]
 Chance = Annotated[float, Between(0, 1)]
 Amount = Annotated[float, Between(0, 1e6)]
@@ -33,6 +34,8 @@ KEPT_CHECKPOINTS = 2  # the newest, besides those that stay for good
 def kept_patches(num_patches: int, mask_ratio: float, views: int = 2) -> int:
     """K, the patches that stay visible, as many in each view (reference code, for two views)."""
     kept = math.floor(num_patches * (1 - mask_ratio)) // views * views
+    if num_patches < views:
+        raise UsageError(f"{num_patches} patches are too few for {views} views: use a larger crop_size, or fewer views")
     if not kept:
         limit = math.floor(1e4 * (1 - views / num_patches) - 1e-6) / 1e4  # less than exact, which a float may exceed
         count = {2: "two", 3: "three", 4: "four"}.get(views, views)
@@ -191,6 +194,7 @@ class Recipe(AnyRecipe):
         own = self.positions == "own"  # the network is the start's
         weights = self.depth * self.embed_dim**2 * (4 + 2 * self.mlp_ratio)
         return super()._rules() | {
+            "name must be of letters, digits and .-+_, as arch.tag": NAME.fullmatch(self.name) is not None,
             "norm_eps must be 1e-06, which is what timm's names for a ViT mean": own or self.norm_eps == 1e-6,
             "prefix_tokens must be 1, the class token": own or self.prefix_tokens == 1,
             f"frozen_blocks must be at most depth {self.depth}": self.frozen_blocks <= self.depth,
@@ -519,9 +523,12 @@ def overridden(recipe: R, overrides: Iterable[str]) -> R:
 
 
 def parsed(kind: type[AnyRecipe], overrides: Iterable[str]) -> dict[str, Any]:
-    """Read `key=value` changes to a kind of recipe, each checked for its name and type."""
-    types = get_type_hints(kind)
-    return dict(_parse_override(override, types) for override in overrides)
+    """Read `key=value` changes to a kind of recipe, each checked for its name, type and range."""
+    types, limits = get_type_hints(kind), get_type_hints(kind, include_extras=True)
+    found = dict(_parse_override(override, types) for override in overrides)
+    if wrong := [text for key, value in found.items() if (text := wrong_value(limits[key], value, key))]:
+        raise UsageError("; ".join(wrong))
+    return found
 
 
 def resolve_recipe(recipe: R | str, get: Callable[..., R], overrides: Iterable[str] = (), *, smoke: bool = False) -> R:

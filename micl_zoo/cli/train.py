@@ -86,6 +86,7 @@ def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **o
         raise click.UsageError("adapt needs --out (only --plan does without)")
     from micl_zoo.training.pretraining.adapt import Chosen, choose
     from micl_zoo.training.pretraining.adapt import adapt as run
+    from micl_zoo.training.pretraining.change import PICTURE
     from micl_zoo.training.pretraining.pretrain import Images, parameter_counts
     from micl_zoo.training.pretraining.start import Start
     from micl_zoo.training.pretraining.verdict import told
@@ -104,9 +105,8 @@ def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **o
         chosen = choose(start, len(images.index), options["overrides"])
         tell(chosen)
         how: dict[str, Any] = {name: options[name] for name in ("nodes", "micro_batch")}
-        seen = len(images.index) - chosen.recipe.held_out
         how |= {"counts": parameter_counts(chosen.recipe, start), "gpus": options["gpus"] or 1}
-        click.echo(format_plan(make_plan(chosen.recipe, images=seen, **how)))
+        click.echo(format_plan(make_plan(chosen.recipe, images=len(images.index), **how)))
         return
     if opt.start_ranks(options):
         return
@@ -119,7 +119,9 @@ def adapt(encoder: str, data: tuple[str, ...], out: Path | None, plan: bool, **o
     record = read_run(made.parents[1]) or {}
     for line in told(record, recorded_recipe(record)):
         click.echo(line)
-    click.echo(f"Neighbours before and after are in {out}/neighbours.png, all else in `micl-zoo report {out}`.")
+    drawn = (made.parents[1] / PICTURE).exists()
+    seen = f"Neighbours before and after are in {out}/{PICTURE}, all else in" if drawn else "All of the run is in"
+    click.echo(f"{seen} `micl-zoo report {out}`.")
     click.echo(f"The encoder is in {made.parent}: micl_zoo.load({str(made.parent)!r}).")
 
 

@@ -112,14 +112,15 @@ def walk(folder: str, selection: Selection) -> Iterator[File]:
 
 
 def _opened(place: str, prefix: str, selection: Selection) -> remote.Listing | None:
-    """List a folder of a walk; None, and a note, where it cannot be read or is a store."""
+    """List a folder of a walk; None, and a note, where it cannot be read or is a store or a run."""
     with selection.telling(prefix.rstrip("/") or Path(place).name, place):
         listing = _scan(place)
         if listing.nameless:
             selection.notes.skipped["keys that end in / or have nothing between two"] += listing.nameless
-        if not prefix or not _is_store(place, listing):
+        made = _made_here(place, listing) if prefix else ""
+        if not made:
             return listing
-        selection.notes.skipped["stores of embeddings"] += 1
+        selection.notes.skipped[made] += 1
     return None
 
 
@@ -131,10 +132,13 @@ def _unseen(name: str, prefix: str, selection: Selection) -> bool:
     return selection.out(name, prefix + name)
 
 
-def _is_store(folder: str, listing: remote.Listing) -> bool:
-    """Recognise a store by the files that are written before its first part."""
+def _made_here(folder: str, listing: remote.Listing) -> str:
+    """Recognise what micl-zoo writes into a folder, by the files that are there first; empty for other folders."""
     begun = "manifest.json" in listing.files and "index" in listing.folders
-    return begun and "part-00000.parquet" in _scan(join(folder, "index")).files
+    if begun and "part-00000.parquet" in _scan(join(folder, "index")).files:
+        return "stores of embeddings"
+    trained = "metrics.jsonl" in listing.files or "checkpoints" in listing.folders
+    return "training runs" if "run.json" in listing.files and trained else ""
 
 
 def has_magic(place: str) -> bool:

@@ -59,9 +59,10 @@ def index_source(
     Args:
         source: one of these, or a sequence of them. Each may be a path of this machine or a URI that fsspec knows
             (s3://, gs://, https://, file://, hf://datasets/…), with the same ids.
-            A folder: recursive; hidden names and stores of embeddings left out, links to folders followed unless they
-            loop; the images in it, by their endings or, where these say nothing, by their first bytes; or if there are
-            none its parquet files, or else its tars, or else its zips. On a web server it ends in "/".
+            A folder: recursive; hidden names, stores of embeddings and training runs left out, links to folders
+            followed unless they loop; the images in it, by their endings or, where these say nothing, by their first
+            bytes; or if there are none its parquet files, or else its tars, or else its zips. On a web server it ends
+            in "/".
             One image. A glob ("photos/**/*.jpg"), also with braces: "train-{0000..0099}.tar", "{train,val}/*.png".
             What looks like one is a name where a thing of that very name is there; "[*]" is a letter of a name.
             A list: .txt or .lst with one path per line; .csv or .tsv with a header, .jsonl, or .json (a list, or as in

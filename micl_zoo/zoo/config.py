@@ -208,7 +208,7 @@ class Own:
 
     def __post_init__(self) -> None:
         if self.name is not None and not NAME.fullmatch(self.name):
-            raise ValueError(f"name must be arch.tag, of letters, digits and .-+_, it is {self.name!r}")
+            raise ValueError(f"name must be of letters, digits and .-+_, as arch.tag, it is {self.name!r}")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,13 +94,28 @@ def knn_accuracy(
     return float((found[k] == test_labels).mean())
 
 
-def measure_right(encoder: Encoder, labelled: LabelledSet, pool: Pool) -> np.ndarray:
-    """Find which test images of a set k-NN gives the right class, by one pool's features, k = 20: (N,) bool."""
+class Right(NamedTuple):
+    """Which test images of a set get the right class."""
+
+    found: dict[str, bool]  # by id
+    left_out: int  # images, of training as well, that could not be embedded
+
+    @property
+    def accuracy(self) -> float:
+        """The share of them, 0 to 1."""
+        return round(sum(self.found.values()) / len(self.found), 4)
+
+
+def measure_right(encoder: Encoder, labelled: LabelledSet, pool: Pool) -> Right:
+    """Find which test images of a set k-NN gives the right class, by one pool's features, k = 20."""
     train, test = (embed_labelled(encoder, part, pools=(pool,)) for part in (labelled.train, labelled.test))
     bank = [(train.rows[pool], train.labels)]
-    return knn_predict(bank, test.rows[pool], classes=len(labelled.classes), ks=(20,))[20] == test.labels
+    right = knn_predict(bank, test.rows[pool], classes=len(labelled.classes), ks=(20,))[20] == test.labels
+    lost = set(test.refused)
+    ids = [name for name in labelled.test.index.ids if name not in lost]
+    return Right(dict(zip(ids, right.tolist(), strict=True)), len(train.refused) + len(test.refused))
 
 
 def measure_knn(encoder: Encoder, labelled: LabelledSet, pool: Pool = "cls") -> float:
     """Measure the k-NN accuracy of one pool's features on a set, k = 20, 0 to 1."""
-    return float(measure_right(encoder, labelled, pool).mean())
+    return measure_right(encoder, labelled, pool).accuracy

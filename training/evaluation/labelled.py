@@ -112,10 +112,11 @@ def _where(place: str) -> tuple[str, str]:
         return str(path), path.resolve().name
     if "://" in place:
         return place.rstrip("/"), place.rstrip("/").rpartition("/")[2]
-    if place.count("/") == 1 and not place.startswith((".", "~")):
+    if place.count("/") == 1 and not place.startswith((".", "~")) and not Path(place).parent.is_dir():
         return f"hf://datasets/{place}", place
     raise SourceError(
-        f"no data set at {place!r}: give a folder, a URI, or OWNER/NAME of a data set on the hub. Known sets, by the "
+        f"no data set at {place!r}: give a folder, a URI, or OWNER/NAME of a data set on the hub "
+        f"(hf://datasets/OWNER/NAME where a folder OWNER is here). Known sets, by the "
         f"name of their folder: {', '.join(CORPORA)}"
     )
 
@@ -137,6 +138,8 @@ def _split(where: str, given: Mapping[str, str] | None) -> tuple[Part, Part]:
         rows.setdefault(found[row], []).append(row)
     test = {row for some in rows.values() for row in some[: math.ceil(TEST_SHARE * len(some))] if len(some) > 1}
     parts = [row for row in range(len(found)) if row not in test], sorted(test)
+    if not test:
+        raise SourceError(f"{where!r} has one image of each class, none to test with: add more, or train/ and test/")
     first, second = ((ImageIndex(index.table.take(pa.array(part))), [found[row] for row in part]) for part in parts)
     return first, second
 

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.errors import SourceError
+from micl_zoo.schema import checked
 from micl_zoo.sources.listing import SourceLike
 
 from ..recipes import Recipe, parsed
+from ..run.order import trained_images
 from ..run.rundir import command_text
 from .plan import GIB
-from .pretrain import Images, pretrain
+from .pretrain import Images, named_options, pretrain
 from .start import Start
 
 OWN_IMAGES = "images of one's own"
@@ -25,7 +27,8 @@ LEAST = 8  # images: fewer are no batch of negatives
 SEEN = 200_000  # images that a short run sees
 MOST_EPOCHS = 100
 BATCH = 256
-RATE, CAREFUL_RATE = 1e-3, 2e-4  # at batch 256, of our encoders, and of those that others trained far longer: a guess
+RATE = 1e-3  # at batch 256, of our encoders
+CAREFUL_RATE = 2e-4  # of all others, most of which were trained far longer: a guess
 RATE_WIDTH = 192  # at which the first was measured; for other widths it is a guess
 LAYER_DECAY = 0.85
 VIEWS, MASK_RATIO = 3, 0.5
@@ -84,35 +87,45 @@ def choose(start: Start, images: int, overrides: Iterable[str] = ()) -> Chosen:
         return value
 
     held = put("held_out", min(256, images // 10), f"of {images:,} images, a tenth or 256: they show what changes")
-    trained = max(1, images - held)
+    base = start.recipe(Recipe(name=start.name, corpus=OWN_IMAGES, checkpoint_minutes=5))
+    trained = trained_images(dataclasses.replace(base, held_out=held), images)
     epochs = min(MOST_EPOCHS, max(1, round(SEEN / trained, 1)))
-    epochs = put("epochs", epochs, f"{SEEN:,} images seen / {trained:,}, and at most {MOST_EPOCHS}")
+    most = epochs == MOST_EPOCHS
+    why = f"the most: {MOST_EPOCHS * trained:,} images are seen" if most else f"{SEEN:,} images are seen / {trained:,}"
+    epochs = put("epochs", epochs, why)
     put("warmup_epochs", round(epochs / 20, 3), "a twentieth of the run")
-    batch = min(BATCH, 2 ** int(math.log2(trained)))
-    batch = put("batch_size", batch, f"at most {BATCH}: a short run gains more by steps than by negatives")
-    put("negatives", "global", "all images of a batch, on any number of GPUs")
+    batch = min(BATCH, 2 ** int(math.log2(max(4, trained // 2))))
+    put("batch_size", batch, f"at most {BATCH}, and half of the images: a short run gains more by steps than negatives")
+    if group := asked.get("contrast_batch"):
+        put("negatives", "local", f"groups of {group} images, as contrast_batch asks")
+    else:
+        put("negatives", "global", "all images of a batch, on any number of GPUs")
     width = network["embed_dim"]
-    is_ours = start.encoder.record is not None
-    rate, why = (RATE, "as in trials") if is_ours else (CAREFUL_RATE, "a fifth of ours, as it was trained longer")
+    rate, why = RATE, "as in trials"
+    if start.encoder.record is None:
+        rate, why = CAREFUL_RATE, f"a guess, the {RATE:g} of trials with our encoders being too fast for most others"
     put("base_lr", rate * RATE_WIDTH / width, f"{rate:g} x {RATE_WIDTH} / {width}, its width: {why}")
     put("layer_decay", LAYER_DECAY, "lower blocks learn slower: what they know holds for most images")
     put("clip_norm", 1.0, "an odd batch moves the weights no further than others")
     size, patch = network["image_size"], network["patch_size"]
     size = put("crop_size", size, "the size that the encoder takes")
     patches = (size // patch) ** 2
-    put("mask_ratio", MASK_RATIO, f"half of {patches} patches stay visible: the paper's fifth harmed in trials")
-    put("views", VIEWS, "disjoint sets of the visible patches, which are to be found alike")
+    if patches * (1 - MASK_RATIO) >= VIEWS:
+        put("mask_ratio", MASK_RATIO, f"half of {patches} patches stay visible: the paper's fifth harmed in trials")
+    else:
+        put("mask_ratio", 0.0, f"{patches} patches are too few to hide some")
+    put("views", max(2, min(VIEWS, patches)), "disjoint sets of the visible patches, which are to be found alike")
     put("temperature", TEMPERATURE, "in trials 0.02 and 0.03 gained less, and the paper's 0.07 harmed")
     put("view_color", True, "without it, what an encoder knew was lost in trials")
     source = put("source_size", math.ceil(size * 8 / 7), "of the images in memory: 8/7 of the crop")
     memory = 3 * source**2 * trained
     cache = "memory" if memory <= MOST_CACHE else "none"
     put("cache", cache, f"decoded they take {memory / GIB:.2g} GiB, and up to {MOST_CACHE / GIB:g} stay in memory")
-    base = start.recipe(Recipe(name=start.name, corpus=OWN_IMAGES, checkpoint_minutes=5))
-    base = dataclasses.replace(base, **{one.name: one.value for one in choices if one.name not in asked})
+    base = dataclasses.replace(base, **{one.name: one.value for one in choices})
     return Chosen(start.recipe(base, changes), choices)
 
 
+@checked
 def adapt(
     encoder: Encoder | str | os.PathLike[str],
     data: SourceLike,
@@ -144,7 +157,7 @@ def adapt(
     chosen = choose(start, len(images.index), overrides)
     tell(chosen)
     name = start.encoder.name if isinstance(encoder, Encoder) else os.fspath(encoder)
-    options = [("--data", path) for path in images.paths]
+    options = named_options(images, out, how.get("knn", ()))
     options += [("--image-size", str(image_size))] if image_size else []
     command = command_text(["micl-zoo adapt", shlex.quote(name)], options, overrides, smoke=False)
     reasons = {one.name: one.reason for one in chosen.choices}

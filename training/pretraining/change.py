@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from micl_zoo.encoders.device import autocast_dtype, resolve_precision
@@ -23,11 +24,11 @@ from micl_zoo.sources.reader import Reader
 from micl_zoo.stores.contact_sheet import Tile, write_contact_sheet
 from micl_zoo.zoo.pools import Pool
 
-from ..evaluation.knn import measure_right
+from ..evaluation.knn import Right, measure_right
 from ..evaluation.labelled import LabelledSet
 from ..evaluation.ranking import difference
 from ..recipes import Recipe
-from ..run.order import seeded
+from ..run.order import seeded, trained_images
 
 SHOWN_IMAGES = 1000  # G: neighbours are looked for among them
 QUERIES, NEIGHBOURS = 8, 6  # of the picture
@@ -45,18 +46,21 @@ class Split(NamedTuple):
 def split_images(index: ImageIndex, recipe: Recipe) -> Split:
     """Draw the images that are not trained on, and those among which neighbours are looked for, by the recipe's seed.
 
+    An image that is listed again is not trained on either where it is held out.
+
     Raises:
         SourceError: none would be left to train on.
     """
     count, held = len(index), recipe.held_out
-    if held >= count:
-        raise SourceError(f"held_out={held} of {count} images leaves none to train on: --set held_out={count // 10}")
+    trained_images(recipe, count)
     order = torch.randperm(count, generator=seeded(recipe.seed, 7)).numpy()
-
-    def part(rows: np.ndarray) -> ImageIndex:
-        return ImageIndex(index.table.take(pa.array(rows)))
-
-    return Split(part(np.sort(order[held:])) if held else index, part(order[: max(held, SHOWN_IMAGES)]), held)
+    shown = ImageIndex(index.table.take(pa.array(order[: max(held, SHOWN_IMAGES)])))
+    if not held:
+        return Split(index, shown, held)
+    offsets = index.table["offset"].cast(pa.string())
+    places = pc.binary_join_element_wise(index.table["uri"], offsets, "#")
+    known = pc.is_in(places, value_set=places.take(pa.array(order[:held])).combine_chunks())
+    return Split(ImageIndex(index.table.filter(pc.invert(known))), shown, held)
 
 
 class Looked(NamedTuple):
@@ -64,12 +68,12 @@ class Looked(NamedTuple):
 
     ids: list[str]  # of the images that could be embedded, in the order of `Split.shown`
     rows: np.ndarray  # (G, D) float32, unit length
-    right: dict[str, np.ndarray]  # by labelled set: which test images k-NN finds the class of, bool
+    right: dict[str, Right]  # by labelled set, of k-NN
 
     @property
     def knn(self) -> dict[str, float]:
         """Accuracy on each set, 0 to 1."""
-        return {name: round(float(right.mean()), 4) for name, right in self.right.items()}
+        return {name: right.accuracy for name, right in self.right.items()}
 
 
 def look(
@@ -80,7 +84,8 @@ def look(
     pieces = list(embed_index(encoder, shown, ExtractOptions(pool=pool, batch_size=64, workers=workers), autocast))
     ids = [name for piece in pieces for name in piece.ids]
     if not ids:
-        raise SourceError(f"none of {len(shown):,} images can be embedded: look whether the folder is still there")
+        lost = pieces[0].refused[0]
+        raise SourceError(f"none of {len(shown):,} images can be embedded, {lost.id!r}: {lost.reason}, {lost.detail}")
     rows = np.concatenate([piece.embeddings.astype(np.float32, copy=False) for piece in pieces])
     return Looked(ids, rows, {probe.name: measure_right(encoder, probe, pool) for probe in probes})
 
@@ -88,7 +93,7 @@ def look(
 def drift(before: Looked, after: Looked, split: Split) -> float:
     """Average the cosine of embeddings before and after, of the images that were not trained on if there are any."""
     before, after = _common(before, after)
-    places = _judges(before, split)
+    places, _ = _judges(before, split)
     return round(float((before.rows[places] * after.rows[places]).sum(1).mean()), 4)
 
 
@@ -105,10 +110,11 @@ def _common(before: Looked, after: Looked) -> tuple[Looked, Looked]:
     return first, second
 
 
-def _judges(seen: Looked, split: Split) -> list[int]:
-    """Find the places of the images that were not trained on; all of them where there are none."""
+def _judges(seen: Looked, split: Split) -> tuple[list[int], bool]:
+    """Find the places of the images that were not trained on; all of them, and False, where there are none."""
     held = set(split.shown.ids[: split.held_out])
-    return [place for place, name in enumerate(seen.ids) if name in held] or list(range(len(seen.ids)))
+    places = [place for place, name in enumerate(seen.ids) if name in held]
+    return places or list(range(len(seen.ids))), bool(places)
 
 
 def compare(before: Looked, after: Looked, split: Split) -> dict[str, Any]:
@@ -116,17 +122,21 @@ def compare(before: Looked, after: Looked, split: Split) -> dict[str, Any]:
 
     Returns:
         `knn` by set with an interval of the paired difference in points; of the images that were not trained on, the
-        mean `cosine` of their embeddings before and after, and how many of the nearest `neighbours` stayed.
+        mean `cosine` of their embeddings before and after, and how many of the nearest `neighbours` stayed. What could
+        not be embedded both times is `left_out`.
     """
     before, after = _common(before, after)
     knn = {}
-    for name, was in before.right.items():
-        now = after.right[name]
-        every = np.ones(len(was), bool)
-        low, high = difference((now[None], every), (was[None], every))
-        knn[name] = {"before": round(float(was.mean()), 4), "after": round(float(now.mean()), 4)}
-        knn[name] |= {"low": low, "high": high, "images": len(was)}
-    places = _judges(before, split)
+    for name, (found, lost) in before.right.items():
+        later = after.right[name]
+        both = [one for one in found if one in later.found]
+        if not both:
+            raise SourceError(f"no test image of {name} could be embedded both before and after")
+        was, now = (np.array([[right[one] for one in both]]) for right in (found, later.found))
+        low, high = difference(*((right, np.ones(len(both), bool)) for right in (now, was)))
+        knn[name] = {"before": round(float(was.mean()), 4), "after": round(float(now.mean()), 4), "low": low}
+        knn[name] |= {"high": high, "images": len(both), "left_out": max(lost, later.left_out)}
+    places, held_out = _judges(before, split)
     stay = [len(set(was) & set(now)) for was, now in zip(nearest(before, places), nearest(after, places), strict=True)]
     return {
         "knn": knn,
@@ -135,7 +145,8 @@ def compare(before: Looked, after: Looked, split: Split) -> dict[str, Any]:
         "of_neighbours": min(NEIGHBOURS, len(before.ids) - 1),
         "images": len(places),
         "among": len(before.ids),
-        "held_out": bool(split.held_out),
+        "held_out": held_out,
+        "left_out": len(split.shown) - len(before.ids),
     }
 
 

@@ -16,7 +16,7 @@ from micl_zoo.errors import UsageError
 from ..corpora import CORPORA
 from ..recipes import KEPT_CHECKPOINTS, Recipe, vit_l16_in1k
 from ..run.gpus import GPUS, Gpu
-from ..run.order import images_per_process, steps_per_epoch
+from ..run.order import images_per_process, steps_per_epoch, trained_images
 
 GIB = 2**30
 USABLE = 0.9  # of a card's memory; the rest is for what is not counted: driver, communication, fragmentation
@@ -93,7 +93,8 @@ class Plan:
         self, recipe: Recipe, images: int, gpus: int, nodes: int, micro_batch: int | None, mfu: float,
         counts: tuple[int, int] | None,
     ) -> None:  # fmt: skip
-        self.recipe, self.images, self.gpus, self.nodes, self.mfu = recipe, images, gpus, nodes, mfu
+        self.recipe, self.images = recipe, trained_images(recipe, images)
+        self.gpus, self.nodes, self.mfu = gpus, nodes, mfu
         self.world = gpus * nodes  # processes, one per GPU
         self.images_per_process = images_per_process(recipe, self.world)  # of one optimiser step
         # images that one GPU contrasts at a time: a group of its own, or its part of a batch with global negatives
@@ -103,7 +104,7 @@ class Plan:
         self.chunks = math.ceil(self.share / self.micro_batch)  # forward passes per share; more than one is GradCache
         self.passes = _passes(recipe, chunked=self.chunks > 1)  # what is computed over what the method needs
 
-        self.steps_per_epoch = steps_per_epoch(recipe, images)  # whole batches in the corpus
+        self.steps_per_epoch = steps_per_epoch(recipe, self.images)  # whole batches in the corpus
         self.total_steps = recipe.total_steps(self.steps_per_epoch)
         self.warmup_steps = round(recipe.warmup_steps(self.total_steps))
         self.images_seen = self.total_steps * recipe.batch_size  # over the whole run
@@ -115,7 +116,7 @@ class Plan:
         self.total_flops = self.images_seen * self.flops.total * self.passes  # repeated forward passes included
         self.memory = memory_estimate(recipe, images_per_gpu=self.micro_batch, gpus=self.world)
         # of the decoded images that every GPU holds with cache "memory"
-        self.corpus_bytes = 3 * recipe.source_size**2 * images if recipe.cache == "memory" else 0
+        self.corpus_bytes = 3 * recipe.source_size**2 * self.images if recipe.cache == "memory" else 0
 
         self.checkpoint_bytes = 4 * (3 * self.parameters + self.frozen)  # of one file: fp32 weights and two moments
         self.lasting_checkpoints = math.floor(recipe.epochs / recipe.keep_epochs) if recipe.keep_epochs else 0

@@ -7,10 +7,13 @@ import dataclasses
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +24,7 @@ from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.progress import progress
+from micl_zoo.schema import Between, checked
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import SourceLike, index_source
 from micl_zoo.stop import StopRequest
@@ -29,7 +33,7 @@ from micl_zoo.zoo.ours import vit_sizes
 from ..evaluation.knn import measure_knn
 from ..evaluation.labelled import LabelledSet
 from ..micl import MiCL, Vit, init_weights
-from ..recipes import RECIPES, Recipe, get_recipe, kept_patches, resolve_recipe
+from ..recipes import RECIPES, Amount, Count, Recipe, Workers, get_recipe, kept_patches, resolve_recipe
 from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
 from ..run.ranks import Ranks, joined
@@ -49,6 +53,25 @@ COLLAPSE = 0.99  # of ln(negatives + 1), the loss of a network that tells no two
 COLLAPSE_STEPS = 200  # after the warm-up, one after the other
 
 
+@dataclass(frozen=True)
+class Images:
+    """What to train on, listed."""
+
+    paths: list[str]  # as they were given
+    index: ImageIndex
+
+    @classmethod
+    def open(cls, data: SourceLike) -> Images:
+        """List a source, see `micl_zoo.index_source`."""
+        return cls(source_paths(data), index_source(data))
+
+
+def source_paths(given: SourceLike) -> list[str]:
+    """List the paths of one or several sources."""
+    return [os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given)]
+
+
+@checked
 def pretrain(
     recipe: Recipe | str,
     data: SourceLike | Images,
@@ -58,12 +81,12 @@ def pretrain(
     overrides: Sequence[str] = (),
     smoke: bool = False,
     device: str = "auto",
-    workers: int | None = None,
-    max_steps: int | None = None,
-    micro_batch: int | None = None,
-    knn: Sequence[str | os.PathLike[str]] = (),
-    knn_minutes: float = 30,
-    knn_images: int = 10_000,
+    workers: Workers | None = None,
+    max_steps: Count | None = None,
+    micro_batch: Count | None = None,
+    knn: SourceLike = (),
+    knn_minutes: Amount = 30,
+    knn_images: Annotated[int, Between(20, 2**31)] = 10_000,
     wandb: str | None = None,
     command: str | None = None,
     reasons: Mapping[str, str] | None = None,
@@ -83,7 +106,7 @@ def pretrain(
             shared among its ranks, 16 at most.
         max_steps: stop after that many steps with a checkpoint, for trying things out.
         micro_batch: most images per forward pass; smaller takes less memory and gives the same gradients.
-        knn: folders with labelled images, see `LabelledSet.open`, measured while the run goes on.
+        knn: folders with labelled images, or one, see `LabelledSet.open`, measured while the run goes on.
         knn_minutes: minutes between those measurements; there is always one at the end.
         knn_images: number of training images of each set among which neighbours are looked for.
         wandb: project of Weights & Biases that the run is sent to.
@@ -110,8 +133,7 @@ def pretrain(
         if recipe.compile and target.type == "cpu" and not has_compiler():
             raise TrainingError("compile=true needs a C++ compiler, none was found: install one or --set compile=false")
         images_per_process(recipe, ranks.world)
-        asked = max(1, knn_images // 4)
-        probes = [LabelledSet.open(one, train_images=knn_images, test_images=asked) for one in knn if ranks.main]
+        probes = _probes(knn, knn_images) if ranks.main else []
         images = data if isinstance(data, Images) else Images.open(data)
         index = images.index
         split = split_images(index, recipe)
@@ -123,13 +145,15 @@ def pretrain(
         if command is None:
             named = os.fspath(init) if isinstance(init, str | os.PathLike) else start.encoder.name if start else ""
             options = [("--init", named)] if start else []
-            options += [("--data", path) for path in images.paths]
+            options += named_options(images, out, knn)
             command = command_text(["micl-zoo train", name], options, overrides, smoke)
         record = run_record(recipe, facts, command, target, ranks.world)
         record |= {"encoder": start.facts()} if start else {}
         record |= {"reasons": dict(reasons)} if reasons else {}
         with RunDir.open(Path(out), record, main=ranks.main) as folder:
             if ranks.first(folder.finished):
+                if probes:
+                    log.warning("the run is finished, and --knn adds nothing: micl-zoo eval all measures its encoder")
                 return folder.encoder_file
             corpus = _read_corpus(split.trained, recipe, target, workers, ranks)
             autocast, model = resolve_autocast(recipe, target), make_model(recipe, target, start)
@@ -141,7 +165,7 @@ def pretrain(
                     step=step,
                     folder=folder,
                     stop=stop,
-                    steps_per_epoch=steps_per_epoch(recipe, len(corpus)),
+                    steps_per_epoch=steps_per_epoch(recipe, len(corpus), corpus.refused),
                     config=start.config(recipe) if start else encoder_config(recipe),
                     knn_minutes=knn_minutes,
                     split=split,
@@ -153,18 +177,27 @@ def pretrain(
                 return loop.run(max_steps, wandb) or folder.path
 
 
-@dataclass(frozen=True)
-class Images:
-    """What to train on, listed."""
+def named_options(images: Images, out: str | os.PathLike[str], knn: SourceLike) -> list[tuple[str, str]]:
+    """List the options of a command that say what is read and written."""
+    places = {"--data": images.paths, "--out": [os.fspath(out)], "--knn": source_paths(knn)}
+    return [(option, path) for option, paths in places.items() for path in paths]
 
-    paths: list[str]  # as they were given
-    index: ImageIndex
 
-    @classmethod
-    def open(cls, data: SourceLike) -> Images:
-        """List a source, see `micl_zoo.index_source`."""
-        paths = [os.fspath(path) for path in ([data] if isinstance(data, str | os.PathLike) else data)]
-        return cls(paths, index_source(data))
+def _probes(knn: SourceLike, images: int) -> list[LabelledSet]:
+    """Open labelled sets, each once; those that share a name are called what they were given as."""
+    asked = max(1, images // 4)
+    sets = {one: LabelledSet.open(one, train_images=images, test_images=asked) for one in source_paths(knn)}
+    names = Counter(one.name for one in sets.values())
+    return [dataclasses.replace(one, name=place if names[one.name] > 1 else one.name) for place, one in sets.items()]
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """Go on where images to measure with are gone: what was trained is worth more."""
+    try:
+        yield
+    except SourceError as error:
+        log.warning("nothing is measured: %s", error)
 
 
 @dataclass(kw_only=True)
@@ -233,13 +266,14 @@ class _Loop(Loop[Seen, Path]):
         if not self.ranks.main:
             return
         encoder = self.encoder_of(state)
-        if self.start:
-            self.after = self._look(encoder)
-            self._tell(steps, self.after)
-            return
-        encoder.to(next(self.step.vit.parameters()).device)
-        found = {probe.name: round(measure_knn(encoder, probe, self.recipe.pooled_token), 4) for probe in self.probes}
-        self.measured(steps, "knn", found)
+        with _measuring():
+            if self.start:
+                self.after = self._look(encoder)
+                self._tell(steps, self.after)
+                return
+            encoder.to(next(self.step.vit.parameters()).device)
+            found = {probe.name: measure_knn(encoder, probe, self.recipe.pooled_token) for probe in self.probes}
+            self.measured(steps, "knn", found)
 
     def _look(self, encoder: Encoder) -> Looked:
         encoder.to(next(self.step.vit.parameters()).device)
@@ -269,10 +303,11 @@ class _Loop(Loop[Seen, Path]):
         state = self.weights()
         if self.ranks.main:
             self.folder.record["result"] = self.totals()
-            if self.start:
-                after = self.after or self._look(self.encoder_of(state))  # None of a run that ended before this
-                self.folder.record["change"] = compare(self.before, after, self.split)
-                draw_neighbours(self.folder.path / PICTURE, self.before, after, self.split.shown)
+            with _measuring():
+                if self.start:
+                    after = self.after or self._look(self.encoder_of(state))  # None of a run that ended before this
+                    self.folder.record["change"] = compare(self.before, after, self.split)
+                    draw_neighbours(self.folder.path / PICTURE, self.before, after, self.split.shown)
             self.folder.save_record()
             self.folder.save_encoder(state, self.config, self.recipe.save_dtype)
         self.ranks.first(None)  # all of them end when it is there

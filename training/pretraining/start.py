@@ -41,6 +41,11 @@ class Start:
         Raises:
             UsageError, WeightsError: it cannot be loaded, or not trained, see `check_trainable`.
         """
+        if isinstance(given, Encoder) and image_size and given.config.size != (image_size, image_size):
+            raise UsageError(
+                f"image_size {image_size} is not that of the encoder, which is loaded already: give what it is loaded "
+                f"by, or load it with image_size={image_size}"
+            )
         encoder = given if isinstance(given, Encoder) else load(given, image_size=image_size, device="cpu")
         if encoder.backend != "torch":
             raise UsageError(f"training needs the encoder in torch, not in {encoder.backend}: load it without backend")

@@ -58,12 +58,24 @@ def seeded(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def steps_per_epoch(recipe: AnyRecipe, images: int) -> int:
-    """Count the whole batches in a corpus."""
+def trained_images(recipe: Recipe, images: int) -> int:
+    """Count the images of a corpus that are trained on, the others being held out.
+
+    Raises:
+        SourceError: there are none.
+    """
+    if (held := recipe.held_out) >= images:
+        raise SourceError(f"held_out={held} of {images} images leaves none to train on: --set held_out={images // 10}")
+    return images - held
+
+
+def steps_per_epoch(recipe: AnyRecipe, images: int, refused: Sequence[RefusedImage] = ()) -> int:
+    """Count the whole batches in a corpus, from which images were left out."""
     if images < recipe.batch_size:
         smaller = f", or a smaller batch with --set batch_size={images}" if images >= 2 else ""
+        lost = f" ({len(refused):,} cannot be decoded, the first {': '.join(refused[0])})" if refused else ""
         raise SourceError(
-            f"the corpus has {images} usable images and a batch of {recipe.name} takes {recipe.batch_size}: "
+            f"the corpus has {images} usable images{lost} and a batch of {recipe.name} takes {recipe.batch_size}: "
             f"give more images{smaller}"
         )
     return images // recipe.batch_size

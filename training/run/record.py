@@ -90,6 +90,7 @@ class KnnChange:
     low: Annotated[float, Between(-101, 101)]
     high: Annotated[float, Between(-101, 101)]
     images: Count
+    left_out: Count = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,18 @@ class Change:
     images: Count
     among: Count
     held_out: bool
+    left_out: Count = 0
     knn: dict[str, KnnChange] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StartFacts:
+    """The encoder that a run started from."""
+
+    encoder: str
+    encoder_sha256: str | None = None
+    source: str | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class RunFile(Piece):
     recipe: dict[str, Fact | list[Fact]] = field(kw_only=True)  # see `recorded_recipe`
     data: Images = field(default_factory=Images, kw_only=True)
     command: str | None = None
-    encoder: dict[str, str | None] = field(default_factory=dict)  # that the run started from
+    encoder: StartFacts | None = None  # that the run started from
     reasons: dict[str, str] = field(default_factory=dict)  # why fields of the recipe are what they are
     change: Change | None = None
     resumed: list[Piece] = field(default_factory=list)

@@ -75,7 +75,9 @@ class RunDir:
             if path.exists() and any(not child.name.endswith(".tmp") for child in path.iterdir()):
                 raise TrainingError(f"{str(path)!r} exists and is no run folder: give a new or empty one")
         elif differences := record_differences(there, record):
-            raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
+            if run.checkpoints() or (path / METRICS_FILE).exists():
+                raise TrainingError(f"{str(path)!r} holds another run: {'; '.join(differences)}. Give another --out.")
+            there = None  # it ended before its first step: its data could not be used
         run._lock = FolderLock(path, "training in", TrainingError)
         run.record = record if there is None else there
         if damage:
