@@ -429,3 +429,83 @@ def test_images_per_forward_pass_are_halved_until_they_fit(start: Start, monkeyp
     most = 0
     with pytest.raises(TrainingError, match="not even one image at a time"):
         step.fit(patches.float(), views)
+
+
+@pytest.mark.usefixtures("own_decoding")
+def test_a_run_that_took_no_step_keeps_no_folder(
+    image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path
+) -> None:
+    photos, run = image_folder(count=20), tmp_path / "run"
+    for file in list(photos.glob("*.jpg")):
+        file.write_bytes(b"damaged")
+    failed = invoke("adapt", start_folder, "--data", photos, "--out", run, *QUICK, "--set", "batch_size=16")
+    assert re.search(r"has \d usable images \(\d+ cannot be decoded, the first .*jpg: .*smaller batch", failed.output)
+    words = ("adapt", start_folder, "--data", photos, "--out", run, *QUICK, "--set", "batch_size=4")
+    assert invoke(*words).exit_code == 0
+    other = invoke("adapt", start_folder, "--data", photos, "--out", run, *QUICK, "--set", "batch_size=2")
+    assert "holds another run: batch_size: 4 there, 2 asked for" in other.output
+
+
+@pytest.mark.usefixtures("own_decoding")
+def test_a_run_within_its_images_is_no_image_of_them(
+    image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path
+) -> None:
+    photos = image_folder(count=20)
+    words = ("adapt", start_folder, "--data", photos, "--out", photos / "run", *QUICK)
+    assert invoke(*words, "--max-steps", "1").exit_code == 0
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    listed = index_source(photos)
+    assert len(listed) == 20
+    assert listed.notes.skipped["training runs"] == 1
+    assert invoke(*words).exit_code == 0  # it is finished
+
+
+@pytest.mark.usefixtures("own_decoding")
+def test_sets_of_one_name_are_both_measured(
+    image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sets = [tmp_path / "first" / "lab", tmp_path / "second" / "lab"]
+    for one in sets:
+        one.parent.mkdir()
+        labelled(one, "train", 24)
+        labelled(one, "test", 12)
+    run, how = tmp_path / "run", {"overrides": ["epochs=1", "batch_size=8", "precision=fp32"], "device": "cpu"}
+    adapt(start_folder, photos := image_folder(count=20), run, knn=[*sets, sets[0]], **how)
+    assert set(json.loads((run / "run.json").read_text())["change"]["knn"]) == set(map(str, sets))
+    adapt(start_folder, photos, run, knn=sets[0], **how)  # one set needs no list
+    assert "the run is finished, and --knn adds nothing" in caplog.text
+
+
+@pytest.mark.usefixtures("own_decoding")
+def test_images_to_measure_with_that_are_gone_at_the_end_lose_nothing(
+    image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos, run, sets = image_folder(count=20), tmp_path / "run", tmp_path / "set"
+    labelled(sets, "train", 24)
+    labelled(sets, "test", 12)
+    words = ("adapt", start_folder, "--data", photos, "--out", run, "--knn", sets, *QUICK)
+    real, calls = change.measure_right, []
+
+    def gone(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise SourceError("the disk is gone")
+        return real(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(change, "measure_right", gone)
+        done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    assert "nothing is measured: the disk is gone" in caplog.text
+    assert micl_zoo.load(run, device="cpu").name == f"{NAME}-adapted"
+    assert "neighbours.png" not in done.output
+
+
+@pytest.mark.parametrize("how", [{"max_steps": -1}, {"micro_batch": 0}, {"knn_images": 0}, {"workers": -1}])
+def test_numbers_that_cannot_be_are_refused_before_anything(
+    how: dict[str, Any], image_folder: Callable[..., Path], start_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"pretrain: {next(iter(how))} is "):
+        adapt(start_folder, image_folder(count=20), tmp_path / "run", **how)
+    assert not (tmp_path / "run").exists()

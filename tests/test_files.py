@@ -31,6 +31,15 @@ def failing(number: int) -> Callable[..., Any]:
     return fail
 
 
+def test_whoever_may_read_a_folder_may_read_its_files(tmp_path: Path) -> None:
+    for mode in (0o600, 0o666):  # as writers with temporary files of their own leave it, and others
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+            temporary.chmod(mode)
+        (tmp_path / "plain").write_text("x")
+        assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize(
     "number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EACCES]
 )

@@ -388,3 +388,18 @@ def test_a_table_of_labels_is_split_too(tmp_path: Path) -> None:
     (tmp_path.parent / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
     found = LabelledSet.open(tmp_path, labels=tmp_path.parent / "labels.csv")
     assert (len(found.train.labels), len(found.test.labels)) == (8, 2)
+
+
+def test_one_image_a_class_is_too_few_to_test_with(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "two" / name).mkdir(parents=True)
+        picture(0).save(tmp_path / "two" / name / "1.png")
+    with pytest.raises(SourceError, match="has one image of each class, none to test with"):
+        LabelledSet.open(tmp_path / "two")
+
+
+def test_a_folder_that_is_missing_is_not_looked_for_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="no data set at 'here/gone'"):
+        LabelledSet.open("here/gone")

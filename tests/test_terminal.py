@@ -27,6 +27,7 @@ from micl_zoo.cli import main
 from micl_zoo.errors import MiclZooError
 from micl_zoo.limits import refused_by_system
 from micl_zoo.printing import Output, json_line, printable
+from micl_zoo.progress import LINE_SECONDS, progress
 from micl_zoo.sources.reader import Reader
 from micl_zoo.stores.contact_sheet import Tile, write_contact_sheet
 from micl_zoo.training.evaluation.tables import Markdown, code, markdown, plain
@@ -409,3 +410,24 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
 def test_json_line_is_one_line() -> None:
     assert not unsafe(json_line({HOSTILE: [HOSTILE, None]}).replace("\n", "\x00"))
     assert json.loads(json_line({HOSTILE: HOSTILE})) == {HOSTILE: HOSTILE}
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress("a\x1bname", 400, done=100, unit="steps") as tick:
+        now[0] += LINE_SECONDS - 1
+        tick(50, "loss 1")
+        assert not capsys.readouterr().err
+        now[0] += 1
+        tick(50, "loss 0.9")
+        tick(1)
+        now[0] += LINE_SECONDS
+        tick(198)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "a\\x1bname: 200/400 steps  0:01:00 gone, 0:02:00 left  loss 0.9"
+    assert second == "a\\x1bname: 399/400 steps  0:02:00 gone, 0:00:00 left  loss 0.9"
+    with progress("hidden", 3, show=False) as tick:
+        now[0] += LINE_SECONDS
+        tick()
+    assert not capsys.readouterr().err

@@ -20,6 +20,7 @@ from .corpora import CORPORA, corpus_key
 # Ranges of a run; those of a network are what `load` takes.
 Count = Annotated[int, Between(1, 2**20)]
 Workers = Annotated[int, Between(0, 4096)]
+Many = Annotated[int, Between(1, 2**53)]
 Views = Annotated[int, Between(2, 4)]
 Chance = Annotated[float, Between(0, 1)]
 Amount = Annotated[float, Between(0, 1e6)]

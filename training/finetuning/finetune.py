@@ -19,6 +19,7 @@ from torch import Tensor
 from micl_zoo.encoders.load import load
 from micl_zoo.errors import SourceError, TrainingError
 from micl_zoo.files import file_sha256, write_text
+from micl_zoo.schema import checked
 from micl_zoo.stop import StopRequest
 from micl_zoo.zoo.ours import DEFAULT
 from micl_zoo.zoo.weights import without_head
@@ -26,7 +27,7 @@ from micl_zoo.zoo.weights import without_head
 from ..evaluation.labelled import LabelledSet
 from ..evaluation.record import read_result
 from ..pretraining.data import Share, loader_workers
-from ..recipes import FineTuneRecipe, finetune_recipe_for, get_finetune_recipe, resolve_recipe
+from ..recipes import FineTuneRecipe, Many, Workers, finetune_recipe_for, get_finetune_recipe, resolve_recipe
 from ..run.loop import Loop, weights_of
 from ..run.order import RefusedImage, steps_per_epoch
 from ..run.ranks import joined
@@ -41,20 +42,21 @@ RESULT_FILE = "result.json"
 SMOKE_IMAGES = 64  # of each part
 
 
+@checked
 def finetune(
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     model: str = DEFAULT,
     weights: str | os.PathLike[str] | None = None,
-    labels: Path | None = None,
+    labels: str | os.PathLike[str] | None = None,
     recipe: FineTuneRecipe | str | None = None,
     overrides: Sequence[str] = (),
     smoke: bool = False,
     device: str = "auto",
-    workers: int | None = None,
-    max_steps: int | None = None,
-    micro_batch: int | None = None,
+    workers: Workers | None = None,
+    max_steps: Many | None = None,
+    micro_batch: Many | None = None,
 ) -> dict[str, Any] | None:
     """Fine-tune and test; the same call again resumes from the last checkpoint, on any number of ranks.
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,7 +23,7 @@ from micl_zoo.encoders.encoder import Encoder
 from micl_zoo.encoders.torch_model import TorchModel
 from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.progress import progress
-from micl_zoo.schema import Between, checked
+from micl_zoo.schema import checked
 from micl_zoo.sources.index import ImageIndex
 from micl_zoo.sources.listing import SourceLike, index_source
 from micl_zoo.stop import StopRequest
@@ -33,7 +32,7 @@ from micl_zoo.zoo.ours import vit_sizes
 from ..evaluation.knn import measure_knn
 from ..evaluation.labelled import LabelledSet
 from ..micl import MiCL, Vit, init_weights
-from ..recipes import RECIPES, Amount, Count, Recipe, Workers, get_recipe, kept_patches, resolve_recipe
+from ..recipes import RECIPES, Amount, Many, Recipe, Workers, get_recipe, kept_patches, resolve_recipe
 from ..run.loop import Line, Loop, weights_of
 from ..run.order import RefusedImage, images_per_process, seeded, steps_per_epoch
 from ..run.ranks import Ranks, joined
@@ -82,11 +81,11 @@ def pretrain(
     smoke: bool = False,
     device: str = "auto",
     workers: Workers | None = None,
-    max_steps: Count | None = None,
-    micro_batch: Count | None = None,
+    max_steps: Many | None = None,
+    micro_batch: Many | None = None,
     knn: SourceLike = (),
     knn_minutes: Amount = 30,
-    knn_images: Annotated[int, Between(20, 2**31)] = 10_000,
+    knn_images: Many = 10_000,
     wandb: str | None = None,
     command: str | None = None,
     reasons: Mapping[str, str] | None = None,

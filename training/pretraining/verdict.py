@@ -35,7 +35,7 @@ def told(run: Mapping[str, Any], recipe: Recipe) -> list[str]:
     if not knn:
         lines.append(
             "No labelled images were given, so nothing here says whether it is better. With some, even a few hundred, "
-            f"`micl-zoo eval all {start.get('encoder')} RUN --data LABELLED` does."
+            f"micl-zoo eval all {start.get('encoder')} RUN --data LABELLED does."
         )
     elif any(one["high"] < 0 for one in knn.values()):
         lines.append(
