@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,24 @@ def test_bold_is_what_is_better_than_another_beyond_chance() -> None:
     assert ranking.draw(alone).axes[0].texts[0].get_text() == "no images/s are known"
     alone = made_up({"a": (0.9,)})
     assert "**" not in ranking.table(alone)
+
+
+def test_of_two_encoders_the_gain_is_said_in_words() -> None:
+    words = r"set0: what {} gains over {}, .*: k-NN 20 ([+-]\S+) \(([+-]\S+) to ([+-]\S+)\)\. So it is {} by k-NN 20\."
+    record = made_up({"a": (0.5, 0.5), "b": (0.9, 0.505)})
+
+    def said(first: str, second: str, verdict: str) -> list[float]:
+        encoders = {name: record["encoders"][name] for name in (first, second)}
+        text = ranking.table({**record, "encoders": encoders})
+        assert re.search(r"set1: what .*\([+-]\S+ to [+-]\S+\)\. So it is neither better nor worse", text)
+        found = re.search(words.format(second, first, verdict), text)
+        assert found
+        return [float(one) for one in found.groups()]
+
+    gain, low, high = said("a", "b", "better")
+    assert 30 < low < gain < high < 50
+    assert said("b", "a", "worse") == [-gain, -high, -low]
+    assert "gains over" not in ranking.table(made_up({"a": (0.5,), "b": (0.9,), "c": (0.1,)}))
 
 
 def test_speeds_of_two_machines_are_told_apart() -> None:

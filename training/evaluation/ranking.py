@@ -225,6 +225,8 @@ def _notes(record: Json, said: Mapping[str, str]) -> Iterator[str]:
             "Bold: best of its column, or not told apart from the best by 95 % intervals of the difference on the same "
             "images. A column without bold tells none of them apart."
         )
+    if len(record["encoders"]) == 2:
+        yield from _gains(record, said)
     hows = dict[Any, list[str]]()
     for text, speed in _speeds(record).items():
         hows.setdefault(speed.how, []).append(text)
@@ -243,6 +245,26 @@ def _notes(record: Json, said: Mapping[str, str]) -> Iterator[str]:
         yield f"Pools, of which k-NN and few-shot take the first: {by_encoder}."
     for text, reason in record["failed"].items():
         yield f"{plain(said[text])} failed: {plain(' '.join(reason.split()))}"
+
+
+def _gains(record: Json, said: Mapping[str, str]) -> Iterator[str]:
+    """Say of two encoders, set by set, what the second gains, and whether that is more than chance."""
+    first, second = record["encoders"]
+    for name, compared in record["compared"].items():
+        parts, verdicts = list[str](), dict[str, list[str]]()
+        for column in _glance(record):
+            was, now = (_figure(record, text, name, column) for text in (first, second))
+            if not was or not now:
+                continue
+            heading, there = column.heading, compared[column.heading]
+            ends = there["ahead"][second if there["best"] == first else first]
+            low, high = ends if there["best"] == second else (-ends[1], -ends[0])
+            parts.append(f"{heading} {now['accuracy'] - was['accuracy']:+.1f} ({low:+.1f} to {high:+.1f})")
+            verdicts.setdefault("better" if low > 0 else "worse" if high < 0 else "", []).append(heading)
+        told = [f"{word} by {', '.join(found)}" for word, found in verdicts.items() if word]
+        verdict = "; ".join(told) or "neither better nor worse, as far as these images tell"
+        whose = f"{plain(name)}: what {plain(said[second])} gains over {plain(said[first])}"
+        yield f"{whose}, in points with 95 % intervals: {', '.join(parts)}. So it is {verdict}."
 
 
 # The plot.
