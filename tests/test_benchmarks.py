@@ -26,6 +26,7 @@ from micl_zoo.errors import UsageError
 from micl_zoo.extraction.extract import extract
 from micl_zoo.training.evaluation.ranking import compared
 from micl_zoo.training.evaluation.record import Bits, read_comparison
+from micl_zoo.training.pretraining.adapt import choose
 from micl_zoo.zoo.ours import DEFAULT, RECORDS
 from micl_zoo.zoo.public import IMAGES_PER_SECOND, SPEED_RECORD
 
@@ -350,8 +351,13 @@ def test_the_arms_of_adapt_change_what_they_say(script: Script) -> None:
     base = vars(recipes["base"])
     for name, recipe in recipes.items():
         changed = {key for key, value in vars(recipe).items() if value != base[key]}
-        assert changed - {"name"} == set(adapt.ARMS[name].changes), name
+        changes = adapt.ARMS[name].changes
+        assert changed - {"name"} == {key for key, value in changes.items() if value != base[key]}, name
+        assert all(getattr(recipe, key) == value for key, value in changes.items()), name
     assert (recipes["base"].kept, recipes["mask-0.5"].kept, recipes["mask-0.8"].kept) == (15, 24, 9)
+    defaults = choose(start, 5_000).recipe  # what an arm that is called adapt must be
+    for key in adapt.ARMS["adapt"].changes:
+        assert getattr(recipes["adapt"], key) == getattr(defaults, key), key
     begun = start.encoder.model.state_dict()
     moved = {key: value + 1 for key, value in begun.items()}
     mixed = start.mixed(moved, 0.25)

@@ -85,7 +85,7 @@ def test_the_page_holds_the_run(tmp_path: Path, twin: Recipe) -> None:
     assert page == run / "report.html"
     text = words(page)
     for said in (
-        "A finished pre-training run of 40 steps.",
+        "A finished run of 40 steps of pre-training.",
         "photos/ &amp; &lt;more&gt;, 83 images",
         "0123456789",
         "device cuda, card a card",
