@@ -283,14 +283,14 @@ def rivals_data(folder: Path) -> Path:
     return folder
 
 
+def places(folder: Path) -> tuple[Path, Path, Path]:
+    """The data, the work folder and the record of a benchmark that trains."""
+    return rivals_data(folder / "data"), folder / "work", folder / "record.json"
+
+
 @pytest.mark.slow
 def test_rivals(script: Script, tmp_path: Path) -> None:
-    rivals, data, work, file = (
-        script("rivals"),
-        rivals_data(tmp_path / "data"),
-        tmp_path / "work",
-        tmp_path / "record.json",
-    )
+    rivals, (data, work, file) = script("rivals"), places(tmp_path)
     budget = ["--images", 16, "--size", "toy", "--device", "cpu"]
     said = run(rivals, "train", "--data", data, "--work", work, "--arms", "micl-paper,simclr", *budget)
     there = bool(find_spec("lightly"))
@@ -312,29 +312,25 @@ def test_rivals(script: Script, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adapt(script: Script, tmp_path: Path) -> None:
-    adapt, data, work, file = (
-        script("adapt"),
-        rivals_data(tmp_path / "data"),
-        tmp_path / "work",
-        tmp_path / "record.json",
-    )
+    adapt, (data, work, file) = script("adapt"), places(tmp_path)
     given = ["--corpus", "flowers5", "--minutes", 0.001, "--seed", 1, "--trial"]  # two steps or so
     said = run(adapt, "train", "--data", data, "--work", work, "--arms", "base,simclr", *given)
     there = bool(find_spec("lightly"))
     assert ("left out, lightly not installed: simclr" in said) == (not there)
-    for name in ("frozen-6", "random"):  # in this process: `train` starts one for each
+    for name in ("adapt-frozen-6", "random"):  # in this process: `train` starts one for each
         run(adapt, "arm", name, "--work", work, *given)
     assert "is there already" in run(adapt, "arm", "random", "--work", work, *given)
     evaluate = ["evaluate", "--data", data, "--work", work, "-o", file]
     table = run(adapt, *evaluate)
     found = record_of(file)
     ((name, one),) = found["runs"].items()
-    trained = {"base", "frozen-6", "random", *["simclr"] * there}
+    trained = {"base", "adapt-frozen-6", "random", *["simclr"] * there}
     assert name == "flowers5-0.001-1"
     assert set(one["arms"]) == trained
     assert set(one["results"]) == trained | {"base (ema)", "base (share-0.25)", "base (share-0.5)"}
-    assert set(one["results"]["base"]) == set(found["start"]["results"]) == {"caltech101", "flowers5", "cifar10"}
-    assert set(one["results"]["frozen-6"]) == {"flowers5"}
+    assert set(one["results"]["random"]) == set(found["start"]["results"]) == {"caltech101", "flowers5", "cifar10"}
+    assert set(one["results"]["base"]) == {"flowers5"}
+    assert set(one["results"]["adapt-frozen-6"]) == {"flowers5"}
     cosines = {name: sets["flowers5"]["cosine"] for name, sets in one["results"].items()}
     assert cosines["random"] < cosines["base"] <= cosines["base (share-0.5)"] <= 1
     assert found["start"]["results"]["flowers5"]["cosine"] == 1

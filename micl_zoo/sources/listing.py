@@ -112,13 +112,13 @@ def list_source(
     """
     if chunk_rows < 1:
         raise UsageError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    many = [source] if isinstance(source, str | os.PathLike) else list(source)
+    many = source_paths(source)
     if not many:
         raise SourceError(f"no images given: the source is empty ({many!r})")
     selection = selection or Selection()
     seen, notes, found, number = _SeenIds(), Notes(), False, 0
     for one in many:
-        listed, failed = _list_one(os.fspath(one), selection), None
+        listed, failed = _list_one(one, selection), None
         pieces = _cut(listed.rows, chunk_rows)
         while True:
             try:
@@ -138,11 +138,16 @@ def list_source(
         if failed and len(many) == 1:
             raise failed
         if failed and not isinstance(failed, Told):
-            notes.problem(os.fspath(one), absolute(os.fspath(one)), str(failed))
+            notes.problem(one, absolute(one), str(failed))
     if not found:
         raise nothing(notes)
     if notes:
         yield ImageIndex(table_of([]), notes)
+
+
+def source_paths(source: SourceLike) -> list[str]:
+    """List the paths of one source or several."""
+    return [os.fspath(one) for one in ([source] if isinstance(source, str | os.PathLike) else source)]
 
 
 def _cut(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

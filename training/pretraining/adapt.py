@@ -87,8 +87,7 @@ def choose(start: Start, images: int, overrides: Iterable[str] = ()) -> Chosen:
         return value
 
     held = put("held_out", min(256, images // 10), f"of {images:,} images, a tenth or 256: they show what changes")
-    base = start.recipe(Recipe(name=start.name, corpus=OWN_IMAGES, checkpoint_minutes=5))
-    trained = trained_images(dataclasses.replace(base, held_out=held), images)
+    trained = trained_images(images, held)
     epochs = min(MOST_EPOCHS, max(1, round(SEEN / trained, 1)))
     most = epochs == MOST_EPOCHS
     why = f"the most: {MOST_EPOCHS * trained:,} images are seen" if most else f"{SEEN:,} images are seen / {trained:,}"
@@ -121,6 +120,7 @@ def choose(start: Start, images: int, overrides: Iterable[str] = ()) -> Chosen:
     memory = 3 * source**2 * trained
     cache = "memory" if memory <= MOST_CACHE else "none"
     put("cache", cache, f"decoded they take {memory / GIB:.2g} GiB, and up to {MOST_CACHE / GIB:g} stay in memory")
+    base = start.recipe(Recipe(name=start.name, corpus=OWN_IMAGES, checkpoint_minutes=5))
     base = dataclasses.replace(base, **{one.name: one.value for one in choices})
     return Chosen(start.recipe(base, changes), choices)
 

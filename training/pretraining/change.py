@@ -52,7 +52,7 @@ def split_images(index: ImageIndex, recipe: Recipe) -> Split:
         SourceError: none would be left to train on.
     """
     count, held = len(index), recipe.held_out
-    trained_images(recipe, count)
+    trained_images(count, held)
     order = torch.randperm(count, generator=seeded(recipe.seed, 7)).numpy()
     shown = ImageIndex(index.table.take(pa.array(order[: max(held, SHOWN_IMAGES)])))
     if not held:

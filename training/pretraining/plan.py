@@ -93,7 +93,7 @@ class Plan:
         self, recipe: Recipe, images: int, gpus: int, nodes: int, micro_batch: int | None, mfu: float,
         counts: tuple[int, int] | None,
     ) -> None:  # fmt: skip
-        self.recipe, self.images = recipe, trained_images(recipe, images)
+        self.recipe, self.images = recipe, trained_images(images, recipe.held_out)
         self.gpus, self.nodes, self.mfu = gpus, nodes, mfu
         self.world = gpus * nodes  # processes, one per GPU
         self.images_per_process = images_per_process(recipe, self.world)  # of one optimiser step

@@ -25,7 +25,7 @@ from micl_zoo.errors import SourceError, TrainingError, UsageError
 from micl_zoo.progress import progress
 from micl_zoo.schema import checked
 from micl_zoo.sources.index import ImageIndex
-from micl_zoo.sources.listing import SourceLike, index_source
+from micl_zoo.sources.listing import SourceLike, index_source, source_paths
 from micl_zoo.stop import StopRequest
 from micl_zoo.zoo.ours import vit_sizes
 
@@ -63,11 +63,6 @@ class Images:
     def open(cls, data: SourceLike) -> Images:
         """List a source, see `micl_zoo.index_source`."""
         return cls(source_paths(data), index_source(data))
-
-
-def source_paths(given: SourceLike) -> list[str]:
-    """List the paths of one or several sources."""
-    return [os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given)]
 
 
 @checked
@@ -267,6 +262,7 @@ class _Loop(Loop[Seen, Path]):
         encoder = self.encoder_of(state)
         with _measuring():
             if self.start:
+                self.after = None  # should the look fail, that of earlier weights must not stand for these
                 self.after = self._look(encoder)
                 self._tell(steps, self.after)
                 return
@@ -302,9 +298,9 @@ class _Loop(Loop[Seen, Path]):
         state = self.weights()
         if self.ranks.main:
             self.folder.record["result"] = self.totals()
-            with _measuring():
-                if self.start:
-                    after = self.after or self._look(self.encoder_of(state))  # None of a run that ended before this
+            if self.start:
+                with _measuring():
+                    after = self.after or self._look(self.encoder_of(state))  # None where it was not looked at
                     self.folder.record["change"] = compare(self.before, after, self.split)
                     draw_neighbours(self.folder.path / PICTURE, self.before, after, self.split.shown)
             self.folder.save_record()

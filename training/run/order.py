@@ -58,15 +58,16 @@ def seeded(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-def trained_images(recipe: Recipe, images: int) -> int:
-    """Count the images of a corpus that are trained on, the others being held out.
+def trained_images(images: int, held_out: int) -> int:
+    """Count the images of a corpus that are trained on, so many being held out.
 
     Raises:
         SourceError: there are none.
     """
-    if (held := recipe.held_out) >= images:
-        raise SourceError(f"held_out={held} of {images} images leaves none to train on: --set held_out={images // 10}")
-    return images - held
+    if held_out >= images:
+        least = f"--set held_out={images // 10}"
+        raise SourceError(f"held_out={held_out} of {images} images leaves none to train on: {least}")
+    return images - held_out
 
 
 def steps_per_epoch(recipe: AnyRecipe, images: int, refused: Sequence[RefusedImage] = ()) -> int:
